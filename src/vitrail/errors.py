@@ -1,0 +1,92 @@
+"""Every error Vitrail raises on purpose.
+
+    VitrailError
+    ├── ModelError            a model cannot be opened or understood
+    │   ├── UnknownModel      the name leads nowhere, or a library for it is not installed
+    │   ├── WeightsMismatch   the weights file does not fit the architecture
+    │   ├── NoAttention       nothing in the forward pass is token attention (a CNN, a mixer)
+    │   └── Unsupported       this model cannot answer this question (no class token, channel maps, ...)
+    ├── TapError              a promise of the tap was broken while a model ran; the numbers are not returned
+    ├── DataError             images or labels cannot be used
+    │   ├── BadImage          one file: broken, not an image, too large, animated
+    │   └── NoImages          nothing usable is left
+    ├── StudyError            a study folder cannot be used
+    │   ├── PlanMismatch      the folder holds another plan; the message names the difference
+    │   └── DamagedStudy      a part does not read back as it was written
+    └── UsageError            an argument has no meaning here; the message lists those that have
+
+A message says what was asked, what was found and what to do.
+"""
+
+__all__ = [
+    "BadImage",
+    "DamagedStudy",
+    "DataError",
+    "ModelError",
+    "NoAttention",
+    "NoImages",
+    "PlanMismatch",
+    "StudyError",
+    "TapError",
+    "UnknownModel",
+    "Unsupported",
+    "UsageError",
+    "VitrailError",
+    "WeightsMismatch",
+]
+
+
+class VitrailError(Exception):
+    """Base of all of them: `except VitrailError` catches what Vitrail says on purpose, and no bug."""
+
+
+class ModelError(VitrailError):
+    """A model cannot be opened or understood."""
+
+
+class UnknownModel(ModelError):
+    """The name leads to no model, or the library that holds it is not installed."""
+
+
+class WeightsMismatch(ModelError):
+    """The weights file does not fit the architecture."""
+
+
+class NoAttention(ModelError):
+    """No attention between tokens was seen in one forward pass."""
+
+
+class Unsupported(ModelError):
+    """The model is understood, and cannot answer this question."""
+
+
+class TapError(VitrailError):
+    """What the tap promises did not hold in this pass, so its numbers are withheld."""
+
+
+class DataError(VitrailError):
+    """Images or labels cannot be used."""
+
+
+class BadImage(DataError):
+    """One file cannot be used as an image."""
+
+
+class NoImages(DataError):
+    """No usable image is left."""
+
+
+class StudyError(VitrailError):
+    """A study folder cannot be used."""
+
+
+class PlanMismatch(StudyError):
+    """The folder was begun with another plan."""
+
+
+class DamagedStudy(StudyError):
+    """A part does not read back as it was written."""
+
+
+class UsageError(VitrailError):
+    """An argument that has no meaning here."""

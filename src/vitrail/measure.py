@@ -1,0 +1,190 @@
+"""What a measure is, the words for its dimensions, and the register of all measures.
+
+A measure is declared once, here in data that needs no torch, and computed in the module of its room. Whatever reads a
+study (figures, the application, a notebook) finds title, unit, source and how to read it in the declaration, which the
+store also writes beside the numbers.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vitrail.errors import UsageError
+
+__all__ = ["DIMENSIONS", "MEASURES", "ROOMS", "Measure", "measures_named"]
+
+DIMENSIONS = (
+    "image",
+    "layer",
+    "head",
+    "query",
+    "key",
+    "token",
+    "patch",
+    "hop",
+    "channel",
+    "class",
+    "xy",
+    "side",
+    "row",
+    "column",
+)
+"""The closed list of dimension words: types, store, JSON and TypeScript use these and no others."""
+
+FROM_LI = "Li et al. 2023 (arXiv 2303.13731)"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity that a study holds for every image.
+
+    `dims` are words of `DIMENSIONS`; `low` and `high` say what a low and a high value mean; `source` names the paper or
+    says that the construction is ours; `limits` says what the measure cannot tell. `needs` names what a model or data
+    set must have: "classifier", "class_token", "grid". Raise `version` whenever the numbers change: a study begun with
+    another version is then refused instead of mixed.
+    """
+
+    name: str
+    title: str
+    dims: tuple[str, ...]
+    unit: str
+    low: str
+    high: str
+    source: str
+    limits: str
+    room: str
+    needs: frozenset[str] = frozenset()
+    dtype: str = "float32"
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = set(self.dims) - set(DIMENSIONS)
+        assert not unknown, f"{self.name} uses dimension words outside the list: {sorted(unknown)}"
+
+    def attributes(self) -> dict[str, str | int]:
+        """The declaration as the store writes it beside the array."""
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "low": self.low,
+            "high": self.high,
+            "source": self.source,
+            "limits": self.limits,
+            "room": self.room,
+            "version": self.version,
+        }
+
+
+PRUNING_LIMITS = (
+    "Heads are removed one at a time, set to zero: two heads that stand in for each other both look unimportant."
+)
+NEIGHBOUR_LIMITS = "Distance on the grid of patches, without looking at what the patches show."
+
+_BASE = (
+    Measure(
+        "label", "label", ("image",), "class", "", "",
+        "the data set's label, else the model's own top-1 prediction",
+        "With the model's own prediction as label, accuracy means nothing.",
+        "base", dtype="int32",
+    ),
+    Measure(
+        "prediction", "prediction", ("image",), "class", "", "", "argmax of the logits, nothing pruned",
+        "Ties go to the first class.", "base", frozenset({"classifier"}), "int32",
+    ),
+    Measure(
+        "probability", "probability of the label", ("image",), "1",
+        "the model does not see the label in this image", "the model is sure of the label",
+        "softmax of the logits, nothing pruned", "Softmax probabilities are seldom calibrated.",
+        "base", frozenset({"classifier"}),
+    ),
+)  # fmt: skip
+
+_HEADS = (
+    Measure(
+        "head_probability", "probability of the label without this head", ("image", "layer", "head"), "1",
+        "the answer for this image hangs on this head", "the head can go: the label keeps its probability",
+        f"{FROM_LI}, model and local impact", PRUNING_LIMITS, "heads", frozenset({"classifier"}),
+    ),
+    Measure(
+        "head_divergence", "Jensen-Shannon divergence of the predictions", ("image", "layer", "head"), "bits",
+        "0: pruning the head changes no class probability", "1: the predictions share nothing",
+        f"our construction, after {FROM_LI}, model and global impact; for a model without classifier 1 - cosine of its output",
+        PRUNING_LIMITS, "heads",
+    ),
+    Measure(
+        "head_loss_change", "change of the loss without this head", ("image", "layer", "head"), "nats",
+        "negative: the label gets likelier without the head", "the head carries evidence for the label",
+        "cross-entropy after pruning minus before; our construction", PRUNING_LIMITS, "heads", frozenset({"classifier"}),
+    ),
+    Measure(
+        "head_flip", "top-1 changes without this head", ("image", "layer", "head"), "bool",
+        "0: the same prediction", "1: another prediction", "our construction", PRUNING_LIMITS, "heads",
+        frozenset({"classifier"}), "bool",
+    ),
+    Measure(
+        "head_cls_shift", "shift of the class token", ("image", "layer", "head"), "1 - cosine",
+        "0: the class token leaves the layer's attention as before", "the head writes much of the class token here",
+        f"our construction, after {FROM_LI}, layer and local impact; read after attention and residual",
+        "Local: says nothing of whether later layers use it.", "heads", frozenset({"class_token"}),
+    ),
+    Measure(
+        "head_token_shift", "mean shift of all tokens", ("image", "layer", "head"), "1 - cosine",
+        "0: no token changes its direction", "the head writes much of every token here",
+        f"our construction, after {FROM_LI}, layer and global impact; read after attention and residual",
+        "Local: says nothing of whether later layers use it.", "heads",
+    ),
+    Measure(
+        "head_cls_shift_l2", "relative change of the class token", ("image", "layer", "head"), "L2 / L2",
+        "0: unchanged", "the change is as long as the token itself", "our construction, beside head_cls_shift",
+        "Sees length as well as direction; layer norms later remove part of it.", "heads", frozenset({"class_token"}),
+    ),
+    Measure(
+        "head_token_shift_l2", "mean relative change of all tokens", ("image", "layer", "head"), "L2 / L2",
+        "0: unchanged", "the changes are as long as the tokens themselves", "our construction, beside head_token_shift",
+        "Sees length as well as direction; layer norms later remove part of it.", "heads",
+    ),
+    Measure(
+        "attention_strength", "attention strength", ("image", "layer", "head", "hop"), "mean attention weight per neighbour",
+        "patches look little at neighbours this many hops away", "patches look much at neighbours this many hops away",
+        f"{FROM_LI}, verified against its published figure; hops are Chebyshev distance", NEIGHBOUR_LIMITS,
+        "heads", frozenset({"grid"}),
+    ),
+    Measure(
+        "strength_entropy", "entropy of attention strength", ("image", "layer", "head"), "nats",
+        "0: all strength at one distance", "ln(number of hops): every distance alike", f"{FROM_LI}, verified against its published figure",
+        NEIGHBOUR_LIMITS, "heads", frozenset({"grid"}),
+    ),
+    Measure(
+        "attention_distance", "mean attention distance", ("image", "layer", "head"), "patches",
+        "the head looks near the query", "the head looks across the image",
+        "Dosovitskiy et al. 2021 (arXiv 2010.11929), figure 7: Euclidean, weighted by attention between patches",
+        NEIGHBOUR_LIMITS, "heads", frozenset({"grid"}),
+    ),
+    Measure(
+        "prefix_share", "share of attention that goes to prefix tokens", ("image", "layer", "head"), "1",
+        "patches look at patches", "patches park their attention on class or register tokens",
+        "our construction, beside attention strength", "High shares are often a sink without content.",
+        "heads", frozenset({"grid"}),
+    ),
+)  # fmt: skip
+
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in (*_BASE, *_HEADS)}
+"""Every measure by its name in the store. These names are the public contract: add, don't rename."""
+
+ROOMS: dict[str, tuple[str, ...]] = {"heads": tuple(measure.name for measure in _HEADS)}
+"""The measures that a room's name stands for in `--measures`."""
+
+
+def measures_named(names: str | Iterable[str]) -> tuple[Measure, ...]:
+    """The measures that `names` asks for: a room, measure names, or a comma-separated mix; base measures come along.
+
+    Raises `UsageError` for a name that is neither.
+    """
+    asked = names.split(",") if isinstance(names, str) else list(names)
+    wanted: list[str] = [measure.name for measure in _BASE]
+    for name in (item.strip() for item in asked):
+        if name not in ROOMS and name not in MEASURES:
+            raise UsageError(
+                f"There is no measure called {name!r}. Rooms: {', '.join(ROOMS)}. Measures: {', '.join(MEASURES)}."
+            )
+        wanted.extend(ROOMS.get(name, (name,)))
+    return tuple(MEASURES[name] for name in dict.fromkeys(wanted))
