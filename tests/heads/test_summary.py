@@ -1,0 +1,106 @@
+"""The table over a data set, on small made-up studies with known answers."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from numpy.testing import assert_allclose
+
+from vitrail.errors import UsageError
+from vitrail.heads.summary import bootstrap_interval, correct_estimate, head_table, rank_agreement, spearman
+
+
+def study(n_images=200, seed=0):
+    """Two layers; the second has one head only. L0H0 takes half the probability and flips every fourth image."""
+    rng = np.random.default_rng(seed)
+    probability = rng.uniform(0.6, 1.0, n_images)
+    after = np.repeat(probability[:, None, None], 2, 1).repeat(2, 2)
+    after[:, 0, 0] /= 2
+    after[:, 1, 1] = np.nan
+    label = rng.integers(0, 5, n_images)
+    prediction = np.where(np.arange(n_images) % 10 == 0, (label + 1) % 5, label)
+    pruned = np.repeat(prediction[:, None, None], 2, 1).repeat(2, 2)
+    pruned[::4, 0, 0] = (pruned[::4, 0, 0] + 1) % 5
+    pruned[:, 1, 1] = -1
+    heads = ("image", "layer", "head")
+    return xr.Dataset(
+        {
+            "probability": ("image", probability.astype(np.float32)),
+            "label": ("image", label.astype(np.int32)),
+            "prediction": ("image", prediction.astype(np.int32)),
+            "head_probability": (heads, after.astype(np.float32)),
+            "head_flip": (heads, pruned != prediction[:, None, None]),
+            "head_prediction": (heads, pruned.astype(np.int32)),
+        }
+    )
+
+
+def test_the_table_finds_the_planted_head_and_leaves_missing_heads_empty():
+    table = head_table(study())
+    assert_allclose(table["drop_mean"][0, 0], study()["probability"].mean() / 2, rtol=1e-6)
+    assert_allclose(table["drop_mean"][0, 1], 0, atol=1e-7)
+    assert_allclose(table["drop_share_large"].values, [[1, 0], [0, np.nan]])
+    assert_allclose(table["flip_share"].values, [[0.25, 0], [0, np.nan]])
+    assert_allclose(table["head_probability_median"][1, 0], np.median(study()["probability"]), rtol=1e-6)
+
+
+def test_accuracy_counts_images_that_pruning_puts_right_as_well_as_those_it_breaks():
+    data = study()
+    right = (data["head_prediction"] == data["label"]).mean("image")
+    table = head_table(data)
+    assert_allclose(table["accuracy"][0], right[0])
+    assert_allclose(table.attrs["accuracy"], 0.9)
+    assert np.isnan(table["accuracy"][1, 1])
+    assert table["accuracy_low"][0, 0] < table["accuracy"][0, 0] < table["accuracy_high"][0, 0]
+
+
+def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
+    data = study()
+    xr.testing.assert_identical(head_table(data, seed=3), head_table(data, seed=3))
+    assert abs(head_table(data, seed=3)["drop_low"][0, 0] - head_table(data, seed=4)["drop_low"][0, 0]) > 0
+
+
+def test_a_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    low, high = bootstrap_interval(rng.normal(size=(80, 500)), seed=1, resamples=400)
+    covered = ((low < 0) & (high > 0)).mean()
+    assert_allclose(covered, 0.95, atol=0.03)
+
+
+def test_a_study_without_images_has_no_table():
+    with pytest.raises(UsageError, match="no images"):
+        head_table(xr.Dataset())
+
+
+def test_spearman_gives_ties_their_mean_rank():
+    assert_allclose(spearman(np.array([1.0, 2, 2, 3]), np.array([10.0, 20, 20, 30])), 1.0)
+    assert_allclose(spearman(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])), -1.0)
+    assert_allclose(spearman(np.array([1.0, 2, 2, 4]), np.array([1.0, 3, 2, 4])), 3 / np.sqrt(10), rtol=1e-12)
+    assert np.isnan(spearman(np.ones(3), np.arange(3.0)))
+
+
+def test_rank_agreement_is_over_heads_of_the_means_and_skips_missing_heads():
+    exact = np.random.default_rng(0).uniform(size=(6, 3, 4))
+    exact[:, 2, 3] = np.nan
+    assert_allclose(rank_agreement(np.exp(3 * exact.mean(0, keepdims=True)), exact), 1.0)
+
+
+def test_a_corrected_estimate_is_exact_where_estimate_and_truth_are_on_one_line():
+    estimate = np.random.default_rng(0).normal(size=(50, 2, 3))
+    truth = 2 * estimate + 1
+    found = correct_estimate(estimate, np.arange(5), truth[:5])
+    assert_allclose(found.mean, truth.mean(0), rtol=1e-9)
+
+
+def test_a_corrected_estimate_has_a_smaller_error_than_the_sample_alone_and_an_honest_interval():
+    rng = np.random.default_rng(0)
+    estimate = rng.normal(size=(1000, 20, 20))
+    truth = estimate + 0.3 * rng.normal(size=estimate.shape)
+    found = correct_estimate(estimate, np.arange(60), truth[:60])
+    error = np.abs(found.mean - truth.mean(0)).mean()
+    assert error < 0.5 * np.abs(truth[:60].mean(0) - truth.mean(0)).mean()
+    assert_allclose(((found.low < 0) & (found.high > 0)).mean(), 0.95, atol=0.04)
+
+
+def test_correcting_with_too_few_exact_images_is_refused():
+    with pytest.raises(UsageError, match="at least 4"):
+        correct_estimate(np.zeros((9, 1, 1)), np.arange(2), np.zeros((2, 1, 1)))
