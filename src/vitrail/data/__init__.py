@@ -1,0 +1,39 @@
+"""Image sources: a folder, class folders, a list of files, one file, a Hugging Face dataset, the built-in crops.
+
+    source = open_images("photos/", class_names=vit.class_names)     names, order and labels; nothing is decoded yet
+    manifest = scan(source)                                          decodes each image once: usable, or skipped and why
+    image = load_image(source, manifest.images[0])                   RGB; the content must still be what was scanned
+
+Ids are paths relative to the folder with forward slashes, in natural order: runs of digits compare as numbers, all else
+by code point, so `img2.png` precedes `img10.png`. A list of files keeps its own order, with ids relative to the folder
+that all of them share. A dataset's ids are its row numbers.
+
+Labels come from names only, never from positions: the name of the class folder (or of the dataset's class) is looked up
+in the class names, and a WordNet id such as `n01440764` in them or in timm's ImageNet tables. If no name is found there
+are no labels, and `labels_from` says why; if only some are found, or one means two classes, that is an error.
+
+No torch here. What a file may do to us is bounded: formats are a short fixed list, bytes and pixels are capped before
+anything is decoded, and a file that cannot be used is a `BadImage` with its reason.
+"""
+
+from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
+from vitrail.data.images import ImageEntry, ImageSource, Manifest, Skipped
+from vitrail.data.labels import class_title, read_class_names
+from vitrail.data.scanning import load_image, scan, stored_image
+from vitrail.data.sources import open_images
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "ImageEntry",
+    "ImageSource",
+    "Manifest",
+    "Skipped",
+    "class_title",
+    "decode_image",
+    "load_image",
+    "open_images",
+    "read_class_names",
+    "scan",
+    "stored_image",
+]

@@ -1,0 +1,89 @@
+"""What travels between the parts of this folder: items before anybody looked at them, entries after."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from vitrail.errors import DataError
+
+__all__ = ["Content", "ImageEntry", "ImageSource", "Item", "Manifest", "Skipped", "first_reasons"]
+
+Content = bytes | Image.Image
+"""What an item yields: an encoded image, or one that only exists decoded (the built-in crops)."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image before anybody looked at it."""
+
+    id: str
+    class_name: str | None
+    content: Path | Callable[[], Content]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that is not part of the study, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """A usable image: where it is and what was in it. `path` is None where there is no file."""
+
+    id: str
+    path: str | None
+    label: int | None
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images in their fixed order, with labels where names gave them; the first `limit` usable ones are meant.
+
+    `name` is what `open_images` takes to open the same images again, or None for an object in memory.
+    """
+
+    name: str | None
+    items: tuple[Item, ...]
+    labels: tuple[int | None, ...]
+    labels_from: str
+    skipped: tuple[Skipped, ...] = ()
+    limit: int | None = None
+
+    @cached_property
+    def _by_id(self) -> dict[str, Item]:
+        return {item.id: item for item in self.items}
+
+    def item(self, id_: str) -> Item:
+        """The item with this id. Raises `DataError` where there is none."""
+        if id_ not in self._by_id:
+            raise DataError(f"{self.name or 'This data set'} no longer holds an image {id_!r}.")
+        return self._by_id[id_]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a scan found: the images of the study in order, and every file left out with its reason."""
+
+    source: str | None
+    labels_from: str
+    images: tuple[ImageEntry, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def digest(self) -> str:
+        """One digest of ids, labels and contents in their order; where the files lie does not enter."""
+        lines = (f"{entry.id!r} {entry.label} {entry.digest}\n" for entry in self.images)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def first_reasons(skipped: Sequence[Skipped]) -> str:
+    return "".join(f"\n  {each.id}: {each.reason}" for each in skipped[:5])
