@@ -66,7 +66,8 @@ class TestSources:
 
     @given(st.lists(st.text(max_size=12)))
     def test_natural_order_is_a_total_order(self, names: list[str]) -> None:
-        assert sorted(names[::-1], key=natural_key) == sorted(names, key=natural_key)
+        backwards = names[::-1]
+        assert sorted(backwards, key=natural_key) == sorted(names, key=natural_key)
 
     def test_hidden_files_are_not_images(self, tmp_path: Path) -> None:
         folder = folder_of(tmp_path, {".DS_Store": b"x", ".git/a.png": encoded(picture()), "a.png": encoded(picture())})

@@ -158,7 +158,8 @@ def _from_files(paths: list[Path]) -> list[Item]:
 
 
 def _from_crops(n_crops: int) -> Listing:
-    photos = importlib.import_module("vitrail.photos")  # loads scikit-image's photographs: only when they are asked for
+    from vitrail import photos  # loads scikit-image's photographs: only when they are asked for
+
     items = [
         Item(crop.id, photos.CLASS_NAMES[crop.label], partial(_same, crop.image))
         for crop in photos.held_out_crops(n_crops)
