@@ -1,0 +1,97 @@
+"""The heads room: which heads matter, and how far they look.
+
+metrics      how far apart two predictions or two sets of tokens are
+importance   leave-one-head-out, exactly
+estimate     the same to first order, in one backward pass
+regions      which part of one head's map matters: the six region modes
+strength     attention over distance
+summary      a study's heads in one table (no torch)
+collect      the above as collectors that share one pass
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from vitrail.errors import UsageError
+from vitrail.measure import MEASURES, ROOMS
+
+if TYPE_CHECKING:
+    from vitrail.heads.collect import Collector
+    from vitrail.vit.open import Vit
+
+__all__ = ["OPTIONS", "collectors", "skipped"]
+
+OPTIONS: Mapping[str, tuple[str, ...]] = {"importance": ("exact", "estimate")}
+"""Options of `collectors` and their values, the default first."""
+
+REACH = ("attention_strength", "strength_entropy", "attention_distance", "prefix_share")
+
+
+def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> "list[Collector]":
+    """What computes those of the measures `names` that belong to this room and that the model has.
+
+    `options`: `importance="exact"` prunes every head in turn, `"estimate"` takes the first order of the model metrics
+    (layer metrics stay exact). Measures left out are named, with the reason, by `skipped`. Raises `UsageError` for an
+    unknown option.
+    """
+    from vitrail.heads.collect import EstimateCollector, ReachCollector, SweepCollector
+    from vitrail.heads.estimate import ESTIMATED
+
+    left_out = skipped(vit, names, options)
+    wanted = [name for name in dict.fromkeys(names) if name in ROOMS["heads"] and name not in left_out]
+    estimated = [name for name in wanted if name in ESTIMATED] if _importance(options) == "estimate" else []
+    swept = [name for name in wanted if name not in REACH and name not in estimated]
+    read = [name for name in wanted if name in REACH]
+    found: list[Collector] = []
+    if read:
+        found.append(ReachCollector(vit.anatomy, read))
+    if swept:
+        found.append(SweepCollector(vit.anatomy, swept, vit.n_classes is not None))
+    if estimated:
+        found.append(EstimateCollector(vit.anatomy, estimated))
+    return found
+
+
+def skipped(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Measures among `names` that this model or these options cannot give, each with the reason."""
+    from vitrail.heads.collect import reaches
+
+    lacks = {
+        "classifier": ""
+        if vit.n_classes is not None
+        else "the model has no classifier, its output is a feature vector",
+        "class_token": "" if vit.anatomy.class_token else "the model has no class token",
+        "grid": "" if any(reaches(block) for block in vit.anatomy.blocks) else _no_grid(vit),
+    }
+    reasons: dict[str, str] = {}
+    for name in names:
+        if name not in ROOMS["heads"]:
+            continue
+        why = next((lacks[need] for need in sorted(MEASURES[name].needs) if lacks.get(need)), "")
+        why = why or _not_estimated(name, options)
+        if why:
+            reasons[name] = why
+    return reasons
+
+
+def _no_grid(vit: "Vit") -> str:
+    kinds = ", ".join(sorted({block.kind for block in vit.anatomy.blocks}))
+    return f"no layer has a map between tokens of a known grid (attention kinds: {kinds})"
+
+
+def _not_estimated(name: str, options: Mapping[str, str] | None) -> str:
+    if _importance(options) != "estimate":
+        return ""
+    from vitrail.heads.estimate import NOT_ESTIMATED
+
+    reason = NOT_ESTIMATED.get(name, "")
+    return f'no estimate: {reason}; use importance="exact"' if reason else ""
+
+
+def _importance(options: Mapping[str, str] | None) -> str:
+    options = options or {}
+    for option, value in options.items():
+        if option not in OPTIONS or value not in OPTIONS[option]:
+            valid = "; ".join(f"{name}: {', '.join(values)}" for name, values in OPTIONS.items())
+            raise UsageError(f"Heads have no option {option}={value!r}. Options: {valid}.")
+    return options.get("importance", OPTIONS["importance"][0])

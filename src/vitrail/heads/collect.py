@@ -1,0 +1,146 @@
+"""Collectors of the heads room: objects that turn passes of the tap into arrays of a study.
+
+Several collectors share one recorded plain pass (`readers`), then each may run passes of its own (`finish`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitrail.heads.estimate import estimate
+from vitrail.heads.importance import sweep
+from vitrail.heads.strength import Layout, Reach, reach
+from vitrail.vit.anatomy import Anatomy, Block
+from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
+
+__all__ = ["Collector", "EstimateCollector", "ReachCollector", "SweepCollector", "reaches"]
+
+REACH_FIELDS = {
+    "attention_strength": "strength",
+    "strength_entropy": "entropy",
+    "attention_distance": "distance",
+    "prefix_share": "prefix_share",
+}
+
+
+CHUNK_BYTES = 128 * 2**20
+"""Bound on the attention maps that are held at once."""
+
+
+def reaches(block: Block) -> bool:
+    """The block's map joins patches of one grid with patches of the same grid."""
+    return block.maps_on_grid and (block.kind == "window" or block.calls[0].queries == block.tokens)
+
+
+class Collector(Protocol):
+    """Computes some measures of a batch of images; used for one batch after the other."""
+
+    measures: tuple[str, ...]
+
+    def readers(self) -> Readers:
+        """What to read in the plain pass."""
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """The batch's arrays, by measure name; they lead with the image dimension."""
+
+
+class ReachCollector:
+    """How far heads look, read off each attention map while the plain pass makes it."""
+
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str]) -> None:
+        self.measures = tuple(measures)
+        self._anatomy = anatomy
+        self._layouts = {
+            layer: Layout(block.grid, block.prefix)
+            for layer, block in enumerate(anatomy.blocks)
+            if block.grid is not None and reaches(block)
+        }
+        self._found: dict[int, Reach] = {}
+
+    def readers(self) -> Readers:
+        """Reads the attention of every layer whose map lies on a grid."""
+        return Readers(attention=self._read)
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """Arrays [image, layer, head] and, for strength, [.., hop]; NaN for layers, heads, hops that are not there."""
+        blocks = self._anatomy.blocks
+        n_hops = max(layout.n_hops for layout in self._layouts.values())
+        shape = (len(logits), len(blocks), max(block.heads for block in blocks))
+        arrays = {}
+        for name in self.measures:
+            array = np.full((*shape, n_hops) if name == "attention_strength" else shape, np.nan, dtype=np.float32)
+            for layer in self._layouts:
+                values = getattr(self._found[layer], REACH_FIELDS[name]).cpu().numpy()
+                array[:, layer][tuple(slice(size) for size in values.shape)] = values
+            arrays[name] = array
+        self._found.clear()
+        return arrays
+
+    def _read(self, attention: LayerAttention) -> None:
+        if attention.call != 0 or attention.layer not in self._layouts:
+            return
+        layout = self._layouts[attention.layer]
+        if attention.windows > 1:
+            windows = tuple(map(tuple, attention.slots.tolist()))
+            found = reach(attention.window_weights().flatten(0, 1), replace(layout, windows=windows))
+        else:
+            parts = [reach(weights, layout) for _, weights in attention.weights_in_chunks(CHUNK_BYTES)]
+            found = parts[0] if len(parts) == 1 else Reach(*map(torch.cat, zip(*parts, strict=True)))
+        self._found[attention.layer] = found
+
+
+class SweepCollector:
+    """Exact importance by pruning; reads the plain residuals on the way so that no spare copy has to run."""
+
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str], has_classes: bool) -> None:
+        self.measures = tuple(measures)
+        self._anatomy, self._has_classes = anatomy, has_classes
+        self._reads_tokens = any("shift" in name for name in measures)
+        self._residuals: dict[int, Tensor] = {}
+
+    def readers(self) -> Readers:
+        """Reads each layer's tokens after attention and residual if a layer metric needs them."""
+        return Readers(residual=self._keep) if self._reads_tokens else Readers()
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """Arrays [image, layer, head] of every measure."""
+        targets = _targets(labels, logits) if self._has_classes else None
+        arrays = sweep(tap, self._anatomy, replay, logits, targets, self.measures, self._residuals)
+        self._residuals = {}
+        return arrays
+
+    def _keep(self, layer: int, tokens: Tensor) -> None:
+        self._residuals[layer] = tokens.clone()  # some blocks go on to add to it in place
+
+
+class EstimateCollector:
+    """First-order importance: one forward and one backward pass for all heads."""
+
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str]) -> None:
+        self.measures = tuple(measures)
+        self._anatomy = anatomy
+
+    def readers(self) -> Readers:
+        """Needs nothing of the plain pass but its logits and its first block's input."""
+        return Readers()
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """Arrays [image, layer, head] of every measure."""
+        return estimate(tap, self._anatomy, replay, logits, _targets(labels, logits), self.measures)
+
+
+def _targets(labels: Int[np.ndarray, "image"], logits: Tensor) -> Int[Tensor, "image"]:
+    return torch.as_tensor(labels, dtype=torch.int64, device=logits.device)

@@ -1,0 +1,66 @@
+"""How much a head matters, to first order: one forward and one backward pass for all heads at once.
+
+A gate of 1 on every head's output is turned down to 0 by pruning; the derivative of the loss by that gate says how the
+loss begins to move (Michel, Levy, Neubig 2019, arXiv 1905.10650, rank heads by its size). How far to trust that is a
+question to the exact sweep on a sample: `summary.rank_agreement`, `summary.correct_estimate`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitrail.heads.importance import HeadArrays
+from vitrail.heads.metrics import label_log_probability
+from vitrail.vit.anatomy import Anatomy
+from vitrail.vit.edits import Edit
+from vitrail.vit.tap import Replay, Tap
+
+__all__ = ["ESTIMATED", "NOT_ESTIMATED", "estimate", "loss_gradients"]
+
+ESTIMATED = ("head_loss_change", "head_probability")
+"""Measures that have a first-order estimate."""
+
+NOT_ESTIMATED = {
+    "head_divergence": "its first-order change is zero, and the second order needs a backward pass per class",
+    "head_flip": "a derivative does not tell which class overtakes",
+    "head_prediction": "a derivative does not tell which class overtakes",
+}
+"""Measures that have none, and why."""
+
+
+def estimate(
+    tap: Tap,
+    anatomy: Anatomy,
+    replay: Replay,
+    logits: Float[Tensor, "image class"],
+    labels: Int[Tensor, "image"],
+    names: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """First-order predictions of what pruning each head does; arrays [image, layer, head] by measure name.
+
+    `head_loss_change` is minus the gate's derivative, in nats. `head_probability` follows from it, P(label) times
+    exp(-loss change), at most 1.
+    """
+    results = HeadArrays(names, len(logits), [block.heads for block in anatomy.blocks])
+    before = label_log_probability(logits, labels)
+    for layer, gradient in enumerate(loss_gradients(tap, anatomy, replay.images, labels)):
+        change = -gradient.T
+        found = {"head_loss_change": change, "head_probability": (before - change).clamp(max=0.0).exp()}
+        results.put(layer, range(len(change)), found)
+    return results.arrays
+
+
+def loss_gradients(
+    tap: Tap, anatomy: Anatomy, images: Float[Tensor, "image channel row column"], labels: Int[Tensor, "image"]
+) -> tuple[Float[Tensor, "image head"], ...]:
+    """Derivative of each image's cross-entropy by a gate on each head's output, at 1, layer by layer, in nats."""
+    with torch.enable_grad():
+        gates = [
+            torch.ones(len(images), block.heads, device=images.device, requires_grad=True) for block in anatomy.blocks
+        ]
+        edits = [Edit(layer, gate=gate) for layer, gate in enumerate(gates)]
+        loss = -label_log_probability(tap.read(images, edits=edits), labels).sum()
+        return torch.autograd.grad(loss, gates)

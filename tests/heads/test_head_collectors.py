@@ -1,0 +1,110 @@
+"""Collectors: which measures a model can give, what a batch looks like, several at once."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from head_models import timm_vit
+from numpy.testing import assert_allclose
+
+from vitrail import Readers, open_vit
+from vitrail.errors import UsageError
+from vitrail.heads import collectors, skipped
+from vitrail.heads.strength import Layout, reach
+from vitrail.measure import MEASURES, ROOMS
+
+REACH = ("attention_strength", "strength_entropy", "attention_distance", "prefix_share")
+
+
+def read_reach(vit, images):
+    (collector,) = collectors(vit, REACH, {})
+    tap = vit.tap()
+    replay, logits = tap.record(images, collector.readers())
+    return collector.finish(tap, replay, logits, np.zeros(len(images), dtype=np.int64))
+
+
+def maps_of(vit, images):
+    kept = {}
+    vit.tap().read(
+        images, Readers(attention=lambda attention: kept.update({attention.layer: attention.weights().detach()}))
+    )
+    return kept
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return open_vit(timm_vit(), image_size=(48, 80))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(4, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+
+
+def test_importing_the_room_and_its_tables_loads_no_torch():
+    code = "import sys, vitrail.heads, vitrail.heads.summary; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_measure_of_the_room_is_computed_for_a_classifier_with_class_token(vit):
+    found = [name for collector in collectors(vit, list(MEASURES), {}) for name in collector.measures]
+    assert sorted(found) == sorted(ROOMS["heads"])
+    assert skipped(vit, list(MEASURES)) == {}
+
+
+def test_reach_of_a_batch_is_reach_of_each_layers_maps(vit, images):
+    found, maps = read_reach(vit, images), maps_of(vit, images)
+    assert found["attention_strength"].shape == (4, 3, 3, 5)
+    for layer, weights in maps.items():
+        expected = reach(weights, Layout((3, 5), 1))
+        assert_allclose(found["attention_strength"][:, layer], expected.strength, rtol=1e-5)
+        assert_allclose(found["strength_entropy"][:, layer], expected.entropy, rtol=1e-5)
+        assert_allclose(found["attention_distance"][:, layer], expected.distance, rtol=1e-5)
+        assert_allclose(found["prefix_share"][:, layer], expected.prefix_share, rtol=1e-5)
+    assert (found["strength_entropy"] < math.log(5)).all()
+
+
+def test_permuting_images_permutes_rows(vit, images):
+    order = [2, 0, 3, 1]
+    straight, permuted = read_reach(vit, images), read_reach(vit, images[order])
+    for name in REACH:
+        assert_allclose(permuted[name], straight[name][order], rtol=1e-4, err_msg=name)
+
+
+def test_swin_is_read_on_the_image_grid_with_layers_padded(images):
+    model = timm_vit(
+        "swin_tiny_patch4_window7_224", 64, depth=None, window_size=4, depths=(2, 2), embed_dim=24, num_heads=(2, 3)
+    )
+    vit = open_vit(model, image_size=(64, 64))
+    found = read_reach(vit, torch.randn(2, 3, 64, 64))
+    strength = found["attention_strength"]
+    assert strength.shape == (2, 4, 3, 16)
+    assert np.isnan(strength[:, :2, 2]).all()  # two heads in the first stage
+    assert np.isnan(strength[:, 2:, :, 8:]).all()  # a grid of 8 x 8 in the second
+    assert_allclose(strength[:, 0, :2, 4:], 0, atol=0)  # windows of 4 x 4 do not reach further
+    assert (strength[:, 0, :2, :4] > 0).all()
+    assert_allclose(found["prefix_share"][:, 0, :2], 0, atol=0)
+
+
+def test_measures_that_a_model_cannot_give_are_named_with_the_reason():
+    features = open_vit(
+        timm_vit("vit_base_patch16_siglip_gap_224", embed_dim=48, num_heads=3, num_classes=0), image_size=(48, 80)
+    )
+    reasons = skipped(features, list(ROOMS["heads"]))
+    assert "no classifier" in reasons["head_probability"]
+    assert "no class token" in reasons["head_cls_shift"]
+    assert "head_token_shift" not in reasons
+
+
+def test_the_estimate_says_what_it_does_not_offer(vit):
+    reasons = skipped(vit, list(ROOMS["heads"]), {"importance": "estimate"})
+    assert 'use importance="exact"' in reasons["head_divergence"]
+    assert "head_loss_change" not in reasons
+
+
+def test_an_unknown_option_is_refused_with_those_that_exist(vit):
+    with pytest.raises(UsageError, match="exact, estimate"):
+        collectors(vit, ["head_flip"], {"importance": "guess"})

@@ -1,0 +1,169 @@
+"""Importance by pruning: against naive leave-one-out, surgery, and a toy whose truth is known."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from head_models import PLANTED, PlantedViT, bright_and_dark_images, timm_vit
+from numpy.testing import assert_allclose
+from torch.testing import assert_close
+
+from vitrail import open_vit
+from vitrail.heads import collectors, importance
+from vitrail.heads.estimate import loss_gradients
+from vitrail.heads.metrics import jensen_shannon, shift
+from vitrail.heads.summary import rank_agreement
+from vitrail.measure import ROOMS
+
+SWEPT = tuple(name for name in ROOMS["heads"] if name.startswith("head_"))
+
+
+def study_batch(vit, images, labels, names=SWEPT, **options):
+    """What a study does with one batch."""
+    tap, arrays = vit.tap(), {}
+    found = collectors(vit, names, options)
+    readers = [collector.readers() for collector in found]
+    for collector, reader in zip(found, readers, strict=True):
+        replay, logits = tap.record(images, reader)
+        arrays |= collector.finish(tap, replay, logits, np.asarray(labels, dtype=np.int64))
+    return arrays
+
+
+def without_head(model, layer, head):
+    """The model with a head's columns of the output projection set to zero: surgery, no tap."""
+    model = copy.deepcopy(model)
+    attention = model.blocks[layer].attn
+    size = attention.proj.weight.shape[1] // attention.num_heads
+    with torch.no_grad():
+        attention.proj.weight[:, head * size : (head + 1) * size] = 0
+    return model
+
+
+def residual_of(model, images, layer):
+    """Tokens after attention and residual of a timm block, without the tap."""
+    kept = []
+    handle = model.blocks[layer].norm2.register_forward_pre_hook(lambda _, args: kept.append(args[0].clone()))
+    with torch.no_grad():
+        logits = model(images)
+    handle.remove()
+    return logits, kept[0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm_vit()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(5, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def labels():
+    return np.array([0, 3, 9, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def swept(model, images, labels):
+    return study_batch(open_vit(model, image_size=(48, 80)), images, labels)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("head", [0, 2])
+def test_the_sweep_equals_naive_leave_one_out(model, images, labels, swept, layer, head):
+    plain, before = residual_of(model, images, layer)
+    pruned, after = residual_of(without_head(model, layer, head), images, layer)
+    rows, target = range(len(labels)), torch.from_numpy(labels)
+    loss = torch.nn.functional.cross_entropy
+    moved = shift(before, after)
+    expected = {
+        "head_probability": pruned.softmax(-1)[rows, target],
+        "head_divergence": jensen_shannon(plain, pruned),
+        "head_loss_change": loss(pruned, target, reduction="none") - loss(plain, target, reduction="none"),
+        "head_token_shift": moved.one_minus_cosine.mean(-1),
+        "head_token_shift_l2": moved.relative_l2.mean(-1),
+        "head_cls_shift": moved.one_minus_cosine[:, 0],
+        "head_cls_shift_l2": moved.relative_l2[:, 0],
+    }
+    for name, values in expected.items():
+        assert_allclose(
+            swept[name][:, layer, head], values, rtol=1e-4, atol=1e-4 * float(values.abs().max()), err_msg=name
+        )
+    assert (swept["head_flip"][:, layer, head] == (plain.argmax(-1) != pruned.argmax(-1)).numpy()).all()
+
+
+def test_a_sweep_with_one_head_at_a_time_gives_the_same(model, images, labels, swept, monkeypatch):
+    monkeypatch.setattr(importance, "STACK_BYTES", 1)
+    one_by_one = study_batch(open_vit(model, image_size=(48, 80)), images, labels)
+    for name in SWEPT:
+        assert_allclose(one_by_one[name], swept[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_the_planted_head_ranks_first_in_every_model_metric_and_in_the_estimate():
+    images, labels = bright_and_dark_images()
+    vit = open_vit(PlantedViT().eval(), image_size=(16, 16))
+    exact = study_batch(vit, images, labels)
+    guess = study_batch(vit, images, labels, importance="estimate")
+    scores = {
+        "drop": -exact["head_probability"],
+        "divergence": exact["head_divergence"],
+        "loss": exact["head_loss_change"],
+        "flips": exact["head_flip"].astype(float),
+        "class token": exact["head_cls_shift"],
+        "estimated drop": -guess["head_probability"],
+        "estimated loss": guess["head_loss_change"],
+    }
+    for name, score in scores.items():
+        mean = score.mean(0)
+        assert np.unravel_index(mean.argmax(), mean.shape) == PLANTED, name
+        others = np.delete(mean.ravel(), np.ravel_multi_index(PLANTED, mean.shape))
+        assert mean[PLANTED] > others.max(), name
+
+
+def test_the_estimate_is_the_derivative_by_the_gate(model, images, labels):
+    vit = open_vit(model, image_size=(48, 80))
+    tap, target, step = vit.tap(), torch.from_numpy(labels), 1e-2
+    gradients = loss_gradients(tap, vit.anatomy, images, target)
+
+    def loss_with(factor, layer, head):
+        scaled = copy.deepcopy(model)
+        attention = scaled.blocks[layer].attn
+        size = attention.proj.weight.shape[1] // attention.num_heads
+        with torch.no_grad():
+            attention.proj.weight[:, head * size : (head + 1) * size] *= factor
+            return torch.nn.functional.cross_entropy(scaled.double()(images.double()), target, reduction="none").float()
+
+    for layer, head in [(0, 0), (1, 2), (2, 1)]:
+        slope = (loss_with(1 + step, layer, head) - loss_with(1 - step, layer, head)) / (2 * step)
+        assert_close(gradients[layer][:, head], slope, rtol=1e-2, atol=1e-3)
+
+
+def test_the_estimate_ranks_heads_nearly_as_the_exact_sweep_does_where_heads_change_little(images, labels):
+    small = timm_vit()
+    with torch.no_grad():
+        for block in small.blocks:
+            block.attn.proj.weight.mul_(0.1)
+    vit = open_vit(small, image_size=(48, 80))
+    exact = study_batch(vit, images, labels)
+    guess = study_batch(vit, images, labels, importance="estimate")
+    assert rank_agreement(guess["head_loss_change"], exact["head_loss_change"]) > 0.9
+    assert_allclose(guess["head_token_shift"], exact["head_token_shift"], rtol=1e-3, atol=1e-9)
+    assert "head_divergence" not in guess
+
+
+def test_the_estimate_leaves_no_gradients_behind(model, images, labels):
+    vit = open_vit(model, image_size=(48, 80))
+    study_batch(vit, images, labels, importance="estimate")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_without_classifier_has_layer_metrics_and_the_cosine_of_its_output(images):
+    features = timm_vit(num_classes=0)
+    vit = open_vit(features, image_size=(48, 80))
+    found = study_batch(vit, images, np.zeros(5, dtype=np.int64))
+    assert set(found) == {"head_divergence", *(name for name in SWEPT if "shift" in name)}
+    with torch.no_grad():
+        cosine = torch.nn.functional.cosine_similarity(features(images), without_head(features, 1, 0)(images), dim=-1)
+    assert_allclose(found["head_divergence"][:, 1, 0], 1 - cosine, rtol=1e-3, atol=1e-6)
