@@ -1,8 +1,9 @@
 """What travels between the parts of this folder: items before anybody looked at them, entries after."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -83,6 +84,21 @@ class Manifest:
         """One digest of ids, labels and contents in their order; where the files lie does not enter."""
         lines = (f"{entry.id!r} {entry.label} {entry.digest}\n" for entry in self.images)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The same text for the same manifest; file names that are no UTF-8 survive as escaped surrogates."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Raises `ValueError`, `KeyError` or `TypeError` if the text is none of ours."""
+        held = json.loads(text)
+        return cls(
+            held["source"],
+            held["labels_from"],
+            tuple(ImageEntry(**entry) for entry in held["images"]),
+            tuple(Skipped(**each) for each in held["skipped"]),
+        )
 
 
 def first_reasons(skipped: Sequence[Skipped]) -> str:

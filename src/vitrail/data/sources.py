@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def open_images(
     if limit is not None and limit < 1:
         raise UsageError(f"A limit of {limit} images leaves nothing to look at; give 1 or more.")
     if isinstance(source, ImageSource):
-        return source
+        return source if limit is None else replace(source, limit=limit)
     if isinstance(class_names, str | Path):
         class_names = read_class_names(class_names)
     name, items, skipped = _listed(source, limit)

@@ -1,0 +1,230 @@
+"""The writing side of a study: what is on disk is complete or absent, whenever the process ends.
+
+Order makes it so. The plan is written last when a folder is begun, arrays appear whole by one rename, and a part's file
+in `parts/` is written after all of its values have reached the disk. What a killed run leaves half-written is removed
+or overwritten with the same bytes by the next. No times and no random names stay, so equal plans give equal folders.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.errors import ZarrUserWarning
+
+from vitrail.data import Manifest
+from vitrail.errors import StudyError
+from vitrail.study.plan import Part, Plan, refuse_other_plan
+from vitrail.study.store import (
+    ARRAYS,
+    DERIVED,
+    IMAGES,
+    PARTS,
+    PLAN,
+    array_digest,
+    declared,
+    missing_parts,
+    part_file,
+    read_plan,
+)
+
+__all__ = ["StudyFolder", "locked", "plan_of", "refuse_foreign_folder"]
+
+LOCK = ".lock"
+UNFINISHED = ".unfinished"
+OURS = {PLAN, IMAGES, ARRAYS, PARTS, LOCK}
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raises `StudyError` if `folder` is a file, or holds anything that a study does not."""
+    if folder.exists() and not folder.is_dir():
+        raise StudyError(f"{folder} is a file, and a study is a folder; name another place.")
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(name for name in held - OURS if not name.endswith(UNFINISHED))
+    if PLAN not in held and others:
+        raise StudyError(
+            f"{folder} holds other files ({', '.join(others[:3])}) and no study; name a new or empty folder."
+        )
+
+
+def plan_of(folder: Path) -> Plan | None:
+    """The plan that the folder was begun with, if it was."""
+    return read_plan(folder) if (folder / PLAN).is_file() else None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process writes a study. The lock falls with its process, however that ends.
+
+    Raises `StudyError` that names the process which holds it.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with open(path, "a+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "(just starting)"
+            raise StudyError(f"Process {holder} is writing {folder}; wait until it has ended, or end it.") from error
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise StudyError(f"Another process has just finished with {folder}; run the command again.")
+        file.truncate(0)  # the number of a process that was killed
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink()  # while it is still locked, so that nobody else's lock is removed
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+class StudyFolder:
+    """A study being written. Make one inside `locked`."""
+
+    def __init__(self, folder: Path, plan: Plan, manifest: Manifest) -> None:
+        """Goes on with what is there, or begins it. Raises `PlanMismatch` if the folder has another plan."""
+        self.folder, self.plan = folder, plan
+        _remove_unfinished(folder)
+        held = plan_of(folder)
+        if held is None:
+            self._begin(manifest)
+        else:
+            refuse_other_plan(str(folder), held, plan)
+        self._group: zarr.Group | None = None
+
+    def _begin(self, manifest: Manifest) -> None:
+        for name in (ARRAYS, PARTS):
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
+        (self.folder / PARTS).mkdir()
+        _write_whole(self.folder / IMAGES, manifest.to_json())
+        _write_whole(self.folder / PLAN, self.plan.to_json())
+
+    @property
+    def missing(self) -> list[Part]:
+        """Parts still to be computed."""
+        return missing_parts(self.folder, self.plan)
+
+    def write_part(self, part: Part, arrays: Arrays) -> None:
+        """Stores one part whole: values first, then the file that says it is complete.
+
+        Raises `StudyError` if the disk does not take it; the folder can then be resumed.
+        """
+        with self._disk_errors(f"part {part.number}"):
+            self._write(part.number, slice(part.start, part.stop), arrays)
+
+    def write_derived(self, arrays: Arrays) -> None:
+        """Stores the arrays that need all images."""
+        with self._disk_errors("what is derived from all parts"):
+            self._write("derived", slice(None), arrays)
+
+    @property
+    def derived_is_missing(self) -> bool:
+        """The arrays that need all images are still to be computed."""
+        return not part_file(self.folder, "derived").is_file()
+
+    @contextmanager
+    def _disk_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            done = len(self.plan.parts) - len(self.missing)
+            raise StudyError(
+                f"{what} could not be written to {self.folder}: {error.strerror or error}. {done} of "
+                f"{len(self.plan.parts)} parts are complete; make room and run the same command again."
+            ) from error
+
+    def _write(self, name: int | str, rows: slice, arrays: Arrays) -> None:
+        group = self._arrays(arrays)
+        for key, values in arrays.items():
+            array = group[key]
+            assert isinstance(array, zarr.Array)
+            assert values.shape[1:] == array.shape[1:], f"{key} has shape {values.shape}, the study {array.shape}"
+            assert values.dtype == array.dtype, f"{key} is {values.dtype}, the study {array.dtype}"
+            array[rows] = values
+            chunk = 0 if isinstance(name, str) else name
+            _to_disk(self.folder / ARRAYS / key / "c" / str(chunk))
+        digests = {key: array_digest(values) for key, values in arrays.items()}
+        _write_whole(part_file(self.folder, name), json.dumps({"digests": digests}, indent=1) + "\n")
+
+    def _arrays(self, arrays: Arrays) -> zarr.Group:
+        if self._group is None:
+            if not (self.folder / ARRAYS).is_dir():
+                self._create(arrays)
+            self._group = zarr.open_group(self.folder / ARRAYS, mode="r+", use_consolidated=False)
+        return self._group
+
+    def _create(self, arrays: Arrays) -> None:
+        """All arrays in their full size, made beside their place and moved there as one."""
+        made = self.folder / (ARRAYS + UNFINISHED)
+        group = zarr.create_group(made, zarr_format=3)
+        for key, values in arrays.items():
+            _create_array(group, key, (self.plan.n_images, *values.shape[1:]), self.plan.part_size, values.dtype)
+        if "head_probability" in arrays:
+            for key in DERIVED:
+                _create_array(group, key, (self.plan.n_images, 2), self.plan.n_images, np.dtype("float32"))
+        with warnings.catch_warnings():
+            # Readers that do not know consolidated metadata lose nothing: the arrays' own files are there too.
+            warnings.simplefilter("ignore", ZarrUserWarning)
+            zarr.consolidate_metadata(made)
+        made.rename(self.folder / ARRAYS)
+
+
+def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], part_size: int, dtype: np.dtype[Any]) -> None:
+    measure = declared(key)
+    empty: Any = {"f": np.nan, "i": -1}.get(dtype.kind, 0)
+    attributes: dict[str, Any] = {**measure.attributes()}
+    group.create_array(
+        key,
+        shape=shape,
+        chunks=(min(part_size, shape[0]), *shape[1:]),
+        dtype=dtype,
+        fill_value=dtype.type(empty),
+        compressors=ZstdCodec(level=3, checksum=True),
+        dimension_names=measure.dims,
+        attributes=attributes,
+        config={"write_empty_chunks": True},  # a chunk that is not there is a chunk that was lost
+    )
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a chunk, or every file below a folder of chunks, has reached the disk."""
+    for file in [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The file has all of the text or is as it was before."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in [*folder.rglob(f"*{UNFINISHED}"), *folder.rglob("*.partial")]:  # .partial: zarr's own, of single chunks
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
