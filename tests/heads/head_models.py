@@ -8,16 +8,30 @@ from torch import nn
 PLANTED = (1, 2)
 
 
-def timm_vit(name="vit_tiny_patch16_224", img_size=(48, 80), depth=3, **options):
-    """A random timm ViT whose heads matter: weights are drawn wide enough for attention that is not uniform."""
+def timm_vit(name="vit_tiny_patch16_224", img_size=(48, 80), **options):
+    """A small random timm ViT of three layers with three heads, whose heads matter."""
+    small = {"depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=img_size, depth=depth, **{"num_classes": 10, **options}).eval()
+    return drawn_wide(timm.create_model(name, img_size=img_size, **small | options).eval())
+
+
+def timm_swin():
+    """A small random Swin: two layers of two heads on 16 x 16 patches, two of three on 8 x 8, windows of 4 x 4."""
+    shape = {"img_size": 64, "window_size": 4, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 3)}
+    torch.manual_seed(0)
+    return drawn_wide(timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **shape).eval())
+
+
+def drawn_wide(model):
+    """The model with weights wide enough for attention that is not uniform."""
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "gamma" in parameter_name:
                 parameter.normal_(std=0.5)
             elif parameter.ndim == 2:
                 parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+            elif parameter.ndim == 3:  # class token, registers, positions
+                parameter.normal_()
     return model
 
 

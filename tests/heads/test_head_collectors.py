@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from head_models import timm_vit
+from head_models import timm_swin, timm_vit
 from numpy.testing import assert_allclose
 
 from vitrail import Readers, open_vit
@@ -74,11 +74,8 @@ def test_permuting_images_permutes_rows(vit, images):
         assert_allclose(permuted[name], straight[name][order], rtol=1e-4, err_msg=name)
 
 
-def test_swin_is_read_on_the_image_grid_with_layers_padded(images):
-    model = timm_vit(
-        "swin_tiny_patch4_window7_224", 64, depth=None, window_size=4, depths=(2, 2), embed_dim=24, num_heads=(2, 3)
-    )
-    vit = open_vit(model, image_size=(64, 64))
+def test_swin_is_read_on_the_image_grid_with_layers_padded():
+    vit = open_vit(timm_swin(), image_size=(64, 64))
     found = read_reach(vit, torch.randn(2, 3, 64, 64))
     strength = found["attention_strength"]
     assert strength.shape == (2, 4, 3, 16)
@@ -90,9 +87,7 @@ def test_swin_is_read_on_the_image_grid_with_layers_padded(images):
 
 
 def test_measures_that_a_model_cannot_give_are_named_with_the_reason():
-    features = open_vit(
-        timm_vit("vit_base_patch16_siglip_gap_224", embed_dim=48, num_heads=3, num_classes=0), image_size=(48, 80)
-    )
+    features = open_vit(timm_vit("vit_base_patch16_siglip_gap_224", num_classes=0), image_size=(48, 80))
     reasons = skipped(features, list(ROOMS["heads"]))
     assert "no classifier" in reasons["head_probability"]
     assert "no class token" in reasons["head_cls_shift"]

@@ -140,17 +140,26 @@ def test_the_estimate_is_the_derivative_by_the_gate(model, images, labels):
         assert_close(gradients[layer][:, head], slope, rtol=1e-2, atol=1e-3)
 
 
-def test_the_estimate_ranks_heads_nearly_as_the_exact_sweep_does_where_heads_change_little(images, labels):
-    small = timm_vit()
+def test_the_estimate_is_close_and_ranks_heads_alike_where_heads_write_little(images, labels):
+    faint = timm_vit()
     with torch.no_grad():
-        for block in small.blocks:
+        for block in faint.blocks:
             block.attn.proj.weight.mul_(0.1)
-    vit = open_vit(small, image_size=(48, 80))
+    vit = open_vit(faint, image_size=(48, 80))
     exact = study_batch(vit, images, labels)
     guess = study_batch(vit, images, labels, importance="estimate")
-    assert rank_agreement(guess["head_loss_change"], exact["head_loss_change"]) > 0.9
-    assert_allclose(guess["head_token_shift"], exact["head_token_shift"], rtol=1e-3, atol=1e-9)
+    change = exact["head_loss_change"]
+    assert_allclose(guess["head_loss_change"], change, rtol=0, atol=0.1 * np.abs(change).max())
+    assert_allclose(guess["head_probability"], exact["head_probability"], rtol=0, atol=0.02)
+    assert_allclose(rank_agreement(guess["head_loss_change"], change), 1.0, atol=0.05)
     assert "head_divergence" not in guess
+
+
+def test_layer_metrics_are_exact_under_the_estimate_too(model, images, labels, swept):
+    guess = study_batch(open_vit(model, image_size=(48, 80)), images, labels, importance="estimate")
+    for name in SWEPT:
+        if "shift" in name:
+            assert_allclose(guess[name], swept[name], rtol=1e-3, atol=1e-7, err_msg=name)
 
 
 def test_the_estimate_leaves_no_gradients_behind(model, images, labels):

@@ -104,7 +104,7 @@ def test_registers_belong_to_the_prefix():
 
 
 def test_without_a_class_token_three_modes_remain_and_say_why():
-    model = timm_vit("vit_base_patch16_siglip_gap_224", (48, 80), depth=2, embed_dim=48, num_heads=3)
+    model = timm_vit("vit_base_patch16_siglip_gap_224", (48, 80), depth=2)
     vit = open_vit(model, image_size=(48, 80))
     images = torch.randn(4, 3, 48, 80)
     found = region_modes(vit.tap(), vit.anatomy, images, 0, 0)
