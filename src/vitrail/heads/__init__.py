@@ -34,7 +34,7 @@ def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | No
     (layer metrics stay exact). Measures left out are named, with the reason, by `skipped`. Raises `UsageError` for an
     unknown option.
     """
-    from vitrail.heads.collect import EstimateCollector, ReachCollector, SweepCollector
+    from vitrail.heads.collect import EstimateCollector, ReachCollector, SweepCollector, layouts_on_grid
     from vitrail.heads.estimate import ESTIMATED
 
     left_out = skipped(vit, names, options)
@@ -44,7 +44,7 @@ def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | No
     read = [name for name in wanted if name in REACH]
     found: list[Collector] = []
     if read:
-        found.append(ReachCollector(vit.anatomy, read))
+        found.append(ReachCollector(vit.anatomy, read, layouts_on_grid(vit)[0]))
     if swept:
         found.append(SweepCollector(vit.anatomy, swept, vit.n_classes is not None))
     if estimated:
@@ -54,14 +54,13 @@ def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | No
 
 def skipped(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> dict[str, str]:
     """Measures among `names` that this model or these options cannot give, each with the reason."""
-    from vitrail.heads.collect import reaches
-
+    wants_grid = any(name in REACH for name in names)
     lacks = {
         "classifier": ""
         if vit.n_classes is not None
         else "the model has no classifier, its output is a feature vector",
         "class_token": "" if vit.anatomy.class_token else "the model has no class token",
-        "grid": "" if any(reaches(block) for block in vit.anatomy.blocks) else _no_grid(vit),
+        "grid": _no_grid(vit) if wants_grid else "",
     }
     reasons: dict[str, str] = {}
     for name in names:
@@ -75,8 +74,10 @@ def skipped(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None 
 
 
 def _no_grid(vit: "Vit") -> str:
-    kinds = ", ".join(sorted({block.kind for block in vit.anatomy.blocks}))
-    return f"no layer has a map between tokens of a known grid (attention kinds: {kinds})"
+    from vitrail.heads.collect import layouts_on_grid
+
+    found, refused = layouts_on_grid(vit)
+    return "" if found else f"no layer has a map between patches of one grid: {next(iter(refused.values()))}"
 
 
 def _not_estimated(name: str, options: Mapping[str, str] | None) -> str:

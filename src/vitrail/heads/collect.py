@@ -3,8 +3,7 @@
 Several collectors share one recorded plain pass (`readers`), then each may run passes of its own (`finish`).
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,13 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitrail.errors import Unsupported
 from vitrail.heads.estimate import estimate
 from vitrail.heads.importance import sweep
 from vitrail.heads.strength import Layout, Reach, reach
-from vitrail.vit.anatomy import Anatomy, Block
+from vitrail.vit.anatomy import Anatomy
+from vitrail.vit.open import Vit
 from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 
-__all__ = ["Collector", "EstimateCollector", "ReachCollector", "SweepCollector", "reaches"]
+__all__ = ["Collector", "EstimateCollector", "ReachCollector", "SweepCollector", "layouts_on_grid"]
 
 REACH_FIELDS = {
     "attention_strength": "strength",
@@ -32,9 +33,27 @@ CHUNK_BYTES = 128 * 2**20
 """Bound on the attention maps that are held at once."""
 
 
-def reaches(block: Block) -> bool:
-    """The block's map joins patches of one grid with patches of the same grid."""
-    return block.maps_on_grid and (block.kind == "window" or block.calls[0].queries == block.tokens)
+def layouts_on_grid(vit: Vit) -> tuple[dict[int, Layout], dict[int, str]]:
+    """Where the tokens of each layer's map lie, for layers that join patches of one grid; and why the others do not."""
+    found: dict[int, Layout] = {}
+    refused: dict[int, str] = {}
+    for layer, block in enumerate(vit.anatomy.blocks):
+        if block.grid is None or not block.maps_on_grid:
+            refused[layer] = f"L{layer} has attention of kind {block.kind!r} on grid {block.grid}"
+        elif block.kind == "window":
+            try:
+                slots = vit.tap().window_slots(layer)
+            except Unsupported as error:
+                refused[layer] = str(error)
+            else:
+                found[layer] = Layout(block.grid, 0, tuple(map(tuple, slots.tolist())))
+        elif block.calls[0].queries == block.tokens:
+            found[layer] = Layout(block.grid, block.prefix)
+        else:
+            refused[layer] = (
+                f"L{layer} changes its grid from {block.tokens} to {block.calls[0].queries} tokens on the way"
+            )
+    return found, refused
 
 
 class Collector(Protocol):
@@ -54,18 +73,13 @@ class Collector(Protocol):
 class ReachCollector:
     """How far heads look, read off each attention map while the plain pass makes it."""
 
-    def __init__(self, anatomy: Anatomy, measures: Sequence[str]) -> None:
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str], layouts: Mapping[int, Layout]) -> None:
         self.measures = tuple(measures)
-        self._anatomy = anatomy
-        self._layouts = {
-            layer: Layout(block.grid, block.prefix)
-            for layer, block in enumerate(anatomy.blocks)
-            if block.grid is not None and reaches(block)
-        }
+        self._anatomy, self._layouts = anatomy, layouts
         self._found: dict[int, Reach] = {}
 
     def readers(self) -> Readers:
-        """Reads the attention of every layer whose map lies on a grid."""
+        """Reads the attention of every layer whose map lies on a grid (`layouts_on_grid`)."""
         return Readers(attention=self._read)
 
     def finish(
@@ -89,9 +103,8 @@ class ReachCollector:
         if attention.call != 0 or attention.layer not in self._layouts:
             return
         layout = self._layouts[attention.layer]
-        if attention.windows > 1:
-            windows = tuple(map(tuple, attention.slots.tolist()))
-            found = reach(attention.window_weights().flatten(0, 1), replace(layout, windows=windows))
+        if layout.windows is not None:
+            found = reach(attention.window_weights().flatten(0, 1), layout)
         else:
             parts = [reach(weights, layout) for _, weights in attention.weights_in_chunks(CHUNK_BYTES)]
             found = parts[0] if len(parts) == 1 else Reach(*map(torch.cat, zip(*parts, strict=True)))
