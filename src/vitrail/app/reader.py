@@ -1,0 +1,152 @@
+"""A study as the page asks for it: one image's numbers, one head's numbers over all images, and summaries of sets."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float32, Int
+from starlette.exceptions import HTTPException
+
+from vitrail.app.shelf import Shelf
+from vitrail.app.summary import QUANTILES_FROM, Summary, evenly_spaced, summary
+from vitrail.measure import MEASURES
+
+__all__ = ["Reader", "chosen_images"]
+
+WHOLE_BYTES = 256 * 2**20
+"""An array up to this size is read once and kept; a larger one (strength: 14 hops a head) is read where it is asked."""
+
+SHELF_BYTES = 768 * 2**20
+WARM = ("head_probability", "strength_entropy")
+
+
+class Reader:
+    """Reads one open study. Every method may be called from any thread."""
+
+    def __init__(self, dataset: xr.Dataset) -> None:
+        self.dataset = dataset
+        self.n_images = int(dataset.sizes["image"])
+        self._whole = Shelf(SHELF_BYTES)
+        self._summaries: dict[tuple[str, bool], Summary] = {}
+
+    @property
+    def measures(self) -> list[str]:
+        """The measures of `measure.py` that this study holds."""
+        return [str(name) for name in self.dataset.data_vars if name in MEASURES]
+
+    def warm(self) -> None:
+        """Read ahead what the first screen shows, so that the first visitor need not wait for it."""
+        for name in WARM:
+            if name in self.dataset:
+                self.summary_of_all(name)
+        if "strength_entropy" in self.dataset:
+            self.summary_of_all("strength_entropy", over_heads=True)
+        if "attention_strength" in self.dataset:
+            self.summary_of_all("attention_strength")
+
+    def known(self, name: str) -> xr.DataArray:
+        """The array called `name`; 404 with the names there are, if there is none."""
+        if name not in self.dataset:
+            names = ", ".join(str(other) for other in self.dataset.data_vars)
+            raise HTTPException(404, f"This study holds no array called {name!r}. It holds: {names}.")
+        return self.dataset[name]
+
+    def index(self, dimension: str, text: str, array: xr.DataArray) -> int:
+        """The index that a request names, checked against the array."""
+        if dimension not in array.dims:
+            raise HTTPException(
+                404, f"{array.name} has no dimension {dimension}; it has {', '.join(map(str, array.dims))}."
+            )
+        size = array.sizes[dimension]
+        if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) >= size:
+            raise HTTPException(404, f"There is no {dimension} {text[:20]!r} here. Valid: 0 to {size - 1}.")
+        return int(text)
+
+    def piece(self, name: str, chosen: dict[str, str]) -> tuple[tuple[str, ...], np.ndarray]:
+        """The array with the chosen indices fixed: the dimensions left, and the values."""
+        array = self.known(name)
+        fixed = {dimension: self.index(dimension, text, array) for dimension, text in chosen.items()}
+        left = tuple(str(dimension) for dimension in array.dims if dimension not in fixed)
+        if "image" in fixed or array.nbytes > WHOLE_BYTES:
+            return left, np.asarray(array.isel(fixed).values)
+        place = tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims)
+        return left, self.whole(name)[place]
+
+    def whole(self, name: str) -> np.ndarray:
+        """All of one array, kept in memory while there is room."""
+        return self._whole.take(name, lambda: np.asarray(self.dataset[name].values))
+
+    def summary_of_all(self, name: str, over_heads: bool = False) -> Summary:
+        """Mean, interval and quantiles over every image of the study."""
+        array = self.known(name)
+        if (name, over_heads) not in self._summaries:
+            if array.nbytes > WHOLE_BYTES:
+                made = self._streamed(array, over_heads)
+            else:
+                made = summary(_numbers(self.whole(name), over_heads, array))
+            self._summaries[name, over_heads] = made
+        return self._summaries[name, over_heads]
+
+    def summary_of(self, name: str, images: Int[np.ndarray, "chosen"], over_heads: bool = False) -> Summary:
+        """The same over some images; of a very large array at most 5,000 of them, evenly spaced, are read."""
+        array = self.known(name)
+        if array.nbytes <= WHOLE_BYTES:
+            return summary(_numbers(self.whole(name)[images], over_heads, array))
+        read = images[evenly_spaced(len(images), QUANTILES_FROM)]
+        return summary(_numbers(np.asarray(array.isel(image=np.sort(read)).values), over_heads, array))
+
+    def _streamed(self, array: xr.DataArray, over_heads: bool) -> Summary:
+        """As `summary`, in one pass that never holds the array: exact mean, quantiles of evenly spaced images."""
+        total = squares = 0.0
+        kept = []
+        chosen = evenly_spaced(self.n_images, QUANTILES_FROM)
+        for start, block in self._blocks(array):
+            numbers = _numbers(block, over_heads, array)
+            total = total + numbers.sum(axis=0, dtype=np.float64)
+            squares = squares + np.einsum("i...,i...->...", numbers, numbers, dtype=np.float64)
+            here = chosen[(chosen >= start) & (chosen < start + len(block))]
+            kept.append(numbers[here - start])
+        spread = summary(np.concatenate(kept))
+        mean = np.asarray(total / self.n_images)
+        half = 1.96 * np.sqrt(np.maximum(squares / self.n_images - mean**2, 0) / self.n_images)
+        values = np.concatenate([np.stack([mean, mean - half, mean + half]).astype(np.float32), spread.values[3:]])
+        return Summary(values, self.n_images, spread.n_images, "normal")
+
+    def _blocks(self, array: xr.DataArray) -> Iterator[tuple[int, np.ndarray]]:
+        step = max(1, int(32 * 2**20 / max(1, array.nbytes / self.n_images)))
+        chunk = int((array.encoding.get("chunks") or (1,))[0])
+        step = -(-step // chunk) * chunk
+        for start in range(0, self.n_images, step):
+            yield start, np.asarray(array.isel(image=slice(start, start + step)).values)
+
+    def place(self, looked: dict[str, np.ndarray], neighbours: int = 5) -> Float32[np.ndarray, "xy"] | None:
+        """Where a new image lies on the standing map: the mean place of the images with the nearest head
+        probabilities. Our construction; None for a study without that map."""
+        if "image_xy" not in self.dataset or "head_probability" not in looked or "head_probability" not in self.dataset:
+            return None
+        known = self.whole("head_probability").reshape(self.n_images, -1)
+        distance = np.nansum((known - looked["head_probability"].reshape(1, -1)) ** 2, axis=1)
+        nearest = np.argsort(distance, kind="stable")[:neighbours]
+        return np.asarray(self.whole("image_xy")[nearest].mean(axis=0), dtype=np.float32)
+
+
+def _numbers(values: np.ndarray, over_heads: bool, array: xr.DataArray) -> Float32[np.ndarray, "image ..."]:
+    numbers = np.asarray(values, dtype=np.float32)
+    if not over_heads:
+        return numbers
+    if "head" not in array.dims:
+        raise HTTPException(404, f"{array.name} has no heads to average over.")
+    return np.asarray(np.nanmean(numbers, axis=array.dims.index("head")), dtype=np.float32)
+
+
+def chosen_images(indices: Sequence[Any], n_images: int) -> Int[np.ndarray, "chosen"]:
+    """The images that a request lists, checked: integers of this study, at least one, each at most once."""
+    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+        raise HTTPException(422, 'Send the images as {"images": [0, 5, 17]}, integers only.')
+    if not 0 < len(indices) <= n_images:
+        raise HTTPException(422, f"{len(indices)} images were listed; send between 1 and {n_images}.")
+    chosen = np.unique(np.asarray(indices, dtype=np.int64))
+    if chosen[0] < 0 or chosen[-1] >= n_images:
+        raise HTTPException(404, f"Images run from 0 to {n_images - 1}; {chosen[0]} to {chosen[-1]} were asked for.")
+    return chosen

@@ -1,0 +1,180 @@
+"""A study with planted values, written by the same code as a real one, for tests of what reads studies.
+
+What is planted: pruning L0H1 costs everything where the label is 0, and half where it is 1; pruning L11H0 costs 0.3
+everywhere; no other head costs more than 0.02. Heads reach `reach(layer, head)` hops. Every seventh image is wrong.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vitrail.data import open_images, scan
+from vitrail.measure import MEASURES
+from vitrail.study.plan import Part, Plan
+from vitrail.study.store import THUMBNAIL_PX
+from vitrail.study.writing import StudyFolder
+
+CLASSES = ["disc", "square", "ring", "cross", "bars, vertical", "triangle"]
+SIZE, GRID, PREFIX = 112, 14, 1
+N_LAYERS, N_HEADS, N_HOPS = 12, 3, 14
+
+
+def reach(layer: int, head: int, n_layers: int = N_LAYERS) -> float:
+    """How many hops a head's strength falls off over: short and long heads early, long ones late."""
+    early = (0.6, 2.0, 9.0)[head % 3]
+    return early + (9.0 - early) * layer / max(1, n_layers - 1)
+
+
+def photograph(image: int, label: int) -> Image.Image:
+    """A shape on a ground, the label its form."""
+    rng = np.random.default_rng(image)
+    ground = tuple(int(v) for v in rng.integers(40, 120, 3))
+    ink = tuple(int(v) for v in rng.integers(140, 255, 3))
+    picture = Image.new("RGB", (SIZE + 20, SIZE), ground)
+    draw = ImageDraw.Draw(picture)
+    x, y, r = (int(v) for v in (rng.integers(40, 90), rng.integers(40, 70), rng.integers(18, 34)))
+    box = (x - r, y - r, x + r, y + r)
+    if label == 0:
+        draw.ellipse(box, fill=ink)
+    elif label == 1:
+        draw.rectangle(box, fill=ink)
+    elif label == 2:
+        draw.ellipse(box, outline=ink, width=7)
+    elif label == 3:
+        draw.line((x - r, y - r, x + r, y + r), fill=ink, width=8)
+        draw.line((x - r, y + r, x + r, y - r), fill=ink, width=8)
+    elif label == 4:
+        for offset in range(-r, r, 12):
+            draw.line((x + offset, y - r, x + offset, y + r), fill=ink, width=5)
+    else:
+        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=ink)
+    return picture
+
+
+def entropy(strength: np.ndarray) -> np.ndarray:
+    share = strength / strength.sum(axis=-1, keepdims=True)
+    return -(share * np.log(share)).sum(axis=-1)
+
+
+def measures_of(
+    label: np.ndarray, seed: int, n_layers: int = N_LAYERS, n_heads: int = N_HEADS, n_hops: int = N_HOPS
+) -> dict[str, np.ndarray]:
+    """Every measure for images with these labels."""
+    rng = np.random.default_rng(seed)
+    n, shape = len(label), (len(label), n_layers, n_heads)
+    wrong = np.arange(seed, seed + n) % 7 == 3
+    prediction = np.where(wrong, (label + 1) % len(CLASSES), label).astype(np.int32)
+    probability = np.where(wrong, rng.uniform(0.1, 0.4, n), rng.uniform(0.75, 0.99, n)).astype(np.float32)
+    drop = rng.uniform(-0.01, 0.02, shape)
+    drop[:, 0, 1 % n_heads] += np.select([label == 0, label == 1], [0.97 * probability, 0.5 * probability], 0)
+    drop[:, -1, 0] += 0.3 * probability
+    pruned = np.clip(probability[:, None, None] - drop, 1e-6, 1)
+    hops = np.arange(n_hops)
+    scale = np.array([[reach(layer, head, n_layers) for head in range(n_heads)] for layer in range(n_layers)])
+    scale = scale * np.exp(rng.normal(0, 0.12, shape))
+    strength = 0.03 * np.exp(-hops / scale[..., None]) + 0.002
+    distance = (strength * hops * (hops + 1)).sum(-1) / (strength * (hops + 1)).sum(-1)
+    shift = np.abs(drop) * 0.2 + rng.uniform(0, 0.01, shape)
+    given = {
+        "label": label,
+        "prediction": prediction,
+        "probability": probability,
+        "head_probability": pruned,
+        "head_divergence": np.clip(np.abs(drop) * 0.8, 0, 1),
+        "head_loss_change": np.log(probability[:, None, None]) - np.log(pruned),
+        "head_flip": (pruned < 0.4) & ~wrong[:, None, None],
+        "head_cls_shift": shift,
+        "head_token_shift": shift * 0.6,
+        "head_cls_shift_l2": np.sqrt(shift),
+        "head_token_shift_l2": np.sqrt(shift) * 0.7,
+        "attention_strength": strength,
+        "strength_entropy": entropy(strength),
+        "attention_distance": distance,
+        "prefix_share": rng.uniform(0.02, 0.2, shape),
+    }
+    return {name: np.asarray(values, dtype=MEASURES[name].dtype) for name, values in given.items()}
+
+
+def plan_of(n_images: int, digest: str, **changes: object) -> Plan:
+    fields: dict[str, object] = {
+        "model": "planted:vit_of_shapes", "weight_digest": "0" * 64, "n_classes": len(CLASSES),
+        "class_names": CLASSES, "n_layers": N_LAYERS, "n_heads": [N_HEADS] * N_LAYERS, "grid": [GRID, GRID],
+        "prefix": PREFIX, "grids": [[GRID, GRID]] * N_LAYERS, "prefixes": [PREFIX] * N_LAYERS, "class_token": True,
+        "preprocessing": {
+            "size": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3,
+            "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center",
+        },
+        "data_digest": digest, "n_images": n_images, "labels_from": "names of the class folders",
+        "measures": {name: measure.version for name, measure in MEASURES.items()}, "left_out": {}, "options": {},
+        "precision": "float32", "batch_size": 64, "part_size": 64, "seed": 0, "device": "cpu", "threads": 1,
+        "versions": {},
+    }  # fmt: skip
+    return Plan(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def write_study(folder: Path, n_images: int = 200) -> Path:
+    """The planted study in `folder / "study"`, its photographs beside it in class folders."""
+    photos = folder / "photos"
+    for name in CLASSES:
+        (photos / name).mkdir(parents=True, exist_ok=True)
+    for image in range(n_images):
+        label = image % len(CLASSES)
+        photograph(image, label).save(photos / CLASSES[label] / f"{image:04d}.png")
+    manifest = scan(open_images(str(photos), class_names=CLASSES))
+    study = folder / "study"
+    study.mkdir()
+    writing = StudyFolder(study, plan_of(n_images, manifest.digest), manifest)
+    labels = np.array([entry.label for entry in manifest.images])
+    rng = np.random.default_rng(0)
+    for part in writing.missing:
+        writing.write_part(part, _part(part, labels, manifest.images))
+    angle = 2 * np.pi * labels / len(CLASSES)
+    xy = np.stack([np.cos(angle), np.sin(angle)], 1) * 12 + rng.normal(0, 2.6, (n_images, 2))
+    writing.write_derived({"image_xy": xy.astype(np.float32)})
+    return study
+
+
+def _part(part: Part, labels: np.ndarray, entries: tuple) -> dict[str, np.ndarray]:
+    chosen = labels[part.start : part.stop]
+    measured = measures_of(chosen, part.start)
+    small = [
+        Image.open(entry.path).convert("RGB").crop((10, 0, SIZE + 10, SIZE))
+        for entry in entries[part.start : part.stop]
+    ]
+    best = np.argsort(np.arange(len(CLASSES)) != measured["prediction"][:, None], axis=1, kind="stable")[:, :5]
+    odds = np.array([0.86, 0.08, 0.03, 0.02, 0.01], dtype=np.float32)
+    return {
+        **measured,
+        "thumbnail": np.stack([np.asarray(each.resize((THUMBNAIL_PX, THUMBNAIL_PX))) for each in small]),
+        "top_class": best.astype(np.int32),
+        "top_probability": np.broadcast_to(odds, best.shape).copy(),
+    }
+
+
+class PlantedLive:
+    """A stand-in for the model that honours the protocol of `docs/architecture.md`: its numbers follow from the planted
+    reach and from the photograph's own brightness, so that a test can predict them."""
+
+    def attention(self, image: Image.Image, layer: int) -> np.ndarray:
+        place = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID), indexing="ij"), -1).reshape(-1, 2)
+        hops = np.abs(place[:, None] - place[None]).max(-1)
+        grey = np.asarray(image.convert("L").resize((GRID, GRID)), dtype=np.float64).reshape(-1) / 255
+        maps = []
+        for head in range(N_HEADS):
+            weights = np.full((1 + GRID**2, 1 + GRID**2), 0.05)
+            weights[1:, 1:] = np.exp(-hops / reach(layer, head)) * (0.2 + grey) + 1e-4
+            weights[0, 1:] = grey**2 + 0.01
+            maps.append(weights / weights.sum(axis=1, keepdims=True))
+        return np.stack(maps).astype(np.float32)
+
+    def modes(self, image: Image.Image, layer: int, head: int) -> np.ndarray:
+        plain = np.full(len(CLASSES), 0.02)
+        plain[int(np.asarray(image).sum()) % len(CLASSES)] = 0.9
+        flat = np.full(len(CLASSES), 1 / len(CLASSES))
+        harm = np.array([0, 0.8, 0.3, 0.6, 0.2, 0.1]) * (layer + head + 1) / (N_LAYERS + N_HEADS)
+        return np.stack([plain * (1 - part) + flat * part for part in harm]).astype(np.float32)
+
+    def look(self, image: Image.Image) -> dict[str, np.ndarray]:
+        measured = measures_of(np.array([0]), int(np.asarray(image, dtype=np.int64).sum()) % 10_000)
+        return {name: values[0] for name, values in measured.items()}

@@ -1,0 +1,111 @@
+// The brush: which images are selected, as a text that fits in the URL.
+//
+//   lasso:x,y,x,y,...      dots of the map inside a polygon        wrong, right     by the prediction
+//   label:12               by class                                find:macaw       label or id contains a text
+//   drop:L0H4:0.1          head whose removal costs more           between:strength_entropy:L3H7:2.1:2.2
+//
+// Parts are joined by "~" and all must hold.
+
+import { polygonContains } from "d3-polygon";
+
+import { array, ids } from "./api";
+import type { Images, Selection, Study } from "./types";
+
+export interface Part {
+  kind: string;
+  rest: string;
+}
+
+export const parts = (brush: string): Part[] =>
+  brush
+    .split("~")
+    .filter(Boolean)
+    .map((text) => {
+      const colon = text.indexOf(":");
+      return colon < 0 ? { kind: text, rest: "" } : { kind: text.slice(0, colon), rest: text.slice(colon + 1) };
+    });
+
+const joined = (list: Part[]): string => list.map(({ kind, rest }) => (rest ? `${kind}:${rest}` : kind)).join("~");
+
+/** The brush with its part of this kind replaced; `rest` undefined takes it out. "wrong" and "right" exclude each other. */
+export function withPart(brush: string, kind: string, rest: string | undefined): string {
+  const opposite: Record<string, string> = { wrong: "right", right: "wrong" };
+  const others = parts(brush).filter((part) => part.kind !== kind && part.kind !== opposite[kind]);
+  return joined(rest === undefined ? others : [...others, { kind, rest: rest.replaceAll("~", " ") }]);
+}
+
+export const partOf = (brush: string, kind: string): Part | undefined => parts(brush).find((part) => part.kind === kind);
+
+export function everything(n: number): Selection {
+  return { key: "", all: true, mask: new Uint8Array(n).fill(1), indices: Int32Array.from({ length: n }, (_, index) => index) };
+}
+
+/** The images that every part of the brush holds. Throws a sentence for a part that cannot be understood. */
+export async function selected(brush: string, images: Images, about: Study): Promise<Selection> {
+  if (!brush) return everything(images.n);
+  const tests = await Promise.all(parts(brush).map((part) => tested(part, images, about)));
+  const mask = new Uint8Array(images.n);
+  const indices: number[] = [];
+  for (let image = 0; image < images.n; image++) {
+    if (tests.every((test) => test(image))) {
+      mask[image] = 1;
+      indices.push(image);
+    }
+  }
+  return { key: brush, all: false, mask, indices: Int32Array.from(indices) };
+}
+
+type Test = (image: number) => boolean;
+
+async function tested({ kind, rest }: Part, images: Images, about: Study): Promise<Test> {
+  const { label, prediction, probability } = images;
+  if (kind === "lasso" && images.xy) return inside(rest, images.xy);
+  if (kind === "wrong" && prediction) return (image) => prediction[image] !== label[image];
+  if (kind === "right" && prediction) return (image) => prediction[image] === label[image];
+  if (kind === "label") return (image) => label[image] === Number(rest);
+  if (kind === "find") return found(rest, label, about);
+  const [, name, layer, head, bounds] = /^(?:(\w+):)?L(\d+)H(\d+):(.+)$/.exec(rest) ?? [];
+  if (kind === "drop" && bounds && probability) {
+    const { values } = await array("head_probability", { layer: Number(layer), head: Number(head) });
+    return (image) => probability[image]! - values[image]! > Number(bounds);
+  }
+  if (kind === "between" && name && bounds) {
+    const { values } = await array(name, { layer: Number(layer), head: Number(head) });
+    const [low, high] = bounds.split(":").map(Number);
+    return (image) => values[image]! >= low! && values[image]! <= high!;
+  }
+  throw new Error(`The selection "${kind}${rest && ":" + rest}" means nothing in this study. Clear the selection.`);
+}
+
+function inside(rest: string, xy: Float32Array): Test {
+  const given = rest.split(",").map(Number);
+  const polygon = Array.from({ length: given.length >> 1 }, (_, i): [number, number] => [given[2 * i]!, given[2 * i + 1]!]);
+  const [xs, ys] = [polygon.map((point) => point[0]), polygon.map((point) => point[1])];
+  const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  return (image) => {
+    const [x, y] = [xy[2 * image]!, xy[2 * image + 1]!];
+    return x >= left && x <= right && y >= top && y <= bottom && polygonContains(polygon, [x, y]);
+  };
+}
+
+async function found(text: string, label: Int32Array, about: Study): Promise<Test> {
+  const sought = text.trim().toLowerCase();
+  const classes = new Set(about.class_names.flatMap((name, index) => (name.toLowerCase().includes(sought) ? [index] : [])));
+  const names = await ids();
+  return (image) => classes.has(label[image]!) || (names[image]?.toLowerCase().includes(sought) ?? false);
+}
+
+/** The brush in words, a phrase for each part. */
+export function inWords(brush: string, className: (index: number) => string): string[] {
+  return parts(brush).map(({ kind, rest }) => {
+    const [first, ...more] = rest.split(":");
+    if (kind === "lasso") return "drawn on the map";
+    if (kind === "wrong") return "predicted wrongly";
+    if (kind === "right") return "predicted rightly";
+    if (kind === "label") return `labelled ${className(Number(rest))}`;
+    if (kind === "find") return `“${rest}”`;
+    if (kind === "drop") return `without ${first}, p falls by > ${more[0]}`;
+    if (kind === "between") return `${first} of ${more[0]} from ${more[1]} to ${more[2]}`;
+    return kind;
+  });
+}

@@ -1,0 +1,28 @@
+// Numbers and indices as they are printed.
+
+export const headName = (layer: number, head: number): string => `L${layer}H${head}`;
+
+/** Three significant digits, without an exponent where one can do without. */
+export function number(value: number | undefined): string {
+  if (value === undefined || Number.isNaN(value)) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size < 1e-4) return value.toExponential(1).replace("e-", " × 10^-").replace(/\^(-\d+)/, (_all, power) => raised(power));
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
+  return String(Number(value.toPrecision(3)));
+}
+
+const RAISED: Record<string, string> = { "-": "⁻", "0": "⁰", "1": "¹", "2": "²", "3": "³", "4": "⁴", "5": "⁵", "6": "⁶", "7": "⁷", "8": "⁸", "9": "⁹" };
+const raised = (power: string): string => [...power].map((digit) => RAISED[digit] ?? digit).join("");
+
+export const percent = (share: number, digits = 1): string => `${(100 * share).toFixed(digits)} %`;
+
+export const count = (n: number): string => n.toLocaleString("en");
+
+/** The first of several names of a class: "macaw" of "macaw, ara". */
+export const className = (names: string[], index: number | undefined): string =>
+  index === undefined || index < 0 ? "no label" : (names[index]?.split(",")[0] ?? `class ${index}`);
+
+/** A measure's unit as it stands on an axis; a bare 1 is no unit. */
+export const axisTitle = (title: string, unit: string): string =>
+  unit && unit !== "1" && unit !== title ? `${title} (${unit})` : title;
