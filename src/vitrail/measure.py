@@ -121,6 +121,10 @@ _HEADS = (
         frozenset({"classifier"}), "bool",
     ),
     Measure(
+        "head_prediction", "prediction without this head", ("image", "layer", "head"), "class", "", "",
+        "argmax of the logits after pruning", PRUNING_LIMITS, "heads", frozenset({"classifier"}), "int32",
+    ),
+    Measure(
         "head_cls_shift", "shift of the class token", ("image", "layer", "head"), "1 - cosine",
         "0: the class token leaves the layer's attention as before", "the head writes much of the class token here",
         f"our construction, after {FROM_LI}, layer and local impact; read after attention and residual",

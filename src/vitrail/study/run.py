@@ -19,6 +19,7 @@ from vitrail.study.derived import image_xy
 from vitrail.study.plan import Part, Plan
 from vitrail.study.planning import make_plan
 from vitrail.study.progress import Progress
+from vitrail.study.reopen import remember
 from vitrail.study.store import open_study
 from vitrail.study.writing import StudyFolder, locked, plan_of, refuse_foreign_folder
 from vitrail.vit.open import Vit
@@ -64,6 +65,7 @@ def run_study(
         held = plan_of(folder)
         plan = replace(plan, threads=held.threads) if held else plan
         study = StudyFolder(folder, plan, manifest)
+        remember(folder, vit)
         with _threads(plan.threads), _resumable(study):
             _run_parts(vit, source, manifest, study, shown)
             _derive(study)

@@ -36,7 +36,7 @@ from vitrail.study.store import (
     read_plan,
 )
 
-__all__ = ["StudyFolder", "locked", "plan_of", "refuse_foreign_folder"]
+__all__ = ["StudyFolder", "locked", "plan_of", "refuse_foreign_folder", "write_whole"]
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"
@@ -110,8 +110,8 @@ class StudyFolder:
             if (self.folder / name).exists():
                 shutil.rmtree(self.folder / name)
         (self.folder / PARTS).mkdir()
-        _write_whole(self.folder / IMAGES, manifest.to_json())
-        _write_whole(self.folder / PLAN, self.plan.to_json())
+        write_whole(self.folder / IMAGES, manifest.to_json())
+        write_whole(self.folder / PLAN, self.plan.to_json())
 
     @property
     def missing(self) -> list[Part]:
@@ -150,7 +150,8 @@ class StudyFolder:
     def _write(self, name: int | str, rows: slice, arrays: Arrays) -> None:
         group = self._arrays(arrays)
         for key, values in arrays.items():
-            array = group[key]
+            with zarr.config.set({"array.write_empty_chunks": True}):  # so that an absent chunk is always a lost one
+                array = group[key]
             assert isinstance(array, zarr.Array)
             assert values.shape[1:] == array.shape[1:], f"{key} has shape {values.shape}, the study {array.shape}"
             assert values.dtype == array.dtype, f"{key} is {values.dtype}, the study {array.dtype}"
@@ -158,7 +159,7 @@ class StudyFolder:
             chunk = 0 if isinstance(name, str) else name
             _to_disk(self.folder / ARRAYS / key / "c" / str(chunk))
         digests = {key: array_digest(values) for key, values in arrays.items()}
-        _write_whole(part_file(self.folder, name), json.dumps({"digests": digests}, indent=1) + "\n")
+        write_whole(part_file(self.folder, name), json.dumps({"digests": digests}, indent=1) + "\n")
 
     def _arrays(self, arrays: Arrays) -> zarr.Group:
         if self._group is None:
@@ -196,7 +197,6 @@ def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], part_size
         compressors=ZstdCodec(level=3, checksum=True),
         dimension_names=measure.dims,
         attributes=attributes,
-        config={"write_empty_chunks": True},  # a chunk that is not there is a chunk that was lost
     )
 
 
@@ -207,7 +207,7 @@ def _to_disk(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """The file has all of the text or is as it was before."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with open(unfinished, "w", encoding="utf-8") as file:

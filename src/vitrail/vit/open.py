@@ -36,6 +36,7 @@ class Vit:
         n_classes: classes it tells apart; None for a model whose output is a feature vector.
         class_names: one per class, or None.
         device, precision: where and in which type it runs.
+        opened_with: the arguments of `open_vit` that open the same model again, as plain data; None for an own module.
     """
 
     def __init__(self, found: Found, device: str, precision: str, class_names: Sequence[str] | None) -> None:
@@ -45,6 +46,7 @@ class Vit:
         self.n_classes = found.n_classes
         self.device, self.precision = device, precision
         self.class_names = _fitting_names(class_names, found)
+        self.opened_with: dict[str, Any] | None = None
         self._taps = threading.local()
 
     @cached_property
@@ -146,6 +148,14 @@ def open_vit(
         found.preprocessing = preprocessing
     _placed(found, device, precision, own=isinstance(model, nn.Module))
     vit = Vit(found, device, precision, class_names)
+    if not isinstance(model, nn.Module):
+        vit.opened_with = {
+            "model": str(model),
+            "image_size": image_size,
+            "weights": str(weights if weights in (None, "random") else Path(weights).absolute()) if weights else None,
+            "precision": precision,
+            "n_classes": n_classes,
+        }
     _ = vit.anatomy  # a model that cannot be followed is refused here, not in the middle of a study
     return vit
 

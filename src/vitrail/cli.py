@@ -1,0 +1,298 @@
+"""The `vitrail` command. Each command imports what it needs when it runs, so `vitrail --help` is quick."""
+
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitrail.errors import UsageError, VitrailError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from vitrail.vit.open import Vit
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="vitrail",
+    help="See through vision transformers: which heads matter, how far they reach, and for which images.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+class Precision(StrEnum):
+    """Number formats a model can run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Importance(StrEnum):
+    """How the importance of heads is found."""
+
+    exact = "exact"
+    estimate = "estimate"
+
+
+class Format(StrEnum):
+    """Formats of figures."""
+
+    png = "png"
+    svg = "svg"
+    pdf = "pdf"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm:NAME, hf:NAME, tv:NAME, openclip:NAME/TAG, a folder with config.json, or vitrail:photos.",
+    ),
+]
+Weights = Annotated[
+    str | None, typer.Option(help="A safetensors file, or 'random'. Default: the library's own.", metavar="FILE")
+]
+ImageSize = Annotated[str | None, typer.Option(help="Pixels, one number or ROWSxCOLUMNS.", metavar="SIZE")]
+Classes = Annotated[int | None, typer.Option(help="Number of classes; 0 for no classifier.", min=0)]
+ClassNames = Annotated[Path | None, typer.Option(help="A file with one class name a line.", metavar="FILE")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+PrecisionOption = Annotated[Precision, typer.Option(help="Number format the model runs in.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.", metavar="DIR")]
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="A folder written by `vitrail study`.")]
+Formats = Annotated[list[Format], typer.Option("--format", "-f", help="May be given several times.")]
+
+
+@app.command()
+def check(
+    model: Model,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+    precision: PrecisionOption = Precision.float32,
+) -> None:
+    """Print a model's anatomy and check that what Vitrail says of it can be trusted."""
+    from vitrail.vit.check import check_vit
+
+    report = check_vit(_opened(model, weights, image_size, classes, device, precision))
+    typer.echo(report.text())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    model: Model,
+    images: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="A folder, a text file of paths, one image, hf:DATASET, or photos.")
+    ],
+    out: Out,
+    measures: Annotated[str, typer.Option(help="A room (heads) or measures, comma-separated.")] = "heads",
+    importance: Annotated[
+        Importance, typer.Option(help="Prune every head in turn, or estimate to first order.")
+    ] = Importance.exact,
+    weights: Weights = None,
+    class_names: ClassNames = None,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N images.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a pass; part of the plan.", min=1)] = 16,
+    precision: PrecisionOption = Precision.float32,
+    seed: Annotated[int, typer.Option(help="Of the map of images.")] = 0,
+    device: Device = "cpu",
+    verify: Annotated[bool, typer.Option("--verify", help="Afterwards, read every part back and compare.")] = False,
+    figures: Annotated[bool, typer.Option(help="Afterwards, draw the figures into DIR/figures.")] = True,
+) -> None:
+    """Measure a model over a folder of photographs. Stop it whenever you like: the same command goes on."""
+    from vitrail.study.run import run_study
+
+    vit = _opened(model, weights, image_size, classes, device, precision, class_names)
+    typer.echo(repr(vit))
+    dataset = run_study(
+        vit, images, out=out, measures=measures, limit=limit, batch_size=batch_size, seed=seed,
+        options={"importance": importance.value} if importance is not Importance.exact else None, progress=True,
+    )  # fmt: skip
+    if verify:
+        _verify(out)
+    _summarise(dataset, out)
+    if figures:
+        _draw(dataset, out / "figures", [Format.png])
+    typer.echo(f"\nLook at it:  vitrail open {out}")
+
+
+@app.command()
+def verify(
+    study: Study,
+    repair: Annotated[bool, typer.Option(help="Remove damaged parts, for `vitrail study` to make again.")] = False,
+) -> None:
+    """Read every part of a study back and compare it with what was written."""
+    _verify(study, repair=repair)
+
+
+@app.command()
+def figures(
+    study: Study, out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR")] = None,
+    formats: Formats = [Format.png],  # noqa: B006 - typer copies it
+) -> None:  # fmt: skip
+    """Draw the figures of a study, as PNG, SVG or PDF."""
+    from vitrail.study.store import open_study
+
+    _draw(open_study(study), out or study / "figures", formats)
+
+
+@app.command()
+def look(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more image files.")],
+    out: Out = Path("look"),
+    weights: Weights = None,
+    class_names: ClassNames = None,
+    image_size: ImageSize = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+    precision: PrecisionOption = Precision.float32,
+    formats: Formats = [Format.png],  # noqa: B006 - typer copies it
+) -> None:
+    """Draw what a model does with single images: which heads matter, how far they look, and where."""
+    from vitrail.data import decode_image
+    from vitrail.live import look_figures
+
+    decoded = [(path, decode_image(path)) for path in images]
+    vit = _opened(model, weights, image_size, classes, device, precision, class_names)
+    for path, image in decoded:
+        for made in look_figures(vit, image, out / path.stem, formats=[each.value for each in formats]):
+            typer.echo(made)
+
+
+@app.command(name="open")
+def open_(
+    study: Study,
+    host: Annotated[str, typer.Option(help="Off loopback, a random token goes into the address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8765,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    live: Annotated[bool, typer.Option(help="Keep the model at hand for single images.")] = True,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Open a study as linked views in the browser."""
+    from vitrail.app.server import serve
+
+    model = _live(study, weights, device) if live else None
+    serve(study, model, host=host, port=port, open_browser=browser, announce=_announce)
+
+
+@app.command()
+def demo(
+    out: Out = Path("vitrail-demo"),
+    limit: Annotated[int, typer.Option(help="How many held-out crops to study.", min=1)] = 320,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8765,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    serve: Annotated[bool, typer.Option(help="Serve the page when the study is done.")] = True,
+) -> None:
+    """Study the small model that comes with Vitrail on built-in photographs, and open the page. Needs no download."""
+    from vitrail.study.run import run_study
+    from vitrail.vit.open import open_vit
+
+    vit = open_vit("vitrail:photos")
+    typer.echo(repr(vit))
+    dataset = run_study(vit, "photos", out=out, limit=limit, progress=True)
+    _summarise(dataset, out)
+    if serve:
+        from vitrail.app.server import serve as serve_page
+        from vitrail.live import Live
+
+        serve_page(out, Live(vit), port=port, open_browser=browser, announce=_announce)
+
+
+def main() -> None:
+    """The console script: what Vitrail says on purpose is printed as a sentence, a bug as a traceback."""
+    try:
+        app()
+    except VitrailError as error:
+        typer.secho(f"vitrail: {error}", err=True, fg="red")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt as stop:
+        notes = " ".join(getattr(stop, "__notes__", ()))
+        typer.secho(f"\nStopped. {notes}".rstrip(), err=True)
+        sys.exit(130)
+
+
+# --- shared by the commands ------------------------------------------------------------------------------------------
+
+
+def _opened(
+    model: str, weights: str | None, image_size: str | None, classes: int | None, device: str, precision: Precision,
+    class_names: Path | None = None,
+) -> "Vit":  # fmt: skip
+    from vitrail.data import read_class_names
+    from vitrail.vit.open import open_vit
+
+    names = read_class_names(class_names) if class_names else None
+    return open_vit(
+        model, image_size=_size(image_size), weights=weights, device=device, precision=precision.value,
+        n_classes=classes, class_names=names,
+    )  # fmt: skip
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UsageError(f"--image-size {text!r} has no meaning; write one number of pixels, or ROWSxCOLUMNS.")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _live(study: Path, weights: str | None, device: str) -> Any:
+    """The study's model behind the page, or None with a line that says why the page opens without it."""
+    from vitrail.study.reopen import reopen
+
+    try:
+        vit = reopen(study, weights=weights, device=device)
+    except VitrailError as error:
+        typer.secho(f"Opening without the live model: {error}", err=True)
+        return None
+    from vitrail.live import Live
+
+    return Live(vit)
+
+
+def _verify(study: Path, *, repair: bool = False) -> None:
+    from vitrail.study.store import verify as verify_parts
+
+    typer.echo(f"{verify_parts(study, repair=repair)} parts read back as they were written.")
+
+
+def _draw(dataset: "xr.Dataset", folder: Path, formats: Sequence[Format]) -> None:
+    from vitrail.figures.heads import figures_of
+
+    made = figures_of(dataset, folder, formats=tuple(each.value for each in formats))
+    typer.echo(f"{len(made)} figures in {folder}")
+
+
+def _announce(address: str) -> None:
+    typer.echo(f"Vitrail is at {address}   (Ctrl-C stops it)")
+
+
+def _summarise(dataset: "xr.Dataset", folder: Path) -> None:
+    """The study in a few lines: accuracy, and the heads that matter most."""
+    from rich.console import Console
+
+    from vitrail.study.table import summary
+
+    console: Any = Console()
+    printed: Callable[..., None] = console.print
+    for item in summary(dataset, folder):
+        printed(item)
+
+
+if __name__ == "__main__":
+    main()
