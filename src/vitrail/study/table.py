@@ -70,8 +70,8 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
 def _columns(held: set[str]) -> list[tuple[str, tuple[str, tuple[str, ...]]]]:
     """(title, (format, columns of the head table)) of those that this study has."""
     offered = [
-        ("drop of p [95 %]", ("{:+.3f} [{:+.3f} {:+.3f}]", ("drop_mean", "drop_low", "drop_high"))),
-        ("drop > 0.1", ("{:.1%}", ("drop_share_large",))),
+        ("p lost", ("{:+.3f}", ("drop_mean",))),
+        ("95 %", ("{:+.2f} .. {:+.2f}", ("drop_low", "drop_high"))),
         ("flips", ("{:.1%}", ("flip_share",))),
         ("top-1 without", ("{:.1%}", ("accuracy",))),
         ("JSD, bits", ("{:.4f}", ("head_divergence_mean",))),
