@@ -1,0 +1,70 @@
+"""A study that was killed, anywhere, any number of times, has the same bytes as one that was left alone."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_studies import folder_bytes, write_photos, write_study
+
+from vitrail.study import writing
+from vitrail.study.plan import Plan
+from vitrail.study.store import verify
+
+
+def test_killed_at_random_moments_and_resumed_it_gives_the_same_bytes(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", 24)
+    script = Path(__file__).with_name("killed.py")
+    places = [str(tmp_path / name) for name in ("photos", "whole", "pieces")]
+    answer = subprocess.run([sys.executable, script, *places, "0"], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.split(), "the first run was finished before it could be killed"
+    assert folder_bytes(tmp_path / "pieces") == folder_bytes(tmp_path / "whole")
+    assert verify(tmp_path / "whole") == 6
+    assert photos.is_dir()
+
+
+class Killed(BaseException):
+    """Passes every `except Exception`, as the end of a process does."""
+
+
+class KillAt:
+    """Counts steps that change the disk, and stops before the one that was chosen."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def before(self, function: Callable[..., object]) -> Callable[..., object]:
+        def stopped(*arguments: object, **options: object) -> object:
+            self.left -= 1
+            if self.left == 0:
+                raise Killed
+            return function(*arguments, **options)
+
+        return stopped
+
+
+def test_stopped_before_any_step_that_writes_it_gives_the_same_bytes(
+    tmp_path: Path, any_plan: Plan, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_study(tmp_path / "whole", any_plan, photos)
+    expected = folder_bytes(tmp_path / "whole")
+    for step in range(1, 200):
+        folder = tmp_path / f"stopped {step}"
+        kill = KillAt(step)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", kill.before(os.fsync))
+            patched.setattr(Path, "replace", kill.before(Path.replace))
+            patched.setattr(Path, "rename", kill.before(Path.rename))
+            patched.setattr(writing, "_create_array", kill.before(writing._create_array))
+            try:
+                write_study(folder, any_plan, photos)
+            except Killed:
+                pass
+            else:
+                break
+        write_study(folder, any_plan, photos)
+        assert folder_bytes(folder) == expected, f"stopped before step {step}"
+    assert 20 < step < 199

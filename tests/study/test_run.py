@@ -1,0 +1,298 @@
+"""Running studies of a real, tiny ViT: what is computed, resumed, refused."""
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+from tiny_studies import BATCH_SIZE, N_IMAGES, folder_bytes, tiny_vit, write_photos
+
+from vitrail import data
+from vitrail.errors import DataError, ModelError, NoImages, PlanMismatch, StudyError, Unsupported, UsageError
+from vitrail.measure import MEASURES, ROOMS
+from vitrail.study.plan import Part
+from vitrail.study.run import run_study
+from vitrail.study.store import declared, open_study, read_manifest, verify
+from vitrail.study.writing import LOCK, StudyFolder, locked
+from vitrail.vit.open import Vit
+
+
+@pytest.fixture(scope="module")
+def finished(vit: Vit, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vitrail.study import planning
+
+    out = tmp_path_factory.mktemp("finished") / "study"
+    before, planning.PART_IMAGES = planning.PART_IMAGES, BATCH_SIZE
+    try:
+        run_study(vit, photos, out=out, batch_size=BATCH_SIZE)
+    finally:
+        planning.PART_IMAGES = before
+    return out
+
+
+def run(vit: Vit, photos: object, out: Path, **options: object) -> xr.Dataset:
+    return run_study(vit, photos, out=out, **{"batch_size": BATCH_SIZE, **options})  # type: ignore[arg-type]
+
+
+class TestWhatIsComputed:
+    def test_every_measure_of_the_room_is_there_as_declared(self, finished: Path) -> None:
+        study = open_study(finished)
+        assert set(ROOMS["heads"]) < set(study.data_vars)
+        for name, array in study.data_vars.items():
+            measure = declared(str(name))
+            assert array.dims == measure.dims
+            assert array.dtype == measure.dtype
+            assert array.attrs == measure.attributes()
+
+    def test_images_are_in_order_with_their_ids_and_labels(self, finished: Path) -> None:
+        study = open_study(finished)
+        expected = [f"class {parity}/{n}.png" for parity in (0, 1) for n in range(parity, N_IMAGES, 2)]
+        assert study["image"].values.tolist() == expected
+        assert_array_equal(study["label"], [int(name[6]) for name in expected])
+        assert study.attrs["labels_from"] == "the names of the class folders"
+
+    def test_a_skipped_file_is_in_the_report(self, finished: Path) -> None:
+        (skipped,) = read_manifest(finished).skipped
+        assert skipped.id == "class 0/notes.txt"
+        assert "not an image" in skipped.reason
+
+    def test_predictions_are_the_models_own(self, finished: Path, vit: Vit) -> None:
+        study = open_study(finished)
+        manifest = read_manifest(finished)
+        images = [data.stored_image(manifest, entry) for entry in manifest.images[:BATCH_SIZE]]
+        probabilities = vit.logits(vit.prepare(images)).softmax(-1).numpy()
+        best = probabilities.argsort(-1)[:, ::-1][:, :5]
+        assert_array_equal(study["top_class"][:BATCH_SIZE], best)
+        assert_array_equal(study["prediction"][:BATCH_SIZE], best[:, 0])
+        assert_allclose(study["top_probability"][:BATCH_SIZE], np.take_along_axis(probabilities, best, 1), rtol=1e-6)
+        labels = study["label"].values[:BATCH_SIZE]
+        assert_allclose(study["probability"][:BATCH_SIZE], probabilities[np.arange(BATCH_SIZE), labels], rtol=1e-6)
+
+    def test_thumbnails_show_what_the_model_sees(self, finished: Path, vit: Vit) -> None:
+        manifest = read_manifest(finished)
+        seen = vit.view(data.stored_image(manifest, manifest.images[3]))
+        assert_array_equal(open_study(finished)["thumbnail"][3], np.asarray(seen))
+
+    def test_measures_are_finite_and_heads_differ(self, finished: Path) -> None:
+        study = open_study(finished)
+        for name in ROOMS["heads"]:
+            values = study[name].values.astype(np.float64)
+            if name != "attention_strength":  # has hops that no patch of a small grid has
+                assert np.isfinite(values).all(), name
+        assert study["head_probability"].values.std() > 1e-4
+
+    def test_without_class_folders_labels_are_the_models_top_1(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        study = run(vit, photos / "class 1", tmp_path / "study", measures="strength_entropy")
+        assert_array_equal(study["label"], study["prediction"])
+        assert study.attrs["labels_from"].startswith("the model's own top-1 prediction, as the images do not lie in")
+
+    def test_chosen_measures_alone_are_stored(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        study = run(vit, photos, tmp_path / "study", measures=["prefix_share"], limit=4)
+        assert set(study.data_vars) & set(MEASURES) == {"label", "prediction", "probability", "prefix_share"}
+        assert "image_xy" not in study
+
+    def test_the_last_digits_do_not_depend_on_the_images_that_follow(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        short = run(vit, photos, tmp_path / "short", limit=5)
+        long = run(vit, photos, tmp_path / "long", limit=8).isel(image=slice(5))
+        xr.testing.assert_identical(short.drop_vars("image_xy").drop_attrs(), long.drop_vars("image_xy").drop_attrs())
+
+    def test_a_model_without_classifier_is_studied_without_what_needs_one(self, photos: Path, tmp_path: Path) -> None:
+        vit = tiny_vit(n_classes=0)
+        study = run(vit, photos, tmp_path / "study", limit=4)
+        assert "head_divergence" in study
+        assert not {"head_probability", "prediction", "top_class", "image_xy"} & set(study.data_vars)
+        assert study.attrs["left_out"]["head_probability"].startswith("the model has no classifier")
+        assert_array_equal(study["label"], [-1] * 4)
+
+    def test_a_measure_asked_for_by_name_that_the_model_lacks_is_refused(self, photos: Path, tmp_path: Path) -> None:
+        with pytest.raises(Unsupported, match="head_flip: the model has no classifier"):
+            run(tiny_vit(n_classes=0), photos, tmp_path / "study", measures="head_flip,strength_entropy")
+
+    def test_the_estimate_says_what_it_left_out(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        study = run(vit, photos, tmp_path / "study", options={"importance": "estimate"}, limit=4)
+        assert "head_loss_change" in study
+        assert "no estimate" in study.attrs["left_out"]["head_flip"]
+
+    def test_the_built_in_crops_can_be_studied_by_their_name(self, tmp_path: Path) -> None:
+        from vitrail.photos import CLASS_NAMES
+
+        vit = tiny_vit(n_classes=len(CLASS_NAMES))
+        vit.class_names = CLASS_NAMES
+        study = run(vit, "photos", tmp_path / "study", measures="strength_entropy", limit=6)
+        assert_array_equal(study["label"], range(6))
+        manifest = read_manifest(tmp_path / "study")
+        assert data.stored_image(manifest, manifest.images[2]).size == (64, 64)
+
+
+class TestResuming:
+    def test_a_second_run_changes_nothing(self, vit: Vit, photos: Path, finished: Path) -> None:
+        before = folder_bytes(finished)
+        run(vit, photos, finished)
+        assert folder_bytes(finished) == before
+
+    def test_an_interrupted_run_tells_what_is_safe_and_goes_on_to_the_same_bytes(
+        self, vit: Vit, photos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write = StudyFolder.write_part
+
+        def interrupt(study: StudyFolder, part: Part, arrays: dict[str, np.ndarray]) -> None:
+            if len(study.missing) == 1:
+                raise KeyboardInterrupt
+            write(study, part, arrays)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(StudyFolder, "write_part", interrupt)
+            with pytest.raises(KeyboardInterrupt) as stop:
+                run(vit, photos, tmp_path / "study")
+        assert stop.value.__notes__ == [
+            f"2 of 3 parts are in {tmp_path / 'study'}; the same command goes on from there."
+        ]
+        run(vit, photos, tmp_path / "study")
+        assert folder_bytes(tmp_path / "study") == folder_bytes(finished)
+
+    def test_a_missing_part_is_computed_again_and_the_others_are_not(
+        self, vit: Vit, photos: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = folder_bytes(finished)
+        (finished / "parts" / "00001.json").unlink()
+        written: list[int] = []
+        write = StudyFolder.write_part
+        monkeypatch.setattr(
+            StudyFolder,
+            "write_part",
+            lambda self, part, arrays: (written.append(part.number), write(self, part, arrays)),
+        )
+        run(vit, photos, finished)
+        assert written == [1]
+        assert folder_bytes(finished) == before
+
+    def test_the_number_of_threads_is_taken_from_the_folder_and_put_back(
+        self, vit: Vit, photos: Path, finished: Path
+    ) -> None:
+        before = folder_bytes(finished)
+        (finished / "parts" / "00002.json").unlink()
+        n_threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(n_threads + 1)
+            run(vit, photos, finished)
+            assert torch.get_num_threads() == n_threads + 1
+        finally:
+            torch.set_num_threads(n_threads)
+        assert folder_bytes(finished) == before
+
+
+class TestRefusals:
+    def test_another_plan_is_refused_with_every_difference_named(
+        self, vit: Vit, photos: Path, finished: Path, tmp_path: Path
+    ) -> None:
+        before = folder_bytes(finished)
+        with pytest.raises(PlanMismatch) as refusal:
+            run(tiny_vit(seed=1), photos, finished, batch_size=2, seed=7, measures="head_flip", limit=9)
+        told = str(refusal.value)
+        for difference in (
+            "weights: the folder has",
+            "images: the folder has",
+            "number of images: the folder has 11, this run 9",
+            "batch size: the folder has 4, this run 2",
+            "seed: the folder has 0, this run 7",
+            "measures, prefix_share: the folder has 1, this run none",
+        ):
+            assert difference in told
+        assert "class names" not in told
+        assert folder_bytes(finished) == before
+
+    def test_another_version_of_a_package_is_another_plan(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        run(vit, photos, tmp_path / "study", measures="strength_entropy", limit=4)
+        file = tmp_path / "study" / "study.json"
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        plan["versions"]["torch"] = "1.0"
+        file.write_text(json.dumps(plan), encoding="utf-8")
+        with pytest.raises(PlanMismatch, match=r'versions, torch: the folder has "1\.0", this run "2'):
+            run(vit, photos, tmp_path / "study", measures="strength_entropy", limit=4)
+
+    def test_a_folder_of_other_things_is_left_alone(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+        with pytest.raises(StudyError, match=r"holds other files \(thesis\.tex\) and no study"):
+            run(vit, photos, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_a_file_in_place_of_the_folder_is_refused(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "study").write_text("", encoding="utf-8")
+        with pytest.raises(StudyError, match="is a file, and a study is a folder"):
+            run(vit, photos, tmp_path / "study")
+
+    def test_two_processes_cannot_write_one_study(self, vit: Vit, photos: Path, finished: Path) -> None:
+        with locked(finished), pytest.raises(StudyError, match=f"Process {os.getpid()} is writing"):
+            run(vit, photos, finished)
+
+    def test_the_lock_of_a_killed_process_does_not_hold(self, vit: Vit, photos: Path, finished: Path) -> None:
+        (finished / LOCK).write_text("4194304\n", encoding="ascii")
+        run(vit, photos, finished)
+        assert not (finished / LOCK).exists()
+
+    def test_an_image_that_changed_meanwhile_is_named(self, vit: Vit, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "photos", 6)
+        source = data.open_images(photos)
+        scan = data.scan(source)
+        Image.new("RGB", (9, 9)).save(photos / "class 1" / "3.png")
+        with pytest.raises(DataError, match=r"Image class 1/3\.png has changed"):
+            [data.load_image(source, entry) for entry in scan.images]
+
+    def test_images_that_all_fail_leave_no_folder_behind(self, vit: Vit, tmp_path: Path) -> None:
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "a.jpg").write_text("no", encoding="utf-8")
+        with pytest.raises(NoImages, match=r"a\.jpg: not an image"):
+            run(vit, tmp_path / "photos", tmp_path / "study")
+        assert not (tmp_path / "study").exists()
+
+    def test_an_answer_that_is_not_finite_names_the_images(self, photos: Path, tmp_path: Path) -> None:
+        vit = tiny_vit()
+        with torch.no_grad():
+            vit.model.head.bias[0] = torch.nan
+        with pytest.raises(ModelError, match=r"not finite .* for 4 of 4 images: class 0/0\.png"):
+            run(vit, photos, tmp_path / "study")
+
+    def test_labels_of_another_model_are_refused(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        source = data.open_images(photos, class_names=[f"other {n}" for n in range(20)] + ["class 0", "class 1"])
+        with pytest.raises(DataError, match=r"label 21, and module:VisionTransformer has 10 classes"):
+            run(vit, source, tmp_path / "study")
+
+    def test_a_batch_size_below_one_is_refused(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="batch of 0"):
+            run(vit, photos, tmp_path / "study", batch_size=0)
+
+
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """The system refuses to let any file grow beyond this: a write error as from a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_takes_no_more_is_told_and_the_study_goes_on_later(
+    vit: Vit, photos: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    run(vit, photos, out)
+    for name in ("00001", "00002", "derived"):
+        (out / "parts" / f"{name}.json").unlink()
+    with files_of_at_most(4000), pytest.raises(StudyError, match=r"part 1 could not be written .* 1 of 3 parts"):
+        run(vit, photos, out)
+    assert open_study(out, partial=True).attrs["missing_images"] == N_IMAGES - BATCH_SIZE
+    run(vit, photos, out)
+    assert verify(out) == 3
+    assert folder_bytes(out) == folder_bytes(finished)
