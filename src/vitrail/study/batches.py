@@ -23,7 +23,7 @@ from vitrail.vit.tap import Readers
 
 __all__ = ["BatchRun", "Loaded", "loaded_batches"]
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class BatchRun:
             self._check(name, values, n_images)
         return arrays
 
-    def _check(self, name: str, values: np.ndarray[Any, Any], n_images: int) -> None:
+    def _check(self, name: str, values: np.ndarray, n_images: int) -> None:
         """What a collector returns is what its measure declares."""
         measure = declared(name)
         sizes = {"image": n_images, "layer": self._plan.n_layers, "head": max(self._plan.n_heads)}

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -121,8 +120,8 @@ def _starts(part: Part, batch_size: int) -> range:
 
 def _part_arrays(
     run: BatchRun, part: Part, plan: Plan, loaded: Iterator[Loaded], shown: Progress
-) -> dict[str, np.ndarray[Any, Any]]:
-    pieces: list[dict[str, np.ndarray[Any, Any]]] = []
+) -> dict[str, np.ndarray]:
+    pieces: list[dict[str, np.ndarray]] = []
     for _ in _starts(part, plan.batch_size):
         batch = next(loaded)
         pieces.append(run(batch))

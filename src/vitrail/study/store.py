@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -149,7 +148,7 @@ def missing_parts(folder: Path, plan: Plan) -> list[Part]:
     return [part for part in plan.parts if not part_file(folder, part.number).is_file()]
 
 
-def array_digest(values: np.ndarray[Any, Any]) -> str:
+def array_digest(values: np.ndarray) -> str:
     """Of dtype, shape and every value; NaNs count by their bits."""
     header = f"{values.dtype.str} {values.shape} ".encode()
     return hashlib.sha256(header + np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -42,7 +42,7 @@ LOCK = ".lock"
 UNFINISHED = ".unfinished"
 OURS = {PLAN, IMAGES, ARRAYS, PARTS, LOCK}
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, np.ndarray]
 
 
 def refuse_foreign_folder(folder: Path) -> None:
@@ -184,7 +184,7 @@ class StudyFolder:
         made.rename(self.folder / ARRAYS)
 
 
-def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], part_size: int, dtype: np.dtype[Any]) -> None:
+def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], part_size: int, dtype: np.dtype) -> None:
     measure = declared(key)
     empty: Any = {"f": np.nan, "i": -1}.get(dtype.kind, 0)
     attributes: dict[str, Any] = {**measure.attributes()}
