@@ -143,7 +143,9 @@ def serve(
     announce(address)
     if open_browser:
         threading.Timer(0.5, webbrowser.open, (address,)).start()
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+    )
     with listening:
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -28,7 +28,7 @@ def built_page(folder: Path = STATIC) -> dict[str, StaticFile]:
     """Every file of the built page under the path it is asked by; empty if it has not been built."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
             kind = TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
             name = "/" + path.relative_to(folder).as_posix()
             found[name] = StaticFile(path.read_bytes(), kind, name.startswith("/assets/"))
