@@ -73,6 +73,14 @@ class Reader:
         place = tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims)
         return left, self.whole(name)[place]
 
+    def slice_of_one(self, name: str, values: np.ndarray, chosen: dict[str, str]) -> tuple[tuple[str, ...], np.ndarray]:
+        """As `piece`, of one image that the study does not hold; `values` have no image dimension."""
+        array = self.known(name)
+        fixed = {dimension: self.index(dimension, text, array) for dimension, text in chosen.items()}
+        dims = [str(dimension) for dimension in array.dims if dimension != "image"]
+        place = tuple(fixed.get(dimension, slice(None)) for dimension in dims)
+        return tuple(dimension for dimension in dims if dimension not in fixed), np.asarray(values)[place]
+
     def whole(self, name: str) -> np.ndarray:
         """All of one array, kept in memory while there is room."""
         return self._whole.take(name, lambda: np.asarray(self.dataset[name].values))

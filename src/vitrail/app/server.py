@@ -194,9 +194,7 @@ async def _array(page: Page, request: Request) -> Response:
         held = page.uploads.named(chosen.pop("image")).arrays
         if name not in held:
             raise HTTPException(404, f"{name!r} was not computed for this photograph. There are: {', '.join(held)}.")
-        page.reader.known(name)
-        dims = tuple(str(dimension) for dimension in page.dataset[name].dims[1:])
-        return _raw(dims, held[name])
+        return _raw(*page.reader.slice_of_one(name, held[name], chosen))
     dims, values = await run_in_threadpool(page.reader.piece, name, chosen)
     return _raw(dims, values)
 
