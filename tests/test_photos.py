@@ -1,5 +1,6 @@
 """The built-in photographs and the model trained on them."""
 
+import copy
 import hashlib
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from vitrail import photos
@@ -51,16 +54,20 @@ def mask(size: tuple[int, int], boxes: list[photos.Box]) -> np.ndarray:
     return covered
 
 
+def answer_of_another_process(program: str) -> str:
+    source = str(Path(photos.__file__).parents[1])
+    program = f"import sys; sys.path.insert(0, {source!r})\n{program}"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_another_process_draws_the_same_held_out_crops() -> None:
-    program = "import test_photos as t; print(t.digest(t.held_out_crops(39)))"
-    source = Path(photos.__file__).parents[1]
-    answer = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(source), str(Path(__file__).parent)]!r}; {program}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert answer.stdout.strip() == digest(held_out_crops(39))
+    program = """
+from hashlib import sha256
+from vitrail.photos import held_out_crops
+print(*(sha256(crop.image.tobytes()).hexdigest() for crop in held_out_crops(39)))
+"""
+    expected = [hashlib.sha256(crop.image.tobytes()).hexdigest() for crop in held_out_crops(39)]
+    assert answer_of_another_process(program).split() == expected
 
 
 def test_boxes_of_held_out_crops_are_those_the_accuracy_was_reported_on() -> None:
@@ -159,28 +166,52 @@ def test_arguments_without_meaning_are_refused() -> None:
 
 
 def test_reading_the_photographs_needs_no_torch() -> None:
-    source = Path(photos.__file__).parents[1]
-    program = (
-        f"import sys; sys.path.insert(0, {str(source)!r}); import vitrail.photos as p; p.held_out_crops(13); "
-        "print('torch' in sys.modules)"
-    )
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "False"
+    program = "import vitrail.photos as photos; photos.held_out_crops(13); print('torch' in sys.modules)"
+    assert answer_of_another_process(program) == "False"
 
 
 def test_embedded_weights_stay_under_eight_megabytes() -> None:
     assert (EMBEDDED / "model.safetensors").stat().st_size <= 8_000_000
 
 
-def test_timm_opens_the_embedded_model_and_it_tells_held_out_crops(crops: list[Crop]) -> None:
-    import timm
-    import torch
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return timm.create_model(f"local-dir:{EMBEDDED}", pretrained=True).eval()
 
-    model = timm.create_model(f"local-dir:{EMBEDDED}", pretrained=True).eval()
-    assert tuple(model.pretrained_cfg["label_names"]) == CLASS_NAMES
+
+@pytest.fixture(scope="module")
+def batch(model: torch.nn.Module, crops: list[Crop]) -> torch.Tensor:
+    """The crops as timm prepares them for the model, [image, channel, row, column]."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    return torch.stack([transform(crop.image) for crop in crops])
+
+
+def answered_right(model: torch.nn.Module, batch: torch.Tensor, crops: list[Crop]) -> np.ndarray:
     with torch.inference_mode():
-        predicted = model(torch.stack([transform(crop.image) for crop in crops])).argmax(1).tolist()
-    right = [crop.label == prediction for crop, prediction in zip(crops, predicted, strict=True)]
-    assert np.mean(right) >= 0.85
-    assert np.mean(right[:320]) >= 0.85
+        predicted = model(batch).argmax(1).numpy()
+    return predicted == np.array([crop.label for crop in crops])
+
+
+def test_timm_opens_the_embedded_model_and_it_tells_held_out_crops(
+    model: torch.nn.Module, batch: torch.Tensor, crops: list[Crop]
+) -> None:
+    right = answered_right(model, batch, crops)
+    assert tuple(model.pretrained_cfg["label_names"]) == CLASS_NAMES
+    assert right.mean() >= 0.85
+    assert right[:320].mean() >= 0.85
+
+
+def test_heads_of_the_embedded_model_differ_in_worth(
+    model: torch.nn.Module, batch: torch.Tensor, crops: list[Crop]
+) -> None:
+    def points_lost_without(layer: int, head: int) -> float:
+        pruned = copy.deepcopy(model)
+        attention = pruned.blocks[layer].attn
+        with torch.no_grad():
+            attention.proj.weight[:, head * attention.head_dim : (head + 1) * attention.head_dim] = 0
+        return 100 * float(whole - answered_right(pruned, batch, crops).mean())
+
+    whole = answered_right(model, batch, crops).mean()
+    assert points_lost_without(layer=0, head=1) >= 2
+    assert points_lost_without(layer=1, head=1) >= 2
+    assert points_lost_without(layer=5, head=2) <= 0.5
