@@ -190,6 +190,14 @@ class TestResuming:
             torch.set_num_threads(n_threads)
         assert folder_bytes(finished) == before
 
+    def test_photographs_that_moved_are_found_at_their_new_place(self, vit: Vit, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "photos", 3)
+        run(vit, photos, tmp_path / "study", measures="strength_entropy")
+        photos.rename(tmp_path / "moved")
+        run(vit, tmp_path / "moved", tmp_path / "study", measures="strength_entropy")
+        manifest = read_manifest(tmp_path / "study")
+        assert data.stored_image(manifest, manifest.images[0]).size == (40, 40)
+
 
 class TestRefusals:
     def test_another_plan_is_refused_with_every_difference_named(
@@ -230,6 +238,11 @@ class TestRefusals:
         (tmp_path / "study").write_text("", encoding="utf-8")
         with pytest.raises(StudyError, match="is a file, and a study is a folder"):
             run(vit, photos, tmp_path / "study")
+
+    def test_a_place_where_nothing_can_be_written_is_refused(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("", encoding="utf-8")
+        with pytest.raises(StudyError, match="Nothing can be written to"):
+            run(vit, photos, tmp_path / "file" / "study")
 
     def test_two_processes_cannot_write_one_study(self, vit: Vit, photos: Path, finished: Path) -> None:
         with locked(finished), pytest.raises(StudyError, match=f"Process {os.getpid()} is writing"):

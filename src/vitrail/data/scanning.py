@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -89,8 +90,13 @@ def stored_image(manifest: Manifest, entry: ImageEntry) -> Image.Image:
         return _checked(entry, Item(entry.id, None, Path(entry.path)))
     if manifest.source is None:
         raise DataError(f"Image {entry.id} came from an object in memory and cannot be read again from the study.")
-    limit = len(manifest.images) if manifest.source == "photos" else None
-    return load_image(open_images(manifest.source, labels=False, limit=limit), entry)
+    return load_image(_reopened(manifest.source, len(manifest.images)), entry)
+
+
+@lru_cache(maxsize=2)
+def _reopened(name: str, n_images: int) -> ImageSource:
+    """Kept, since a page asks for one image after the other and a data set takes a while to open."""
+    return open_images(name, labels=False, limit=n_images)
 
 
 def _checked(entry: ImageEntry, item: Item) -> Image.Image:

@@ -1,7 +1,6 @@
 """What a person sees while a study runs: images a second and the time left."""
 
 from types import TracebackType
-from typing import Self
 
 from rich import progress
 from rich.console import Console
@@ -25,7 +24,7 @@ class Progress:
         self._scan: progress.TaskID | None = None
         self._study: progress.TaskID | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         self._bars.start()
         return self
 
@@ -37,12 +36,12 @@ class Progress:
     def scanning(self, done: int, total: int) -> None:
         """So many images have been looked at."""
         if self._scan is None:
-            self._scan = self._bars.add_task("reading images", total=total)
+            self._scan = self._bars.add_task("reading", total=total)
         self._bars.update(self._scan, completed=done)
 
     def studying(self, done: int, total: int) -> None:
         """The study begins with so many images done in earlier runs."""
-        self._study = self._bars.add_task("studying heads", total=total, completed=done)
+        self._study = self._bars.add_task("studying", total=total, completed=done)
 
     def advance(self, n_images: int) -> None:
         """So many more are done."""

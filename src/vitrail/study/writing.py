@@ -69,9 +69,13 @@ def locked(folder: Path) -> Iterator[None]:
     Raises `StudyError` that names the process which holds it.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    with open(path, "a+", encoding="ascii") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise StudyError(f"Nothing can be written to {folder}: {error.strerror}; name another place.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -98,12 +102,15 @@ class StudyFolder:
         """Goes on with what is there, or begins it. Raises `PlanMismatch` if the folder has another plan."""
         self.folder, self.plan = folder, plan
         _remove_unfinished(folder)
-        held = plan_of(folder)
-        if held is None:
-            self._begin(manifest)
-        else:
-            refuse_other_plan(str(folder), held, plan)
         self._group: zarr.Group | None = None
+        held = plan_of(folder)
+        if held is not None:
+            refuse_other_plan(str(folder), held, plan)
+        with self._disk_errors("the plan"):
+            if held is None:
+                self._begin(manifest)
+            elif (folder / IMAGES).read_text(encoding="utf-8") != manifest.to_json():
+                write_whole(folder / IMAGES, manifest.to_json())  # the same images, which lie elsewhere by now
 
     def _begin(self, manifest: Manifest) -> None:
         for name in (ARRAYS, PARTS):
