@@ -12,10 +12,10 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from vitrail import heads
 from vitrail.data import ImageEntry, ImageSource, load_image
 from vitrail.errors import ModelError
 from vitrail.measure import MEASURES
+from vitrail.study import rooms
 from vitrail.study.plan import Plan
 from vitrail.study.store import N_TOP, THUMBNAIL_PX, declared
 from vitrail.vit.open import Vit
@@ -72,7 +72,7 @@ class BatchRun:
 
     def __init__(self, vit: Vit, plan: Plan) -> None:
         self._vit, self._plan, self._tap = vit, plan, vit.tap()
-        self._collectors = heads.collectors(vit, tuple(plan.measures), plan.options)
+        self._collectors = rooms.collectors(vit, tuple(plan.measures), plan.options)
         self._readers = joined([collector.readers() for collector in self._collectors])
         base = {name for name in plan.measures if MEASURES[name].room == "base"}
         self._computed = base | {name for collector in self._collectors for name in collector.measures}

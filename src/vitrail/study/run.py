@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import xarray as xr
 
-from vitrail import heads
 from vitrail.data import ImageSource, Manifest, open_images, scan
 from vitrail.errors import DataError, Unsupported, UsageError
 from vitrail.measure import ROOMS, Measure, measures_named
+from vitrail.study import rooms
 from vitrail.study.batches import BatchRun, Loaded, loaded_batches
 from vitrail.study.derived import image_xy
 from vitrail.study.plan import Part, Plan
@@ -42,7 +42,8 @@ def run_study(
 
     Goes on where an earlier run under the same plan ended, however it ended. The batch size is part of the plan, and
     the last batch is padded to it, so that no number depends on how many images follow. `options` are those of the
-    rooms (`heads.OPTIONS`); `seed` is of the map of images. `progress` shows images a second and the time left.
+    rooms (`rooms.options_of_rooms`); `seed` is of the map of images. `progress` shows images a second and the time
+    left.
 
     Raises `PlanMismatch` if `out` was begun with another plan, `StudyError` if it is no study, another process is
     writing it or the disk is full; `DataError` if images cannot be used or have changed since the study began;
@@ -76,7 +77,7 @@ def _chosen(
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures to compute, and those that this model does not have, with reasons."""
     asked = measures_named(measures)
-    left_out = heads.skipped(vit, [each.name for each in asked], options)
+    left_out = rooms.skipped(vit, [each.name for each in asked], options)
     if vit.n_classes is None:
         base = [each.name for each in asked if each.room == "base" and "classifier" in each.needs]
         left_out |= dict.fromkeys(base, "the model has no classifier, its output is a feature vector")

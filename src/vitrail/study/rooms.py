@@ -1,0 +1,53 @@
+"""The rooms a study collects from: which measures a model has, and what computes them.
+
+A room is a package below `vitrail` with `OPTIONS` (its options and their values, the default first),
+`collectors(vit, names, options)` and `skipped(vit, names, options)`; both pass over the measures of other rooms.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vitrail.errors import UsageError
+
+if TYPE_CHECKING:
+    from vitrail.heads.collect import Collector
+    from vitrail.vit.open import Vit
+
+__all__ = ["collectors", "options_of_rooms", "skipped"]
+
+PACKAGES = ("vitrail.heads",)
+"""Every room with measures of a study; its torch is loaded when it is asked for something."""
+
+
+def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> "list[Collector]":
+    """What computes the measures `names`, of all rooms. Raises `UsageError` for an option that no room has."""
+    of_rooms = _options(options)
+    return [found for room in _rooms() for found in room.collectors(vit, names, of_rooms[room.__name__])]
+
+
+def skipped(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Measures among `names` that this model or these options cannot give, each with the reason."""
+    of_rooms = _options(options)
+    return {name: why for room in _rooms() for name, why in room.skipped(vit, names, of_rooms[room.__name__]).items()}
+
+
+def options_of_rooms() -> dict[str, tuple[str, ...]]:
+    """Every option of every room with its values, the default first."""
+    return {option: values for room in _rooms() for option, values in room.OPTIONS.items()}
+
+
+def _rooms() -> list[Any]:
+    return [import_module(package) for package in PACKAGES]
+
+
+def _options(options: Mapping[str, str] | None) -> dict[str, dict[str, str]]:
+    """The options by room; an option goes to each room that has it."""
+    given, known = dict(options or {}), options_of_rooms()
+    for option, value in given.items():
+        if option not in known:
+            valid = "; ".join(f"{name}: {', '.join(values)}" for name, values in known.items())
+            raise UsageError(f"There is no option {option}={value!r}. Options: {valid}.")
+    return {
+        room.__name__: {option: value for option, value in given.items() if option in room.OPTIONS} for room in _rooms()
+    }
