@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
@@ -22,7 +23,7 @@ from vitrail.study.plan import Part
 from vitrail.study.run import run_study
 from vitrail.study.store import declared, open_study, read_manifest, verify
 from vitrail.study.writing import LOCK, StudyFolder, locked
-from vitrail.vit.open import Vit
+from vitrail.vit.open import Vit, open_vit
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,27 @@ class TestWhatIsComputed:
     def test_a_measure_asked_for_by_name_that_the_model_lacks_is_refused(self, photos: Path, tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match="head_flip: the model has no classifier"):
             run(tiny_vit(n_classes=0), photos, tmp_path / "study", measures="head_flip,strength_entropy")
+
+    def test_layers_with_fewer_heads_are_padded_and_what_needs_a_class_token_left_out(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(0)
+        swin = timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(2, 2), num_heads=(1, 2), num_classes=10
+        )
+        study = run(open_vit(swin), photos, tmp_path / "study", limit=4)
+        absent = np.isnan(study["head_probability"].values)
+        assert_array_equal(absent, [[[False, True]] * 2 + [[False, False]] * 2] * 4)
+        assert study.attrs["grids"] == [[14, 14]] * 2 + [[7, 7]] * 2
+        assert study.attrs["left_out"]["head_cls_shift"] == "the model has no class token"
+        assert np.isfinite(study["image_xy"]).all()
+
+    def test_another_precision_is_stored_in_the_declared_types(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        study = run(open_vit(vit.model, precision="bfloat16"), photos, tmp_path / "study", limit=4)
+        exact = run(vit, photos, tmp_path / "exact", limit=4)
+        assert study.attrs["precision"] == "bfloat16"
+        assert study["head_probability"].dtype == np.float32
+        assert_allclose(study["top_probability"], exact["top_probability"], atol=0.05)
 
     def test_the_estimate_says_what_it_left_out(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
         study = run(vit, photos, tmp_path / "study", options={"importance": "estimate"}, limit=4)
