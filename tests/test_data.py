@@ -237,7 +237,19 @@ class TestLabels:
         folder = folder_of(self.folder(tmp_path, "cat"), {"stray.png": encoded(picture())})
         source = data.open_images(folder, class_names=["cat"])
         assert ids(source) == ["cat/0.png"]
-        assert source.skipped == (data.Skipped("stray.png", "it lies beside the class folders, so it has no label"),)
+        assert source.skipped == (data.Skipped("stray.png", "it belongs to no class, and others do"),)
+
+    def test_a_file_beside_folders_that_are_no_classes_is_kept(self, tmp_path: Path) -> None:
+        folder = folder_of(self.folder(tmp_path, "raw"), {"best.png": encoded(picture())})
+        assert ids(data.open_images(folder, class_names=["cat"])) == ["best.png", "raw/0.png"]
+
+    def test_a_file_beside_wordnet_folders_is_skipped_too(self, tmp_path: Path) -> None:
+        folder = folder_of(self.folder(tmp_path, "n01440764"), {"README.md": b"about"})
+        assert data.open_images(folder, n_classes=1000).labels == (0,)
+
+    def test_a_whole_name_goes_before_one_of_several(self, tmp_path: Path) -> None:
+        names = ["maillot, tank suit", "maillot"]
+        assert data.open_images(self.folder(tmp_path, "maillot"), class_names=names).labels == (1,)
 
     def test_an_empty_line_in_class_names_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "names.txt").write_text("cat\n\ndog\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from vitrail.data.files import some, text
 from vitrail.data.images import Item, Skipped
 from vitrail.errors import DataError
 
-__all__ = ["class_title", "labels_of", "read_class_names", "without_strays"]
+__all__ = ["class_title", "labels_of", "read_class_names"]
 
 WNID = re.compile(r"n[0-9]{8}")
 
@@ -39,27 +39,37 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
 
 def class_title(name: str) -> str:
     """The part of a class name that fits beside a picture: `n01440764 tench, Tinca tinca` -> `tench`."""
-    return _aliases(name)[0]
+    _, words = _split(name)
+    return (_pieces(words) or [name])[0]
 
 
-def _aliases(name: str) -> list[str]:
-    """Every name that a line of class names gives to its class, the plain first one leading."""
+def _split(name: str) -> tuple[str | None, str]:
+    """WordNet id and words of a line of class names."""
     wnid = WNID.match(name)
-    words = name[wnid.end() :] if wnid else name
-    pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
-    whole = [words.strip(" ,"), name]
-    return [piece for piece in (*pieces, *whole, *([wnid[0]] if wnid else [])) if piece]
+    return (wnid[0], name[wnid.end() :].strip(" ,")) if wnid else (None, name)
 
 
-def _class_index(class_names: Sequence[str] | None, n_classes: int | None) -> dict[str, set[int]]:
-    index: dict[str, set[int]] = {}
+def _pieces(words: str) -> list[str]:
+    return [piece.strip() for piece in words.split(",") if piece.strip()]
+
+
+Index = dict[str, set[int]]
+
+
+def _indices(class_names: Sequence[str] | None, n_classes: int | None) -> tuple[Index, Index]:
+    """Classes by what names them fully (the line, its words, its WordNet id), and by single ones of several names."""
+    full: Index = {}
+    single: Index = {}
     for label, name in enumerate(class_names or ()):
-        for alias in _aliases(name):
-            index.setdefault(_plain(alias), set()).add(label)
-    if not any(WNID.fullmatch(alias) for alias in index):
+        wnid, words = _split(name)
+        for alias in (name, words, wnid or name):
+            full.setdefault(_plain(alias), set()).add(label)
+        for piece in _pieces(words):
+            single.setdefault(_plain(piece), set()).add(label)
+    if not any(WNID.fullmatch(alias) for alias in full):
         for label, wnid in enumerate(_synsets(n_classes or len(class_names or ()))):
-            index.setdefault(wnid, set()).add(label)
-    return index
+            full.setdefault(wnid, set()).add(label)
+    return full, single
 
 
 def _plain(name: str) -> str:
@@ -75,32 +85,35 @@ def _synsets(n_classes: int) -> list[str]:
     return text(table).split() if table.is_file() else []
 
 
-def without_strays(items: list[Item]) -> tuple[list[Item], list[Skipped]]:
-    """Leaves out files that lie beside class folders: they would be the only images without a label."""
-    strays = {item.id for item in items if item.class_name is None}
-    if len(strays) == len(items):
-        return items, []
-    reason = "it lies beside the class folders, so it has no label"
-    return [item for item in items if item.id not in strays], [Skipped(id_, reason) for id_ in sorted(strays)]
-
-
 def labels_of(
     items: list[Item], class_names: Sequence[str] | None, n_classes: int | None
-) -> tuple[list[int] | None, str]:
-    """A label for every item and where it came from, or None and why there are none."""
-    names = list(dict.fromkeys(item.class_name for item in items))
-    if None in names:
-        return None, "the images do not lie in class folders"
-    index = _class_index(class_names, n_classes)
-    if not index:
-        return None, "there are no class names to look the folders up in"
-    found = {name: index.get(_plain(str(name)), set()) for name in names}
-    missing = [str(name) for name, classes in found.items() if not classes]
-    if len(missing) == len(names):
-        return None, f"none of the folder names is a class of the model: {some(missing)}"
+) -> tuple[list[Item], list[int | None], str, list[Skipped]]:
+    """The items to keep, their labels (or None for all), where labels came from or why there are none, and the rest.
+
+    Files that lie beside class folders are left out: they would be the only images without a label.
+    """
+    names = list(dict.fromkeys(item.class_name for item in items if item.class_name is not None))
+    if not names:
+        return items, [None] * len(items), "the images do not lie in class folders", []
+    full, single = _indices(class_names, n_classes)
+    if not full:
+        return items, [None] * len(items), "there are no class names to look the folders up in", []
+    found = {name: full.get(_plain(name)) or single.get(_plain(name), set()) for name in names}
+    if not any(found.values()):
+        return items, [None] * len(items), f"none of the folder names is a class of the model: {some(names)}", []
+    _refuse_unclear(found)
+    kept = [item for item in items if item.class_name is not None]
+    beside = "it belongs to no class, and others do"
+    strays = [Skipped(item.id, beside) for item in items if item.class_name is None]
+    labels: list[int | None] = [min(found[str(item.class_name)]) for item in kept]
+    return kept, labels, "the names of the class folders", strays
+
+
+def _refuse_unclear(found: dict[str, set[int]]) -> None:
+    missing = [name for name, classes in found.items() if not classes]
     if missing:
         raise DataError(
-            f"{len(names) - len(missing)} of {len(names)} class folders match the class names; these do not: "
+            f"{len(found) - len(missing)} of {len(found)} class folders match the class names; these do not: "
             f"{some(missing)}. Rename them, give the right class names, or switch labels off."
         )
     ambiguous = [f"{name} = classes {sorted(classes)}" for name, classes in found.items() if len(classes) > 1]
@@ -108,4 +121,3 @@ def labels_of(
         raise DataError(
             f"Some folder names mean more than one class: {some(ambiguous)}. Use WordNet ids or full names."
         )
-    return [min(found[item.class_name]) for item in items], "the names of the class folders"

@@ -16,7 +16,7 @@ from PIL import Image
 from vitrail.data.decode import MAX_BYTES
 from vitrail.data.files import file_bytes, sentence, some, text, too_many_bytes
 from vitrail.data.images import ImageSource, Item, Skipped, first_reasons
-from vitrail.data.labels import labels_of, read_class_names, without_strays
+from vitrail.data.labels import labels_of, read_class_names
 from vitrail.errors import BadImage, DataError, NoImages, UsageError
 
 __all__ = ["open_images"]
@@ -53,16 +53,11 @@ def open_images(
     if not items:
         raise NoImages(f"{name or 'The data set'} holds no images." + first_reasons(skipped))
     _refuse_duplicates(items)
-    items, beside = without_strays(items) if labels and class_names is not None else (items, [])
-    found, origin = labels_of(items, class_names, n_classes) if labels else (None, "labels were switched off")
-    return ImageSource(
-        name=name,
-        items=tuple(items),
-        labels=tuple(found) if found is not None else (None,) * len(items),
-        labels_from=origin,
-        skipped=(*skipped, *beside),
-        limit=limit,
-    )
+    found: list[int | None] = [None] * len(items)
+    origin, beside = "labels were switched off", list[Skipped]()
+    if labels:
+        items, found, origin, beside = labels_of(items, class_names, n_classes)
+    return ImageSource(name, tuple(items), tuple(found), origin, (*skipped, *beside), limit)
 
 
 Listing = tuple[str | None, list[Item], list[Skipped]]
