@@ -10,15 +10,17 @@ export interface Place {
   back: (px: number, py: number) => [number, number];
 }
 
-/** Map units to pixels, the same scale on both axes. */
+/** Map units to pixels. The axes of the map mean nothing, so one may be stretched, up to twice the other, to fill the view. */
 export function place(xy: Float32Array, width: number, height: number): Place {
   const n = xy.length / 2;
   const xs = Float32Array.from({ length: n }, (_, i) => xy[2 * i]!);
   const ys = Float32Array.from({ length: n }, (_, i) => xy[2 * i + 1]!);
   const [[left, right], [top, bottom]] = [extent(xs), extent(ys)];
   const margin = 12;
-  const unit = Math.min((width - 2 * margin) / (right - left || 1), (height - 2 * margin) / (bottom - top || 1));
-  const [halfX, halfY] = [((right - left) * unit) / 2, ((bottom - top) * unit) / 2];
+  const fits = [(width - 2 * margin) / (right - left || 1), (height - 2 * margin) / (bottom - top || 1)] as const;
+  const unit = 2 * Math.min(...fits);
+  const halfX = ((right - left) * Math.min(unit, fits[0])) / 2;
+  const halfY = ((bottom - top) * Math.min(unit, fits[1])) / 2;
   const x = scaleLinear([left, right], [width / 2 - halfX, width / 2 + halfX]);
   const y = scaleLinear([top, bottom], [height / 2 - halfY, height / 2 + halfY]);
   return { x, y, back: (px, py) => [x.invert(px), y.invert(py)] };

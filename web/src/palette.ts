@@ -1,7 +1,7 @@
 // Colours that people with any colour vision can order, and the scales that use them.
 
 import { scaleDiverging, scaleSequential } from "d3-scale";
-import { interpolateCividis, interpolatePuOr, interpolateViridis } from "d3-scale-chromatic";
+import { interpolateCividis, interpolateInferno, interpolatePuOr } from "d3-scale-chromatic";
 
 export type Colours = ((value: number) => string) & { domain: () => number[] };
 
@@ -26,10 +26,15 @@ export function colours(values: ArrayLike<number>): Colours {
     const far = Math.max(-low, high);
     return scaleDiverging((t: number) => interpolatePuOr(1 - t)).domain([-far, 0, far]);
   }
-  return scaleSequential(interpolateCividis).domain(high > low ? [low, high] : [low - 0.5, low + 0.5]);
+  return scaleSequential((t: number) => interpolateCividis(0.03 + 0.9 * t)).domain(high > low ? [low, high] : [low - 0.5, low + 0.5]);
 }
 
-export const heat = interpolateViridis;
+/** A veil over a photograph, for weights from 0 to 1 of the largest: dark where low, and light that lets the photograph
+ * through where high. Dark and bright photographs both keep the order. */
+export const veil = (share: number): { fill: string; opacity: number } => ({
+  fill: interpolateInferno(0.03 + 0.87 * Math.sqrt(share)),
+  opacity: 0.8 - 0.32 * Math.sqrt(share),
+});
 
 /** Black or white, whichever can be read on this colour ("rgb(r, g, b)" or "#rrggbb"). */
 export function inkOn(colour: string): string {

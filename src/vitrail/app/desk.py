@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from threading import Lock
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -18,11 +18,12 @@ Result = TypeVar("Result")
 
 NO_MODEL = (
     "No model is open behind this page, so nothing can be computed live. "
-    "Start it with the model: `vitrail open STUDY` without --no-model, on a machine that has the model's weights."
+    "Start it with the model: `vitrail open STUDY` without --no-live, where the model's weights are."
 )
 BUSY = "The model is busy with {n} other requests. Try again in a moment."
 
 
+@runtime_checkable
 class Live(Protocol):
     """What the server asks of the model; the command line hands one in, so that the server needs no torch."""
 

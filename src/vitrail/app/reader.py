@@ -1,6 +1,6 @@
 """A study as the page asks for it: one image's numbers, one head's numbers over all images, and summaries of sets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class Reader:
         fixed = {dimension: self.index(dimension, text, array) for dimension, text in chosen.items()}
         dims = [str(dimension) for dimension in array.dims if dimension != "image"]
         place = tuple(fixed.get(dimension, slice(None)) for dimension in dims)
-        return tuple(dimension for dimension in dims if dimension not in fixed), np.asarray(values)[place]
+        return tuple(dimension for dimension in dims if dimension not in fixed), np.asarray(np.asarray(values)[place])
 
     def whole(self, name: str) -> np.ndarray:
         """All of one array, kept in memory while there is room."""
@@ -148,7 +148,7 @@ def _numbers(values: np.ndarray, over_heads: bool, array: xr.DataArray) -> Float
     return np.asarray(np.nanmean(numbers, axis=array.dims.index("head")), dtype=np.float32)
 
 
-def chosen_images(indices: Sequence[Any], n_images: int) -> Int[np.ndarray, "chosen"]:
+def chosen_images(indices: Any, n_images: int) -> Int[np.ndarray, "chosen"]:
     """The images that a request lists, checked: integers of this study, at least one, each at most once."""
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
         raise HTTPException(422, 'Send the images as {"images": [0, 5, 17]}, integers only.')

@@ -286,7 +286,8 @@ async def _modes(page: Page, request: Request) -> Response:
 async def _look(page: Page, request: Request) -> Response:
     content = await _body(request, MAX_BYTES)
     photograph = await run_in_threadpool(decode_image, content, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)
-    arrays = await page.desk.ask(request, lambda live: live.look(photograph))
+    looked = await page.desk.ask(request, lambda live: live.look(photograph))
+    arrays = {name: np.asarray(values) for name, values in looked.items()}
     xy = await run_in_threadpool(page.reader.place, arrays)
     placed = arrays if xy is None else {**arrays, "image_xy": xy}
     return _json({"image": page.uploads.add(Upload(photograph, placed))})

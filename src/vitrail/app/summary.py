@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Float64, Int
 
 __all__ = ["STATISTICS", "Summary", "summary"]
 
@@ -52,7 +52,7 @@ def evenly_spaced(n: int, at_most: int) -> Int[np.ndarray, "chosen"]:
 
 def _bootstrap(
     flat: Float32[np.ndarray, "image cell"], seed: int
-) -> tuple[Float32[np.ndarray, "cell"], Float32[np.ndarray, "cell"]]:
+) -> tuple[Float64[np.ndarray, "cell"], Float64[np.ndarray, "cell"]]:
     n_images = len(flat)
     draws = np.random.default_rng(seed).multinomial(n_images, np.full(n_images, 1 / n_images), size=RESAMPLES)
     means = draws.astype(np.float32) @ flat / n_images
@@ -61,7 +61,7 @@ def _bootstrap(
 
 
 def _normal(
-    flat: Float32[np.ndarray, "image cell"], mean: Float32[np.ndarray, "cell"]
-) -> tuple[Float32[np.ndarray, "cell"], Float32[np.ndarray, "cell"]]:
+    flat: Float32[np.ndarray, "image cell"], mean: Float64[np.ndarray, "cell"]
+) -> tuple[Float64[np.ndarray, "cell"], Float64[np.ndarray, "cell"]]:
     half = 1.96 * flat.std(axis=0, dtype=np.float64) / np.sqrt(len(flat))
     return mean - half, mean + half
