@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "collectors", "skipped"]
 
-OPTIONS: Mapping[str, tuple[str, ...]] = {"importance": ("exact", "estimate")}
+OPTIONS: Mapping[str, tuple[str, ...]] = {"importance": ("exact", "estimate"), "maps": ("model", "bfloat16")}
 """Options of `collectors` and their values, the default first."""
 
 REACH = ("attention_strength", "strength_entropy", "attention_distance", "prefix_share")
@@ -31,20 +31,24 @@ def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | No
     """What computes those of the measures `names` that belong to this room and that the model has.
 
     `options`: `importance="exact"` prunes every head in turn, `"estimate"` takes the first order of the model metrics
-    (layer metrics stay exact). Measures left out are named, with the reason, by `skipped`. Raises `UsageError` for an
-    unknown option.
+    (layer metrics stay exact). `maps="bfloat16"` computes attention maps in bfloat16 for the measures of distance,
+    `"model"` in the model's own precision. Measures left out are named, with the reason, by `skipped`. Raises
+    `UsageError` for an unknown option.
     """
+    import torch
+
     from vitrail.heads.collect import EstimateCollector, ReachCollector, SweepCollector, layouts_on_grid
     from vitrail.heads.estimate import ESTIMATED
 
     left_out = skipped(vit, names, options)
     wanted = [name for name in dict.fromkeys(names) if name in ROOMS["heads"] and name not in left_out]
-    estimated = [name for name in wanted if name in ESTIMATED] if _importance(options) == "estimate" else []
+    estimated = [name for name in wanted if name in ESTIMATED] if _option(options, "importance") == "estimate" else []
     swept = [name for name in wanted if name not in REACH and name not in estimated]
     read = [name for name in wanted if name in REACH]
     found: list[Collector] = []
     if read:
-        found.append(ReachCollector(vit.anatomy, read, layouts_on_grid(vit)[0]))
+        precision = torch.bfloat16 if _option(options, "maps") == "bfloat16" else None
+        found.append(ReachCollector(vit.anatomy, read, layouts_on_grid(vit)[0], precision))
     if swept:
         found.append(SweepCollector(vit.anatomy, swept, vit.n_classes is not None))
     if estimated:
@@ -81,7 +85,7 @@ def _no_grid(vit: "Vit") -> str:
 
 
 def _not_estimated(name: str, options: Mapping[str, str] | None) -> str:
-    if _importance(options) != "estimate":
+    if _option(options, "importance") != "estimate":
         return ""
     from vitrail.heads.estimate import NOT_ESTIMATED
 
@@ -89,10 +93,11 @@ def _not_estimated(name: str, options: Mapping[str, str] | None) -> str:
     return f'no estimate: {reason}; use importance="exact"' if reason else ""
 
 
-def _importance(options: Mapping[str, str] | None) -> str:
+def _option(options: Mapping[str, str] | None, name: str) -> str:
+    """The value of an option; all of them are checked."""
     options = options or {}
     for option, value in options.items():
         if option not in OPTIONS or value not in OPTIONS[option]:
-            valid = "; ".join(f"{name}: {', '.join(values)}" for name, values in OPTIONS.items())
+            valid = "; ".join(f"{known}: {', '.join(values)}" for known, values in OPTIONS.items())
             raise UsageError(f"Heads have no option {option}={value!r}. Options: {valid}.")
-    return options.get("importance", OPTIONS["importance"][0])
+    return options.get(name, OPTIONS[name][0])

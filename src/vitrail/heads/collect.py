@@ -14,6 +14,7 @@ from torch import Tensor
 from vitrail.errors import Unsupported
 from vitrail.heads.estimate import estimate
 from vitrail.heads.importance import sweep
+from vitrail.heads.maps import MapSource
 from vitrail.heads.strength import Layout, Reach, reach
 from vitrail.vit.anatomy import Anatomy
 from vitrail.vit.open import Vit
@@ -27,10 +28,6 @@ REACH_FIELDS = {
     "attention_distance": "distance",
     "prefix_share": "prefix_share",
 }
-
-
-CHUNK_BYTES = 128 * 2**20
-"""Bound on the attention maps that are held at once."""
 
 
 def layouts_on_grid(vit: Vit) -> tuple[dict[int, Layout], dict[int, str]]:
@@ -71,11 +68,17 @@ class Collector(Protocol):
 
 
 class ReachCollector:
-    """How far heads look, read off each attention map while the plain pass makes it."""
+    """How far heads look, read off each attention map while the plain pass makes it; `precision` as in `MapSource`."""
 
-    def __init__(self, anatomy: Anatomy, measures: Sequence[str], layouts: Mapping[int, Layout]) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        measures: Sequence[str],
+        layouts: Mapping[int, Layout],
+        precision: torch.dtype | None = None,
+    ) -> None:
         self.measures = tuple(measures)
-        self._anatomy, self._layouts = anatomy, layouts
+        self._anatomy, self._layouts, self._maps = anatomy, layouts, MapSource(precision)
         self._found: dict[int, Reach] = {}
 
     def readers(self) -> Readers:
@@ -106,7 +109,7 @@ class ReachCollector:
         if layout.windows is not None:
             found = reach(attention.window_weights().flatten(0, 1), layout)
         else:
-            parts = [reach(weights, layout) for _, weights in attention.weights_in_chunks(CHUNK_BYTES)]
+            parts = [reach(weights, layout) for weights in self._maps.parts(attention)]
             found = parts[0] if len(parts) == 1 else Reach(*map(torch.cat, zip(*parts, strict=True)))
         self._found[attention.layer] = found
 

@@ -21,12 +21,12 @@ def label_log_probability(
     return logits.float().log_softmax(-1).gather(-1, labels.long()[..., None])[..., 0]
 
 
-def flips(before: Float[Tensor, "*batch class"], after: Float[Tensor, "*batch class"]) -> Bool[Tensor, "*batch"]:
+def flips(before: Float[Tensor, "*#batch class"], after: Float[Tensor, "*#batch class"]) -> Bool[Tensor, "*batch"]:
     """The most probable class is another one."""
     return before.argmax(-1) != after.argmax(-1)
 
 
-def jensen_shannon(a: Float[Tensor, "*batch class"], b: Float[Tensor, "*batch class"]) -> Float[Tensor, "*batch"]:
+def jensen_shannon(a: Float[Tensor, "*#batch class"], b: Float[Tensor, "*#batch class"]) -> Float[Tensor, "*batch"]:
     """Jensen-Shannon divergence in bits of two predictions given as logits: symmetric, 0 iff equal, at most 1.
 
     With s = p + q and x = ln p - ln q each class adds s/4 (x tanh(x/2) - 2 ln cosh(x/2)) nats, which is never negative;
@@ -47,7 +47,7 @@ class Shift(NamedTuple):
     relative_l2: Float[Tensor, "*batch"]
 
 
-def shift(before: Float[Tensor, "*batch channel"], after: Float[Tensor, "*batch channel"]) -> Shift:
+def shift(before: Float[Tensor, "*#batch channel"], after: Float[Tensor, "*#batch channel"]) -> Shift:
     """1 - cos and |after - before| / |before| along the last dimension; the shapes broadcast.
 
     1 - cos is taken from the length of the difference, (|d|^2 - (|a| - |b|)^2) / (2 |a| |b|): two directions 1e-4 apart
@@ -60,13 +60,15 @@ def shift(before: Float[Tensor, "*batch channel"], after: Float[Tensor, "*batch 
     return Shift(turned.clamp(0.0, 2.0), change / length)
 
 
-def one_minus_cosine(a: Float[Tensor, "*batch channel"], b: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch"]:
+def one_minus_cosine(
+    a: Float[Tensor, "*#batch channel"], b: Float[Tensor, "*#batch channel"]
+) -> Float[Tensor, "*batch"]:
     """1 - cosine, 0 (same direction) .. 2 (opposite); see `shift`."""
     return shift(a, b).one_minus_cosine
 
 
 def relative_l2(
-    before: Float[Tensor, "*batch channel"], after: Float[Tensor, "*batch channel"]
+    before: Float[Tensor, "*#batch channel"], after: Float[Tensor, "*#batch channel"]
 ) -> Float[Tensor, "*batch"]:
     """Length of the change over the length before; see `shift`."""
     return shift(before, after).relative_l2

@@ -124,7 +124,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def rank_agreement(
-    estimate: Float[np.ndarray, "image layer head"], exact: Float[np.ndarray, "image layer head"]
+    estimate: Float[np.ndarray, "image layer head"], exact: Float[np.ndarray, "other layer head"]
 ) -> float:
     """How well an estimate ranks heads: Spearman over heads of the means over images, -1 .. 1 (the same order)."""
     means = [values.astype(np.float64).mean(0).ravel() for values in (estimate, exact)]
