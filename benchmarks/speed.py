@@ -1,0 +1,366 @@
+"""Speed and memory of the heads room, as ratios within one run: machines differ, ratios travel.
+
+    python benchmarks/speed.py                     ViT-Tiny/16 and ViT-B/16 with random weights
+    python benchmarks/speed.py --weights FILE      ViT-Tiny with trained weights, for the rank correlation
+
+Naive leave-one-out zeroes a head's slice of the input of the output projection with a hook and runs the whole model,
+once per head. Rows are medians over interleaved repetitions. `--part` runs one table.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitrail import heads
+from vitrail.heads.summary import spearman
+from vitrail.vit.open import Vit, open_vit
+from vitrail.vit.tap import Readers
+
+TINY, BASE = "vit_tiny_patch16_224", "vit_base_patch16_224"
+REACH = ["attention_strength", "strength_entropy", "attention_distance", "prefix_share"]
+MODEL = ["head_probability", "head_divergence", "head_loss_change", "head_flip"]
+
+
+def opened(name: str, weights: str | None, precision: str = "float32") -> Vit:
+    """The model; random weights are the same in every process."""
+    torch.manual_seed(0)
+    return open_vit(f"timm:{name}", weights=weights or "random", precision=precision)
+
+
+def batch(n_images: int, vit: Vit) -> Tensor:
+    """Random images of the model's size."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn((n_images, 3, *vit.preprocessing.size), generator=generator)
+    return images.to(next(vit.model.parameters()).dtype)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def ratios(one: Callable[[], object], two: Callable[[], object], repeats: int) -> list[float]:
+    """one / two, run in turn."""
+    one(), two()
+    return [seconds(one) / seconds(two) for _ in range(repeats)]
+
+
+def shown(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} .. {max(values):.2f})"
+
+
+# --- leave-one-out ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_head(block: nn.Module, head: int) -> Iterator[None]:
+    """A hook that zeroes a head before the output projection, as anyone would write it."""
+    width = block.attn.head_dim
+
+    def zero(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        changed = args[0].clone()
+        changed[..., head * width : (head + 1) * width] = 0
+        return (changed,)
+
+    handle = block.attn.proj.register_forward_pre_hook(zero)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def naive(model: nn.Module, images: Tensor, which: list[tuple[int, int]]) -> Tensor:
+    """[head, image, class] logits, one whole pass per head."""
+    found = []
+    for layer, head in which:
+        with without_head(model.blocks[layer], head):
+            found.append(model(images))
+    return torch.stack(found)
+
+
+def collected(vit: Vit, images: Tensor, names: list[str], **options: str) -> dict[str, np.ndarray]:
+    """The measures `names` of one batch, as a study computes them."""
+    each = heads.collectors(vit, names, options)
+    replay, logits = vit.tap().record(images, Readers.joined([one.readers() for one in each]))
+    labels = logits.argmax(-1).cpu().numpy().astype(np.int64)
+    found: dict[str, np.ndarray] = {}
+    for one in each:
+        found |= one.finish(vit.tap(), replay, logits, labels)
+    return found
+
+
+def sweep_rows(name: str, weights: str | None, n_images: int, repeats: int, every: int) -> list[list[str]]:
+    """Exact and estimated importance against naive leave-one-out. `every`: naive runs each such head and is scaled."""
+    vit, half = opened(name, weights), opened(name, weights, "bfloat16")
+    images = batch(n_images, vit)
+    whole = [(layer, head) for layer, n_heads in enumerate(vit.n_heads) for head in range(n_heads)]
+    sampled = whole[::every]
+    scale = len(whole) / len(sampled)
+    runs = {
+        "exact": lambda: collected(vit, images, MODEL),
+        "exact, bfloat16": lambda: collected(half, images.bfloat16(), MODEL),
+        "estimate": lambda: collected(vit, images, MODEL[:1], importance="estimate"),
+    }
+    for run in runs.values():
+        run()
+    found: dict[str, list[float]] = {kind: [] for kind in runs}
+    for _ in range(repeats):
+        slow = seconds(lambda: naive(vit.model, images, sampled)) * scale
+        for kind, run in runs.items():
+            found[kind].append(slow / seconds(run))
+    errors = _sweep_errors(vit, half, images, sampled)
+    return [[name, kind, str(len(whole)), shown(found[kind]), errors[kind]] for kind in runs]
+
+
+def _sweep_errors(vit: Vit, half: Vit, images: Tensor, sampled: list[tuple[int, int]]) -> dict[str, str]:
+    from vitrail.vit.edits import Edit
+
+    reference = naive(vit.model, images, sampled)
+    largest = float(reference.abs().max())
+    exact = vit.tap().record(images)[0]
+    rough = half.tap().record(images.bfloat16())[0]
+    worst = {"exact": 0.0, "exact, bfloat16": 0.0}
+    for (layer, head), truth in zip(sampled, reference, strict=True):
+        for kind, tap, replay in (("exact", vit.tap(), exact), ("exact, bfloat16", half.tap(), rough)):
+            answer = tap.run_from(layer, replay, [Edit(layer, prune=(head,))]).float()
+            worst[kind] = max(worst[kind], float((answer - truth).abs().max()))
+    told = {kind: f"logits within {value:.1e} of {largest:.1f}" for kind, value in worst.items()}
+    return told | {"estimate": "first order; rank correlation below"}
+
+
+# --- reading attention while it passes -------------------------------------------------------------------------------
+
+
+def reach_rows(name: str, weights: str | None, n_images: int, repeats: int) -> list[list[str]]:
+    """Strength, entropy, distance and prefix share against the plain pass of the same model in the same precision."""
+    rows = []
+    for precision in ("float32", "bfloat16"):
+        vit = opened(name, weights, precision)
+        images = batch(n_images, vit)
+        with torch.no_grad():
+            found = ratios(lambda: collected(vit, images, REACH), lambda: vit.logits(images), repeats)  # noqa: B023
+        rows.append([name, precision, shown(found), _reach_error(name, weights, precision, n_images)])
+    return rows
+
+
+def _reach_error(name: str, weights: str | None, precision: str, n_images: int) -> str:
+    if precision == "float32":
+        return "-"
+    images = batch(min(n_images, 4), opened(name, weights))
+    truth = collected(opened(name, weights), images, REACH)
+    rough = collected(opened(name, weights, precision), images.bfloat16(), REACH)
+    worst = max(float(np.nanmax(np.abs(rough[each] - truth[each]))) for each in ("strength_entropy",))
+    return f"entropy within {worst:.1e} nats"
+
+
+# --- memory and peers ------------------------------------------------------------------------------------------------
+
+
+def child(kind: str, n_images: int) -> None:
+    """One way to go through `n_images` images in batches of 16, in a process of its own; prints seconds and peak."""
+    run = CHILDREN[kind]()
+    run(16)
+    before = time.perf_counter()
+    for _ in range(n_images // 16):
+        run(16)
+    taken = time.perf_counter() - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": taken, "peak_mib": peak}))
+
+
+def _plain() -> Callable[[int], object]:
+    vit = opened(TINY, None)
+    return lambda n_images: vit.logits(batch(n_images, vit))
+
+
+def _reach() -> Callable[[int], object]:
+    vit = opened(TINY, None)
+    return lambda n_images: collected(vit, batch(n_images, vit), REACH)
+
+
+def _sweep() -> Callable[[int], object]:
+    vit = opened(TINY, None)
+    return lambda n_images: collected(vit, batch(n_images, vit), MODEL)
+
+
+def _timm_maps() -> Callable[[int], object]:
+    """timm's own way: fused attention off, all maps kept."""
+    from timm.utils import AttentionExtract
+
+    model = timm.create_model(TINY).eval()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    extract = AttentionExtract(model, method="hook", hook_type="forward")
+    kept: list[object] = []
+
+    @torch.no_grad()
+    def run(n_images: int) -> object:
+        found = extract(torch.randn(n_images, 3, 224, 224))
+        assert len(found) == 12, f"timm returned {len(found)} maps"
+        kept.append({name: value.clone() for name, value in found.items()})
+        return found
+
+    return run
+
+
+def _transformers_maps() -> Callable[[int], object]:
+    """transformers' own way: eager attention, output_attentions, all maps kept."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000)
+    config._attn_implementation = "eager"
+    model = ViTForImageClassification(config).eval()
+    kept: list[object] = []
+
+    @torch.no_grad()
+    def run(n_images: int) -> object:
+        found = model(torch.randn(n_images, 3, 224, 224), output_attentions=True).attentions
+        assert len(found) == 12, f"transformers returned {len(found)} maps"
+        kept.append(found)
+        return found
+
+    return run
+
+
+def _nnsight_maps() -> Callable[[int], object]:
+    """nnsight: a trace that saves each block's softmax input is not to be had with fused attention; off, then."""
+    from nnsight import NNsight
+
+    model = timm.create_model(TINY).eval()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    wrapped = NNsight(model)
+    kept: list[object] = []
+
+    @torch.no_grad()
+    def run(n_images: int) -> object:
+        with wrapped.trace(torch.randn(n_images, 3, 224, 224)):
+            found = [block.attn.attn_drop.output.save() for block in wrapped.blocks]
+        kept.append([getattr(each, "value", each) for each in found])
+        return kept[-1]
+
+    return run
+
+
+CHILDREN: dict[str, Callable[[], Callable[[int], object]]] = {
+    "plain pass": _plain,
+    "Vitrail: strength, entropy, distance, prefix share": _reach,
+    "Vitrail: exact importance of all heads": _sweep,
+    "timm: AttentionExtract, fused off, maps kept": _timm_maps,
+    "transformers: eager, output_attentions, maps kept": _transformers_maps,
+    "nnsight: fused off, maps kept": _nnsight_maps,
+}
+
+
+def memory_rows(sizes: tuple[int, ...]) -> list[list[str]]:
+    """Time and peak memory of each way, each in a process of its own, as difference to the plain pass."""
+    rows, plain = [], {}
+    for kind in CHILDREN:
+        cells = []
+        for size in sizes if "importance" not in kind else sizes[:1]:
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", kind, "--images", str(size)], capture_output=True, text=True
+            )
+            if done.returncode:
+                cells += [f"fails: {done.stderr.strip().splitlines()[-1][:90]}"]
+                continue
+            got = json.loads(done.stdout.splitlines()[-1])
+            plain.setdefault(size, got)
+            cells.append(
+                f"{got['seconds'] / plain[size]['seconds']:.2f} x, {got['peak_mib'] - plain[size]['peak_mib']:+.0f} MiB"
+            )
+        rows.append([kind, *cells, *["-"] * (len(sizes) - len(cells))])
+    return rows
+
+
+def import_rows() -> list[list[str]]:
+    """How long the library and the command take to come up (best of 5 processes)."""
+    ways = {
+        "import vitrail": [sys.executable, "-c", "import vitrail"],
+        "vitrail --help": [str(Path(sys.executable).with_name("vitrail")), "--help"],
+    }
+    rows = []
+    for name, command in ways.items():
+        taken = [seconds(lambda: subprocess.run(command, capture_output=True, check=True)) for _ in range(5)]  # noqa: B023
+        rows.append([name, f"{min(taken):.2f} s"])
+    code = "import vitrail, vitrail.figures.heads, vitrail.app.server, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return [*rows, ["figures and server without torch", "yes"]]
+
+
+def rank_rows(weights: str, images: str, n_images: int) -> list[list[str]]:
+    """Spearman over heads of estimated and exact mean drop, on photographs."""
+    from vitrail.data import load_image, open_images, scan
+
+    vit = opened(TINY, weights)
+    manifest = scan(source := open_images(images, n_classes=1000, limit=n_images))
+    exact, rough = [], []
+    for at in range(0, len(manifest.images), 20):
+        photos = vit.prepare([load_image(source, entry) for entry in manifest.images[at : at + 20]])
+        base = torch.softmax(vit.logits(photos), -1).max(-1).values.numpy()[:, None, None]
+        exact.append(base - collected(vit, photos, MODEL[:1])["head_probability"])
+        rough.append(base - collected(vit, photos, MODEL[:1], importance="estimate")["head_probability"])
+    one, two = np.concatenate(exact), np.concatenate(rough)
+    signed = spearman(one.mean(0).ravel(), two.mean(0).ravel())
+    size = spearman(np.abs(one).mean(0).ravel(), np.abs(two).mean(0).ravel())
+    return [[str(len(one)), f"{signed:.3f}", f"{size:.3f}"]]
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A markdown table."""
+    print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """All tables, or one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="safetensors of ViT-Tiny/16")
+    parser.add_argument("--photographs", help="a folder of labelled photographs, for the rank correlation")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--part", choices=["sweep", "base", "reach", "memory", "import", "rank"], action="append")
+    parser.add_argument("--child", choices=list(CHILDREN))
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if asked.child:
+        child(asked.child, asked.images)
+        return
+    parts = asked.part or ["sweep", "base", "reach", "memory", "import", "rank"]
+    columns = ["model", "way", "heads", "times faster than naive float32", "against naive"]
+    if "sweep" in parts:
+        table("Importance, ViT-Tiny/16", columns, sweep_rows(TINY, asked.weights, 16, 3, 1))
+    if "base" in parts:
+        table("Importance, ViT-B/16 (naive: every 12th head, scaled)", columns, sweep_rows(BASE, None, 4, 1, 13))
+    if "reach" in parts:
+        rows = reach_rows(TINY, asked.weights, 16, 9) + reach_rows(BASE, None, 8, 3)
+        table("Reading attention in passing", ["model", "precision", "time / plain pass", "error"], rows)
+    if "memory" in parts:
+        table("Time and peak memory over the plain pass", ["way", "64 images", "256 images"], memory_rows((64, 256)))
+    if "import" in parts:
+        table("Coming up", ["what", "time"], import_rows())
+    if "rank" in parts and asked.weights and asked.photographs:
+        rows = rank_rows(asked.weights, asked.photographs, asked.images)
+        table("Estimate against exact, Spearman over 36 heads", ["photographs", "mean drop", "mean |drop|"], rows)
+
+
+if __name__ == "__main__":
+    main()
