@@ -15,7 +15,7 @@ import operator
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
@@ -50,6 +50,7 @@ class RawCall:
     scores_changed: bool = False
 
 
+@runtime_checkable
 class Handler(Protocol):
     """What an interceptor reports to."""
 

@@ -154,7 +154,7 @@ class Tap:
             images = images.repeat(copies, *[1] * (images.ndim - 1))
         output = self._run(images, state)
         if output is None:
-            return images.new_zeros((0,))
+            return images.new_zeros((0, 0))
         return self._logits(output)
 
     def _logits(self, output: Any) -> Tensor:
