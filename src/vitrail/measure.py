@@ -78,6 +78,8 @@ PRUNING_LIMITS = (
     "Heads are removed one at a time, set to zero: two heads that stand in for each other both look unimportant."
 )
 NEIGHBOUR_LIMITS = "Distance on the grid of patches, without looking at what the patches show."
+OURS_AFTER_MA = "our construction, after Ma et al. 2022 (arXiv 2203.05922)"
+INTERACTION_LIMITS = "Attention between patches, averaged over heads: heads that look elsewhere are outvoted."
 
 _BASE = (
     Measure(
@@ -171,10 +173,45 @@ _HEADS = (
     ),
 )  # fmt: skip
 
-MEASURES: dict[str, Measure] = {measure.name: measure for measure in (*_BASE, *_HEADS)}
+_PATCHES = (
+    Measure(
+        "window", "window of a patch", ("image", "layer", "patch", "side"), "patches left, top, right, bottom of the query",
+        "negative: the window ends before it reaches the query on this side", "the window reaches far on this side",
+        f"{OURS_AFTER_MA}: the box of a quarter of the grid that holds most of the patch's interactions, mean over heads",
+        INTERACTION_LIMITS, "patches", frozenset({"grid"}),
+    ),
+    Measure(
+        "tendency", "tendency of the responsive field", ("image", "layer", "patch", "xy"), "patches, x to the right, y down",
+        "(0, 0): the interactions lie evenly around the patch", "long: the patch is pulled that way",
+        f"{OURS_AFTER_MA}: centre of the interactions in the window, seen from the patch",
+        "Patches near the border can only be pulled inward; compare with interior patches.", "patches", frozenset({"grid"}),
+    ),
+    Measure(
+        "field_size", "size of the responsive field", ("image", "layer", "patch"), "share of the grid",
+        "half of the patch's interactions fit in a small box", "the interactions are spread over the image",
+        f"{OURS_AFTER_MA}: area of the smallest box with half of the interactions, interpolated between areas",
+        INTERACTION_LIMITS, "patches", frozenset({"grid"}),
+    ),
+    Measure(
+        "interaction_distance", "mean distance of interactions", ("image", "layer", "patch"), "patches",
+        "the patch takes from its neighbours", "the patch takes from far away",
+        f"{OURS_AFTER_MA}: Euclidean, weighted by the indicator", NEIGHBOUR_LIMITS, "patches", frozenset({"grid"}),
+    ),
+    Measure(
+        "hub", "indiscriminative patch (hub)", ("image", "layer", "patch"), "bool",
+        "0: those who keep this patch have their reasons", "1: nearly every patch keeps it, whatever it looks for",
+        f"{OURS_AFTER_MA}; related to attention sinks and high-norm tokens",
+        "A hub may carry information: removing it is no clean-up.", "patches", frozenset({"grid"}), "bool",
+    ),
+)  # fmt: skip
+
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in (*_BASE, *_HEADS, *_PATCHES)}
 """Every measure by its name in the store. These names are the public contract: add, don't rename."""
 
-ROOMS: dict[str, tuple[str, ...]] = {"heads": tuple(measure.name for measure in _HEADS)}
+ROOMS: dict[str, tuple[str, ...]] = {
+    "heads": tuple(measure.name for measure in _HEADS),
+    "patches": tuple(measure.name for measure in _PATCHES),
+}
 """The measures that a room's name stands for in `--measures`."""
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["collectors", "options_of_rooms", "skipped"]
 
-PACKAGES = ("vitrail.heads",)
+PACKAGES = ("vitrail.heads", "vitrail.patches")
 """Every room with measures of a study; its torch is loaded when it is asked for something."""
 
 

@@ -1,0 +1,332 @@
+"""Windows: for each query the box of patches that holds most of its interactions. Our construction, after Ma et al.
+
+A box is (top, left, bottom, right) in rows and columns of the grid, half open: it holds rows top .. bottom - 1. It need
+not hold its query; the query may always see itself (`masks`).
+
+Boxes are searched through integral images, for all queries at once: keys first and queries last in memory, so that every
+step is a sum or difference of long contiguous rows.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vitrail.errors import UsageError
+
+__all__ = [
+    "Boxes",
+    "areas",
+    "attention_bias",
+    "best_boxes",
+    "centred_boxes",
+    "complements",
+    "held_area",
+    "in_box",
+    "masks",
+    "n_patches_of",
+    "random_boxes",
+    "shapes_of_area",
+    "shared_boxes",
+    "sides",
+    "smallest_boxes",
+    "top_keys",
+]
+
+Boxes = Int[Tensor, "*batch patch side"]
+"""(top, left, bottom, right) for each query patch; the last two are exclusive."""
+
+Grid = tuple[int, int]
+"""(rows, columns)"""
+
+BLOCK_NUMBERS = 2**18
+"""About how many indicator values one step of a search takes in: its sums then stay near the core."""
+
+
+def n_patches_of(share: float, grid: Grid) -> int:
+    """The number of patches that a share of the grid allows: rounded, at least 1."""
+    if not 0 < share <= 1:
+        raise UsageError(f"A window cannot have {share} of the grid; give a share above 0 and at most 1.")
+    return max(1, round(share * grid[0] * grid[1]))
+
+
+@lru_cache(maxsize=256)
+def shapes_of_area(grid: Grid, n_patches: int) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of every box of at most `n_patches` that cannot grow within that and within the grid."""
+    rows, columns = grid
+    widest = {height: min(columns, n_patches // height) for height in range(1, min(rows, n_patches) + 1)}
+    return tuple(
+        (height, width) for height, width in widest.items() if width > widest.get(height + 1, 0) and width > 0
+    )
+
+
+def best_boxes(
+    indicator: Float[Tensor, "*batch patch other"], grid: Grid, n_patches: int
+) -> tuple[Int[Tensor, "*batch patch side"], Float[Tensor, "*batch patch"]]:
+    """For each query the box of at most `n_patches` patches that holds the most indicator, and what it holds.
+
+    All boxes of `shapes_of_area` at all places are compared; ties go to the flattest shape, then topmost, leftmost.
+    """
+    return _searched(indicator, grid, shapes_of_area(grid, n_patches))
+
+
+def smallest_boxes(
+    indicator: Float[Tensor, "*batch patch other"], grid: Grid, share: float
+) -> tuple[Int[Tensor, "*batch patch side"], Float[Tensor, "*batch patch"]]:
+    """For each query the smallest box that holds at least `share` of its row, and what it holds.
+
+    All boxes there are get compared, by area, then by mass: about a hundred times the work of `best_boxes`.
+    """
+    wanted = share * indicator.sum(-1) - 1e-5
+    boxes, mass = _searched(indicator, grid, [(1, 1)])
+    missing = mass < wanted
+    for shapes in _shapes_by_area(grid)[1:]:
+        if not missing.any():
+            break
+        found, held = _searched(indicator, grid, shapes)
+        taken = missing & (held >= wanted)
+        boxes = torch.where(taken[..., None], found, boxes)
+        mass = torch.where(taken, held, mass)
+        missing = missing & ~taken
+    return boxes, mass
+
+
+LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.19, 0.25, 0.33, 0.43, 0.55, 0.7, 0.85, 1.0)
+"""Shares of the grid between which `held_area` interpolates."""
+
+
+def held_area(
+    indicator: Float[Tensor, "*batch patch other"], grid: Grid, share: float
+) -> Float[Tensor, "*batch patch"]:
+    """About how many patches the smallest box has that holds `share` of each row, at a fraction of the cost.
+
+    Boxes no longer than twice their width are tried at a ladder of areas, and areas are interpolated between the last
+    that holds too little and the first that holds enough. Rows without mass give the smallest area.
+    """
+    rows = indicator.flatten(0, -2)
+    step = max(1, BLOCK_NUMBERS // rows.shape[-1])
+    found = [_held_area(rows[start : start + step], grid, share) for start in range(0, len(rows), step)]
+    return torch.cat(found).view(indicator.shape[:-1])
+
+
+def _held_area(rows: Float[Tensor, "query key"], grid: Grid, share: float) -> Float[Tensor, "query"]:
+    wanted = share * rows.sum(-1) - 1e-5
+    corner = _integral(rows, grid)
+    result = rows.new_full((len(rows),), grid[0] * grid[1])
+    missing = torch.arange(len(rows), device=rows.device)
+    held_before, area_before = torch.zeros_like(wanted), 0.0
+    for shapes in _ladder(grid):
+        held = torch.stack([_box_sums(corner, shape).amax((0, 1)) for shape in shapes]).amax(0)
+        area = sum(height * width for height, width in shapes) / len(shapes)
+        enough = held >= wanted
+        part = ((wanted - held_before) / (held - held_before).clamp_min(1e-9)).clamp(0, 1)
+        between = area_before + part * (area - area_before)
+        result[missing[enough]] = between[enough].clamp_min(1)
+        if enough.all():
+            break
+        held_before, area_before = held, area
+        if 2 * enough.sum() > len(enough):  # going on with fewer rows pays for copying them
+            left = (~enough).nonzero()[:, 0]
+            corner, missing = corner.index_select(2, left), missing[left]
+            wanted, held_before = wanted[left], held_before[left]
+        else:
+            wanted = wanted.masked_fill(enough, torch.inf)
+    return result
+
+
+@lru_cache(maxsize=8)
+def _ladder(grid: Grid) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Shapes of each rung, none longer than twice its width unless the grid leaves no other."""
+    rungs = []
+    for n_patches in sorted({n_patches_of(share, grid) for share in LADDER}):
+        shapes = shapes_of_area(grid, n_patches)
+        even = tuple(shape for shape in shapes if max(shape) <= 2 * min(shape))
+        largest = max(height * width for height, width in shapes)
+        rungs.append(even or tuple(shape for shape in shapes if shape[0] * shape[1] == largest))
+    return tuple(rungs)
+
+
+@lru_cache(maxsize=8)
+def _shapes_by_area(grid: Grid) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """All shapes, those of one area together, the smallest area first."""
+    by_area: dict[int, list[tuple[int, int]]] = {}
+    for height in range(1, grid[0] + 1):
+        for width in range(1, grid[1] + 1):
+            by_area.setdefault(height * width, []).append((height, width))
+    return tuple(tuple(by_area[area]) for area in sorted(by_area))
+
+
+def shared_boxes(
+    indicator: Float[Tensor, "*batch patch other"], grid: Grid, n_patches: int, levels: Sequence[int]
+) -> tuple[Int[Tensor, "*batch patch side"], Float[Tensor, "*batch patch"]]:
+    """Boxes whose areas share one budget: the mean over the queries of a layer is at most `n_patches`.
+
+    Each query takes one of the areas `levels` (patches) such that the mass held by all queries of the layer together is
+    largest: what a further patch may cost is the same for all queries, and found by bisection.
+    """
+    found = [best_boxes(indicator, grid, level) for level in sorted(levels)]
+    boxes = torch.stack([box for box, _ in found], -2)
+    mass = torch.stack([held for _, held in found], -1)
+    size = areas(boxes).to(mass)
+    price = _price(mass, size, n_patches)
+    chosen = (mass - price[..., None, None] * size).argmax(-1, keepdim=True)
+    picked = boxes.gather(-2, chosen[..., None].expand(*chosen.shape, 4))[..., 0, :]
+    return picked, mass.gather(-1, chosen)[..., 0]
+
+
+def _price(
+    mass: Float[Tensor, "*batch patch level"], size: Float[Tensor, "*batch patch level"], n_patches: int
+) -> Float[Tensor, "*batch"]:
+    """The lowest price of a patch at which the queries of a layer buy `n_patches` each on average, or fewer."""
+    low, high = mass.new_zeros(mass.shape[:-2]), mass.new_ones(mass.shape[:-2])
+    for _ in range(30):
+        middle = (low + high) / 2
+        bought = size.gather(-1, (mass - middle[..., None, None] * size).argmax(-1, keepdim=True))
+        too_much = bought.mean((-1, -2)) > n_patches
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    return high
+
+
+def centred_boxes(boxes: Boxes, grid: Grid) -> Boxes:
+    """Boxes of the same shapes centred on their queries, pushed inside the grid: the control that knows only nearness."""
+    row, column = _places(grid, boxes.device)
+    return _placed(boxes, grid, row - _heights(boxes) // 2, column - _widths(boxes) // 2)
+
+
+def random_boxes(boxes: Boxes, grid: Grid, generator: torch.Generator) -> Boxes:
+    """Boxes of the same shapes anywhere on the grid, all places alike: the control that knows nothing."""
+    free = torch.stack([grid[0] - _heights(boxes), grid[1] - _widths(boxes)])
+    place = torch.rand(free.shape, generator=generator).to(boxes.device) * (free + 1)
+    top, left = place.long().clamp(min=0).minimum(free)
+    return _placed(boxes, grid, top, left)
+
+
+def top_keys(
+    indicator: Float[Tensor, "*batch patch other"], count: Int[Tensor, "*batch patch"]
+) -> Bool[Tensor, "*batch patch other"]:
+    """The `count` strongest keys of each query, of any shape, and the query itself."""
+    rank = indicator.argsort(-1, descending=True).argsort(-1)
+    return _with_self(rank < count[..., None])
+
+
+def areas(boxes: Boxes) -> Int[Tensor, "*batch patch"]:
+    """Patches in each box."""
+    return _heights(boxes) * _widths(boxes)
+
+
+def sides(boxes: Boxes, grid: Grid) -> Int[Tensor, "*batch patch side"]:
+    """How far each box reaches from its query: patches left, top, right, bottom; negative if it lies beyond.
+
+    A box of the query alone is (0, 0, 0, 0). The box has (left + right + 1) x (top + bottom + 1) patches.
+    """
+    row, column = _places(grid, boxes.device)
+    top, left, bottom, right = boxes.unbind(-1)
+    return torch.stack([column - left, row - top, right - 1 - column, bottom - 1 - row], -1)
+
+
+def masks(boxes: Boxes, grid: Grid) -> Bool[Tensor, "*batch patch other"]:
+    """Which keys each query may see: those in its box, and itself."""
+    return _with_self(in_box(boxes, grid))
+
+
+def complements(boxes: Boxes, grid: Grid) -> Bool[Tensor, "*batch patch other"]:
+    """Which keys each query may see if its box is closed instead: all others, and itself."""
+    return _with_self(~in_box(boxes, grid))
+
+
+def attention_bias(mask: Bool[Tensor, "*batch patch other"], prefix: int) -> Float[Tensor, "*batch query key"]:
+    """What to add to attention scores: 0 where the mask is open, -inf elsewhere; prefix rows and columns are open."""
+    bias = torch.zeros((*mask.shape[:-2], mask.shape[-2] + prefix, mask.shape[-1] + prefix), device=mask.device)
+    bias[..., prefix:, prefix:].masked_fill_(~mask, -torch.inf)
+    return bias
+
+
+def in_box(boxes: Boxes, grid: Grid) -> Bool[Tensor, "*batch patch other"]:
+    top, left, bottom, right = boxes[..., None].unbind(-2)
+    row, column = torch.arange(grid[0], device=boxes.device), torch.arange(grid[1], device=boxes.device)
+    rows = (row >= top) & (row < bottom)
+    columns = (column >= left) & (column < right)
+    return (rows[..., :, None] & columns[..., None, :]).flatten(-2)
+
+
+def _with_self(mask: Bool[Tensor, "*batch patch other"]) -> Bool[Tensor, "*batch patch other"]:
+    mask.diagonal(dim1=-2, dim2=-1).fill_(True)
+    return mask
+
+
+def _heights(boxes: Boxes) -> Int[Tensor, "*batch patch"]:
+    return boxes[..., 2] - boxes[..., 0]
+
+
+def _widths(boxes: Boxes) -> Int[Tensor, "*batch patch"]:
+    return boxes[..., 3] - boxes[..., 1]
+
+
+def _placed(boxes: Boxes, grid: Grid, top: Tensor, left: Tensor) -> Boxes:
+    height, width = _heights(boxes), _widths(boxes)
+    top = top.clamp(min=0).minimum(grid[0] - height)
+    left = left.clamp(min=0).minimum(grid[1] - width)
+    return torch.stack([top, left, top + height, left + width], -1)
+
+
+def _places(grid: Grid, device: torch.device) -> tuple[Int[Tensor, "patch"], Int[Tensor, "patch"]]:
+    patch = torch.arange(grid[0] * grid[1], device=device)
+    return patch // grid[1], patch % grid[1]
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def _searched(
+    indicator: Float[Tensor, "*batch patch other"], grid: Grid, shapes: Sequence[tuple[int, int]]
+) -> tuple[Int[Tensor, "*batch patch side"], Float[Tensor, "*batch patch"]]:
+    """The best box of the given shapes for each row, a block of rows at a time."""
+    rows = indicator.flatten(0, -2)
+    step = max(1, BLOCK_NUMBERS // rows.shape[-1])
+    parts = [_best_of(rows[start : start + step], grid, shapes) for start in range(0, len(rows), step)]
+    boxes, mass = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return boxes.view(*indicator.shape[:-1], 4), mass.view(indicator.shape[:-1])
+
+
+def _best_of(
+    rows: Float[Tensor, "query key"], grid: Grid, shapes: Sequence[tuple[int, int]]
+) -> tuple[Int[Tensor, "query side"], Float[Tensor, "query"]]:
+    """Only the sums are compared for all shapes; places are looked up for the winning shape alone, which is cheaper."""
+    corner = _integral(rows, grid)
+    best = torch.stack([_box_sums(corner, shape).amax((0, 1)) for shape in shapes])
+    mass, chosen = best.max(0)
+    boxes = chosen.new_empty((len(rows), 4))
+    for index in chosen.unique().tolist():
+        height, width = shapes[index]
+        won = (chosen == index).nonzero()[:, 0]
+        sums = _box_sums(corner.index_select(2, won), shapes[index])
+        top = _first_largest(sums.amax(1))
+        left = _first_largest(sums.gather(0, top.expand(1, sums.shape[1], -1))[0])
+        boxes[won] = torch.stack([top, left, top + height, left + width], -1)
+    return boxes, mass
+
+
+def _box_sums(corner: Float[Tensor, "row column query"], shape: tuple[int, int]) -> Float[Tensor, "top left query"]:
+    """What a box of one shape holds at every place."""
+    strips = corner[shape[0] :] - corner[: -shape[0]]
+    return strips[:, shape[1] :] - strips[:, : -shape[1]]
+
+
+def _first_largest(numbers: Float[Tensor, "place query"]) -> Int[Tensor, "query"]:
+    """`argmax(0)`, vectorised over the queries."""
+    n_places = len(numbers)
+    countdown = torch.arange(n_places, 0, -1, device=numbers.device)[:, None]
+    return n_places - ((numbers == numbers.amax(0)) * countdown).amax(0)
+
+
+def _integral(rows: Float[Tensor, "query key"], grid: Grid) -> Float[Tensor, "row column query"]:
+    """Sums of all keys above and left of each corner of the grid, queries last."""
+    corner = rows.new_zeros((grid[0] + 1, grid[1] + 1, len(rows)))
+    corner[1:, 1:] = rows.T.view(*grid, -1)
+    for row in range(2, grid[0] + 1):
+        corner[row] += corner[row - 1]
+    for column in range(2, grid[1] + 1):
+        corner[:, column] += corner[:, column - 1]
+    return corner

@@ -1,0 +1,79 @@
+"""Hubs: found where planted, and nowhere else."""
+
+import torch
+from patches.planted import attention_in, planted_boxes
+from torch.testing import assert_close
+
+from vitrail.patches import windows
+from vitrail.patches.hubs import hubs, kept_share
+from vitrail.patches.interaction import indicator, normalised
+
+
+def planted_hubs(n_images: int, n_patches: int, n_hubs: int, strength: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of all queries raised on a few patches of each image; and which."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand((n_images, n_patches), generator=generator).argsort(-1) < n_hubs
+    scores = torch.randn((n_images, 3, n_patches, n_patches), generator=generator)
+    return (scores + strength * chosen[:, None, None]).softmax(-1), chosen
+
+
+def test_planted_hubs_are_found_and_no_others() -> None:
+    attention, planted = planted_hubs(n_images=20, n_patches=196, n_hubs=6, strength=3, seed=0)
+    found = hubs(indicator(attention, prefix=0)).found
+    right = (found & planted).sum()
+    assert float(right / found.sum()) >= 0.95
+    assert float(right / planted.sum()) >= 0.95
+
+
+def test_hubs_of_unequal_strength_are_found_in_rounds() -> None:
+    attention, strong = planted_hubs(n_images=10, n_patches=100, n_hubs=2, strength=5, seed=1)
+    weak = torch.zeros_like(strong)
+    weak[:, 7] = ~strong[:, 7]
+    raised = attention * torch.where(weak, 30.0, 1.0)[:, None, None]
+    found = hubs(indicator(raised / raised.sum(-1, keepdim=True), prefix=0)).found
+    assert float((found & (strong | weak)).sum() / (strong | weak).sum()) >= 0.95
+
+
+def test_uniform_attention_has_no_hub() -> None:
+    attention = torch.full((2, 3, 50, 50), 1 / 50)
+    assert not hubs(indicator(attention, prefix=1)).found.any()
+
+
+def test_attention_without_preference_has_no_hub() -> None:
+    attention = torch.randn((5, 3, 100, 100), generator=torch.Generator().manual_seed(0)).softmax(-1)
+    assert not hubs(indicator(attention, prefix=0)).found.any()
+
+
+def test_windows_are_no_hubs() -> None:
+    planted = windows.masks(planted_boxes((14, 14), (5, 5), n_images=4), (14, 14))
+    assert not hubs(indicator(attention_in(planted, n_heads=3, prefix=1), prefix=1)).found.any()
+
+
+def test_what_is_left_has_no_hub_columns_and_rows_that_sum_to_one() -> None:
+    attention, _ = planted_hubs(n_images=3, n_patches=60, n_hubs=3, strength=4, seed=2)
+    matrix = indicator(attention, prefix=0)
+    before = matrix.clone()
+    result = hubs(matrix)
+    assert_close(result.without.transpose(1, 2)[result.found], torch.zeros(int(result.found.sum()), 60))
+    assert_close(result.without.sum(-1), torch.ones(3, 60))
+    assert_close(matrix, before)
+
+
+def test_an_image_is_judged_alone() -> None:
+    attention, _ = planted_hubs(n_images=4, n_patches=60, n_hubs=3, strength=4, seed=3)
+    matrix = indicator(attention, prefix=0)
+    alone = torch.cat([hubs(matrix[image : image + 1]).found for image in range(4)])
+    assert torch.equal(alone, hubs(matrix).found)
+
+
+def test_kept_share_counts_the_queries_that_keep_a_patch() -> None:
+    matrix = normalised(torch.tensor([[[0, 9.0, 1, 1], [9.0, 0, 1, 1], [9.0, 1, 0, 1], [9.0, 1, 1, 0]]]))
+    assert_close(kept_share(matrix), torch.tensor([[0.75, 0.25, 0, 0]]))
+
+
+def test_within_windows_only_those_who_can_see_a_patch_are_counted() -> None:
+    """Two separate windows of three patches; in each all look at the first."""
+    inside = torch.tensor([[0.0, 0.5, 0.5], [0.9, 0, 0.1], [0.9, 0.1, 0]])
+    matrix = torch.block_diag(inside, inside)[None]
+    share = kept_share(matrix, reachable=torch.full((6,), 3))
+    assert_close(share[0, [0, 3]], torch.full((2,), 2 / 3))
