@@ -4,6 +4,7 @@ import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 PLANTED = (1, 2)
 
@@ -20,6 +21,12 @@ def timm_swin():
     shape = {"img_size": 64, "window_size": 4, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 3)}
     torch.manual_seed(0)
     return drawn_wide(timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **shape).eval())
+
+
+def torchvision_vit():
+    """A small random torchvision ViT, whose attention a native kernel computes."""
+    torch.manual_seed(0)
+    return drawn_wide(VisionTransformer(48, 16, 3, 4, 48, 96, num_classes=10).eval())
 
 
 def drawn_wide(model):
@@ -64,6 +71,13 @@ class PlantedBlock(nn.Module):
         return tokens + self.attn(tokens)
 
 
+class StackedBlock(PlantedBlock):
+    """The same, with a sum that is not written as an addition."""
+
+    def forward(self, tokens):
+        return torch.stack([tokens, self.attn(tokens)]).sum(0)
+
+
 class PlantedViT(nn.Module):
     """Tells bright images from dark ones, through head 2 of layer 1 and nothing else.
 
@@ -71,12 +85,12 @@ class PlantedViT(nn.Module):
     class token; the classifier reads channel 8.
     """
 
-    def __init__(self):
+    def __init__(self, block=PlantedBlock):
         super().__init__()
         torch.manual_seed(0)
         self.patch_embed = nn.Conv2d(3, 16, 4, stride=4, bias=False)
         self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, 16))
-        self.blocks = nn.ModuleList(PlantedBlock() for _ in range(3))
+        self.blocks = nn.ModuleList(block() for _ in range(3))
         self.head = nn.Linear(16, 2, bias=False)
         with torch.no_grad():
             self.patch_embed.weight.normal_(std=0.02)

@@ -12,15 +12,15 @@ from numpy.testing import assert_allclose
 
 from vitrail import Readers, open_vit
 from vitrail.errors import UsageError
-from vitrail.heads import collectors, skipped
+from vitrail.heads import collectors, maps, skipped
 from vitrail.heads.strength import Layout, reach
 from vitrail.measure import MEASURES, ROOMS
 
 REACH = ("attention_strength", "strength_entropy", "attention_distance", "prefix_share")
 
 
-def read_reach(vit, images):
-    (collector,) = collectors(vit, REACH, {})
+def read_reach(vit, images, **options):
+    (collector,) = collectors(vit, REACH, options)
     tap = vit.tap()
     replay, logits = tap.record(images, collector.readers())
     return collector.finish(tap, replay, logits, np.zeros(len(images), dtype=np.int64))
@@ -65,6 +65,27 @@ def test_reach_of_a_batch_is_reach_of_each_layers_maps(vit, images):
         assert_allclose(found["attention_distance"][:, layer], expected.distance, rtol=1e-5)
         assert_allclose(found["prefix_share"][:, layer], expected.prefix_share, rtol=1e-5)
     assert (found["strength_entropy"] < math.log(5)).all()
+
+
+def test_a_few_images_at_a_time_give_the_same(vit, images, monkeypatch):
+    whole = read_reach(vit, images)
+    monkeypatch.setattr(maps, "MAX_BYTES", 1)
+    for name, values in read_reach(vit, images).items():
+        assert_allclose(values, whole[name], rtol=1e-5, err_msg=name)
+
+
+def test_maps_in_bfloat16_stay_within_a_few_percent(vit, images):
+    exact, rough = read_reach(vit, images), read_reach(vit, images, maps="bfloat16")
+    for name in REACH:
+        assert_allclose(rough[name], exact[name], rtol=0.05, err_msg=name)
+        assert np.abs(rough[name] - exact[name]).max() > 0, name
+
+
+def test_attention_with_a_bias_before_the_softmax_is_read_as_the_model_computes_it(images):
+    vit = open_vit(timm_vit("vit_relpos_small_patch16_224"), image_size=(48, 80))
+    found, expected = read_reach(vit, images), maps_of(vit, images)
+    for layer, weights in expected.items():
+        assert_allclose(found["attention_strength"][:, layer], reach(weights, Layout((3, 5))).strength, rtol=1e-5)
 
 
 def test_permuting_images_permutes_rows(vit, images):

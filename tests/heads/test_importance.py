@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from head_models import PLANTED, PlantedViT, bright_and_dark_images, timm_vit
+from head_models import PLANTED, PlantedViT, StackedBlock, bright_and_dark_images, timm_vit, torchvision_vit
 from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
@@ -176,3 +176,39 @@ def test_a_model_without_classifier_has_layer_metrics_and_the_cosine_of_its_outp
     with torch.no_grad():
         cosine = torch.nn.functional.cosine_similarity(features(images), without_head(features, 1, 0)(images), dim=-1)
     assert_allclose(found["head_divergence"][:, 1, 0], 1 - cosine, rtol=1e-3, atol=1e-6)
+
+
+def test_where_a_native_kernel_hides_the_residual_a_spare_copy_shows_it():
+    model, images = torchvision_vit(), torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    layer, head, size = 1, 2, 12
+
+    def with_residual(one):
+        kept = []
+        handle = one.encoder.layers[layer].ln_2.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        with torch.no_grad():
+            logits = one(images)
+        handle.remove()
+        return logits, kept[0]
+
+    cut = copy.deepcopy(model)
+    with torch.no_grad():
+        cut.encoder.layers[layer].self_attention.out_proj.weight[:, head * size : (head + 1) * size] = 0
+    (plain, before), (pruned, after) = with_residual(model), with_residual(cut)
+    found = study_batch(open_vit(model, image_size=(48, 48)), images, plain.argmax(-1))
+    moved = shift(before, after)
+    for name, values in {
+        "head_divergence": jensen_shannon(plain, pruned),
+        "head_token_shift": moved.one_minus_cosine.mean(-1),
+        "head_cls_shift_l2": moved.relative_l2[:, 0],
+    }.items():
+        assert_allclose(found[name][:, layer, head], values, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("importance", ["exact", "estimate"])
+def test_blocks_that_never_show_the_residual_have_no_layer_metrics_and_keep_the_others(importance):
+    images, labels = bright_and_dark_images()
+    vit = open_vit(PlantedViT(StackedBlock).eval(), image_size=(16, 16))
+    found = study_batch(vit, images, labels, importance=importance)
+    assert np.isnan(found["head_token_shift"]).all()
+    drop = -found["head_probability"].mean(0)
+    assert np.unravel_index(drop.argmax(), drop.shape) == PLANTED

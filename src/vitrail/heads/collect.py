@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrail.errors import Unsupported
 from vitrail.heads.estimate import estimate
-from vitrail.heads.importance import sweep
+from vitrail.heads.importance import silent_layers, sweep
 from vitrail.heads.maps import MapSource
 from vitrail.heads.strength import Layout, Reach, reach
 from vitrail.vit.anatomy import Anatomy
@@ -122,6 +122,7 @@ class SweepCollector:
         self._anatomy, self._has_classes = anatomy, has_classes
         self._reads_tokens = any("shift" in name for name in measures)
         self._residuals: dict[int, Tensor] = {}
+        self._silent: frozenset[int] | None = None
 
     def readers(self) -> Readers:
         """Reads each layer's tokens after attention and residual if a layer metric needs them."""
@@ -132,7 +133,10 @@ class SweepCollector:
     ) -> dict[str, np.ndarray]:
         """Arrays [image, layer, head] of every measure."""
         targets = _targets(labels, logits) if self._has_classes else None
-        arrays = sweep(tap, self._anatomy, replay, logits, targets, self.measures, self._residuals)
+        if self._silent is None:
+            hidden = set(range(len(self._anatomy.blocks))) - set(self._residuals) if self._reads_tokens else set()
+            self._silent = silent_layers(tap, replay, sorted(hidden))
+        arrays = sweep(tap, self._anatomy, replay, logits, targets, self.measures, self._residuals, self._silent)
         self._residuals = {}
         return arrays
 

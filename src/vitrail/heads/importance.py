@@ -4,7 +4,7 @@ Heads of a layer ride stacked on the batch and only the blocks from that layer o
 heads costs about half of running the model once per head.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ __all__ = [
     "HeadArrays",
     "layer_metrics",
     "model_metrics",
+    "silent_layers",
     "sweep",
 ]
 
@@ -42,30 +43,44 @@ def sweep(
     labels: Int[Tensor, "image"] | None,
     names: Sequence[str],
     residuals: Mapping[int, Float[Tensor, "image token channel"]],
+    silent: Collection[int] = (),
 ) -> dict[str, np.ndarray]:
     """Leave-one-head-out over all layers: the measures `names` as arrays [image, layer, head].
 
     `replay` and `logits` come from the plain pass. `labels` is None for a model without classifier, whose
     `head_divergence` is then 1 - cosine of its output. `residuals` holds the plain tokens after attention and residual
     of each layer where the plain pass showed them; where it did not, an unpruned copy runs along. With layer metrics
-    alone, runs stop at the residual.
+    alone, runs stop at the residual. Layers in `silent` (`silent_layers`) never show it: their layer metrics are NaN.
     """
     results = HeadArrays(names, len(logits), [block.heads for block in anatomy.blocks])
     wants_model = any(name in MODEL_METRICS for name in names)
     wants_layer = any(name in LAYER_METRICS for name in names)
     for layer in range(len(anatomy.blocks)):
-        plain = residuals.get(layer)
-        spare = int(wants_layer and plain is None)
+        plain, wants_tokens = residuals.get(layer), wants_layer and layer not in silent
+        if not wants_model and not wants_tokens:
+            continue
+        spare = int(wants_tokens and plain is None)
         for heads in _stacks(anatomy, layer, len(logits), spare):
             edits = [Edit(layer, copy=spare + index, prune=(head,)) for index, head in enumerate(heads)]
             copies, moved = spare + len(heads), dict[str, Tensor]()
-            reader = _residual_reader(layer, copies, plain, anatomy.class_index(layer), moved) if wants_layer else None
+            reader = _residual_reader(layer, copies, plain, anatomy.class_index(layer), moved) if wants_tokens else None
             rows = tap.run_from(layer, replay, edits, copies, reader, until_residual=not wants_model)
             results.put(layer, heads, moved)
             if wants_model:
                 answers = rows.reshape(copies, *logits.shape)[spare:]
                 results.put(layer, heads, model_metrics(logits, answers, labels))
     return results.arrays
+
+
+def silent_layers(tap: Tap, replay: Replay, layers: Iterable[int]) -> frozenset[int]:
+    """Those of `layers` whose code shows no sum of attention and residual, even where no native kernel hides it."""
+
+    def is_silent(layer: int) -> bool:
+        told: list[int] = []
+        tap.run_from(layer, replay, [Edit(layer, prune=(0,))], readers=Readers(residual=lambda at, _: told.append(at)))
+        return layer not in told
+
+    return frozenset(layer for layer in layers if is_silent(layer))
 
 
 def _residual_reader(

@@ -13,11 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
-from vitrail.vit.anatomy import Anatomy
+from vitrail.vit.anatomy import Anatomy, Block
 from vitrail.vit.edits import Edit
 from vitrail.vit.tap import Tap
 
-__all__ = ["Mode", "RegionModes", "modes_offered", "region_mask", "region_modes", "why_not_all_modes"]
+__all__ = [
+    "Mode",
+    "RegionModes",
+    "mode_edit",
+    "modes_offered",
+    "region_mask",
+    "region_modes",
+    "require_mode",
+    "why_not_all_modes",
+]
 
 
 class Mode(IntEnum):
@@ -64,20 +73,23 @@ def region_modes(tap: Tap, anatomy: Anatomy, images: Tensor, layer: int, head: i
 
 def modes_offered(anatomy: Anatomy, layer: int) -> tuple[Mode, ...]:
     """The modes that mean something in this layer, mode 1 first."""
-    block = anatomy.blocks[layer]
-    if not block.maps_on_grid:
+    if not _has_square_map(anatomy.blocks[layer]):
         return (Mode.NOTHING, Mode.EVERYTHING)
     if anatomy.class_index(layer) is None:
         return (Mode.NOTHING, Mode.EVERYTHING, Mode.PATCHES)
     return tuple(Mode)
 
 
+def _has_square_map(block: Block) -> bool:
+    return block.maps_on_grid and (block.kind == "window" or block.calls[0].queries == block.tokens)
+
+
 def why_not_all_modes(anatomy: Anatomy, layer: int) -> str:
     """The reason that some modes are missing in this layer; empty when none is."""
     block = anatomy.blocks[layer]
-    if not block.maps_on_grid:
+    if not _has_square_map(block):
         return (
-            f"Layer {layer} has no map from patches to patches (kind {block.kind!r}, grid {block.grid}), "
+            f"Layer {layer} has no map from patches to the same patches (kind {block.kind!r}, grid {block.grid}), "
             "so only modes 1 and 2 are offered."
         )
     if anatomy.class_index(layer) is None:
