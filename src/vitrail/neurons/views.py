@@ -1,0 +1,213 @@
+"""What one neuron sees: views of pixels at level 0 and through the layers, plain and faithful.
+
+Plain views are after Nguyen et al. 2022 (arXiv 2210.07646): at level 0 the pixels of a patch times a filter, above it
+mixed by attention alone. They leave out values, projections and the MLP. The faithful view beside them is the neuron's
+own derivative by the pixels, times the pixels; it is our addition, as is the agreement between the two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrail.errors import Unsupported, UsageError
+from vitrail.neurons.embedding import Embedding, find_embedding
+from vitrail.neurons.flow import flow_row, read_steps
+from vitrail.neurons.levels import entering
+from vitrail.neurons.ranking import average_ranks
+from vitrail.vit.open import Vit
+from vitrail.vit.tap import Readers, Tap
+
+__all__ = [
+    "Agreement",
+    "Faithful",
+    "agreement",
+    "faithful_view",
+    "global_view",
+    "local_view",
+    "neuron_view",
+    "patch_sums",
+    "shown",
+    "view",
+]
+
+Pixels = Float[Tensor, "image colour row column"]
+Filter = Float[Tensor, "colour height width"]
+
+
+def local_view(
+    images: Pixels, filter_: Filter, grid: tuple[int, int], patch: int
+) -> Float[Tensor, "image colour height width"]:
+    """V(z_0[i, j]): the pixels of patch i times filter j, element by element, signed."""
+    row, column = divmod(patch, grid[1])
+    height, width = filter_.shape[1:]
+    rows, columns = slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
+    return images[:, :, rows, columns] * filter_
+
+
+def global_view(images: Pixels, filter_: Filter, grid: tuple[int, int]) -> Pixels:
+    """G_0[j]: the local views of all patches, each in its place."""
+    return images * filter_.repeat(1, *grid)
+
+
+def view(images: Pixels, filter_: Filter, grid: tuple[int, int], flow: Float[Tensor, "image patch"]) -> Pixels:
+    """The closed form of V(z_l[i, j]): at patch m, J_l[i, m] times the local view of m; `flow` is row i of J_l.
+
+    Needs no picture per token: one product of the size of the image.
+    """
+    height, width = filter_.shape[1:]
+    weights = flow.unflatten(1, grid).repeat_interleave(height, 1).repeat_interleave(width, 2)
+    mixed: Tensor = global_view(images, filter_, grid) * weights[:, None]
+    return mixed
+
+
+def neuron_view(
+    vit: Vit,
+    images: Pixels,
+    level: int,
+    token: int,
+    channel: int,
+    how: str = "mean",
+    embedding: Embedding | None = None,
+) -> Pixels:
+    """The plain view of one neuron, V(z_level[token, channel]), of prepared images.
+
+    `token` counts prefix tokens; they hold no pixels at level 0, so their own view there is empty. `how` is the step
+    (`flow.STEPS`). Raises `Unsupported` for models without a plain patch embedding or where tokens cannot be followed.
+    """
+    embedding = embedding or find_embedding(vit)
+    _refuse_unknown(vit, embedding, level, token, channel)
+    if level == 0:
+        row = torch.zeros((len(images), vit.anatomy.blocks[0].tokens), dtype=images.dtype, device=images.device)
+        row[:, token] = 1
+    else:
+        steps, _ = read_steps(vit.tap(), images, how, channel, level)
+        row = flow_row(steps, token)
+    return view(images, embedding.filters[channel], embedding.grid, row[:, embedding.prefix :].to(images))
+
+
+@dataclass(frozen=True, eq=False)
+class Faithful:
+    """Pixels times the neuron's derivative by them.
+
+    pixels     [colour row column]; the part each pixel has in `change`
+    change     what the neuron gives for this image less what it gives for a blank (all-zero, after normalisation) one
+    missing    |sum of pixels - change| / |change|: 0 means the view accounts for all of the neuron (completeness)
+    """
+
+    pixels: Float[Tensor, "colour row column"]
+    change: float
+    missing: float
+
+
+def faithful_view(vit: Vit, image: Pixels, level: int, token: int, channel: int, steps: int = 1) -> Faithful:
+    """The derivative of z_level[token, channel] by the pixels, times the pixels.
+
+    `steps=1` takes the derivative at the image itself (gradient times input). More steps average it on the way from a
+    blank image (integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365): `missing` then goes to 0.
+    """
+    if len(image) != 1 or steps < 1:
+        raise UsageError(f"A faithful view is of one image with 1 or more steps, not {len(image)} with {steps}.")
+    if level == 0:
+        return _faithful_at_0(vit, image, token, channel)
+    parts = [1.0] if steps == 1 else [(index + 0.5) / steps for index in range(steps)]
+    points = torch.cat([image * part for part in parts]).detach().requires_grad_(True)
+    with torch.enable_grad():
+        values = _neuron(vit.tap(), points, level, token, channel)
+        (gradient,) = torch.autograd.grad(values.sum(), points)
+    with torch.no_grad():
+        blank = _neuron(vit.tap(), torch.zeros_like(image), level, token, channel)
+        here = values[:1] if steps == 1 else _neuron(vit.tap(), image, level, token, channel)
+    return _accounted((image * gradient.mean(0, keepdim=True))[0].detach(), float(here.detach() - blank))
+
+
+def _faithful_at_0(vit: Vit, image: Pixels, token: int, channel: int) -> Faithful:
+    """Level 0 is linear in the pixels, so its derivative is the filter."""
+    embedding = find_embedding(vit)
+    if embedding.position is None:
+        raise Unsupported(f"{vit.name} has a norm before its first block, so level 0 is no sum of pixels; ask for 1.")
+    replay, _ = vit.tap().record(torch.cat([image, torch.zeros_like(image)]))
+    ends = entering(vit.anatomy, replay)[:, token, channel].double()
+    return _accounted(neuron_view(vit, image, 0, token, channel, embedding=embedding)[0], float(ends[0] - ends[1]))
+
+
+def _accounted(pixels: Float[Tensor, "colour row column"], change: float) -> Faithful:
+    return Faithful(pixels, change, abs(float(pixels.double().sum()) - change) / max(abs(change), 1e-12))
+
+
+def _neuron(tap: Tap, images: Pixels, level: int, token: int, channel: int) -> Float[Tensor, "image"]:
+    """z_level[token, channel] of each image, above level 0; gradients flow if enabled."""
+    kept: list[Tensor] = []
+
+    def keep(layer: int, tokens: Tensor) -> None:
+        if layer == level - 1:
+            kept.append(tokens[:, token, channel])
+
+    tap.read(images, Readers(output=keep))
+    return kept[0]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two views of one neuron are: cosine of all pixel entries, and Spearman's rank correlation of how much
+    each patch holds (sum of absolute entries)."""
+
+    cosine: float
+    rank: float
+
+
+def agreement(
+    one: Float[Tensor, "colour row column"], other: Float[Tensor, "colour row column"], grid: tuple[int, int]
+) -> Agreement:
+    """The agreement of a plain and a faithful view. 1: alike; 0: unrelated; NaN where a view is empty."""
+    lengths = float(one.double().norm() * other.double().norm())
+    cosine = float((one.double() * other.double()).sum()) / lengths if lengths else float("nan")
+    ranks = [average_ranks(patch_sums(each.abs(), grid).numpy()) for each in (one, other)]
+    spread = ranks[0].std() * ranks[1].std()
+    rank = (
+        float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / spread) if spread else float("nan")
+    )
+    return Agreement(cosine, rank)
+
+
+def patch_sums(pixels: Float[Tensor, "colour row column"], grid: tuple[int, int]) -> Float[Tensor, "patch"]:
+    """The sum of a view's entries in each patch."""
+    rows, columns = grid
+    cut = pixels.float().unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
+    sums: Tensor = cut.sum((0, 2, 4)).flatten()
+    return sums
+
+
+def shown(
+    pixels: Float[np.ndarray, "colour row column"], scale: float | None = None
+) -> Float[np.ndarray, "row column colour"]:
+    """A view as a picture: clip(V / max V, 0, 1), one scale for the three channels (as published).
+
+    `scale` stands in for max V, for one scale over several views. Negative entries are black: `signed` shows them.
+    """
+    top = float(pixels.max()) if scale is None else scale
+    return np.moveaxis(np.clip(pixels / top if top > 0 else np.zeros_like(pixels), 0, 1), 0, -1)
+
+
+def signed(
+    pixels: Float[np.ndarray, "colour row column"], scale: float | None = None
+) -> Float[np.ndarray, "row column"]:
+    """A view summed over colours, from -1 to 1, for a diverging colour scale; beside `shown`, ours."""
+    summed: np.ndarray[Any, Any] = pixels.sum(axis=0)
+    top = float(np.abs(summed).max()) if scale is None else scale
+    return summed / top if top > 0 else summed
+
+
+def _refuse_unknown(vit: Vit, embedding: Embedding, level: int, token: int, channel: int) -> None:
+    sizes: Sequence[tuple[str, int, int]] = (
+        ("level", level, vit.n_layers + 1),
+        ("token", token, vit.anatomy.blocks[0].tokens),
+        ("channel", channel, len(embedding.filters)),
+    )
+    for name, value, size in sizes:
+        if not 0 <= value < size:
+            raise UsageError(f"There is no {name} {value}: {vit.name} has {name}s 0 to {size - 1}.")
