@@ -6,7 +6,8 @@ A `Tap` owns a clone of the model that shares its weights, with replaced `forwar
 One tap serves one thread; `Vit.tap()` gives each thread its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -439,7 +440,7 @@ class Tap:
         state.residual_seen = True
         block = self.anatomy.blocks[state.layer]
         if state.readers.residual is not None and result.ndim == len(block.layout.order):
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), _said_by_the_reader():
                 state.readers.residual(state.layer, block.layout.canonical(result))
         if state.until == (state.layer, "residual"):
             raise Captured
@@ -506,6 +507,15 @@ class Tap:
             self._pass = None
             self._mode.forget()
         return found[0]
+
+
+@contextmanager
+def _said_by_the_reader() -> Iterator[None]:
+    """Python takes a `TypeError` inside an addition for operands that do not fit, and hides what it said."""
+    try:
+        yield
+    except TypeError as error:
+        raise TapError(f"A reader of residuals failed: {error}") from error
 
 
 def _check_heads_and_kind(edit: Edit, call: Call) -> None:
