@@ -1,6 +1,5 @@
 """What the browser tests share: the served study, and reading numbers off the page."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,3 @@ def n_selected(page: Page) -> Any:
 def photograph(study: Path, image: int) -> Image.Image:
     manifest = read_manifest(study)
     return stored_image(manifest, manifest.images[image])
-
-
-def matches(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)

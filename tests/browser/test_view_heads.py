@@ -155,7 +155,9 @@ def test_c4_is_the_mean_over_heads_and_chooses_a_layer(visit: Visit, site: Site)
     expected = site.dataset.strength_entropy.values[6].mean(axis=1)
     for layer, mean in enumerate(expected):
         assert_allclose(value(page, f"[data-view=C4] circle[data-step='{layer}']"), mean, atol=1e-5)
-    last = page.locator("[data-view=C4] circle[data-step='5']").bounding_box()
+    dot = page.locator("[data-view=C4] circle[data-step='5']")
+    dot.scroll_into_view_if_needed()
+    last = dot.bounding_box()
     assert last
     page.mouse.click(last["x"], last["y"])
     expect(page.locator("header .head")).to_have_text("L5H1")

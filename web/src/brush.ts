@@ -9,6 +9,7 @@
 import { polygonContains } from "d3-polygon";
 
 import { array, ids } from "./api";
+import { number } from "./format";
 import type { Images, Selection, Study } from "./types";
 
 export interface Part {
@@ -105,7 +106,7 @@ export function inWords(brush: string, className: (index: number) => string): st
     if (kind === "label") return `labelled ${className(Number(rest))}`;
     if (kind === "find") return `“${rest}”`;
     if (kind === "drop") return `without ${first}, p falls by > ${more[0]}`;
-    if (kind === "between") return `${first} of ${more[0]} from ${more[1]} to ${more[2]}`;
+    if (kind === "between") return `${first?.replaceAll("_", " ")} of ${more[0]} from ${number(Number(more[1]))} to ${number(Number(more[2]))}`;
     return kind;
   });
 }

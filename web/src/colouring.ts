@@ -19,13 +19,13 @@ export interface Colouring {
 export const choices = (about: Study): { name: string; words: string }[] => [
   ...("prediction" in about.measures ? [{ name: "correctness", words: "right or wrong" }, { name: "prediction", words: "prediction" }] : []),
   { name: "label", words: "class" },
-  ...("probability" in about.measures ? [{ name: "probability", words: "probability of the label" }] : []),
+  ...("probability" in about.measures ? [{ name: "probability", words: "probability" }] : []),
   ...headMetrics(about).map((name) => ({ name, words: `${about.measures[name]!.title} (chosen head)` })),
 ];
 
 const STEPS = 24;
 
-export async function colouring(name: string, layer: number, head: number, images: Images, about: Study): Promise<Colouring> {
+export async function colouring(name: string, layer: number, head: number, images: Images, about: Study, dark: boolean): Promise<Colouring> {
   const { label, prediction, probability } = images;
   if (name === "correctness" && prediction) {
     const index = Uint8Array.from(label, (value, i) => (prediction[i] === value ? 0 : 1));
@@ -33,8 +33,8 @@ export async function colouring(name: string, layer: number, head: number, image
     return { index, palette, legend: [{ colour: palette[0]!, words: "right" }, { colour: palette[1]!, words: "wrong" }] };
   }
   if (name === "label" || (name === "prediction" && prediction)) return grouped(name === "label" ? label : prediction!, about);
-  if (name === "probability" && probability) return stepped(probability);
-  if (name in about.measures) return stepped((await array(name, { layer, head })).values);
+  if (name === "probability" && probability) return stepped(probability, dark);
+  if (name in about.measures) return stepped((await array(name, { layer, head })).values, dark);
   return grouped(label, about);
 }
 
@@ -50,8 +50,8 @@ function grouped(values: Int32Array, about: Study): Colouring {
   return { index: Uint8Array.from(values, (value) => place.get(value) ?? own.length), palette: [...GROUPS.slice(0, own.length), OTHERS], legend };
 }
 
-function stepped(values: ArrayLike<number>): Colouring {
-  const scale = colours(values);
+function stepped(values: ArrayLike<number>, dark: boolean): Colouring {
+  const scale = colours(values, dark);
   const domain = scale.domain();
   const [low, high] = [domain[0]!, domain.at(-1)!];
   const at = (step: number) => low + ((high - low) * (step + 0.5)) / STEPS;

@@ -26,8 +26,8 @@ export function place(xy: Float32Array, width: number, height: number): Place {
   return { x, y, back: (px, py) => [x.invert(px), y.invert(py)] };
 }
 
-export const dotSize = (n: number, width: number, height: number): number =>
-  Math.max(1.5, Math.min(6.5, 0.42 * Math.sqrt((width * height) / Math.max(1, n))));
+export const dotSize = (n: number, width: number, height: number, k: number): number =>
+  k * Math.max(1.5, Math.min(6.5, 0.42 * Math.sqrt((width * height) / Math.max(1, n)) / k));
 
 /** Draw every dot: those outside the selection first and faint. `colour` gives each image's index into `palette`. */
 export function drawDots(

@@ -24,7 +24,7 @@ export const className = (names: string[], index: number | undefined): string =>
   index === undefined || index < 0 ? "no label" : (names[index]?.split(",")[0] ?? `class ${index}`);
 
 /** A probability with three decimals, so that a column of them compares. */
-export const chance = (p: number): string => (p >= 0.0005 || p === 0 ? p.toFixed(3) : number(p));
+export const chance = (p: number): string => (p >= 0.0005 || p === 0 ? p.toFixed(3) : "<.001");
 
 /** A measure's unit as it stands on an axis; a bare 1 is no unit. */
 export const axisTitle = (title: string, unit: string): string =>

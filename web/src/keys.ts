@@ -30,7 +30,7 @@ const TYPING = "input, select, textarea, [contenteditable]";
 /** Act on a key pressed anywhere but in a field; answers whether it meant something. */
 export function pressed(event: KeyboardEvent, moves: Moves): boolean {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return false;
-  if ((event.target as Element).matches?.(TYPING)) return false;
+  if ((event.target as Element).matches?.(TYPING) || document.querySelector("dialog[open]")) return false;
   const { layer, head } = shared;
   const heads = moves.study.n_heads;
   const write = (change: Parameters<typeof shared.write>[0]) => (shared.write(change, "keyboard"), true);
@@ -51,7 +51,7 @@ export function pressed(event: KeyboardEvent, moves: Moves): boolean {
     case "t":
       return write({ token: shared.token === 0 ? moves.centre() : 0 });
     case "Escape":
-      return write({ brush: "" });
+      return shared.brush !== "" && write({ brush: "" });
     case "/":
       return moves.search(), true;
     case "?":

@@ -19,21 +19,22 @@ export const extent = (values: ArrayLike<number>): [number, number] => {
   return low <= high ? [low, high] : [0, 1];
 };
 
-/** Sequential over the values' range; diverging around 0 where they lie on both sides of it. */
-export function colours(values: ArrayLike<number>): Colours {
+/** Sequential over the values' range; diverging around 0 where they lie on both sides of it. The darkest shades are left
+ * out where they would sink into a dark page. */
+export function colours(values: ArrayLike<number>, dark: boolean): Colours {
   const [low, high] = extent(values);
   if (low < 0 && high > 0) {
     const far = Math.max(-low, high);
     return scaleDiverging((t: number) => interpolatePuOr(1 - t)).domain([-far, 0, far]);
   }
-  return scaleSequential((t: number) => interpolateCividis(0.03 + 0.9 * t)).domain(high > low ? [low, high] : [low - 0.5, low + 0.5]);
+  return scaleSequential((t: number) => interpolateCividis(dark ? 0.2 + 0.76 * t : 0.03 + 0.9 * t)).domain(high > low ? [low, high] : [low - 0.5, low + 0.5]);
 }
 
 /** A veil over a photograph, for weights from 0 to 1 of the largest: dark where low, and light that lets the photograph
  * through where high. Dark and bright photographs both keep the order. */
 export const veil = (share: number): { fill: string; opacity: number } => ({
   fill: interpolateInferno(0.03 + 0.87 * Math.sqrt(share)),
-  opacity: 0.8 - 0.32 * Math.sqrt(share),
+  opacity: 0.72 - 0.24 * Math.sqrt(share),
 });
 
 /** Black or white, whichever can be read on this colour ("rgb(r, g, b)" or "#rrggbb"). */

@@ -7,7 +7,7 @@ import numpy as np
 
 from vitrail.app.reader import Reader
 from vitrail.app.summary import summary
-from vitrail.data import Manifest
+from vitrail.data import Manifest, class_title
 from vitrail.study.plan import Plan
 
 __all__ = ["description"]
@@ -26,7 +26,7 @@ def description(reader: Reader, plan: Plan, manifest: Manifest, name: str) -> di
         "class_token": plan.class_token,
         "measures": {measure: _described(dataset[measure]) for measure in reader.measures},
         "left_out": plan.left_out,
-        "class_names": plan.class_names or [],
+        "class_names": [class_title(name) for name in plan.class_names or ()],
         "accuracy": _accuracy(reader),
         "labels_from": plan.labels_from,
         "own_labels": any(entry.label is not None for entry in manifest.images),
