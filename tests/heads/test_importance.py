@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
 from vitrail import open_vit
-from vitrail.heads import collectors, importance
+from vitrail.heads import collectors, estimate, importance
 from vitrail.heads.estimate import loss_gradients
 from vitrail.heads.metrics import jensen_shannon, shift
 from vitrail.heads.summary import rank_agreement
@@ -155,6 +155,14 @@ def test_the_estimate_is_close_and_ranks_heads_alike_where_heads_write_little(im
     assert "head_divergence" not in guess
 
 
+def test_the_estimate_of_one_image_at_a_time_is_the_same(model, images, labels, monkeypatch):
+    vit = open_vit(model, image_size=(48, 80))
+    together = study_batch(vit, images, labels, ["head_loss_change"], importance="estimate")
+    monkeypatch.setattr(estimate, "GRAPH_BYTES", 1)
+    apart = study_batch(vit, images, labels, ["head_loss_change"], importance="estimate")
+    assert_allclose(apart["head_loss_change"], together["head_loss_change"], rtol=1e-3, atol=1e-5)
+
+
 def test_layer_metrics_are_exact_under_the_estimate_too(model, images, labels, swept):
     guess = study_batch(open_vit(model, image_size=(48, 80)), images, labels, importance="estimate")
     for name in SWEPT:
@@ -204,11 +212,11 @@ def test_where_a_native_kernel_hides_the_residual_a_spare_copy_shows_it():
         assert_allclose(found[name][:, layer, head], values, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("importance", ["exact", "estimate"])
-def test_blocks_that_never_show_the_residual_have_no_layer_metrics_and_keep_the_others(importance):
+@pytest.mark.parametrize("how", ["exact", "estimate"])
+def test_blocks_that_never_show_the_residual_have_no_layer_metrics_and_keep_the_others(how):
     images, labels = bright_and_dark_images()
     vit = open_vit(PlantedViT(StackedBlock).eval(), image_size=(16, 16))
-    found = study_batch(vit, images, labels, importance=importance)
+    found = study_batch(vit, images, labels, importance=how)
     assert np.isnan(found["head_token_shift"]).all()
     drop = -found["head_probability"].mean(0)
     assert np.unravel_index(drop.argmax(), drop.shape) == PLANTED

@@ -23,6 +23,13 @@ __all__ = ["ESTIMATED", "NOT_ESTIMATED", "estimate", "loss_gradients"]
 ESTIMATED = ("head_loss_change", "head_probability")
 """Measures that have a first-order estimate."""
 
+GRAPH_BYTES = 256 * 2**20
+"""Bound on what is kept between the forward and the backward pass: so many images go together."""
+
+FLOATS_PER_CHANNEL = 20
+"""Kept per token and channel of a block, roughly: inputs of norms, projections, attention and the MLP at four times the
+width (32 MiB an image for ViT-Tiny/16 at 224 px)."""
+
 NOT_ESTIMATED = {
     "head_divergence": "its first-order change is zero, and the second order needs a backward pass per class",
     "head_flip": "a derivative does not tell which class overtakes",
@@ -57,6 +64,12 @@ def loss_gradients(
     tap: Tap, anatomy: Anatomy, images: Float[Tensor, "image channel row column"], labels: Int[Tensor, "image"]
 ) -> tuple[Float[Tensor, "image head"], ...]:
     """Derivative of each image's cross-entropy by a gate on each head's output, at 1, layer by layer, in nats."""
+    step = max(1, GRAPH_BYTES // _graph_bytes(anatomy))
+    parts = [_gradients(tap, anatomy, *pair) for pair in zip(images.split(step), labels.split(step), strict=True)]
+    return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+
+
+def _gradients(tap: Tap, anatomy: Anatomy, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         gates = [
             torch.ones(len(images), block.heads, device=images.device, requires_grad=True) for block in anatomy.blocks
@@ -64,3 +77,9 @@ def loss_gradients(
         edits = [Edit(layer, gate=gate) for layer, gate in enumerate(gates)]
         loss = -label_log_probability(tap.read(images, edits=edits), labels).sum()
         return torch.autograd.grad(loss, gates)
+
+
+def _graph_bytes(anatomy: Anatomy) -> int:
+    """What the backward pass of one image needs to be kept."""
+    channels = sum(block.tokens * block.heads * block.calls[0].head_dim for block in anatomy.blocks)
+    return channels * FLOATS_PER_CHANNEL * 4
