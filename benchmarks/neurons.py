@@ -48,7 +48,7 @@ def chunks(entries: Sequence[ImageEntry], size: int = CHUNK) -> Iterator[tuple[i
         yield start, entries[start : start + size]
 
 
-# --- robustness --------------------------------------------------------------------------------------------------------
+# --- robustness -------------------------------------------------------------------------------------------------------
 
 
 def robustness_of(arguments: argparse.Namespace, precision: str, model: str, limit: int, work: Path) -> list[Path]:

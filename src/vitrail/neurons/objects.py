@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from PIL import Image
 
 from vitrail.vit.preprocessing import Preprocessing
@@ -17,7 +17,7 @@ MIN_AREA = 0.02
 MIN_PATCHES = 3
 
 
-def in_view(ids: Ids, preprocessing: Preprocessing) -> Ids:
+def in_view(ids: Ids, preprocessing: Preprocessing) -> Int[np.ndarray, "height width"]:
     """Instance ids as the model sees the image: resized and cropped alike, by nearest neighbour; ids below 65,536."""
     low, high = (ids & 255).astype(np.uint8), (ids >> 8).astype(np.uint8)
     packed = Image.fromarray(np.stack([low, high, np.zeros_like(low)], axis=-1))
@@ -55,11 +55,8 @@ def patch_objects(
     owner = np.where(shares.max(axis=0) >= min_share, found[best], 0)
     area = np.array([(ids == each).mean() for each in found])
     kept = [
-        each for each, size in zip(found, area, strict=True) if size >= min_area and _count(owner, each) >= min_patches
+        each
+        for each, size in zip(found, area, strict=True)
+        if size >= min_area and (owner == each).sum() >= min_patches
     ]
     return np.where(np.isin(owner, kept), owner, 0).astype(np.int64)
-
-
-def _count(owner: Int[np.ndarray, "patch"], number: int) -> int:
-    is_owner: Bool[np.ndarray, "patch"] = owner == number
-    return int(is_owner.sum())
