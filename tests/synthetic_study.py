@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from vitrail.data import open_images, scan
 from vitrail.measure import MEASURES
 from vitrail.study.plan import Part, Plan
-from vitrail.study.store import THUMBNAIL_PX
+from vitrail.study.store import THUMBNAIL_PX, declared
 from vitrail.study.writing import StudyFolder
 
 CLASSES = ["disc", "square", "ring", "cross", "bars, vertical", "triangle"]
@@ -113,8 +113,14 @@ def plan_of(n_images: int, digest: str, **changes: object) -> Plan:
     return Plan(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def write_study(folder: Path, n_images: int = 200) -> Path:
-    """The planted study in `folder / "study"`, its photographs beside it in class folders."""
+def write_study(
+    folder: Path, n_images: int = 200, *, classifier: bool = True, n_heads: tuple[int, ...] | None = None
+) -> Path:
+    """The planted study in `folder / "study"`, its photographs beside it in class folders.
+
+    Without `classifier` it is that of a model that gives features. `n_heads` by layer, at most `N_HEADS`: the heads
+    that a layer lacks are padding.
+    """
     photos = folder / "photos"
     for name in CLASSES:
         (photos / name).mkdir(parents=True, exist_ok=True)
@@ -124,14 +130,27 @@ def write_study(folder: Path, n_images: int = 200) -> Path:
     manifest = scan(open_images(str(photos), class_names=CLASSES))
     study = folder / "study"
     study.mkdir()
-    writing = StudyFolder(study, plan_of(n_images, manifest.digest), manifest)
+    changes = (
+        {} if classifier else {"n_classes": None, "class_names": None, "left_out": {"head_flip": "no classifier."}}
+    )
+    counts = list(n_heads or [N_HEADS] * N_LAYERS)
+    writing = StudyFolder(study, plan_of(n_images, manifest.digest, n_heads=counts, **changes), manifest)
     labels = np.array([entry.label for entry in manifest.images])
     rng = np.random.default_rng(0)
     for part in writing.missing:
-        writing.write_part(part, _part(part, labels, manifest.images))
+        arrays = _part(part, labels, manifest.images)
+        if not classifier:
+            arrays = {name: values for name, values in arrays.items() if "classifier" not in declared(name).needs}
+            arrays["label"] = np.full_like(arrays["label"], -1)
+        for layer, count in enumerate(counts):
+            for name, values in arrays.items():
+                if "head" in declared(name).dims:
+                    values[:, layer, count:] = np.nan if values.dtype.kind == "f" else 0
+        writing.write_part(part, arrays)
     angle = 2 * np.pi * labels / len(CLASSES)
     xy = np.stack([np.cos(angle), np.sin(angle)], 1) * 12 + rng.normal(0, 2.6, (n_images, 2))
-    writing.write_derived({"image_xy": xy.astype(np.float32)})
+    if classifier:
+        writing.write_derived({"image_xy": xy.astype(np.float32)})
     return study
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from playwright.sync_api import expect
 from served import Site, Visit, cell, held, n_selected
 
-# --- behaviour of the whole ---
+from synthetic_study import N_LAYERS, PlantedLive, write_study
+from vitrail.app import create_app
 
 
 def test_arrows_walk_heads_and_layers_and_brackets_walk_images(visit: Visit) -> None:
@@ -98,8 +99,6 @@ def test_a_selection_of_nothing_is_told_in_the_views_and_the_rest_lives(visit: V
 def test_without_a_model_the_live_views_say_so_and_the_others_go_on(
     visit: Visit, study: Path, serving: Callable[..., str]
 ) -> None:
-    from vitrail.app import create_app
-
     page = visit(url=serving(create_app(study)), allow_errors=True)
     for view in ("B2", "B3", "D2"):
         expect(page.locator(f"[data-view={view}] .error")).to_contain_text("No model is open")
@@ -209,3 +208,20 @@ def test_the_theme_button_turns_the_page_dark_and_it_is_remembered(visit: Visit)
     page.reload()
     page.wait_for_selector("[data-view=A] [data-image]")
     assert page.evaluate(shade) == after
+
+
+def test_a_model_without_classifier_or_with_fewer_heads_in_some_layers_opens(
+    visit: Visit, serving: Callable[..., str], tmp_path: Path
+) -> None:
+    counts = (1, 2, *[3] * (N_LAYERS - 2))
+    study = write_study(tmp_path, 24, classifier=False, n_heads=counts)
+    page = visit("?scope=set", url=serving(create_app(study, PlantedLive())))
+    expect(page.locator("[data-view=B1] rect[data-head]")).to_have_count(sum(counts))
+    expect(page.locator("[data-view=C1] circle[data-head]")).to_have_count(sum(counts))
+    expect(page.locator(cell("L0H1"))).to_have_count(0)
+    expect(page.locator("[data-view=B2]")).to_have_count(0)
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("header .head")).to_have_text("L1H0")  # layer 0 has one head only
+    page.wait_for_selector("[data-map=looks] rect[data-weight]")
+    page.get_by_role("button", name="this image").click()
+    page.wait_for_selector("[data-view=C4] circle[data-step='0']")

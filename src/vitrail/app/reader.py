@@ -33,7 +33,7 @@ class Reader:
     @property
     def measures(self) -> list[str]:
         """The measures of `measure.py` that this study holds."""
-        return [str(name) for name in self.dataset.data_vars if name in MEASURES]
+        return [name for name in MEASURES if name in self.dataset.data_vars]
 
     def warm(self) -> None:
         """Read ahead what the first screen shows, so that the first visitor need not wait for it."""
