@@ -8,9 +8,7 @@ live.look(image)                      # every measure that a study would hold fo
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from threading import RLock
 
@@ -22,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
+from vitrail.figures.heads import refuse_formats
 from vitrail.figures.look import LookedAt, look_at
 from vitrail.heads.collect import Collector
 from vitrail.heads.regions import mode_edit, modes_offered
@@ -45,10 +44,6 @@ class _Seen:
     logits: Float[Tensor, "image class"]
 
 
-class _FoundIt(Exception):  # noqa: N818 - no error: it ends a pass whose later blocks nobody needs
-    """The layer that was asked for has shown its map."""
-
-
 class Live:
     """A model that answers questions on single images; any number of threads may ask, one at a time is served.
 
@@ -60,6 +55,7 @@ class Live:
         self.vit = vit
         self._lock = RLock()
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
+        self._collectors: list[Collector] | None = None
 
     def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
         """Attention after the softmax of every head of a layer (its first attention call), over all its tokens.
@@ -73,12 +69,12 @@ class Live:
         def read(attention: LayerAttention) -> None:
             if attention.layer == layer and attention.call == 0:
                 maps.append(attention.weights_on_grid()[0])
-                raise _FoundIt
 
         with self._lock:
-            seen = self._recorded(image)
-            with suppress(_FoundIt):
-                self.vit.tap().run_from(layer, seen.replay, readers=Readers(attention=read))
+            seen, tap = self._recorded(image), self.vit.tap()
+            if self.vit.anatomy.blocks[layer].kind == "window":
+                tap.window_slots(layer)  # measured by passes of its own, which cannot run inside a reader
+            tap.run_from(layer, seen.replay, readers=Readers(attention=read))
         if maps[0].shape[-1] != maps[0].shape[-2]:
             raise Unsupported(
                 f"L{layer} has {maps[0].shape[-2]} queries and {maps[0].shape[-1]} keys (kind "
@@ -114,6 +110,8 @@ class Live:
         pass and the exact sweep over all heads.
         """
         with self._lock:
+            if self._collectors is None:
+                self._collectors = rooms.collectors(self.vit, tuple(MEASURES))
             tap, collectors = self.vit.tap(), self._collectors
             joined = Readers.joined([collector.readers() for collector in collectors])
             replay, logits = tap.record(self.vit.prepare([image]), joined)
@@ -123,7 +121,7 @@ class Live:
             arrays = _answers(logits) if with_classes else {"label": label.astype(np.int32)}
             for collector in collectors:
                 arrays |= collector.finish(tap, replay, logits, label)
-        return {name: values[0] for name, values in arrays.items()}
+        return {name: np.asarray(values[0]) for name, values in arrays.items()}
 
     def study_of(self, image: Image.Image, name: str = "image") -> xr.Dataset:
         """What `look` gives, as a study of one image: the same arrays, attributes and plan as `open_study` gives."""
@@ -146,10 +144,6 @@ class Live:
                 "labels_from": "the model's own top-1",
             },
         )
-
-    @cached_property
-    def _collectors(self) -> list[Collector]:
-        return rooms.collectors(self.vit, tuple(MEASURES))
 
     def _recorded(self, image: Image.Image) -> _Seen:
         """The plain pass of an image, from memory if it is one of the last."""
@@ -185,6 +179,7 @@ def look_figures(
     looks from the class token and from the patch that the other tokens look at most. `name` stands in the titles.
     Raises `UsageError` for an unknown format.
     """
+    refuse_formats(formats)
     live = Live(vit)
     return look_at(
         LookedAt(live.study_of(image, name), vit.view(image), lambda layer: live.attention(image, layer)),

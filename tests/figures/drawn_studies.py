@@ -2,8 +2,8 @@
 
 import numpy as np
 import xarray as xr
-from synthetic_study import measures_of
 
+from synthetic_study import measures_of
 from vitrail.measure import MEASURES
 
 

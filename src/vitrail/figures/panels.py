@@ -5,16 +5,28 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.collections import LineCollection
+from matplotlib.ticker import MaxNLocator
 
-from vitrail.figures.style import BAND, COOL, INK, LINE, MARK, SOFT, axis_title, colour_scale, head_name, ink_on, number
+from vitrail.figures.style import (
+    BAND,
+    COOL,
+    INK,
+    LINE,
+    MARK,
+    SOFT,
+    WHISKER,
+    axis_title,
+    colour_scale,
+    head_name,
+    ink_on,
+    number,
+)
 from vitrail.figures.values import HeadValues
 
 __all__ = ["dots_by_layer", "entropy", "heat_map", "line", "strength"]
 
 MAX_NUMBERED = (16, 8)
 """Up to so many (layers, heads) the cells of a heat map carry their number."""
-
-N_NAMED = 3
 
 LOG_FROM = 30
 """Strengths that differ by more than this factor are drawn on a log scale."""
@@ -52,13 +64,14 @@ def dots_by_layer(axes: Any, shown: HeadValues) -> None:
     if shown.unpruned is not None:
         axes.axvline(shown.unpruned, color=INK, linewidth=0.9, linestyle=(0, (2, 3)))
     if shown.low is not None and shown.high is not None:
-        axes.hlines(rows, shown.low[layers, heads], shown.high[layers, heads], color=COOL, linewidth=0.8, alpha=0.55)
+        axes.hlines(
+            rows, shown.low[layers, heads], shown.high[layers, heads], color=WHISKER, linewidth=0.4 if small else 0.9
+        )
     axes.plot(values, rows, "o", color=COOL, markersize=2.0 if small else 3.2, markeredgewidth=0)
     for layer in range(1, n_layers):
         axes.axhline(layer - 0.5, color=LINE, linewidth=0.5, zorder=0)
-    named = shown.ranked[:N_NAMED]
     place = dict(zip(map(tuple, shown.heads.tolist()), rows, strict=True))
-    for layer, head in named:
+    for layer, head in shown.standing_out:
         value = shown.values[layer, head]
         axes.plot([value], [place[layer, head]], "o", color=MARK, markersize=4, markeredgewidth=0, zorder=4)
         axes.annotate(
@@ -94,6 +107,7 @@ def line(axes: Any, shown: HeadValues, mean: HeadValues | None = None) -> None:
     axes.set(
         xlim=(-1 if zero else 0, len(index) + 1), xlabel=f"head index, in order of layers{zero}", ylabel=shown.axis
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
 
 
@@ -117,7 +131,7 @@ def _name_extremes(axes: Any, shown: HeadValues) -> None:
     order = {pair: at for at, pair in enumerate(map(tuple, shown.heads.tolist()), start=1)}
     values = shown.values[~np.isnan(shown.values)]
     middle = np.median(values)
-    for layer, head in shown.ranked[:N_NAMED]:
+    for layer, head in shown.standing_out:
         value, x = shown.values[layer, head], order[layer, head]
         below = value < middle
         axes.plot([x], [value], "o", color=MARK, markersize=4, zorder=5)
@@ -141,7 +155,7 @@ def entropy(
     values = shown.values[layers, heads]
     n_layers = len(shown.values)
     if spread is not None:
-        axes.vlines(x, spread[0, layers, heads], spread[1, layers, heads], color="#b9c2cc", linewidth=0.8, zorder=1)
+        axes.vlines(x, spread[0, layers, heads], spread[1, layers, heads], color=WHISKER, linewidth=0.8, zorder=1)
     by_layer = [values[layers == layer].mean() if (layers == layer).any() else np.nan for layer in range(n_layers)]
     axes.plot(
         range(n_layers), by_layer, color=SOFT, linewidth=1.1, linestyle=(0, (4, 3)), zorder=2, label="mean of the layer"
@@ -178,7 +192,8 @@ def _ceiling(axes: Any, n_hops: Int[np.ndarray, "layer"]) -> None:
         words, steps[0][0] if alike else steps[-1][1], xytext=(0, 4), textcoords="offset points", fontsize=6.5,
         color=INK, ha="left" if alike else "right", va="bottom",
     )  # fmt: skip
-    axes.set_ylim(top=max(axes.get_ylim()[1], top * 1.1))
+    bottom, highest = axes.get_ylim()
+    axes.set_ylim(top=max(highest, top + 0.09 * (top - bottom)))
 
 
 def strength(

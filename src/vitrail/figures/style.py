@@ -27,6 +27,7 @@ __all__ = [
     "LINE",
     "MARK",
     "SOFT",
+    "WHISKER",
     "Figure",
     "axis_title",
     "blank",
@@ -41,7 +42,8 @@ __all__ = [
 
 INK, SOFT, LINE = "#1d2127", "#5a6170", "#e2dfd6"
 COOL, BAND, MARK = "#0a628a", "#d7e3ea", "#c8470a"
-"""The colours of the application's light page: text, second text, grid; line, its band, what is pointed at."""
+WHISKER = "#a9bcc7"
+"""The colours of the application's light page: text, second text, grid; line, its band, what is pointed at; bars."""
 
 DEPTH = LinearSegmentedColormap.from_list(
     "vitrail_depth", mpl.colormaps["cividis"](np.linspace(0.03, 0.93, 256)), N=256
@@ -158,7 +160,8 @@ def colour_scale(values: Float[np.ndarray, "..."]) -> tuple[Colormap, Normalize]
     if low < 0 < high:
         far = max(-low, high)
         return mpl.colormaps["PuOr_r"], TwoSlopeNorm(0.0, -far, far)
-    return DEPTH, Normalize(low, high) if high > low else Normalize(low - 0.5, low + 0.5)
+    half = 0.5 * abs(low) or 0.5
+    return DEPTH, Normalize(low, high) if high > low else Normalize(low - half, low + half)
 
 
 def ink_on(colour: Sequence[float]) -> str:

@@ -30,6 +30,8 @@ LOW_MATTERS = frozenset({"head_probability"})
 MAIN = ("head_probability", "head_divergence", "head_loss_change", "head_token_shift")
 """What importance is read from, in order of preference."""
 
+N_NAMED = 3
+
 Image = int | str | None
 """An image by its position or id; None: the mean over all."""
 
@@ -72,6 +74,16 @@ class HeadValues:
         flat = np.array([self.values[layer, head] for layer, head in self.heads])
         order = np.argsort(flat if self.metric in LOW_MATTERS else -flat, kind="stable")
         return [(int(layer), int(head)) for layer, head in self.heads[order]]
+
+    @property
+    def standing_out(self) -> list[tuple[int, int]]:
+        """At most three of the most important heads: those that lie far from the usual head, by a quarter of the way
+        to the first of them."""
+        if not self.ranked:
+            return []
+        usual = float(np.nanmedian(self.values))
+        away = [abs(float(self.values[pair]) - usual) for pair in self.ranked[:N_NAMED]]
+        return [pair for pair, far in zip(self.ranked, away, strict=False) if far >= away[0] / 4]
 
     def reading(self) -> tuple[str, str, str]:
         """How to read low and high, and the source, as sentences."""
