@@ -14,7 +14,9 @@ def planted_boxes(grid: tuple[int, int], shape: tuple[int, int], n_images: int, 
     return windows.random_boxes(boxes, grid, generator)
 
 
-def attention_in(mask: Tensor, n_heads: int, prefix: int, inside: float = 3.0, noise: float = 0.5, seed: int = 1) -> Tensor:
+def attention_in(
+    mask: Tensor, n_heads: int, prefix: int, inside: float = 3.0, noise: float = 0.5, seed: int = 1
+) -> Tensor:
     """Softmax attention [image head query key] whose scores are `inside` higher within a mask [image patch other]."""
     generator = torch.Generator().manual_seed(seed)
     n_images, n_patches = mask.shape[:2]

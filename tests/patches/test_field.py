@@ -5,10 +5,10 @@ import math
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patches.planted import attention_in, planted_boxes
 from torch import Tensor
 from torch.testing import assert_close
 
+from patches.planted import attention_in, planted_boxes
 from vitrail.patches import field, windows
 from vitrail.patches.interaction import indicator, normalised
 

@@ -1,15 +1,17 @@
 """Hubs: found where planted, and nowhere else."""
 
 import torch
-from patches.planted import attention_in, planted_boxes
 from torch.testing import assert_close
 
+from patches.planted import attention_in, planted_boxes
 from vitrail.patches import windows
-from vitrail.patches.hubs import hubs, kept_share
+from vitrail.patches.hubs import hubs, kept_share, without_hubs
 from vitrail.patches.interaction import indicator, normalised
 
 
-def planted_hubs(n_images: int, n_patches: int, n_hubs: int, strength: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def planted_hubs(
+    n_images: int, n_patches: int, n_hubs: int, strength: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of all queries raised on a few patches of each image; and which."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand((n_images, n_patches), generator=generator).argsort(-1) < n_hubs
@@ -53,10 +55,19 @@ def test_what_is_left_has_no_hub_columns_and_rows_that_sum_to_one() -> None:
     attention, _ = planted_hubs(n_images=3, n_patches=60, n_hubs=3, strength=4, seed=2)
     matrix = indicator(attention, prefix=0)
     before = matrix.clone()
-    result = hubs(matrix)
-    assert_close(result.without.transpose(1, 2)[result.found], torch.zeros(int(result.found.sum()), 60))
-    assert_close(result.without.sum(-1), torch.ones(3, 60))
+    found = hubs(matrix).found
+    rest = without_hubs(matrix, found)
+    assert_close(rest.transpose(1, 2)[found], torch.zeros(int(found.sum()), 60))
+    assert_close(rest.sum(-1), torch.ones(3, 60))
     assert_close(matrix, before)
+
+
+def test_columns_that_are_gone_count_as_zero() -> None:
+    attention, _ = planted_hubs(n_images=3, n_patches=60, n_hubs=3, strength=4, seed=2)
+    matrix = indicator(attention, prefix=0)
+    found = hubs(matrix).found
+    there = kept_share(matrix, left=~found).masked_fill(found, 0)
+    assert_close(there, kept_share(without_hubs(matrix, found)))
 
 
 def test_an_image_is_judged_alone() -> None:

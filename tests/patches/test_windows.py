@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patches.planted import attention_in, neighbourhood, planted_boxes
 from torch import Tensor
 from torch.testing import assert_close
 
+from patches.planted import attention_in, neighbourhood, planted_boxes
 from vitrail.errors import UsageError
 from vitrail.patches import windows
 from vitrail.patches.interaction import indicator, normalised
@@ -95,7 +95,10 @@ def test_shared_areas_keep_to_the_budget_and_hold_more() -> None:
 def test_controls_keep_shape_and_lie_inside_the_grid() -> None:
     grid = (6, 9)
     boxes, _ = windows.best_boxes(random_indicator(2, 54, seed=5), grid, 12)
-    for control in (windows.centred_boxes(boxes, grid), windows.random_boxes(boxes, grid, torch.Generator().manual_seed(0))):
+    for control in (
+        windows.centred_boxes(boxes, grid),
+        windows.random_boxes(boxes, grid, torch.Generator().manual_seed(0)),
+    ):
         assert torch.equal(control[..., 2:] - control[..., :2], boxes[..., 2:] - boxes[..., :2])
         assert int(control[..., :2].min()) >= 0
         assert torch.all(control[..., 2:] <= torch.tensor(grid))

@@ -25,9 +25,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {"window_area": ("25", "10", "15", "20"
 """Options of `collectors` and their values, the default first. `window_area`: percent of the grid that a window has."""
 
 
-def collectors(
-    vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None
-) -> "list[PatchCollector]":
+def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> "list[PatchCollector]":
     """What computes those of the measures `names` that belong to this room and that the model has.
 
     Measures left out are named, with the reason, by `skipped`. Raises `UsageError` for an unknown option.

@@ -112,7 +112,7 @@ class PatchCollector:
     def finish(
         self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
     ) -> dict[str, np.ndarray]:
-        """Arrays [image, layer, patch, ..]; NaN (hub: False) for layers without a grid and patches that are not there."""
+        """Arrays [image, layer, patch, ..]; NaN (hub: False) where there is no grid or no such patch."""
         n_patches = max(ground.n_patches for ground in self._grounds.values())
         arrays = {}
         for name in self.measures:

@@ -25,7 +25,9 @@ def tendency(
     """
     inside = indicator * mask
     moments = inside @ _moments(grid, indicator)
-    return moments[..., 1:] / torch.where(moments[..., :1] > 0, moments[..., :1], torch.nan) - positions(grid).to(moments)
+    return moments[..., 1:] / torch.where(moments[..., :1] > 0, moments[..., :1], torch.nan) - positions(grid).to(
+        moments
+    )
 
 
 def field_size(mask: Bool[Tensor, "*batch patch other"]) -> Float[Tensor, "*batch patch"]:
@@ -33,9 +35,7 @@ def field_size(mask: Bool[Tensor, "*batch patch other"]) -> Float[Tensor, "*batc
     return mask.sum(-1) / mask.shape[-1]
 
 
-def interaction_distance(
-    indicator: Float[Tensor, "*batch patch other"], grid: Grid
-) -> Float[Tensor, "*batch patch"]:
+def interaction_distance(indicator: Float[Tensor, "*batch patch other"], grid: Grid) -> Float[Tensor, "*batch patch"]:
     """Mean Euclidean distance, in patches, from each patch to those it interacts with, weighted by the indicator."""
     place = positions(grid).to(indicator)
     return (indicator * torch.cdist(place, place)).sum(-1)

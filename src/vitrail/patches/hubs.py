@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Hubs", "hubs", "kept_share"]
+from vitrail.patches.interaction import normalised
+
+__all__ = ["Hubs", "hubs", "kept_share", "without_hubs"]
 
 MAX_ROUNDS = 5
 OUTSTANDING = 2.0
@@ -20,72 +22,61 @@ MAJORITY = 0.5
 
 
 class Hubs(NamedTuple):
-    """Which patches are hubs, the share of queries that kept each (before any was removed), and the indicator without
-    hubs: their columns zero, rows summing to 1 again."""
+    """Which patches are hubs, and the share of queries that kept each patch before any was removed."""
 
     found: Bool[Tensor, "image patch"]
     kept_share: Float[Tensor, "image patch"]
-    without: Float[Tensor, "image patch other"]
 
 
-def hubs(
-    indicator: Float[Tensor, "image patch other"], reachable: Int[Tensor, "patch"] | None = None
-) -> Hubs:
+def hubs(indicator: Float[Tensor, "image patch other"], reachable: Int[Tensor, "patch"] | None = None) -> Hubs:
     """Finds hubs, takes them away, and looks again until there are none, at most five times.
 
     A patch is a hub if its kept share f is above 0.5 and above mean + 2 standard deviations of f over the patches that
     are left. `reachable` counts the patches that each query can attend to at all, itself included, for attention within
     windows; None: all of them.
     """
-    counts = _counts(indicator, reachable)
-    found = torch.zeros(indicator.shape[:2], dtype=torch.bool, device=indicator.device)
+    left = torch.ones(indicator.shape[:2], dtype=torch.bool, device=indicator.device)
     first = share = kept_share(indicator, reachable)
-    open_images = torch.arange(len(indicator), device=indicator.device)
-    without = indicator
+    active = torch.arange(len(indicator), device=indicator.device)
     for _ in range(MAX_ROUNDS):
-        new = _outstanding(share, found[open_images])
-        has_new = new.any(-1)
-        if not has_new.any():
+        new = _outstanding(share, left[active])
+        found_some = new.any(-1)
+        active, new = active[found_some], new[found_some]
+        if len(active) == 0:
             break
-        open_images, new = open_images[has_new], new[has_new]
-        found[open_images] |= new
-        without = without.clone() if without is indicator else without
-        without[open_images] = _without(without[open_images], new)
-        share = kept_share(without[open_images], counts)
-    return Hubs(found, first, without)
+        left[active] &= ~new
+        share = kept_share(indicator[active], reachable, left[active])
+    return Hubs(~left, first)
 
 
 def kept_share(
-    indicator: Float[Tensor, "image patch other"], reachable: Int[Tensor, "patch"] | None = None
+    indicator: Float[Tensor, "image patch other"],
+    reachable: Int[Tensor, "patch"] | None = None,
+    left: Bool[Tensor, "image patch"] | None = None,
 ) -> Float[Tensor, "image patch"]:
     """f_j: the share of queries i that keep patch j, I_ij >= mean_j + std_j of their row.
 
     0 (nobody) .. 1 (every query that can attend to it). Mean and deviation are over the patches a query can reach.
+    Patches that are not `left` count as if their columns were zero; scaling the rows up again would change nothing.
     """
-    counts = _counts(indicator, reachable).to(indicator)
-    mean = indicator.sum(-1) / counts
-    square = torch.linalg.vector_norm(indicator, dim=-1).square() / counts
+    counts = torch.full_like(indicator[0, 0], indicator.shape[-1]) if reachable is None else reachable.to(indicator)
+    weight = torch.ones_like(indicator[:, 0]) if left is None else left.to(indicator)
+    mean = (indicator @ weight[..., None])[..., 0] / counts
+    square = (indicator.square() @ weight[..., None])[..., 0] / counts
     threshold = mean + (square - mean.square()).clamp(min=0).sqrt()
-    kept = (indicator >= threshold[..., None]) & (mean > 0)[..., None]
-    return kept.sum(-2, dtype=indicator.dtype) / counts
+    threshold = torch.where(mean > 0, threshold, torch.inf)
+    return (indicator >= threshold[..., None]).to(indicator).sum(-2) / counts
 
 
-def _outstanding(share: Float[Tensor, "image patch"], gone: Bool[Tensor, "image patch"]) -> Bool[Tensor, "image patch"]:
-    left = torch.where(gone, torch.nan, share)
-    mean = left.nanmean(-1, keepdim=True)
-    deviation = (left - mean).square().nanmean(-1, keepdim=True).sqrt()
-    return (left > mean + OUTSTANDING * deviation) & (left > MAJORITY)
-
-
-def _without(
-    indicator: Float[Tensor, "image patch other"], gone: Bool[Tensor, "image patch"]
+def without_hubs(
+    indicator: Float[Tensor, "image patch other"], found: Bool[Tensor, "image patch"]
 ) -> Float[Tensor, "image patch other"]:
-    rest = indicator.masked_fill(gone[:, None, :], 0)
-    mass = rest.sum(-1, keepdim=True)
-    return rest / torch.where(mass > 0, mass, 1)
+    """The indicator with the columns of hubs zero and rows summing to 1 again."""
+    return normalised(indicator.masked_fill(found[:, None, :], 0))
 
 
-def _counts(indicator: Tensor, reachable: Int[Tensor, "patch"] | None) -> Int[Tensor, "patch"]:
-    if reachable is not None:
-        return reachable
-    return torch.full((indicator.shape[-1],), indicator.shape[-1], device=indicator.device)
+def _outstanding(share: Float[Tensor, "image patch"], left: Bool[Tensor, "image patch"]) -> Bool[Tensor, "image patch"]:
+    there = torch.where(left, share, torch.nan)
+    mean = there.nanmean(-1, keepdim=True)
+    deviation = (there - mean).square().nanmean(-1, keepdim=True).sqrt()
+    return (there > mean + OUTSTANDING * deviation) & (there > MAJORITY)

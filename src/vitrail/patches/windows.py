@@ -3,8 +3,8 @@
 A box is (top, left, bottom, right) in rows and columns of the grid, half open: it holds rows top .. bottom - 1. It need
 not hold its query; the query may always see itself (`masks`).
 
-Boxes are searched through integral images, for all queries at once: keys first and queries last in memory, so that every
-step is a sum or difference of long contiguous rows.
+Boxes are searched through integral images, for all queries at once: keys first and queries last in memory, so that
+every step is a sum or difference of long contiguous rows.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ Boxes = Int[Tensor, "*batch patch side"]
 Grid = tuple[int, int]
 """(rows, columns)"""
 
-BLOCK_NUMBERS = 2**18
+BLOCK_NUMBERS = 2**17
 """About how many indicator values one step of a search takes in: its sums then stay near the core."""
 
 
@@ -57,9 +57,7 @@ def shapes_of_area(grid: Grid, n_patches: int) -> tuple[tuple[int, int], ...]:
     """(rows, columns) of every box of at most `n_patches` that cannot grow within that and within the grid."""
     rows, columns = grid
     widest = {height: min(columns, n_patches // height) for height in range(1, min(rows, n_patches) + 1)}
-    return tuple(
-        (height, width) for height, width in widest.items() if width > widest.get(height + 1, 0) and width > 0
-    )
+    return tuple((height, width) for height, width in widest.items() if width > widest.get(height + 1, 0) and width > 0)
 
 
 def best_boxes(
@@ -93,7 +91,7 @@ def smallest_boxes(
     return boxes, mass
 
 
-LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.19, 0.25, 0.33, 0.43, 0.55, 0.7, 0.85, 1.0)
+LADDER = (0.02, 0.05, 0.1, 0.17, 0.26, 0.4, 0.6, 0.8, 1.0)
 """Shares of the grid between which `held_area` interpolates."""
 
 
@@ -114,37 +112,31 @@ def held_area(
 def _held_area(rows: Float[Tensor, "query key"], grid: Grid, share: float) -> Float[Tensor, "query"]:
     wanted = share * rows.sum(-1) - 1e-5
     corner = _integral(rows, grid)
-    result = rows.new_full((len(rows),), grid[0] * grid[1])
-    missing = torch.arange(len(rows), device=rows.device)
+    scratch = _scratch(corner)
+    result = torch.zeros_like(wanted)
     held_before, area_before = torch.zeros_like(wanted), 0.0
-    for shapes in _ladder(grid):
-        held = torch.stack([_box_sums(corner, shape).amax((0, 1)) for shape in shapes]).amax(0)
-        area = sum(height * width for height, width in shapes) / len(shapes)
-        enough = held >= wanted
+    for area, shapes in _ladder(grid):
+        held = torch.stack([_box_sums(corner, shape, scratch).amax((0, 1)) for shape in shapes]).amax(0)
         part = ((wanted - held_before) / (held - held_before).clamp_min(1e-9)).clamp(0, 1)
-        between = area_before + part * (area - area_before)
-        result[missing[enough]] = between[enough].clamp_min(1)
-        if enough.all():
+        crossed = (held_before < wanted) | (area_before == 0)
+        result = torch.where(crossed, area_before + part * (area - area_before), result)
+        if bool((held >= wanted).all()):
             break
-        held_before, area_before = held, area
-        if 2 * enough.sum() > len(enough):  # going on with fewer rows pays for copying them
-            left = (~enough).nonzero()[:, 0]
-            corner, missing = corner.index_select(2, left), missing[left]
-            wanted, held_before = wanted[left], held_before[left]
-        else:
-            wanted = wanted.masked_fill(enough, torch.inf)
-    return result
+        held_before, area_before = torch.maximum(held, held_before), area
+    return result.clamp_min(1)
 
 
 @lru_cache(maxsize=8)
-def _ladder(grid: Grid) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Shapes of each rung, none longer than twice its width unless the grid leaves no other."""
+def _ladder(grid: Grid) -> tuple[tuple[float, tuple[tuple[int, int], ...]], ...]:
+    """For each rung its area and three shapes: the squarest, and one about 3:2 either way."""
     rungs = []
     for n_patches in sorted({n_patches_of(share, grid) for share in LADDER}):
         shapes = shapes_of_area(grid, n_patches)
-        even = tuple(shape for shape in shapes if max(shape) <= 2 * min(shape))
-        largest = max(height * width for height, width in shapes)
-        rungs.append(even or tuple(shape for shape in shapes if shape[0] * shape[1] == largest))
+        chosen = {
+            min(shapes, key=lambda shape: abs(shape[0] - wanted))
+            for wanted in (n_patches**0.5 * x for x in (0.8, 1, 1.25))
+        }
+        rungs.append((sum(height * width for height, width in chosen) / len(chosen), tuple(sorted(chosen))))
     return tuple(rungs)
 
 
@@ -190,7 +182,7 @@ def _price(
 
 
 def centred_boxes(boxes: Boxes, grid: Grid) -> Boxes:
-    """Boxes of the same shapes centred on their queries, pushed inside the grid: the control that knows only nearness."""
+    """Boxes of the same shapes centred on their queries, pushed inside the grid: a control that knows only nearness."""
     row, column = _places(grid, boxes.device)
     return _placed(boxes, grid, row - _heights(boxes) // 2, column - _widths(boxes) // 2)
 
@@ -295,23 +287,36 @@ def _best_of(
 ) -> tuple[Int[Tensor, "query side"], Float[Tensor, "query"]]:
     """Only the sums are compared for all shapes; places are looked up for the winning shape alone, which is cheaper."""
     corner = _integral(rows, grid)
-    best = torch.stack([_box_sums(corner, shape).amax((0, 1)) for shape in shapes])
+    scratch = _scratch(corner)
+    best = torch.stack([_box_sums(corner, shape, scratch).amax((0, 1)) for shape in shapes])
     mass, chosen = best.max(0)
     boxes = chosen.new_empty((len(rows), 4))
     for index in chosen.unique().tolist():
         height, width = shapes[index]
         won = (chosen == index).nonzero()[:, 0]
-        sums = _box_sums(corner.index_select(2, won), shapes[index])
+        sums = _box_sums(corner.index_select(2, won), shapes[index], scratch)
         top = _first_largest(sums.amax(1))
         left = _first_largest(sums.gather(0, top.expand(1, sums.shape[1], -1))[0])
         boxes[won] = torch.stack([top, left, top + height, left + width], -1)
     return boxes, mass
 
 
-def _box_sums(corner: Float[Tensor, "row column query"], shape: tuple[int, int]) -> Float[Tensor, "top left query"]:
-    """What a box of one shape holds at every place."""
-    strips = corner[shape[0] :] - corner[: -shape[0]]
-    return strips[:, shape[1] :] - strips[:, : -shape[1]]
+def _box_sums(
+    corner: Float[Tensor, "row column query"], shape: tuple[int, int], scratch: Float[Tensor, "two number"]
+) -> Float[Tensor, "top left query"]:
+    """What a box of one shape holds at every place; overwritten by the next call with the same scratch."""
+    strips = torch.sub(corner[shape[0] :], corner[: -shape[0]], out=_view(scratch[0], corner, shape[0], 0))
+    return torch.sub(strips[:, shape[1] :], strips[:, : -shape[1]], out=_view(scratch[1], corner, *shape))
+
+
+def _scratch(corner: Float[Tensor, "row column query"]) -> Float[Tensor, "two number"]:
+    """Memory for the sums of one block: fresh pages for every shape would cost as much as the sums."""
+    return corner.new_empty((2, corner.numel()))
+
+
+def _view(flat: Tensor, corner: Tensor, height: int, width: int) -> Float[Tensor, "row column query"]:
+    rows, columns, queries = corner.shape[0] - height, corner.shape[1] - width, corner.shape[2]
+    return flat[: rows * columns * queries].view(rows, columns, queries)
 
 
 def _first_largest(numbers: Float[Tensor, "place query"]) -> Int[Tensor, "query"]:
