@@ -2,7 +2,7 @@
 
 metrics      how far apart two predictions or two sets of tokens are
 importance   leave-one-head-out, exactly
-estimate     the same to first order, in one backward pass
+estimate     the same from one backward pass
 regions      which part of one head's map matters: the six region modes
 strength     attention over distance
 summary      a study's heads in one table (no torch)
@@ -30,8 +30,8 @@ REACH = ("attention_strength", "strength_entropy", "attention_distance", "prefix
 def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> "list[Collector]":
     """What computes those of the measures `names` that belong to this room and that the model has.
 
-    `options`: `importance="exact"` prunes every head in turn, `"estimate"` takes the first order of the model metrics
-    (layer metrics stay exact). `maps="bfloat16"` computes attention maps in bfloat16 for the measures of distance,
+    `options`: `importance="exact"` prunes every head in turn, `"estimate"` predicts the model metrics from one backward
+    pass (layer metrics stay exact). `maps="bfloat16"` computes attention maps in bfloat16 for the measures of distance,
     `"model"` in the model's own precision. Measures left out are named, with the reason, by `skipped`. Raises
     `UsageError` for an unknown option.
     """

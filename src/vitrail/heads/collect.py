@@ -145,7 +145,7 @@ class SweepCollector:
 
 
 class EstimateCollector:
-    """First-order importance: one forward and one backward pass for all heads."""
+    """Estimated importance: one forward and one backward pass for all heads."""
 
     def __init__(self, anatomy: Anatomy, measures: Sequence[str]) -> None:
         self.measures = tuple(measures)
