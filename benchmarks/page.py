@@ -33,11 +33,13 @@ CLICK = """async ([selector, x, y]) => {
     const element = document.querySelector(selector);
     const box = element.getBoundingClientRect();
     const place = { clientX: box.left + box.width * x, clientY: box.top + box.height * y, bubbles: true, button: 0 };
+    const busy = () => window.pending > 0;
     const quiet = () => new Promise((done) => {
         let last = performance.now();
         const watch = new MutationObserver(() => (last = performance.now()));
         watch.observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
         const check = () => {
+            if (busy()) last = performance.now();
             if (performance.now() - last > 250) { watch.disconnect(); done(last); } else requestAnimationFrame(check);
         };
         requestAnimationFrame(check);
@@ -47,6 +49,15 @@ CLICK = """async ([selector, x, y]) => {
     const changed = await quiet();
     return changed - began;
 }"""
+
+PENDING = """
+    window.pending = 0;
+    const ask = window.fetch;
+    window.fetch = (...given) => {
+        window.pending++;
+        return ask(...given).finally(() => window.pending--);
+    };
+"""
 
 USEFUL = """() => document.querySelector("[data-view=A] canvas")
     && document.querySelectorAll("[data-view=B1] rect[data-head]").length > 100
@@ -139,6 +150,7 @@ def main() -> None:
         paints = []
         for _ in range(5):
             page = browser.new_context(viewport={"width": 1280, "height": 720}).new_page()
+            page.add_init_script(PENDING)
             paints.append(first_paint(page, url))
         page.wait_for_timeout(1500)
         kinds = clicks(page, asked.times)

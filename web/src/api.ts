@@ -80,10 +80,18 @@ export interface SummaryAsk {
   set?: { key: string; images: Int32Array };
 }
 
+/** The images of a set as they are sent; written once, as every view asks about the same set. */
+const sent = new WeakMap<Int32Array, string>();
+function listed(images: Int32Array): string {
+  const text = sent.get(images) ?? JSON.stringify({ images: [...images] });
+  sent.set(images, text);
+  return text;
+}
+
 /** Mean with interval and quantiles over all images, or over a set of them. */
 export function summary(name: string, { set, ...chosen }: SummaryAsk = {}): Promise<Summary> {
   const path = `/api/summary/${name}${query(chosen)}`;
-  const body = set && JSON.stringify({ images: [...set.images] });
+  const body = set && listed(set.images);
   return once(path + (set ? ` ${set.key}` : ""), async () => {
     const answer = await ask(path, body ? { method: "POST", body } : undefined);
     const told = (header: string) => answer.headers.get(header) ?? "";

@@ -1,6 +1,8 @@
 """A study as the page asks for it: one image's numbers, one head's numbers over all images, and summaries of sets."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,19 @@ from vitrail.measure import MEASURES
 
 __all__ = ["Reader", "chosen_images"]
 
-WHOLE_BYTES = 256 * 2**20
-"""An array up to this size is read once and kept; a larger one (strength: 14 hops a head) is read where it is asked."""
+WHOLE_BYTES = 512 * 2**20
+"""An array up to this size is read once and kept; a larger one is read where it is asked. The largest of 50,000 images
+of a ViT-B, attention strength, has 403 MB."""
 
-SHELF_BYTES = 768 * 2**20
-WARM = ("head_probability", "strength_entropy")
+SHELF_BYTES = 1024 * 2**20
+Chosen = Int[np.ndarray, "chosen"]
+Told = tuple[tuple[str, ...], Summary]
+WARM = (
+    ("head_probability", False),
+    ("strength_entropy", False),
+    ("strength_entropy", True),
+    ("attention_strength", False),
+)
 
 
 class Reader:
@@ -28,6 +38,7 @@ class Reader:
         self.dataset = dataset
         self.n_images = int(dataset.sizes["image"])
         self._whole = Shelf(SHELF_BYTES)
+        self._summing = Lock()
         self._summaries: dict[tuple[str, bool], Summary] = {}
 
     @property
@@ -35,15 +46,11 @@ class Reader:
         """The measures of `measure.py` that this study holds."""
         return [name for name in MEASURES if name in self.dataset.data_vars]
 
-    def warm(self) -> None:
-        """Read ahead what the first screen shows, so that the first visitor need not wait for it."""
-        for name in WARM:
-            if name in self.dataset:
-                self.summary_of_all(name)
-        if "strength_entropy" in self.dataset:
-            self.summary_of_all("strength_entropy", over_heads=True)
-        if "attention_strength" in self.dataset:
-            self.summary_of_all("attention_strength")
+    def warm(self, leaving: Event) -> None:
+        """Read ahead what the first screen shows, so that no visitor waits for it; stops on `leaving`."""
+        for name, over_heads in WARM:
+            if name in self.dataset and not leaving.is_set():
+                self.summary_of_all(name, over_heads)
 
     def known(self, name: str) -> xr.DataArray:
         """The array called `name`; 404 with the names there are, if there is none."""
@@ -68,10 +75,10 @@ class Reader:
         array = self.known(name)
         fixed = {dimension: self.index(dimension, text, array) for dimension, text in chosen.items()}
         left = tuple(str(dimension) for dimension in array.dims if dimension not in fixed)
-        if "image" in fixed or array.nbytes > WHOLE_BYTES:
+        if array.nbytes > WHOLE_BYTES or ("image" in fixed and not self._whole.holds(name)):
             return left, np.asarray(array.isel(fixed).values)
         place = tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims)
-        return left, self.whole(name)[place]
+        return left, np.asarray(self.whole(name)[place])
 
     def slice_of_one(self, name: str, values: np.ndarray, chosen: dict[str, str]) -> tuple[tuple[str, ...], np.ndarray]:
         """As `piece`, of one image that the study does not hold; `values` have no image dimension."""
@@ -85,24 +92,41 @@ class Reader:
         """All of one array, kept in memory while there is room."""
         return self._whole.take(name, lambda: np.asarray(self.dataset[name].values))
 
-    def summary_of_all(self, name: str, over_heads: bool = False) -> Summary:
-        """Mean, interval and quantiles over every image of the study."""
-        array = self.known(name)
-        if (name, over_heads) not in self._summaries:
-            if array.nbytes > WHOLE_BYTES:
-                made = self._streamed(array, over_heads)
-            else:
-                made = summary(_numbers(self.whole(name), over_heads, array))
-            self._summaries[name, over_heads] = made
-        return self._summaries[name, over_heads]
+    def summary(self, name: str, images: Chosen | None, over_heads: bool, fixed: dict[str, int]) -> Told:
+        """Mean, interval and quantiles of an array over all images, or over some; the dimensions left beside it.
 
-    def summary_of(self, name: str, images: Int[np.ndarray, "chosen"], over_heads: bool = False) -> Summary:
-        """The same over some images; of a very large array at most 5,000 of them, evenly spaced, are read."""
+        `over_heads` averages the heads of a layer first; `fixed` picks a layer or a head.
+        """
         array = self.known(name)
+        if over_heads and ("head" not in array.dims or "head" in fixed):
+            raise HTTPException(404, f"{name} has no heads to average over here.")
+        if images is not None:
+            made = self._summary_of(array, images, over_heads, fixed)
+        else:
+            whole = self.summary_of_all(name, over_heads)
+            kept = [dimension for dimension in array.dims[1:] if not (over_heads and dimension == "head")]
+            place = tuple(fixed.get(str(dimension), slice(None)) for dimension in kept)
+            made = replace(whole, values=np.asarray(whole.values[(slice(None), *place)]))
+        gone = {"image", *fixed, *(("head",) if over_heads else ())}
+        return tuple(str(dimension) for dimension in array.dims if dimension not in gone), made
+
+    def summary_of_all(self, name: str, over_heads: bool = False) -> Summary:
+        """Over every image of the study: made once, then kept."""
+        with self._summing:
+            if (name, over_heads) not in self._summaries:
+                array = self.known(name)
+                made = self._streamed(array, over_heads) if array.nbytes > WHOLE_BYTES else None
+                self._summaries[name, over_heads] = made or summary(_numbers(self.whole(name), over_heads, array.dims))
+            return self._summaries[name, over_heads]
+
+    def _summary_of(self, array: xr.DataArray, images: Chosen, over_heads: bool, fixed: dict[str, int]) -> Summary:
+        """Over some images; of an array too large to keep at most 5,000 of them, evenly spaced, are read."""
+        left = tuple(dimension for dimension in array.dims if dimension not in fixed)
         if array.nbytes <= WHOLE_BYTES:
-            return summary(_numbers(self.whole(name)[images], over_heads, array))
+            place = tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims[1:])
+            return summary(_numbers(self.whole(str(array.name))[(images, *place)], over_heads, left))
         read = images[evenly_spaced(len(images), QUANTILES_FROM)]
-        return summary(_numbers(np.asarray(array.isel(image=np.sort(read)).values), over_heads, array))
+        return summary(_numbers(np.asarray(array.isel(fixed | {"image": read}).values), over_heads, left))
 
     def _streamed(self, array: xr.DataArray, over_heads: bool) -> Summary:
         """As `summary`, in one pass that never holds the array: exact mean, quantiles of evenly spaced images."""
@@ -110,7 +134,7 @@ class Reader:
         kept = []
         chosen = evenly_spaced(self.n_images, QUANTILES_FROM)
         for start, block in self._blocks(array):
-            numbers = _numbers(block, over_heads, array)
+            numbers = _numbers(block, over_heads, array.dims)
             total = total + numbers.sum(axis=0, dtype=np.float64)
             squares = squares + np.einsum("i...,i...->...", numbers, numbers, dtype=np.float64)
             here = chosen[(chosen >= start) & (chosen < start + len(block))]
@@ -139,13 +163,11 @@ class Reader:
         return np.asarray(self.whole("image_xy")[nearest].mean(axis=0), dtype=np.float32)
 
 
-def _numbers(values: np.ndarray, over_heads: bool, array: xr.DataArray) -> Float32[np.ndarray, "image ..."]:
+def _numbers(values: np.ndarray, over_heads: bool, dims: tuple[Hashable, ...]) -> Float32[np.ndarray, "image ..."]:
     numbers = np.asarray(values, dtype=np.float32)
     if not over_heads:
         return numbers
-    if "head" not in array.dims:
-        raise HTTPException(404, f"{array.name} has no heads to average over.")
-    return np.asarray(np.nanmean(numbers, axis=array.dims.index("head")), dtype=np.float32)
+    return np.asarray(np.nanmean(numbers, axis=dims.index("head")), dtype=np.float32)
 
 
 def chosen_images(indices: Any, n_images: int) -> Int[np.ndarray, "chosen"]:

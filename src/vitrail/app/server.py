@@ -31,7 +31,7 @@ from vitrail.app.reader import Reader, chosen_images
 from vitrail.app.shelf import Shelf
 from vitrail.app.static_files import NOT_BUILT, built_page
 from vitrail.app.story import description
-from vitrail.app.summary import STATISTICS, Summary
+from vitrail.app.summary import STATISTICS
 from vitrail.data import decode_image
 from vitrail.errors import UsageError, VitrailError
 from vitrail.study.store import open_study, read_manifest, read_plan
@@ -98,9 +98,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        threading.Thread(target=page.reader.warm, name="vitrail-warm", daemon=True).start()
+        leaving = threading.Event()
+        warming = threading.Thread(target=page.reader.warm, args=(leaving,), name="vitrail-warm")
+        warming.start()
         yield
         page.desk.close()
+        leaving.set()
+        # Ending the interpreter under a thread that is inside a library's own code would abort the process.
+        await run_in_threadpool(warming.join)
 
     return Starlette(
         routes=[
@@ -200,33 +205,20 @@ async def _array(page: Page, request: Request) -> Response:
 
 
 async def _summary(page: Page, request: Request) -> Response:
-    name, query = request.path_params["name"], request.query_params
-    over_heads = query.get("over") == "head"
+    name, query, reader = request.path_params["name"], request.query_params, page.reader
+    array = reader.known(name)
+    fixed = {key: reader.index(key, query[key], array) for key in ("layer", "head") if key in query}
+    images = None
     if request.method == "POST":
-        asked = _parsed(await _body(request, MAX_BODY))
-        images = chosen_images(asked, page.reader.n_images)
-        made = await run_in_threadpool(page.reader.summary_of, name, images, over_heads)
-    else:
-        made = await run_in_threadpool(page.reader.summary_of_all, name, over_heads)
-    array = page.reader.known(name)
-    dims = tuple(str(dim) for dim in array.dims if dim != "image" and not (over_heads and dim == "head"))
-    return _summary_answer(page, made, dims, name, query)
-
-
-def _summary_answer(page: Page, made: Summary, dims: tuple[str, ...], name: str, query: Any) -> Response:
-    values, array = made.values, page.reader.known(name)
-    for dimension in ("layer", "head"):
-        if dimension in query and dimension in dims:
-            index = page.reader.index(dimension, query[dimension], array)
-            values = values.take(index, axis=1 + dims.index(dimension))
-            dims = tuple(dim for dim in dims if dim != dimension)
+        images = chosen_images(_parsed(await _body(request, MAX_BODY)), reader.n_images)
+    dims, made = await run_in_threadpool(reader.summary, name, images, query.get("over") == "head", fixed)
     told = {
         "X-Statistics": ",".join(STATISTICS),
         "X-Images": str(made.n_images),
         "X-Quantiles-Of": str(made.quantiles_of),
         "X-Interval": made.interval,
     }
-    return _raw(("statistic", *dims), values, told)
+    return _raw(("statistic", *dims), made.values, told)
 
 
 # --- pictures ---
