@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import NoAttention, Unsupported
-from vitrail.vit.clone import clone_sharing
+from vitrail.vit.clone import clone_sharing, images_accepted
 from vitrail.vit.layout import CallLayout, TokenLayout
 from vitrail.vit.trace import Seen, Trace, Tracer, Visit, units_of
 
@@ -116,7 +116,8 @@ def discover(model: nn.Module, images: Tensor) -> Anatomy:
     """
     clone = clone_sharing(model)
     tracer = Tracer(clone)
-    two, three = tracer.run(images[:2]), tracer.run(images[:3])
+    with images_accepted(model, images[:2].shape):
+        two, three = tracer.run(images[:2]), tracer.run(images[:3])
     if not two.calls:
         raise NoAttention(
             f"{type(model).__name__} made no attention call in a forward pass: no scaled_dot_product_attention, no "
@@ -189,9 +190,9 @@ class _Describer:
         lead, lead_three = one.weights[:-2], two.weights[:-2]
         fixed = [axis for axis in range(1, len(lead)) if lead[axis] == lead_three[axis]]
         for heads in self._head_counts(one):
-            for axis in fixed:
-                if lead[axis] == heads:
-                    return CallLayout(heads, axis)
+            axes = [axis for axis in fixed if lead[axis] == heads]
+            if axes:
+                return CallLayout(heads, axes[0] if len(axes) == 1 else self._head_axis(one, axes))
             per_image = lead[0] // 2
             if len(lead) == 1 and per_image % heads == 0:
                 return CallLayout(heads, folded=True)
@@ -201,6 +202,15 @@ class _Describer:
             f"The attention in {one.path or 'the model'} has weights of shape {list(one.weights)} for 2 images and no "
             f"attribute that says how many heads it has ({', '.join(_HEAD_COUNT)}). Give the module one of them."
         )
+
+    def _head_axis(self, call: Seen, axes: list[int]) -> int:
+        """With as many windows as heads: a changed patch changes v in every head, but in few windows."""
+        difference = self._change_of_v(call)
+        spread = []
+        for axis in axes:
+            along = difference.movedim(axis, 0).flatten(1).sum(1)
+            spread.append(float(along.max() / along.sum().clamp_min(1e-12)))
+        return axes[spread.index(min(spread))]
 
     def _head_counts(self, call: Seen) -> Iterator[int]:
         for path in reversed(call.stack):
@@ -226,14 +236,18 @@ class _Describer:
 
     def _mixes_tokens(self, seen: Seen) -> bool:
         """With as many tokens as channels in a head: does changing one patch change a row of v, or a column?"""
+        difference = self._change_of_v(seen).flatten(0, -3).sum(0)
+        rows, columns = difference.amax(1), difference.amax(0)
+        return bool(rows.max() / rows.sum().clamp_min(1e-12) >= columns.max() / columns.sum().clamp_min(1e-12))
+
+    def _change_of_v(self, call: Seen) -> Tensor:
+        """How much each element of v moves when the image's first patch does: the leading dimension is halved."""
         changed = self.images[:2].clone()
         side = max(1, changed.shape[-1] // 16)
         changed[1] = changed[0]
         changed[1, :, :side, :side] += 1
-        v = self.tracer.value_at(seen.order, changed)
-        difference = (v[v.shape[0] // 2 :] - v[: v.shape[0] // 2]).abs().flatten(0, -3).sum(0)
-        rows, columns = difference.amax(1), difference.amax(0)
-        return bool(rows.max() / rows.sum().clamp_min(1e-12) >= columns.max() / columns.sum().clamp_min(1e-12))
+        v = self.tracer.value_at(call.order, changed)
+        return (v[v.shape[0] // 2 :] - v[: v.shape[0] // 2]).abs()
 
     def _grid(
         self, visit: Visit, main: int, layout: TokenLayout, tokens: int, previous: Block | None, order: int
@@ -277,6 +291,9 @@ class _Describer:
         expected = [first.prefix + index for index in (0, columns - 1, (rows - 1) * columns, rows * columns - 1)]
         if certain and all(_near(a, b, first.prefix, columns) for a, b in zip(corners, expected, strict=True)):
             return blocks
+        if not certain and not self._same_each_time(first):
+            self.notes.append(f"{first.path}: tokens are drawn or shuffled at random in each pass; no grid measures.")
+            return [replace(block, prefix=0, grid=None) for block in blocks]
         if not certain:
             self.notes.append(f"{first.path}: the {rows}x{columns} grid could not be confirmed at the image's corners.")
             return blocks
@@ -303,6 +320,12 @@ class _Describer:
         moved = (tokens[1:] - tokens[:1]).norm(dim=-1)
         share = moved.amax(1) / moved.sum(1).clamp_min(1e-12)
         return [int(index) for index in moved.argmax(1)], bool((share > 0.3).all())
+
+    def _same_each_time(self, block: Block) -> bool:
+        """The same image twice on a batch gives the same tokens (ViT-MAE shuffles them, even where it drops none)."""
+        leaf = self.tracer.run(self.images[:1].repeat(2, 1, 1, 1)).visits[block.path][0].inputs[block.main_input]
+        one, two = block.layout.canonical(leaf).flatten(1).unflatten(0, (2, -1))
+        return torch.allclose(one, two, rtol=1e-2, atol=1e-3 * float(one.abs().max()))
 
     def _check_prefix(self, blocks: list[Block]) -> None:
         stated = getattr(self.model, "num_prefix_tokens", None)

@@ -6,11 +6,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import _len_torch_function_stack
 
 from vitrail.errors import Unsupported
 from vitrail.vit.anatomy import Anatomy, Block
@@ -21,6 +21,8 @@ from vitrail.vit.open import Vit
 from vitrail.vit.surgery import NoProjection, projections, without_head
 
 __all__ = ["PROMISES", "Finding", "Report", "check_vit", "differences", "footprint"]
+
+T = TypeVar("T")
 
 PROMISES = (
     "logits unchanged",
@@ -123,7 +125,7 @@ class _Trial:
     plain: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plain = self.seeded(lambda: self.vit.logits(self.images))
+        self.plain = self.seeded(self.vit.logits, self.images)
 
     @property
     def bound(self) -> float:
@@ -135,22 +137,22 @@ class _Trial:
         last = self.vit.n_layers - 1
         return sorted({0, last // 2, last}) if self.quick else list(range(last + 1))
 
-    def seeded(self, run: Callable[[], Tensor]) -> Tensor:
+    def seeded(self, run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """The result of a pass whose random draws are always the same."""
         device = self.images.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            return run()
+            return run(*args, **kwargs)
 
     def read(self, readers: Readers | None = None, edits: Sequence[Edit] = ()) -> Tensor:
-        return self.seeded(lambda: self.vit.tap().read(self.images, readers, edits))
+        return self.seeded(self.vit.tap().read, self.images, readers, edits)
 
     def users_own_logits(self) -> Tensor | None:
-        """What the user's own module gives, where it is in evaluation mode and not compiled."""
+        """What the user's own module gives, where it is in evaluation mode."""
         model = self.vit.model
-        if hasattr(model, "_orig_mod") or any(module.training for module in model.modules()):
+        if any(module.training for module in model.modules()):
             return None
-        return self.seeded(lambda: feature_or_logits(model(self.images)))
+        return feature_or_logits(self.seeded(model, self.images))
 
 
 def _relative(one: Tensor, other: Tensor) -> float:
@@ -166,7 +168,7 @@ def _relative(one: Tensor, other: Tensor) -> float:
 
 def _logits_unchanged(trial: _Trial, own: Tensor | None) -> Finding:
     read = trial.read(Readers(attention=lambda attention: None))
-    recorded = trial.seeded(lambda: trial.vit.tap().record(trial.images)[1])
+    recorded = trial.seeded(trial.vit.tap().record, trial.images)[1]
     others = [read, recorded] if own is None else [read, recorded, own]
     worst = max(_relative(other, trial.plain) for other in others)
     same = all(torch.equal(other, trial.plain) for other in others)
@@ -271,7 +273,7 @@ def _pruning(trial: _Trial) -> list[Finding]:
                 refused.setdefault(projection.reason, []).append(layer)
                 continue
             cut = without_head(trial.vit.model, projection, head)
-            surgery.append(_relative(pruned, trial.seeded(lambda cut=cut: feature_or_logits(cut(trial.images)))))
+            surgery.append(_relative(pruned, feature_or_logits(trial.seeded(cut, trial.images))))
     return [_surgery_finding(surgery, refused, trial.bound), _acting_finding(least, len(trial.layers))]
 
 
@@ -290,14 +292,10 @@ def _acting_finding(least: float, layers: int) -> Finding:
 
 
 def _from_the_middle(trial: _Trial) -> Finding:
-    replay = trial.vit.tap().record
-    kept = []
-    trial.seeded(lambda: kept.append(replay(trial.images)[0]) or trial.plain)
+    tap = trial.vit.tap()
+    replay, _ = trial.seeded(tap.record, trial.images)
     whole = Readers(output=lambda layer, tokens: None)  # every token is carried to the end, as in a plain pass
-    runs = {
-        layer: trial.seeded(lambda layer=layer: trial.vit.tap().run_from(layer, kept[0], readers=whole))
-        for layer in trial.layers
-    }
+    runs = {layer: trial.seeded(tap.run_from, layer, replay, readers=whole) for layer in trial.layers}
     unequal = [layer for layer, logits in runs.items() if not torch.equal(logits, trial.plain)]
     worst = max(_relative(logits, trial.plain) for logits in runs.values())
     sentence = (
@@ -310,12 +308,11 @@ def _from_the_middle(trial: _Trial) -> Finding:
 
 def _heads_stacked(trial: _Trial) -> Finding:
     tap, worst, copies = trial.vit.tap(), 0.0, 1
-    kept = []
-    trial.seeded(lambda: kept.append(tap.record(trial.images)[0]) or trial.plain)
+    replay, _ = trial.seeded(tap.record, trial.images)
     for layer in trial.layers:
         copies = min(4, trial.vit.anatomy.blocks[layer].heads)
         edits = [Edit(layer, copy=head, prune=(head,)) for head in range(copies)]
-        stacked = trial.seeded(lambda layer=layer, e=edits, c=copies: tap.run_from(layer, kept[0], e, c))
+        stacked = trial.seeded(tap.run_from, layer, replay, edits, copies)
         single = torch.cat([trial.read(edits=[Edit(layer, prune=(head,))]) for head in range(copies)])
         worst = max(worst, _relative(stacked, single))
     sentence = f"up to 4 heads pruned on one batch differ from one at a time by {worst:.0e}"
@@ -325,12 +322,12 @@ def _heads_stacked(trial: _Trial) -> Finding:
 # --- maps on the image grid ------------------------------------------------------------------------------------------
 
 _OFF_GRID = {
-    "channel": "attend between channels",
-    "class": "have one query, the class token",
-    "pooled": "have queries and keys that are other sets of tokens",
-    "unknown": "attend in a way that is not understood",
-    "windows": "attend within windows whose tokens could not be told",
-    "no grid": "have tokens that lie on no grid",
+    "channels": "attention is between channels",
+    "class": "the class token is the only query",
+    "pooled": "queries and keys are other sets of tokens",
+    "unknown": "this attention is not understood",
+    "windows": "which tokens are in a window could not be told",
+    "no grid": "tokens lie on no grid",
 }
 
 
@@ -342,19 +339,21 @@ def _on_grid(trial: _Trial) -> Finding:
         if reason:
             off.setdefault(reason, []).append(layer)
     n_layers, n_off = trial.vit.n_layers, sum(map(len, off.values()))
-    whys = "; ".join(f"{_named(layers)} {_OFF_GRID[reason]}" for reason, layers in off.items())
+    whys = "; ".join([f"{_named(layers)}: {_OFF_GRID[reason]}" for reason, layers in off.items()])
+    if "no grid" in off:
+        whys = "; ".join([whys, *trial.vit.anatomy.notes])
     if not off:
         return Finding("maps on the grid", True, None, f"all {n_layers} layers have maps that join patches")
     if n_off == n_layers:
-        return Finding("maps on the grid", None, None, f"none: {whys}", ", ".join(off))
+        return Finding("maps on the grid", None, None, f"no layer has. {whys}", ", ".join(off))
     return Finding(
-        "maps on the grid", None, None, f"all but {n_off} of {n_layers} layers: {whys}", f"not {', '.join(off)}"
+        "maps on the grid", None, None, f"all but {n_off} of {n_layers} layers have. {whys}", f"not {', '.join(off)}"
     )
 
 
 def _off_grid(trial: _Trial, layer: int, block: Block) -> str | None:
     if block.kind not in ("token", "window"):
-        return block.kind
+        return "channels" if block.kind == "channel" else block.kind
     if block.grid is None:
         return "no grid"
     if block.calls[0].windows > 1:
@@ -373,7 +372,7 @@ class _ReaderFailed(Exception):  # noqa: N818 - raised on purpose, to see that i
 
 
 def _nothing_left(trial: _Trial, before: dict[str, object]) -> Finding:
-    modes = _len_torch_function_stack()
+    modes = torch._C._len_torch_function_stack()
     passed_on = False
     try:
         trial.read(Readers(attention=_failing))
@@ -382,7 +381,7 @@ def _nothing_left(trial: _Trial, before: dict[str, object]) -> Finding:
     left = differences(before, footprint(trial.vit.model))
     if not passed_on:
         left.append("a reader's exception did not reach the caller")
-    if _len_torch_function_stack() != modes:
+    if torch._C._len_torch_function_stack() != modes:
         left.append("a torch function mode")
     if not torch.equal(trial.read(), trial.plain):
         left.append("other logits after a reader's exception")

@@ -5,7 +5,8 @@ disturbed, and nothing can be left behind.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from vitrail.errors import Unsupported
 
-__all__ = ["clone_sharing", "same_tensors"]
+__all__ = ["clone_sharing", "images_accepted", "same_tensors", "uncompiled"]
 
 
 def clone_sharing(model: nn.Module) -> nn.Module:
@@ -22,7 +23,7 @@ def clone_sharing(model: nn.Module) -> nn.Module:
     A compiled model is unwrapped first: what is observed is the uncompiled model. Raises `Unsupported` for scripted
     modules and for modules that hold something Python cannot copy.
     """
-    model = _uncompiled(model)
+    model = uncompiled(model)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
     try:
         clone: nn.Module = copy.deepcopy(model, memo)
@@ -37,11 +38,30 @@ def clone_sharing(model: nn.Module) -> nn.Module:
 def same_tensors(model: nn.Module, clone: nn.Module) -> bool:
     """The clone still shares all its parameters with the model (false after `load_state_dict(assign=True)`)."""
     ours = dict(clone.named_parameters(remove_duplicate=False))
-    theirs = dict(_uncompiled(model).named_parameters(remove_duplicate=False))
+    theirs = dict(uncompiled(model).named_parameters(remove_duplicate=False))
     return ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
+_CANNOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def images_accepted(model: nn.Module, shape: Sequence[int]) -> Iterator[None]:
+    """Around a model's first run: what it raises on images of that shape becomes `Unsupported` with a sentence."""
+    try:
+        yield
+    except _CANNOT_RUN as error:
+        said = " ".join(str(error).split())[:200]
+        reads = getattr(model, "main_input_name", "pixel_values")
+        other = "" if reads == "pixel_values" else f" It reads {reads}, so it is no vision model."
+        raise Unsupported(
+            f"{type(model).__name__} cannot be run on images of shape {list(shape)} ({type(error).__name__}: {said})."
+            f"{other} Vitrail opens models that take [image, channel, row, column]; check --image-size."
+        ) from error
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s wrapper, or the model itself. Raises `Unsupported` for scripted ones."""
     inner = getattr(model, "_orig_mod", model)
     if isinstance(inner, torch.jit.ScriptModule):
         raise Unsupported(

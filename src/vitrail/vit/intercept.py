@@ -132,7 +132,8 @@ class Interceptor(TorchFunctionMode):
         product = _product_with(func, args, tensor)
         if product is not None:
             self._live.clear()
-            return self.handler.attention(_written_call(product, softmax))
+            out = self.handler.attention(_written_call(product, softmax))
+            return out.mT if product.turned else out
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.numel() == tensor.numel():
             self._live[id(result)] = (result, softmax)
@@ -163,6 +164,7 @@ class _Product:
     weights: Tensor
     v: Tensor
     again: Callable[[Tensor], Tensor] = field(repr=False)
+    turned: bool = False
 
 
 def _product_with(func: Any, args: Any, live: Tensor) -> _Product | None:
@@ -175,7 +177,7 @@ def _product_with(func: Any, args: Any, live: Tensor) -> _Product | None:
     if left is live and _is_activation(right):
         return _Product(left, right, lambda weights: func(weights, right))
     if right is live and _is_activation(left):
-        return _Product(right.mT, left.mT, lambda weights: func(left, weights.mT).mT)
+        return _Product(right.mT, left.mT, lambda weights: func(left, weights.mT).mT, turned=True)
     return None
 
 

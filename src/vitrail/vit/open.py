@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitrail.errors import UsageError
 from vitrail.vit.anatomy import Anatomy, discover
 from vitrail.vit.choose import classifies, feature_or_logits
-from vitrail.vit.clone import clone_sharing
+from vitrail.vit.clone import clone_sharing, images_accepted, uncompiled
 from vitrail.vit.preprocessing import Preprocessing
 from vitrail.vit.sources import HALF, Found, Request, find
 from vitrail.vit.tap import Tap
@@ -30,7 +30,7 @@ class Vit:
 
     Attributes:
         name: what it was opened with, such as "timm:deit_tiny_patch16_224".
-        model: the user's own module, never edited.
+        model: the user's own module, never edited (of a compiled one, the module inside).
         anatomy: blocks, heads, grid, prefix tokens, as found by tracing.
         preprocessing: from a photograph to the model's input.
         n_classes: classes it tells apart; None for a model whose output is a feature vector.
@@ -141,7 +141,7 @@ def open_vit(
     if precision not in PRECISIONS:
         raise UsageError(f"There is no precision {precision!r}; choose from {', '.join(PRECISIONS)}.")
     if isinstance(model, nn.Module):
-        found = _own_module(model, image_size, n_classes)
+        found = _own_module(uncompiled(model), image_size, n_classes)
     else:
         found = find(str(model), Request(image_size, weights, n_classes))
     if preprocessing is not None:
@@ -194,7 +194,9 @@ def _stated_size(module: nn.Module) -> int | tuple[int, int]:
 def _count_classes(module: nn.Module, size: tuple[int, int]) -> int | None:
     """What the output looks like: named logits, or a plain [image, class] tensor of a model of one's own."""
     weight = next(module.parameters())
-    output: Any = clone_sharing(module)(torch.zeros((1, 3, *size), device=weight.device, dtype=weight.dtype))
+    images = torch.zeros((1, 3, *size), device=weight.device, dtype=weight.dtype)
+    with images_accepted(module, images.shape):
+        output: Any = clone_sharing(module)(images)
     if classifies(output) or (isinstance(output, Tensor) and output.ndim == 2):
         return int(feature_or_logits(output).shape[1])
     return None

@@ -4,6 +4,7 @@ Each source gives a `Found`: the module, how its images are prepared, how many c
 """
 
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from vitrail.errors import UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.vit.preprocessing import Preprocessing
 
-__all__ = ["Found", "Request", "find"]
+__all__ = ["Found", "Request", "WithOptions", "find"]
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -178,7 +179,51 @@ def _from_transformers(name: str, request: Request) -> Found:
         raise Unsupported(
             f"hf:{name} reads {module.main_input_name}, not images: it is no vision model. Vitrail looks at images."
         )
-    return _transformers_found(transformers, name, module, request)
+    found = _transformers_found(transformers, name, module, request)
+    found.module = _asked_for(module, request)
+    if found.module is not module:
+        found.fits = lambda state: {f"model.{key}": value for key, value in state.items()}
+    return found
+
+
+class WithOptions(nn.Module):
+    """A transformers model called with options that its configuration cannot hold.
+
+    every_patch: ViT-MAE gets every patch in its place; by itself it drops three quarters and shuffles what is left,
+    and shuffles even where its configuration says to drop none.
+    """
+
+    def __init__(self, model: nn.Module, *, every_patch: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.model, self.options, self.every_patch = model, options, every_patch
+        config: Any = model.config
+        if every_patch:
+            config.mask_ratio = 0.0
+        self.config = config
+
+    def forward(self, images: Tensor) -> Any:
+        """What the model returns for [image, channel, row, column]."""
+        options = dict(self.options)
+        if self.every_patch:
+            patch = self.config.patch_size
+            order = torch.arange(images.shape[-2] // patch * (images.shape[-1] // patch), device=images.device)
+            options["noise"] = order.float().expand(len(images), -1)
+        return self.model(images, **options)
+
+
+def _asked_for(module: nn.Module, request: Request) -> nn.Module:
+    """The model, called with options where ViT-MAE or another image size needs them."""
+    options: dict[str, Any] = {}
+    own: Any = getattr(module.config, "image_size", None)
+    other_size = request.image_size is not None and own is not None and _sides(request.image_size) != _sides(own)
+    if other_size and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+        options["interpolate_pos_encoding"] = True
+    every_patch = getattr(module.config, "model_type", "") == "vit_mae"
+    return WithOptions(module, every_patch=every_patch, **options) if options or every_patch else module
+
+
+def _sides(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _transformers_class(transformers: ModuleType, config: Any, request: Request) -> Any:

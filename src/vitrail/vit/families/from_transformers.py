@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["bert", "transformers_model", "transformers_swin"]
+__all__ = ["bert", "mae_on_every_patch", "transformers_model", "transformers_swin"]
 
 NARROW: dict[str, Any] = {
     "hidden_size": 48,
@@ -28,15 +28,22 @@ def transformers_model(kind: str, size: int | tuple[int, int] = 64, **options: A
 
 
 def transformers_swin(attention: str = "sdpa") -> nn.Module:
-    """Swin of three stages of two blocks, at 112 pixels."""
+    """Swin of two stages of two blocks, at 56 pixels."""
     import transformers
 
     config = transformers.SwinConfig(
-        image_size=112, embed_dim=16, depths=[2, 2, 2], num_heads=[2, 4, 4], window_size=7, num_labels=7
+        image_size=56, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=7, num_labels=7
     )
     config._attn_implementation = attention
     model: nn.Module = transformers.SwinForImageClassification(config)
     return model.eval()
+
+
+def mae_on_every_patch() -> nn.Module:
+    """ViT-MAE as `open_vit("hf:...")` gives it."""
+    from vitrail.vit.sources import WithOptions
+
+    return WithOptions(transformers_model("ViTMAEModel"), every_patch=True)
 
 
 def bert() -> nn.Module:

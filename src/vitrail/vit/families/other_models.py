@@ -19,35 +19,39 @@ def torchvision_vit(size: int = 64) -> nn.Module:
     """vit_b_16's code with 3 layers, 4 heads and 48 channels."""
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(
+    model: nn.Module = VisionTransformer(
         image_size=size, patch_size=16, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=7
-    ).eval()
+    )
+    return model.eval()
 
 
 def torchvision_swin() -> nn.Module:
-    """swin_t's code with three stages of two blocks."""
+    """swin_t's code with two stages of two blocks."""
     from torchvision.models.swin_transformer import SwinTransformer
 
-    return SwinTransformer(
-        patch_size=[4, 4], embed_dim=16, depths=[2, 2, 2], num_heads=[2, 4, 4], window_size=[7, 7], num_classes=7
-    ).eval()
+    model: nn.Module = SwinTransformer(
+        patch_size=[4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[7, 7], num_classes=7
+    )
+    return model.eval()
 
 
 def torchvision_resnet() -> nn.Module:
     """A convolutional network, which is to be refused."""
     from torchvision.models.resnet import BasicBlock, ResNet
 
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).eval()
+    model: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7)
+    return model.eval()
 
 
 def open_clip_tower() -> nn.Module:
     """The image tower of ViT-B-32 with 3 layers and 48 channels."""
     from open_clip.transformer import VisionTransformer
 
-    return VisionTransformer(
+    model: nn.Module = VisionTransformer(
         image_size=128, patch_size=32, width=48, layers=3, heads=4, mlp_ratio=2.0, output_dim=24, act_layer=nn.GELU,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    return model.eval()
 
 
 class _Encoder(nn.Module):
@@ -102,9 +106,10 @@ class _ListOfPairs(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         cut = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1)
         tokens = self.patches(cut.flatten(3).flatten(1, 2))
-        for attention, feed_forward in self.layers:
-            tokens = attention(tokens) + tokens
-            tokens = feed_forward(tokens) + tokens
+        for pair in self.layers:
+            assert isinstance(pair, nn.ModuleList)
+            tokens = pair[0](tokens) + tokens
+            tokens = pair[1](tokens) + tokens
         logits: Tensor = self.head(tokens.mean(1))
         return logits
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from vitrail.vit.families.from_timm import STAGES, shallow, timm_model
-from vitrail.vit.families.from_transformers import bert, transformers_model, transformers_swin
+from vitrail.vit.families.from_timm import STAGES, mvitv2, shallow, timm_model
+from vitrail.vit.families.from_transformers import bert, mae_on_every_patch, transformers_model, transformers_swin
 from vitrail.vit.families.other_models import (
     encoder_module,
     list_of_pairs,
@@ -69,6 +69,8 @@ def _hf(name: str, kind: str, size: int | tuple[int, int] = 64, **options: objec
     return Family(f"transformers {name}", partial(transformers_model, kind, size, **options), size)
 
 
+_PYRAMID = {"depths": (2, 2), "embed_dims": (16, 32), "num_heads": (2, 4), "mlp_ratios": (2, 2)}
+
 FAMILIES: tuple[Family, ...] = (
     _timm("ViT", "vit_tiny_patch16_224"),
     _timm("ViT, 48 x 80 px", "vit_tiny_patch16_224", (48, 80)),
@@ -94,6 +96,16 @@ FAMILIES: tuple[Family, ...] = (
     _other_timm("Swin V2", "swinv2_tiny_window8_256", 128, img_size=128, **STAGES),
     _other_timm("XCiT", "xcit_nano_12_p16_224", 96, img_size=96, depth=3),
     _other_timm("DaViT", "davit_tiny", 112, depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4)),
+    _timm("ResNet hybrid", "vit_small_r26_s32_224", 128),
+    _timm("ConViT", "convit_tiny", embed_dim=48, num_heads=4, local_up_to_layer=2),
+    _other_timm("Swin V2-CR", "swinv2_cr_tiny_224", 64, img_size=64, window_size=4, **STAGES),
+    _other_timm("Hiera", "hiera_tiny_224", 64, img_size=(64, 64), stages=(1, 1, 2, 1), embed_dim=16, num_heads=1),
+    _other_timm("Twins-SVT", "twins_svt_small", 112, img_size=112, wss=(7, 7), sr_ratios=(4, 2), **_PYRAMID),
+    _other_timm("PVT v2", "pvt_v2_b0", 64, depths=(1, 1, 1, 1)),
+    _other_timm("CrossViT", "crossvit_9_240", 240, embed_dim=(32, 48), num_heads=(2, 2), depth=((1, 1, 0), (1, 1, 0))),
+    _other_timm("LeViT", "levit_128s", 96, img_size=96, depth=(1, 1, 1)),
+    Family("timm MViTv2", mvitv2),
+    _other_timm("EdgeNeXt", "edgenext_xx_small", 64),
     _hf("ViT", "ViTForImageClassification", num_labels=7),
     _hf("ViT, eager", "ViTForImageClassification", num_labels=7, attention="eager"),
     _hf("ViT, 48 x 80 px", "ViTForImageClassification", (48, 80), num_labels=7),
@@ -105,16 +117,17 @@ FAMILIES: tuple[Family, ...] = (
     _hf("CLIP vision", "CLIPVisionModel"),
     _hf("SigLIP vision", "SiglipVisionModel"),
     _hf("BEiT", "BeitForImageClassification", num_labels=7, use_relative_position_bias=True),
-    _hf("ViT-MAE, no mask", "ViTMAEModel", mask_ratio=0.0),
-    _hf("ViT-MAE", "ViTMAEModel"),
-    Family("transformers Swin", transformers_swin, 112),
-    Family("transformers Swin, eager", partial(transformers_swin, "eager"), 112),
+    Family("transformers ViT-MAE", mae_on_every_patch),
+    _hf("ViT-MAE, mask_ratio 0", "ViTMAEModel", mask_ratio=0.0),
+    _hf("ViT-MAE, mask_ratio 0.75", "ViTMAEModel"),
+    Family("transformers Swin", transformers_swin, 56),
+    Family("transformers Swin, eager", partial(transformers_swin, "eager"), 56),
     Family("torchvision vit_b_16", torchvision_vit),
-    Family("torchvision swin_t", torchvision_swin, 112),
+    Family("torchvision swin_t", torchvision_swin, 56),
     Family("open_clip ViT-B-32", open_clip_tower, 128),
     Family("own module, nn.TransformerEncoder", encoder_module),
     Family("own module, list of pairs", list_of_pairs),
     Family("torchvision resnet", torchvision_resnet, 64, "NoAttention"),
-    Family("timm MLP-Mixer", partial(timm_model, "mixer_s32_224", num_blocks=2, embed_dim=48), 224, "NoAttention"),
+    Family("timm MLP-Mixer", partial(timm_model, "mixer_s32_224"), 224, "NoAttention"),
     Family("transformers BERT", bert, 64, "Unsupported"),
 )

@@ -1,0 +1,433 @@
+"""The tap beside other threads, modes, precisions, gradients, compilers and failing readers."""
+
+import threading
+
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from vitrail.errors import NoAttention, TapError, Unsupported
+from vitrail.vit.attention import Readers
+from vitrail.vit.check import check_vit, differences, footprint
+from vitrail.vit.edits import Edit
+from vitrail.vit.families import FAMILIES, Family, run_contract
+from vitrail.vit.families.other_models import torchvision_vit
+from vitrail.vit.open import open_vit
+from vitrail.vit.tap import Tap
+
+VIT = "timm ViT"
+NATIVE = "torchvision vit_b_16"
+MODES = torch._C._len_torch_function_stack
+
+
+def _listening() -> tuple[Readers, list[int]]:
+    layers: list[int] = []
+    return Readers(attention=lambda attention: layers.append(attention.layer)), layers
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert_array_equal(one.detach().float().numpy(), other.detach().float().numpy())
+
+
+# --- threads and nesting ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_two_tapping_threads_and_an_untapped_one_do_not_disturb_each_other(fresh, noise):
+    vit = open_vit(torchvision_vit(), image_size=64)
+    images = noise(vit)
+    plain = vit.logits(images)
+    pruned = vit.tap().read(images, edits=[Edit(1, prune=(2,))])
+    seen: dict[str, list[torch.Tensor]] = {"read": [], "edit": []}
+
+    def tapping(name: str, edits: list[Edit]) -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                readers, layers = _listening()
+                seen[name].append(vit.tap().read(images, readers, edits))
+                assert layers == [0, 1, 2]
+
+    threads = [
+        threading.Thread(target=tapping, args=("read", [])),
+        threading.Thread(target=tapping, args=("edit", [Edit(1, prune=(2,))])),
+    ]
+    for thread in threads:
+        thread.start()
+    untapped = [vit.model(images) for _ in range(20)]
+    for thread in threads:
+        thread.join()
+    assert len(seen["read"]) == len(seen["edit"]) == 20
+    for logits in (*untapped, *seen["read"]):
+        _equal(logits, plain)
+    for logits in seen["edit"]:
+        _equal(logits, pruned)
+
+
+def test_each_thread_has_its_own_tap(opened):
+    vit, taps = opened(VIT), []
+    thread = threading.Thread(target=lambda: taps.append(vit.tap()))
+    thread.start()
+    thread.join()
+    assert taps[0] is not vit.tap()
+    assert vit.tap() is vit.tap()
+
+
+@torch.no_grad()
+def test_a_reader_that_runs_its_own_model_is_told_so_and_another_model_may_run(opened, noise):
+    vit, other = opened(VIT), opened("transformers ViT")
+    images, elsewhere = noise(vit), []
+    with pytest.raises(TapError, match="already being tapped"):
+        vit.tap().read(images, Readers(attention=lambda attention: vit.tap().read(images)))
+    assert MODES() == 0
+
+    def look_elsewhere(attention):
+        readers, layers = _listening()
+        elsewhere.append(other.tap().read(images, readers))
+        assert layers == [0, 1, 2]
+
+    _equal(vit.tap().read(images, Readers(attention=look_elsewhere)), vit.logits(images))
+    for logits in elsewhere:
+        _equal(logits, other.logits(images))
+    assert len(elsewhere) == 3
+
+
+# --- exceptions ------------------------------------------------------------------------------------------------------
+
+
+class _BrokenError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", [VIT, NATIVE, "timm Swin", "transformers ViT, eager"])
+@pytest.mark.parametrize("what", ["attention", "output", "residual"])
+@torch.no_grad()
+def test_an_exception_in_a_reader_reaches_the_caller_and_leaves_nothing(name, what, opened, noise):
+    vit = opened(name)
+    images = noise(vit, 2)
+    plain, before = vit.logits(images), footprint(vit.model)
+
+    def fail(*_):
+        raise _BrokenError
+
+    with pytest.raises(_BrokenError):
+        vit.tap().read(images, Readers(**{what: fail}))
+    assert MODES() == 0
+    assert differences(before, footprint(vit.model)) == []
+    readers, layers = _listening()
+    _equal(vit.tap().read(images, readers), plain)
+    assert layers == list(range(vit.n_layers))
+
+
+@torch.no_grad()
+def test_a_keyboard_interrupt_in_a_reader_leaves_nothing(opened, noise):
+    vit = opened(NATIVE)
+    images = noise(vit)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vit.tap().read(images, Readers(attention=interrupt))
+    assert MODES() == 0
+    _equal(vit.tap().read(images), vit.logits(images))
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [VIT, NATIVE, "timm Swin", "timm CaiT", "open_clip ViT-B-32"])
+def test_gradients_of_the_input_are_bitwise_those_without_the_tap(name, opened, noise):
+    vit = opened(name)
+    plain, tapped = noise(vit, 2).requires_grad_(), noise(vit, 2).requires_grad_()
+    readers, layers = _listening()
+    vit.model(plain).square().sum().backward()
+    vit.tap().read(tapped, readers).square().sum().backward()
+    assert layers == list(range(vit.n_layers))
+    assert float(plain.grad.abs().max()) > 0
+    _equal(plain.grad, tapped.grad)
+    vit.model.zero_grad()
+
+
+def test_a_gate_has_the_gradient_that_pruning_shows_for_a_head_that_enters_linearly(fresh, noise):
+    """d logits / d gate, taken by central differences."""
+    vit = open_vit(fresh(VIT).double(), image_size=64, precision="float64")
+    images = noise(vit, 2).double()
+    gate = torch.ones((2, 3), dtype=torch.float64, requires_grad=True)
+    vit.tap().read(images, edits=[Edit(1, gate=gate)])[:, 0].sum().backward()
+    step = torch.zeros((2, 3), dtype=torch.float64)
+    step[:, 1] = 1e-5
+    with torch.no_grad():
+        up, down = (vit.tap().read(images, edits=[Edit(1, gate=torch.ones_like(step) + s)]) for s in (step, -step))
+    assert_allclose(gate.grad[:, 1].numpy(), ((up - down)[:, 0] / 2e-5).numpy(), rtol=1e-5, atol=1e-9)
+    vit.model.zero_grad()
+
+
+# --- modes and precisions --------------------------------------------------------------------------------------------
+
+
+class _Counting(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_mode_of_the_users_own_around_the_tap_sees_the_model_and_stays(opened, noise):
+    vit, mode = opened(VIT), _Counting()
+    images = noise(vit)
+    plain = vit.logits(images)
+    readers, layers = _listening()
+    with mode, torch.device("cpu"):
+        tapped = vit.tap().read(images, readers)
+        assert MODES() == 2
+    assert layers == [0, 1, 2]
+    assert mode.calls > 20
+    _equal(tapped, plain)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_reading_is_exact_in_every_gradient_mode(context, opened, noise):
+    vit = opened(NATIVE)
+    images = noise(vit)
+    with context():
+        readers, layers = _listening()
+        _equal(vit.tap().read(images, readers), vit.model(images))
+    assert layers == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", [VIT, NATIVE, "timm Swin", "transformers ViT", "transformers ViT, eager", "timm CaiT"])
+@torch.no_grad()
+def test_logits_are_bitwise_the_same_under_autocast_to_bfloat16(name, opened, noise):
+    vit = opened(name)
+    images, sums = noise(vit), []
+
+    def read(attention):
+        if attention.row_stochastic:
+            sums.append(attention.window_weights().float().sum(-1))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = vit.logits(images)
+        tapped = vit.tap().read(images, Readers(attention=read))
+    _equal(tapped, plain)
+    assert sums
+    for rows in sums:
+        assert_allclose(rows.numpy(), 1, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", [VIT, "torchvision vit_b_16", "transformers ViT, eager"])
+def test_every_promise_holds_with_bfloat16_weights(name, fresh):
+    model = fresh(name)
+    vit = open_vit(model, image_size=64, precision="bfloat16")
+    report = check_vit(vit)
+    assert report.ok, report.text()
+    assert_allclose(report.finding("logits unchanged").figure, 0)
+    assert next(model.parameters()).dtype is torch.float32
+
+
+# --- unusual modules -------------------------------------------------------------------------------------------------
+
+
+class _WeightsWanted(nn.Module):
+    """A block that asks `nn.MultiheadAttention` for its weights, so the product is a bmm of folded heads."""
+
+    def __init__(self, width: int = 32, *, batch_first: bool) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 16, 16)
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(width, 4, batch_first=batch_first) for _ in range(3))
+        self.head = nn.Linear(width, 5)
+        self.batch_first = batch_first
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = tokens if self.batch_first else tokens.transpose(0, 1)
+        for block in self.blocks:
+            tokens = tokens + block(tokens, tokens, tokens, need_weights=True)[0]
+        return self.head(tokens.mean(1 if self.batch_first else 0))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multi_head_attention_that_returns_its_weights_keeps_every_promise(batch_first):
+    row = run_contract(Family("weights wanted", lambda: _WeightsWanted(batch_first=batch_first)))
+    assert row.ok, row.report.text()
+    assert row.anatomy.grid == (4, 4)
+    assert {block.heads for block in row.anatomy.blocks} == {4}
+    assert row.anatomy.blocks[0].layout.order == ("NLC" if batch_first else "LNC")
+
+
+@torch.no_grad()
+def test_the_averaged_weights_that_the_module_returns_are_the_mean_of_the_heads_read(noise):
+    model = _WeightsWanted(batch_first=True).eval()
+    vit = open_vit(model, image_size=64)
+    images, maps = noise(vit), []
+    vit.tap().read(images, Readers(attention=lambda attention: maps.append(attention.weights())))
+    tokens = model.patches(images).flatten(2).transpose(1, 2)
+    _, averaged = model.blocks[0](tokens, tokens, tokens, need_weights=True)
+    assert_allclose(maps[0].mean(1).numpy(), averaged.numpy(), atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_observed_uncompiled(fresh, noise):
+    model = fresh(VIT)
+    vit = open_vit(torch.compile(model), image_size=64)
+    images = noise(vit)
+    readers, layers = _listening()
+    _equal(vit.tap().read(images, readers), model(images))
+    assert layers == [0, 1, 2]
+
+
+def test_a_scripted_model_is_refused_with_what_to_do(fresh):
+    class Plain(nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))
+
+    with pytest.warns((DeprecationWarning, FutureWarning), match="jit.trace"):
+        scripted = torch.jit.trace(Plain(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(Unsupported, match="Open the model it was made from"):
+        open_vit(scripted, image_size=8)
+
+
+@torch.no_grad()
+def test_weights_replaced_after_opening_are_seen(fresh, noise):
+    model = fresh(VIT)
+    vit = open_vit(model, image_size=64)
+    images = noise(vit)
+    before = vit.tap().read(images)
+    state = {name: value + 0.01 * torch.randn_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    after = vit.tap().read(images)
+    _equal(after, model(images))
+    assert float((after - before).abs().max()) > 1e-3
+    _equal(vit.logits(images), after)
+
+
+@torch.no_grad()
+def test_a_model_in_training_mode_is_read_in_evaluation_mode_and_stays_in_training(fresh, noise):
+    model = fresh(VIT)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.train()
+    vit = open_vit(model, image_size=64)
+    images = noise(vit)
+    _equal(vit.tap().read(images), vit.logits(images))
+    assert all(module.training for module in model.modules())
+    _equal(vit.tap().read(images), model.eval()(images))
+
+
+@torch.no_grad()
+def test_the_weights_are_shared_not_copied(opened):
+    vit = opened(VIT)
+    theirs = {parameter.data_ptr() for parameter in vit.model.parameters()}
+    assert {parameter.data_ptr() for parameter in vit.tap()._clone.parameters()} == theirs
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_residual_and_output_are_the_tokens_a_hook_on_the_model_sees(fresh, noise):
+    model = fresh(VIT)
+    vit = open_vit(model, image_size=64)
+    images, residual, output, hooked, norm_inputs = noise(vit), {}, {}, {}, {}
+    vit.tap().read(images, Readers(residual=residual.__setitem__, output=output.__setitem__))
+    for layer, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _, __, out, layer=layer: hooked.__setitem__(layer, out))
+        block.norm2.register_forward_hook(lambda _, args, __, layer=layer: norm_inputs.__setitem__(layer, args[0]))
+    model(images)
+    for layer in range(3):
+        _equal(output[layer], hooked[layer])
+        _equal(residual[layer], norm_inputs[layer])
+
+
+@torch.no_grad()
+def test_the_map_of_a_textbook_block_is_softmax_of_scaled_products(fresh, noise):
+    model = fresh(VIT)
+    vit = open_vit(model, image_size=64)
+    images, seen = noise(vit), []
+    vit.tap().read(images, Readers(attention=lambda a: seen.append((a.weights(), a.scale))))
+    caught = []
+    handle = model.blocks[0].attn.register_forward_hook(lambda _, args, __: caught.append(args[0]))
+    model(images)
+    handle.remove()
+    attn = model.blocks[0].attn
+    q, k, _ = attn.qkv(caught[0]).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+    expected = torch.softmax(q @ k.mT / 4, -1)
+    assert_allclose(seen[0][1], 0.25)
+    assert_allclose(seen[0][0].numpy(), expected.numpy(), atol=1e-6)
+
+
+@torch.no_grad()
+def test_chunks_of_a_map_are_the_map(opened, noise):
+    vit = opened(VIT)
+    images, worst = noise(vit), []
+
+    def read(attention):
+        whole = attention.weights()
+        pieces = list(attention.weights_in_chunks(max_bytes=1))
+        assert len(pieces) == 4
+        worst.extend(float((piece - whole[part]).abs().max()) for part, piece in pieces)
+
+    vit.tap().read(images, Readers(attention=read))
+    assert_allclose(worst, 0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_maps_of_windows_put_on_the_grid_give_the_blocks_own_output(opened, noise):
+    """Zero between windows, rows that sum to 1, and the shifted layer joins other tokens than the unshifted."""
+    vit = opened("timm Swin")
+    joined = {}
+
+    def read(attention):
+        if attention.windows > 1:
+            full = attention.weights_on_grid()
+            assert_allclose(full.sum(-1).numpy(), 1, atol=1e-5)
+            joined[attention.layer] = full[0, 0] > 0
+
+    vit.tap().read(noise(vit, 1), Readers(attention=read))
+    assert int(joined[0].sum()) == 28 * 28 * 49
+    assert not torch.equal(joined[0], joined[1])
+    assert bool(joined[0][0, 6 * 28 + 6])
+    assert not bool(joined[0][0, 7])
+
+
+# --- the check itself can fail ---------------------------------------------------------------------------------------
+
+
+def test_the_check_names_the_promise_that_a_broken_tap_breaks(fresh, monkeypatch):
+    vit = open_vit(fresh(VIT), image_size=64)
+    right = Tap._edited
+
+    def wrong_head(self, state, raw, spec, edits):
+        turned = tuple(Edit(e.layer, e.call, e.copy, tuple((h + 1) % 3 for h in e.prune)) for e in edits)
+        out, final, bias = right(self, state, raw, spec, edits)
+        if not turned:
+            return out * (1 + 1e-6), final, bias
+        canonical = spec.layout.canonical(raw.run(None, None), state.rows).clone()
+        canonical[:, :, list(turned[0].prune)] = 0
+        return spec.layout.original(canonical, raw.v), final, bias
+
+    monkeypatch.setattr(Tap, "_edited", wrong_head)
+    report = check_vit(vit, quick=True)
+    assert not report.ok
+    assert report.finding("logits unchanged").holds is False
+    assert report.finding("prune = surgery").holds is False
+    assert "BROKEN" in report.text()
+
+
+def test_a_report_reads_as_text(opened):
+    report = check_vit(opened(VIT), quick=True)
+    assert report.ok
+    assert "L0-L2" in report.text()
+    assert "1 + 4x4" in report.text()
+    assert len(report.text().splitlines()) == 2 + 2 + 1 + len(report.findings) + 2
+
+
+def test_a_model_without_attention_has_no_tap():
+    with pytest.raises(NoAttention, match="no attention call"):
+        open_vit(next(family for family in FAMILIES if family.refused == "NoAttention").model(), image_size=64)
