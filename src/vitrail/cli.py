@@ -42,6 +42,13 @@ class Importance(StrEnum):
     estimate = "estimate"
 
 
+class Maps(StrEnum):
+    """The number format attention maps are made in while they are read."""
+
+    model = "model"
+    bfloat16 = "bfloat16"
+
+
 class Format(StrEnum):
     """Formats of figures."""
 
@@ -97,8 +104,9 @@ def study(
     out: Out,
     measures: Annotated[str, typer.Option(help="A room (heads) or measures, comma-separated.")] = "heads",
     importance: Annotated[
-        Importance, typer.Option(help="Prune every head in turn, or estimate to first order.")
+        Importance, typer.Option(help="Prune every head in turn, or estimate all from one backward pass.")
     ] = Importance.exact,
+    maps: Annotated[Maps, typer.Option(help="Number format of attention maps while they are read.")] = Maps.model,
     weights: Weights = None,
     class_names: ClassNames = None,
     image_size: ImageSize = None,
@@ -118,7 +126,7 @@ def study(
     typer.echo(repr(vit))
     dataset = run_study(
         vit, images, out=out, measures=measures, limit=limit, batch_size=batch_size, seed=seed,
-        options={"importance": importance.value} if importance is not Importance.exact else None, progress=True,
+        options=_other_than_default(importance=importance, maps=maps), progress=True,
     )  # fmt: skip
     if verify:
         _verify(out)
@@ -168,7 +176,7 @@ def look(
     decoded = [(path, decode_image(path)) for path in images]
     vit = _opened(model, weights, image_size, classes, device, precision, class_names)
     for path, image in decoded:
-        for made in look_figures(vit, image, out / path.stem, formats=[each.value for each in formats]):
+        for made in look_figures(vit, image, out / path.stem, [each.value for each in formats], path.name):
             typer.echo(made)
 
 
@@ -240,6 +248,12 @@ def _opened(
         model, image_size=_size(image_size), weights=weights, device=device, precision=precision.value,
         n_classes=classes, class_names=names,
     )  # fmt: skip
+
+
+def _other_than_default(importance: Importance, maps: Maps) -> dict[str, str]:
+    """The options of the rooms as a plan holds them: the default is not named."""
+    chosen = {"importance": importance.value, "maps": maps.value}
+    return {name: value for name, value in chosen.items() if value not in (Importance.exact, Maps.model)}
 
 
 def _size(text: str | None) -> int | tuple[int, int] | None:
