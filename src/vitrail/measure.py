@@ -27,6 +27,8 @@ DIMENSIONS = (
     "side",
     "row",
     "column",
+    "amount",
+    "cells",
 )
 """The closed list of dimension words: types, store, JSON and TypeScript use these and no others."""
 
@@ -205,12 +207,94 @@ _PATCHES = (
     ),
 )  # fmt: skip
 
-MEASURES: dict[str, Measure] = {measure.name: measure for measure in (*_BASE, *_HEADS, *_PATCHES)}
+FROM_NGUYEN = "Nguyen et al. 2022 (arXiv 2210.07646)"
+GROUPING_LIMITS = (
+    "Only patches of objects enter, of images with at least two objects of 2 % of the view and 3 patches each; others "
+    "are NaN. The radius of DBSCAN decides much: see the plan's option `radius`."
+)
+OCCLUSION_LIMITS = (
+    "Along `amount`: 25, 50 and 75 % of the patches are lost, in the way of the plan's option `lost_patches`. Edited "
+    "images lie outside of what the model was trained on."
+)
+SHUFFLE_LIMITS = (
+    "Along `cells`: those of 2 x 2, 4 x 4, 7 x 7 and 14 x 14 cells that divide the grid. Cut edges are new to it."
+)
+
+
+def _grouping(name: str, title: str, low: str, high: str, source: str) -> Measure:
+    return Measure(
+        f"grouping_{name}", title, ("image", "layer"), "1", low, high, source, GROUPING_LIMITS, "neurons",
+        frozenset({"grid"}),
+    )  # fmt: skip
+
+
+def _occlusion(name: str, title: str, high: str) -> Measure:
+    return Measure(
+        f"occlusion_{name}", title, ("image", "amount"), "1", "the label is lost with these patches", high,
+        f"{FROM_NGUYEN}, in matched amounts; salient by objects where the image has a mask, else by rollout",
+        OCCLUSION_LIMITS, "neurons", frozenset({"classifier", "grid"}),
+    )  # fmt: skip
+
+
+_NEURONS = (
+    Measure(
+        "token_norm", "length of tokens", ("image", "layer", "token"), "L2 norm",
+        "the token has been given little", "far above the others: an artefact that carries no local content",
+        "what the layer returns; outliers after Darcet et al. 2023 (arXiv 2309.16588)",
+        "Lengths grow from layer to layer in most models; compare tokens of one layer.", "neurons",
+    ),
+    _grouping(
+        "silhouette", "silhouette of token clusters", "clusters run into each other (0: one cluster, -1: none)",
+        "clusters are tight and far apart", f"{FROM_NGUYEN}: DBSCAN on object tokens, cosine silhouette",
+    ),
+    _grouping(
+        "purity", "purity of token clusters", "tokens are in no cluster, or in one of another object",
+        "every token is in a cluster of its own object", f"{FROM_NGUYEN}: share of all object tokens",
+    ),
+    _grouping(
+        "in_cluster", "cosine within clusters", "tokens of a cluster differ", "tokens of a cluster are alike",
+        f"{FROM_NGUYEN}: mean over pairs of tokens, then over clusters",
+    ),
+    _grouping(
+        "in_object", "cosine within objects", "tokens of an object differ", "tokens of an object are alike",
+        f"{FROM_NGUYEN}: mean over pairs of tokens, then over objects; needs no clusters",
+    ),
+    _grouping(
+        "clusters", "clusters per object", "objects share clusters", "objects fall into several clusters", FROM_NGUYEN,
+    ),
+    _grouping(
+        "unique_label", "share of objects with a cluster of their own", "objects drown in clusters of others",
+        "each object dominates a cluster", f"{FROM_NGUYEN}, who count class labels; a study knows objects only",
+    ),
+    _occlusion("random", "probability of the label without random patches", "any patches can go"),
+    _occlusion("salient", "probability of the label without salient patches", "the label rests on others"),
+    _occlusion("non_salient", "probability of the label without non-salient patches", "the label rests on the others"),
+    Measure(
+        "occlusion_drift", "drift of tokens without random patches", ("image", "layer", "amount"), "1 - cosine",
+        "0: the patches that are left do not notice", "the patches that are left turn elsewhere",
+        "our construction: mean over the patches that are left, against the intact image", OCCLUSION_LIMITS, "neurons",
+        frozenset({"classifier", "grid"}),
+    ),
+    Measure(
+        "shuffle_probability", "probability of the label with shuffled cells", ("image", "cells"), "1",
+        "the label needs the order of the cells", "the label does not need the order of the cells",
+        f"{FROM_NGUYEN}, on the model's own grid", SHUFFLE_LIMITS, "neurons", frozenset({"classifier", "grid"}),
+    ),
+    Measure(
+        "shuffle_drift", "drift of tokens with shuffled cells", ("image", "layer", "cells"), "1 - cosine",
+        "0: a patch's token is the same wherever the patch lies", "a patch's token depends on its place and company",
+        "our construction: mean over patches, each against itself in the intact image", SHUFFLE_LIMITS, "neurons",
+        frozenset({"classifier", "grid"}),
+    ),
+)  # fmt: skip
+
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in (*_BASE, *_HEADS, *_PATCHES, *_NEURONS)}
 """Every measure by its name in the store. These names are the public contract: add, don't rename."""
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "heads": tuple(measure.name for measure in _HEADS),
     "patches": tuple(measure.name for measure in _PATCHES),
+    "neurons": tuple(measure.name for measure in _NEURONS),
 }
 """The measures that a room's name stands for in `--measures`."""
 

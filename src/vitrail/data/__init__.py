@@ -3,6 +3,7 @@
     source = open_images("photos/", class_names=vit.class_names)     names, order and labels; nothing is decoded yet
     manifest = scan(source)                                          decodes each image once: usable, or skipped and why
     image = load_image(source, manifest.images[0])                   RGB; the content must still be what was scanned
+    manifest = with_masks(manifest, "masks/")                        instance ids beside the images: `load_mask`
 
 Ids are paths relative to the folder with forward slashes, in natural order: runs of digits compare as numbers, all else
 by code point, so `img2.png` precedes `img10.png`. A list of files keeps its own order, with ids relative to the folder
@@ -19,6 +20,7 @@ anything is decoded, and a file that cannot be used is a `BadImage` with its rea
 from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
 from vitrail.data.images import ImageEntry, ImageSource, Manifest, Skipped
 from vitrail.data.labels import class_title, read_class_names
+from vitrail.data.masks import load_mask, with_masks
 from vitrail.data.scanning import load_image, scan, stored_image
 from vitrail.data.sources import open_images
 
@@ -32,8 +34,10 @@ __all__ = [
     "class_title",
     "decode_image",
     "load_image",
+    "load_mask",
     "open_images",
     "read_class_names",
     "scan",
     "stored_image",
+    "with_masks",
 ]

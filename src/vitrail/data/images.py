@@ -36,13 +36,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """A usable image: where it is and what was in it. `path` is None where there is no file."""
+    """A usable image: where it is and what was in it; `path` is None without a file, `mask` without a mask."""
 
     id: str
     path: str | None
     label: int | None
     bytes: int
     digest: str
+    mask: str | None = None
+    mask_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,15 @@ class Manifest:
     labels_from: str
     images: tuple[ImageEntry, ...]
     skipped: tuple[Skipped, ...]
+    masks_from: str | None = None
 
     @property
     def digest(self) -> str:
-        """One digest of ids, labels and contents in their order; where the files lie does not enter."""
-        lines = (f"{entry.id!r} {entry.label} {entry.digest}\n" for entry in self.images)
+        """One digest of ids, labels, contents and masks in their order; where the files lie does not enter."""
+        lines = (
+            f"{entry.id!r} {entry.label} {entry.digest}{' ' + entry.mask_digest if entry.mask_digest else ''}\n"
+            for entry in self.images
+        )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -98,6 +104,7 @@ class Manifest:
             held["labels_from"],
             tuple(ImageEntry(**entry) for entry in held["images"]),
             tuple(Skipped(**each) for each in held["skipped"]),
+            held.get("masks_from"),
         )
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from vitrail.data import ImageEntry, ImageSource, load_image
-from vitrail.errors import ModelError
+from vitrail.data import ImageEntry, ImageSource, load_image, load_mask
+from vitrail.errors import DataError, ModelError
 from vitrail.measure import MEASURES
 from vitrail.study import rooms
 from vitrail.study.plan import Plan
@@ -33,6 +33,7 @@ class Loaded:
     entries: Sequence[ImageEntry]
     prepared: Float[Tensor, "image channel row column"]
     thumbnails: UInt8[np.ndarray, "image row column channel"]
+    masks: Sequence[Int64[np.ndarray, "_ _"] | None]
 
 
 @contextmanager
@@ -58,7 +59,18 @@ def _one_ahead(
 def _load(vit: Vit, source: ImageSource, entries: Sequence[ImageEntry]) -> Loaded:
     images = [load_image(source, entry) for entry in entries]
     thumbnails = np.stack([_thumbnail(vit.view(image)) for image in images])
-    return Loaded(entries, vit.prepare(images), thumbnails)
+    masks = [_mask(entry, image) for entry, image in zip(entries, images, strict=True)]
+    return Loaded(entries, vit.prepare(images), thumbnails, masks)
+
+
+def _mask(entry: ImageEntry, image: Image.Image) -> Int64[np.ndarray, "_ _"] | None:
+    mask = load_mask(entry)
+    if mask is not None and mask.shape != (image.height, image.width):
+        raise DataError(
+            f"The mask of {entry.id} has {mask.shape[1]} x {mask.shape[0]} pixels and the image {image.width} x "
+            f"{image.height}; a mask is as large as its image."
+        )
+    return mask
 
 
 def _thumbnail(view: Image.Image) -> UInt8[np.ndarray, "row column channel"]:
@@ -81,6 +93,7 @@ class BatchRun:
     def __call__(self, batch: Loaded) -> Arrays:
         """All arrays of the batch, checked. Raises `ModelError` if the model's answer is not finite."""
         n_images = len(batch.entries)
+        self._hand_out_masks(batch.masks)
         replay, logits = self._tap.record(_padded(batch.prepared, self._plan.batch_size), self._readers)
         _refuse_not_finite(batch.entries, logits[:n_images])
         with_classes = self._vit.n_classes is not None
@@ -92,6 +105,12 @@ class BatchRun:
         for name, values in arrays.items():
             self._check(name, values, n_images)
         return arrays
+
+    def _hand_out_masks(self, masks: Sequence[Int64[np.ndarray, "_ _"] | None]) -> None:
+        padded = [*masks, *[masks[-1]] * (self._plan.batch_size - len(masks))]
+        for collector in self._collectors:
+            if isinstance(collector, rooms.TakesMasks):
+                collector.take_masks(padded)
 
     def _check(self, name: str, values: np.ndarray, n_images: int) -> None:
         """What a collector returns is what its measure declares."""

@@ -6,7 +6,9 @@ A room is a package below `vitrail` with `OPTIONS` (its options and their values
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from vitrail.errors import UsageError
 
@@ -14,10 +16,18 @@ if TYPE_CHECKING:
     from vitrail.heads.collect import Collector
     from vitrail.vit.open import Vit
 
-__all__ = ["collectors", "options_of_rooms", "skipped"]
+__all__ = ["TakesMasks", "collectors", "options_of_rooms", "skipped"]
 
-PACKAGES = ("vitrail.heads", "vitrail.patches")
+PACKAGES = ("vitrail.heads", "vitrail.patches", "vitrail.neurons")
 """Every room with measures of a study; its torch is loaded when it is asked for something."""
+
+
+@runtime_checkable
+class TakesMasks(Protocol):
+    """A collector that is told the masks of each batch before its pass: for each image of the padded batch instance ids
+    [row column], as large as the image, or None."""
+
+    def take_masks(self, masks: Sequence[np.ndarray | None]) -> None: ...
 
 
 def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> "list[Collector]":

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from vitrail.data import ImageSource, Manifest, open_images, scan
+from vitrail.data import ImageSource, Manifest, open_images, scan, with_masks
 from vitrail.errors import DataError, Unsupported, UsageError
 from vitrail.measure import ROOMS, Measure, measures_named
 from vitrail.study import rooms
@@ -36,14 +36,16 @@ def run_study(
     batch_size: int = 16,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
+    masks: str | Path | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
     """Studies `measures` of `vit` over `images` (what `open_images` takes) and returns the study that `out` then holds.
 
     Goes on where an earlier run under the same plan ended, however it ended. The batch size is part of the plan, and
     the last batch is padded to it, so that no number depends on how many images follow. `options` are those of the
-    rooms (`rooms.options_of_rooms`); `seed` is of the map of images. `progress` shows images a second and the time
-    left.
+    rooms (`rooms.options_of_rooms`); `seed` is of the map of images. `masks` is a folder of
+    PNGs of instance ids, named like the images, for measures that need objects. `progress` shows images a second and
+    the time left.
 
     Raises `PlanMismatch` if `out` was begun with another plan, `StudyError` if it is no study, another process is
     writing it or the disk is full; `DataError` if images cannot be used or have changed since the study began;
@@ -52,14 +54,16 @@ def run_study(
     folder = Path(out)
     if batch_size < 1:
         raise UsageError(f"A batch of {batch_size} images cannot be run; give 1 or more.")
-    chosen, left_out = _chosen(vit, measures, options or {})
+    options = {**(options or {}), **({"masks": "given"} if masks is not None else {})}
+    chosen, left_out = _chosen(vit, measures, options)
     refuse_foreign_folder(folder)
     source = open_images(images, class_names=vit.class_names, n_classes=vit.n_classes, limit=limit)
     with Progress(progress) as shown, locked(folder):
         manifest = scan(source, progress=shown.scanning)
+        manifest = with_masks(manifest, masks) if masks is not None else manifest
         _refuse_unknown_labels(manifest, vit)
         plan = make_plan(
-            vit, manifest, chosen, left_out=left_out, options=options or {},
+            vit, manifest, chosen, left_out=left_out, options=options,
             batch_size=batch_size, seed=seed, threads=torch.get_num_threads(),
         )  # fmt: skip
         held = plan_of(folder)

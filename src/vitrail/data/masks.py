@@ -1,0 +1,87 @@
+"""Masks beside images: PNGs of instance ids, 0 for background, one per image and of its size.
+
+manifest = with_masks(scan(source), "masks/")      images/a/b.jpg has its mask in masks/a/b.png or masks/b.png
+ids = load_mask(manifest.images[0])                [row column], or None where there is no mask
+"""
+
+import hashlib
+import io
+import re
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image, PngImagePlugin
+
+from vitrail.data.decode import BROKEN, MAX_BYTES, MAX_PIXELS
+from vitrail.data.files import file_bytes, sentence, some
+from vitrail.data.images import ImageEntry, Manifest
+from vitrail.errors import BadImage, DataError
+
+__all__ = ["load_mask", "read_ids", "with_masks"]
+
+MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n")
+
+
+def with_masks(manifest: Manifest, folder: str | Path) -> Manifest:
+    """The manifest whose entries know their masks; `masks_from` says how many have one.
+
+    Raises `DataError` if the folder is not there, a mask cannot be read, or no image has one.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if not folder.is_dir():
+        raise DataError(f"There is no folder of masks {folder}.")
+    entries = tuple(_with_mask(entry, folder) for entry in manifest.images)
+    without = [entry.id for entry in entries if entry.mask is None]
+    if len(without) == len(entries):
+        first = PurePosixPath(entries[0].id).with_suffix(".png")
+        raise DataError(f"No image has a mask in {folder}: {entries[0].id} should have {first} or {first.name}.")
+    told = f"{len(entries) - len(without)} of {len(entries)} images have a mask"
+    return replace(manifest, images=entries, masks_from=told + (f"; without: {some(without)}" if without else ""))
+
+
+def _with_mask(entry: ImageEntry, folder: Path) -> ImageEntry:
+    name = PurePosixPath(entry.id).with_suffix(".png")
+    for path in (folder / name, folder / name.name):
+        if path.is_file():
+            content = _content(path)
+            read_ids(content)
+            return replace(entry, mask=str(path), mask_digest=hashlib.sha256(content).hexdigest())
+    return entry
+
+
+def load_mask(entry: ImageEntry) -> Int[np.ndarray, "row column"] | None:
+    """The instance ids of an entry. Raises `DataError` if the file is not what it was when the study began."""
+    if entry.mask is None:
+        return None
+    content = _content(Path(entry.mask))
+    if hashlib.sha256(content).hexdigest() != entry.mask_digest:
+        raise DataError(
+            f"The mask of {entry.id} has changed since the study began; put the old file back, or begin a new study."
+        )
+    return read_ids(content)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return file_bytes(path, MAX_BYTES)
+    except BadImage as reason:
+        raise DataError(f"The mask {path} cannot be read: {reason}.") from reason
+
+
+def read_ids(content: bytes) -> Int[np.ndarray, "row column"]:
+    """Instance ids of a PNG with one channel of 8 or 16 bits (or palette numbers). Raises `DataError` for any other."""
+    if not MAGIC.match(content):
+        raise DataError("A mask is a PNG of instance ids; this file is no PNG.")
+    try:
+        image: Image.Image = PngImagePlugin.PngImageFile(io.BytesIO(content))
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"A mask of {image.width} x {image.height} pixels is too large; {MAX_PIXELS:,} are read.")
+        if image.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
+            raise DataError(
+                f"A mask holds one instance id per pixel (one channel of 8 or 16 bits); this one has mode {image.mode}."
+            )
+        return np.asarray(image).astype(np.int64)
+    except BROKEN as error:
+        raise DataError(f"A mask is broken or truncated: {sentence(error)}.") from error

@@ -1,0 +1,195 @@
+"""Collectors of the neurons room: token norms, grouping and robustness of each image of a study."""
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitrail.neurons import robustness
+from vitrail.neurons.flow import rollout, step
+from vitrail.neurons.grouping import Grouping, group
+from vitrail.neurons.levels import Levels, entering
+from vitrail.neurons.objects import coverage, in_view, patch_objects
+from vitrail.neurons.robustness import Occlusion, Response, Shuffling
+from vitrail.neurons.tokens import token_norms
+from vitrail.vit.open import Vit
+from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
+
+__all__ = ["AMOUNTS", "GroupingCollector", "NormCollector", "RobustnessCollector"]
+
+AMOUNTS = (0.25, 0.5, 0.75)
+"""Shares of the patches that are lost, the values of the dimension `amount` of the occlusion measures."""
+
+Ids = Int[np.ndarray, "_ _"]
+Arrays = dict[str, np.ndarray]
+
+
+class NormCollector:
+    """`token_norm`: the length of every token after each layer."""
+
+    measures: tuple[str, ...] = ("token_norm",)
+
+    def __init__(self, vit: Vit) -> None:
+        self._anatomy = vit.anatomy
+        self._found: dict[int, Tensor] = {}
+
+    def readers(self) -> Readers:
+        """Reads what every block returns."""
+        return Readers(output=self._read)
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> Arrays:
+        """[image, layer, token]; NaN for tokens that a layer does not have."""
+        widest = max(norms.shape[1] for norms in self._found.values())
+        found = np.full((len(logits), len(self._anatomy.blocks), widest), np.nan, dtype=np.float32)
+        for layer, norms in self._found.items():
+            found[:, layer, : norms.shape[1]] = norms.cpu().numpy()
+        self._found.clear()
+        return {"token_norm": found}
+
+    def _read(self, layer: int, tokens: Tensor) -> None:
+        self._found[layer] = token_norms(tokens.detach())
+
+
+class GroupingCollector:
+    """`grouping_*`: how tokens of one object find together after each layer. `take_masks` comes before each pass."""
+
+    def __init__(self, vit: Vit, measures: Sequence[str], radius: str) -> None:
+        self.measures = tuple(measures)
+        self._vit, self._radius = vit, radius
+        self._ids: Sequence[Ids | None] = ()
+        self._tokens: dict[int, Float[np.ndarray, "image patch channel"]] = {}
+
+    def take_masks(self, masks: Sequence[Ids | None]) -> None:
+        """Instance ids of the coming batch, as large as the photographs."""
+        self._ids = [None if mask is None else in_view(mask, self._vit.preprocessing) for mask in masks]
+
+    def readers(self) -> Readers:
+        """Reads what every block returns."""
+        return Readers(output=self._read)
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> Arrays:
+        """[image, layer] of each score; NaN for images without two objects, and layers whose tokens lie on no grid."""
+        assert len(self._ids) == len(logits), "no masks were handed out for this batch"
+        blocks = self._vit.anatomy.blocks
+        arrays = {name: np.full((len(logits), len(blocks)), np.nan, dtype=np.float32) for name in self.measures}
+        for layer, patches in self._tokens.items():
+            grid = blocks[layer].grid
+            assert grid is not None
+            for image, ids in enumerate(self._ids):
+                found = None if ids is None else self._grouped(patches[image], ids, grid)
+                for name in self.measures if found else ():
+                    arrays[name][image, layer] = getattr(found, name.removeprefix("grouping_"))
+        self._tokens = {}
+        return arrays
+
+    def _grouped(self, patches: Float[np.ndarray, "patch channel"], ids: Ids, grid: tuple[int, int]) -> Grouping | None:
+        owner = patch_objects(ids, grid)
+        inside = owner > 0
+        if len(np.unique(owner[inside])) < 2:
+            return None
+        return group(patches[inside], owner[inside], self._radius)
+
+    def _read(self, layer: int, tokens: Tensor) -> None:
+        block = self._vit.anatomy.blocks[layer]
+        if block.grid is not None and tokens.shape[1] == block.tokens:
+            self._tokens[layer] = tokens[:, block.prefix :].detach().float().cpu().numpy()
+
+
+class RobustnessCollector:
+    """`occlusion_*` and `shuffle_*`: answers and tokens when patches are lost or displaced.
+
+    Salient are the patches that objects cover where the image has a mask, else those with the highest rollout.
+    """
+
+    def __init__(self, vit: Vit, measures: Sequence[str], loss: str, with_masks: bool) -> None:
+        self.measures = tuple(measures)
+        self._vit, self._loss, self._with_masks = vit, loss, with_masks
+        self._ids: Sequence[Ids | None] = ()
+        self._steps: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
+        grid = vit.anatomy.blocks[0].grid
+        assert grid is not None
+        self._grid = grid
+        self._cells = robustness.cells_that_divide(grid)
+
+    def take_masks(self, masks: Sequence[Ids | None]) -> None:
+        """Instance ids of the coming batch, as large as the photographs."""
+        self._ids = masks if self._with_masks else ()
+
+    def readers(self) -> Readers:
+        """Reads what every block returns, and the maps for rollout where occlusion is asked for."""
+        return Readers(attention=self._map if self._occludes else None, output=self._output)
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> Arrays:
+        """[image, amount] or [image, cells] of each answer, and the same by layer of each drift."""
+        layers = range(len(self._tokens))
+        tokens = (entering(tap.anatomy, replay), *(self._tokens[layer] for layer in layers))
+        numbers = [zlib.crc32(image.float().cpu().numpy().tobytes()) for image in replay.images]
+        asked: list[Occlusion | Shuffling] = [*self._occlusions()]
+        asked += [Shuffling(cells) for cells in self._cells if self._shuffles]
+        found = robustness.respond(
+            self._vit, replay.images, labels, self._salience(len(logits)), numbers, asked,
+            intact=Levels(tokens, logits, replay),
+        )  # fmt: skip
+        self._steps, self._tokens = {}, {}
+        by_probe = dict(zip(asked, found, strict=True))
+        return {name: self._array(name, by_probe) for name in self.measures}
+
+    @property
+    def _occludes(self) -> bool:
+        return any(name.startswith("occlusion_") for name in self.measures)
+
+    @property
+    def _shuffles(self) -> bool:
+        return any(name.startswith("shuffle_") for name in self.measures)
+
+    def _occlusions(self) -> list[Occlusion]:
+        wanted = [each for each in robustness.SELECTIONS if f"occlusion_{_word(each)}" in self.measures]
+        if "occlusion_drift" in self.measures and "random" not in wanted:
+            wanted.append("random")
+        return [Occlusion(selection, self._loss, amount) for selection in wanted for amount in AMOUNTS]
+
+    def _array(self, name: str, found: dict[Occlusion | Shuffling, Response]) -> Float[np.ndarray, "image ..."]:
+        probability: Callable[[Response], np.ndarray] = lambda response: response.probability  # noqa: E731
+        drift: Callable[[Response], np.ndarray] = lambda response: response.drift  # noqa: E731
+        take = drift if name.endswith("_drift") else probability
+        if name.startswith("shuffle_"):
+            asked: list[Occlusion | Shuffling] = [Shuffling(cells) for cells in self._cells]
+        else:
+            word = "random" if name == "occlusion_drift" else name.removeprefix("occlusion_")
+            selection = next(each for each in robustness.SELECTIONS if _word(each) == word)
+            asked = [Occlusion(selection, self._loss, amount) for amount in AMOUNTS]
+        return np.stack([take(found[probe]) for probe in asked], axis=-1).astype(np.float32)
+
+    def _salience(self, n_images: int) -> Float[np.ndarray, "image patch"]:
+        n_patches = self._grid[0] * self._grid[1]
+        if not self._occludes:
+            return np.zeros((n_images, n_patches))
+        block = self._vit.anatomy.blocks[0]
+        steps = [self._steps[layer] for layer in sorted(self._steps)]
+        found = rollout(steps, block.prefix, self._vit.anatomy.class_index(0)).float().cpu().numpy().astype(np.float64)
+        for image, ids in enumerate(self._ids):
+            if ids is not None:
+                seen = in_view(ids, self._vit.preprocessing)
+                found[image] = coverage((seen > 0).astype(np.int64), self._grid)[1].sum(axis=0)
+        return found
+
+    def _map(self, attention: LayerAttention) -> None:
+        if attention.call == 0:
+            self._steps[attention.layer] = step(attention.weights())
+
+    def _output(self, layer: int, tokens: Tensor) -> None:
+        self._tokens[layer] = tokens.detach().clone()  # some blocks go on to add to it in place
+
+
+def _word(selection: str) -> str:
+    """A selection as it stands in a measure's name."""
+    return selection.replace("-", "_")
