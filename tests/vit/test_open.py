@@ -1,0 +1,306 @@
+"""Every form of a model's name, every option, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+from safetensors.torch import save_file
+from torch import nn
+
+from vitrail.errors import ModelError, UnknownModel, Unsupported, UsageError, WeightsMismatch
+from vitrail.vit.attention import Readers
+from vitrail.vit.check import differences, footprint
+from vitrail.vit.open import open_vit
+
+TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+
+
+@torch.no_grad()
+def _runs(vit, grid=None) -> torch.Tensor:
+    """Logits under the tap are bitwise those without it, and every layer was read."""
+    images = torch.randn((4, 3, *vit.preprocessing.size), generator=torch.Generator().manual_seed(0))
+    images = images.to(next(vit.model.parameters()).dtype)
+    layers = []
+    logits = vit.tap().read(images, Readers(attention=lambda attention: layers.append(attention.layer)))
+    assert_array_equal(logits.float().numpy(), vit.logits(images).float().numpy())
+    assert layers == list(range(vit.n_layers))
+    if grid:
+        assert vit.anatomy.grid == grid
+    return logits
+
+
+# --- timm ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_timm_name_with_random_weights_another_size_and_class_count():
+    vit = open_vit("timm:vit_tiny_patch16_224", weights="random", image_size=(48, 80), n_classes=5)
+    assert vit.name == "timm:vit_tiny_patch16_224"
+    assert (vit.n_layers, vit.n_classes, vit.preprocessing.size) == (12, 5, (48, 80))
+    assert _runs(vit, (3, 5)).shape == (4, 5)
+    assert "12 layers, 3 heads, 48x80 px, 5 classes" in repr(vit)
+
+
+def test_no_classifier_gives_a_feature_vector():
+    vit = open_vit("timm:vit_tiny_patch16_224", weights="random", image_size=32, n_classes=0)
+    assert vit.n_classes is None
+    assert _runs(vit).shape == (4, 192)
+
+
+def test_a_weights_file_is_loaded_and_its_digest_tells_it_from_another(tmp_path, fresh):
+    import timm
+
+    torch.manual_seed(3)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w.pth")
+    options = {"image_size": 32, "n_classes": 5}
+    one = open_vit("timm:vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", **options)
+    two = open_vit("timm:vit_tiny_patch16_224", weights=str(tmp_path / "w.pth"), **options)
+    other = open_vit("timm:vit_tiny_patch16_224", weights="random", **options)
+    assert one.weight_digest == two.weight_digest != other.weight_digest
+    for name, value in model.state_dict().items():
+        assert_array_equal(one.model.state_dict()[name].numpy(), value.numpy())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state.pop("norm.bias"), "1 missing: norm.bias"),
+        (lambda state: state.update(extra=torch.zeros(1)), "1 not in the model: extra"),
+        (lambda state: state.update({"norm.bias": torch.zeros(7)}), r"norm.bias is \[7\], not \[192\]"),
+    ],
+)
+def test_a_weights_file_that_does_not_fit_is_refused_with_the_difference(change, says, tmp_path):
+    import timm
+
+    state = dict(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5).state_dict())
+    change(state)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsMismatch, match=says):
+        open_vit("timm:vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", image_size=32, n_classes=5)
+
+
+def test_weights_that_would_have_to_be_unpickled_are_refused(tmp_path):
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "w.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    for name in ("w.pth", "broken.safetensors"):
+        with pytest.raises(WeightsMismatch, match="never unpickles"):
+            open_vit("timm:vit_tiny_patch16_224", weights=tmp_path / name, image_size=32)
+    with pytest.raises(WeightsMismatch, match="no weights file"):
+        open_vit("timm:vit_tiny_patch16_224", weights=tmp_path / "absent.safetensors", image_size=32)
+
+
+def test_a_local_timm_folder_opens_with_its_class_names(tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": {"img_size": 32, "depth": 2},
+        "label_names": ["sea", "sky", "sand"],
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 3,
+            "interpolation": "bicubic", "crop_pct": 1.0, "first_conv": "patch_embed.proj", "classifier": "head",
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    vit = open_vit(tmp_path)
+    assert vit.class_names == ("sea", "sky", "sand")
+    assert vit.preprocessing.size == (32, 32)
+    _runs(vit, (2, 2))
+    for name, value in model.state_dict().items():
+        assert_array_equal(vit.model.state_dict()[name].numpy(), value.numpy())
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def _saved(folder, kind, **options):
+    import transformers
+
+    kind = getattr(transformers, kind)
+    model = kind(kind.config_class(**{**TINY, "image_size": 32, "patch_size": 16, **options}))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [
+        ("ViTForImageClassification", 3),
+        ("Dinov2ForImageClassification", 3),
+        ("CLIPVisionModel", None),
+        ("SiglipVisionModel", None),
+        ("DINOv3ViTModel", None),
+    ],
+)
+def test_a_saved_transformers_folder_opens_with_its_own_weights(kind, classes, tmp_path):
+    labels = {"id2label": {0: "sea", 1: "sky", 2: "sand"}} if classes else {}
+    model = _saved(tmp_path, kind, **labels)
+    vit = open_vit(tmp_path)
+    assert type(vit.model) is type(model)
+    assert vit.n_classes == classes
+    assert vit.class_names == (("sea", "sky", "sand") if classes else None)
+    for name, value in model.state_dict().items():
+        assert_array_equal(vit.model.state_dict()[name].numpy(), value.numpy())
+    _runs(vit, (2, 2))
+
+
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "Dinov2ForImageClassification", "CLIPVisionModel"])
+def test_a_transformers_model_opens_at_another_image_size(kind, tmp_path):
+    _saved(tmp_path, kind)
+    vit = open_vit(f"hf:{tmp_path}", image_size=(48, 80))
+    assert vit.preprocessing.size == (48, 80)
+    _runs(vit, (3, 5))
+
+
+def test_masked_autoencoders_opened_by_name_see_every_patch_in_its_place(tmp_path):
+    _saved(tmp_path, "ViTMAEModel")
+    vit = open_vit(f"hf:{tmp_path}", image_size=64)
+    assert vit.anatomy.notes == ()
+    _runs(vit, (4, 4))
+
+
+def test_a_weights_file_for_a_transformers_model_may_carry_its_own_names(tmp_path):
+    model = _saved(tmp_path / "model", "ViTMAEModel")
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "w.safetensors")
+    vit = open_vit(f"hf:{tmp_path / 'model'}", weights=tmp_path / "w.safetensors")
+    _runs(vit)
+
+
+def test_a_transformers_folder_that_holds_only_a_pickle_is_refused(tmp_path):
+    _saved(tmp_path, "ViTForImageClassification")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        open_vit(tmp_path)
+
+
+def test_a_text_model_in_a_folder_is_refused_before_it_runs(tmp_path):
+    import transformers
+
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, **TINY)).save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match="no vision model"):
+        open_vit(f"hf:{tmp_path}")
+
+
+# --- torchvision, open_clip ------------------------------------------------------------------------------------------
+
+
+def test_a_torchvision_name_opens_with_random_weights():
+    vit = open_vit("tv:vit_b_32", weights="random", image_size=64, n_classes=4)
+    assert (vit.n_layers, vit.n_classes) == (12, 4)
+    _runs(vit, (2, 2))
+
+
+def test_an_open_clip_name_opens_its_image_tower():
+    vit = open_vit("openclip:ViT-B-32", weights="random", image_size=64)
+    assert (vit.n_layers, vit.n_classes) == (12, None)
+    assert vit.preprocessing.mean[0] == pytest.approx(0.48145466)
+    _runs(vit, (2, 2))
+
+
+# --- modules of one's own --------------------------------------------------------------------------------------------
+
+
+def test_a_module_of_ones_own_is_not_touched(fresh):
+    model = fresh("timm ViT").train()
+    model.blocks[0].eval()
+    before = footprint(model)
+    vit = open_vit(model, image_size=64, precision="bfloat16", class_names=list("abcdefg"))
+    _runs(vit)
+    assert vit.model is not model
+    assert differences(before, footprint(model)) == []
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert next(model.parameters()).dtype is torch.float32
+    assert vit.class_names == tuple("abcdefg")
+
+
+def test_a_module_of_ones_own_is_used_as_it_is_where_it_may_be(fresh):
+    model = fresh("own module, list of pairs")
+    vit = open_vit(model, image_size=64)
+    assert vit.model is model
+    assert vit.n_classes == 7
+    assert vit.name == "module:_ListOfPairs"
+    _runs(vit, (4, 4))
+
+
+def test_a_module_whose_output_is_no_vector_is_refused():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            return {"maps": images * self.weight}
+
+    with pytest.raises(ModelError):
+        open_vit(Odd(), image_size=32)
+
+
+# --- names and options that lead nowhere -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("timm:vit_tiny_patch16_22", "Did you mean vit_tiny_patch16_224"),
+        ("tv:vit_b_61", "Did you mean vit_b_16"),
+        ("openclip:ViT-B-31", "Did you mean ViT-B-32"),
+        ("vit_tiny_patch16_224", "leads to no model. Write timm:NAME"),
+        ("keras:vit", "leads to no model"),
+        ("timm:", "leads to no model"),
+        ("weights.safetensors", "holds weights, not an architecture"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_to_write(name, says):
+    with pytest.raises(UnknownModel, match=says):
+        open_vit(name, weights="random")
+
+
+def test_folders_without_a_readable_configuration_are_refused(tmp_path):
+    with pytest.raises(UnknownModel, match=r"no config\.json"):
+        open_vit(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UnknownModel, match="cannot be read as JSON"):
+        open_vit(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UnknownModel, match="neither a timm 'architecture' nor a 'model_type'"):
+        open_vit(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    with pytest.raises(WeightsMismatch, match=r"no model\.safetensors"):
+        open_vit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"precision": "float8"}, "float32, bfloat16, float16, float64"),
+        ({"device": "abacus"}, "no device 'abacus'"),
+        ({"class_names": ["one"]}, "1 class names were given for a model of 7 classes"),
+    ],
+)
+def test_options_without_meaning_are_refused_with_those_that_have(options, says, fresh):
+    with pytest.raises(UsageError, match=says):
+        open_vit(fresh("timm ViT"), image_size=64, **options)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float64", torch.float64)])
+def test_precision_is_that_of_weights_and_images(precision, dtype, fresh):
+    vit = open_vit(fresh("timm ViT"), image_size=64, precision=precision)
+    assert next(vit.model.parameters()).dtype is dtype
+    assert _runs(vit).dtype is dtype
+
+
+# --- real weights ----------------------------------------------------------------------------------------------------
+
+
+def test_real_weights_open_and_every_promise_holds(shared):
+    from vitrail.vit.check import check_vit
+
+    weights = shared / "data" / "models" / "deit_tiny_patch16_224.safetensors"
+    vit = open_vit("timm:deit_tiny_patch16_224", weights=weights)
+    report = check_vit(vit, quick=True)
+    assert report.ok, report.text()
+    assert_array_equal([report.finding("logits unchanged").figure, report.finding("prune = surgery").figure], 0)
