@@ -51,7 +51,7 @@ def test_b1_click_reaches_every_other_view(visit: Visit) -> None:
 def test_b1_metric_is_chosen_from_a_list_and_colours_c1(visit: Visit, site: Site) -> None:
     page = visit("?scope=image&image=1")
     page.get_by_label("Metric").select_option("attention_distance")
-    page.wait_for_function("new URLSearchParams(location.search).get('metric') === 'attention_distance'")
+    page.wait_for_function("() => new URLSearchParams(location.search).get('metric') === 'attention_distance'")
     expected = float(site.dataset.attention_distance[1, 3, 0])
     becomes(page, cell("L3H0"), expected, 1e-4)
     expect(page.locator("[data-view=C1] .reading")).to_contain_text("mean attention distance")
@@ -110,7 +110,7 @@ def test_c1_has_a_dot_for_every_head(visit: Visit, site: Site) -> None:
 def test_c1_click_chooses_the_head(visit: Visit) -> None:
     page = visit("?image=6&scope=image&layer=0&head=0")
     page.locator("[data-view=C1] circle[data-head=L4H2]").click(force=True)
-    page.wait_for_function("new URLSearchParams(location.search).get('layer') === '4'")
+    page.wait_for_function("() => new URLSearchParams(location.search).get('layer') === '4'")
     name = f"L4H{held(page, 'head')}"  # the nearest dot of that layer, if two lie on each other
     expect(page.locator("[data-view=B1] .chosen")).to_contain_text(name)
 

@@ -60,7 +60,7 @@ def test_a_stroke_around_dots_selects_them_and_comes_back_from_the_link(visit: V
     for x, y in ((right, top), (right, bottom), (left, bottom), (left, top + 9)):
         page.mouse.move(x, y, steps=6)
     page.mouse.up()
-    page.wait_for_function(f"+document.querySelector('[data-view=A] [aria-live] b').textContent < {N_IMAGES}")
+    page.wait_for_function(f"() => +document.querySelector('[data-view=A] [aria-live] b').textContent < {N_IMAGES}")
     chosen = int(n_selected(page).inner_text())
     assert 0 < chosen < N_IMAGES
     assert held(page, "brush").startswith("lasso:")

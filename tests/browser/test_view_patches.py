@@ -68,5 +68,5 @@ def test_d5_click_and_slider_set_the_threshold_of_d2(visit: Visit) -> None:
     few = page.locator("[data-map=looks] rect.strong").count()
     page.get_by_label("strongest").focus()
     page.keyboard.press("Home")
-    page.wait_for_function("+new URLSearchParams(location.search).get('threshold') === 0.0001")
+    page.wait_for_function("() => +new URLSearchParams(location.search).get('threshold') === 0.0001")
     assert page.locator("[data-map=looks] rect.strong").count() < few
