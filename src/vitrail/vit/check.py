@@ -341,13 +341,17 @@ def _on_grid(trial: _Trial) -> Finding:
     n_layers, n_off = trial.vit.n_layers, sum(map(len, off.values()))
     whys = "; ".join([f"{_named(layers)}: {_OFF_GRID[reason]}" for reason, layers in off.items()])
     if "no grid" in off:
-        whys = "; ".join([whys, *trial.vit.anatomy.notes])
+        whys = "; ".join([whys, *(note.rstrip(".") for note in trial.vit.anatomy.notes)])
     if not off:
         return Finding("maps on the grid", True, None, f"all {n_layers} layers have maps that join patches")
     if n_off == n_layers:
-        return Finding("maps on the grid", None, None, f"no layer has. {whys}", ", ".join(off))
+        return Finding("maps on the grid", None, None, f"no layer has such maps. {whys}", ", ".join(off))
     return Finding(
-        "maps on the grid", None, None, f"all but {n_off} of {n_layers} layers have. {whys}", f"not {', '.join(off)}"
+        "maps on the grid",
+        None,
+        None,
+        f"all but {n_off} of {n_layers} layers have such maps. {whys}",
+        f"not {', '.join(off)}",
     )
 
 

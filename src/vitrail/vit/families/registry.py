@@ -102,7 +102,7 @@ FAMILIES: tuple[Family, ...] = (
     _other_timm("Hiera", "hiera_tiny_224", 64, img_size=(64, 64), stages=(1, 1, 2, 1), embed_dim=16, num_heads=1),
     _other_timm("Twins-SVT", "twins_svt_small", 112, img_size=112, wss=(7, 7), sr_ratios=(4, 2), **_PYRAMID),
     _other_timm("PVT v2", "pvt_v2_b0", 64, depths=(1, 1, 1, 1)),
-    _other_timm("CrossViT", "crossvit_9_240", 240, embed_dim=(32, 48), num_heads=(2, 2), depth=((1, 1, 0), (1, 1, 0))),
+    _other_timm("CrossViT", "crossvit_9_240", 240, embed_dim=(32, 48), num_heads=(2, 2), depth=((1, 2, 0), (1, 2, 0))),
     _other_timm("LeViT", "levit_128s", 96, img_size=96, depth=(1, 1, 1)),
     Family("timm MViTv2", mvitv2),
     _other_timm("EdgeNeXt", "edgenext_xx_small", 64),
