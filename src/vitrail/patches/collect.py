@@ -161,7 +161,7 @@ def _boxes(matrix: Float[Tensor, "image patch other"], ground: Ground, n_patches
 
 def _inside_windows(
     attention: LayerAttention, slots: Int[Tensor, "window slot"]
-) -> Float[Tensor, "image window slot other"]:
+) -> Float[Tensor, "image window slot seen"]:
     """Mean over heads of attention within windows, rows renormalised without padding slots."""
     weights = attention.window_weights()
     real = (slots >= 0).to(weights)
@@ -170,7 +170,7 @@ def _inside_windows(
 
 
 def _on_grid(
-    inside: Float[Tensor, "image window slot other"], slots: Int[Tensor, "window slot"], n_patches: int
+    inside: Float[Tensor, "image window slot seen"], slots: Int[Tensor, "window slot"], n_patches: int
 ) -> Float[Tensor, "image patch other"]:
     """Token by token maps: zero between patches of different windows."""
     slots = slots.to(inside.device)

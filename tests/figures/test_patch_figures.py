@@ -1,0 +1,103 @@
+"""Figures of the patches room: what they show, for all layers, with and without a photograph."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from matplotlib.patches import Rectangle
+from numpy.testing import assert_allclose
+from PIL import Image
+
+from vitrail.errors import UsageError
+from vitrail.figures import patches as figures
+from vitrail.figures.style import save
+from vitrail.measure import MEASURES
+
+GRID = (4, 5)
+
+
+@pytest.fixture
+def study():
+    """Three images, two layers of 4 x 5 patches and one without a grid."""
+    random = np.random.default_rng(0)
+    n_patches = GRID[0] * GRID[1]
+    row, column = np.divmod(np.arange(n_patches), GRID[1])
+    whole = np.stack([column, row, GRID[1] - 1 - column, GRID[0] - 1 - row], -1).astype(np.float32)
+    window = np.broadcast_to(whole, (3, 3, n_patches, 4)).copy()
+    tendency = random.normal(size=(3, 3, n_patches, 2)).astype(np.float32)
+    window[:, 2], tendency[:, 2] = np.nan, np.nan
+    hub = np.zeros((3, 3, n_patches), dtype=bool)
+    hub[0, 1, [3, 7]] = True
+    arrays = {"window": window, "tendency": tendency, "hub": hub}
+    held = {name: xr.DataArray(array, dims=MEASURES[name].dims) for name, array in arrays.items()}
+    grids = [list(GRID), list(GRID), None]
+    return xr.Dataset(held, coords={"image": ["a.png", "b.png", "c.png"]}, attrs={"grids": grids})
+
+
+@pytest.fixture
+def photo():
+    return Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 80, 3), dtype=np.uint8))
+
+
+DRAWINGS = {
+    "arrows": figures.tendency_arrows,
+    "flow": figures.tendency_flow,
+    "coverage": figures.window_coverage,
+    "hubs": figures.hub_map,
+    "windows": lambda study, image=0, photo=None: figures.windows_of_patch(study, 7, image, photo),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize("over_photo", [False, True])
+def test_each_layer_with_a_grid_has_a_panel(study, photo, name, over_photo, tmp_path):
+    figure = DRAWINGS[name](study, 0, photo if over_photo else None)
+    titles = [axes.get_title("left") for axes in figure.axes if axes.get_title("left")]
+    assert titles[:2] == ["L0", "L1"]
+    assert "L2" not in titles
+    assert save(figure, tmp_path / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", ["arrows", "flow", "hubs"])
+def test_over_all_images_the_mean_is_drawn(study, name):
+    assert "mean over 3 images" in DRAWINGS[name](study, None).get_suptitle().replace("\n", " ")
+
+
+def test_the_frame_of_a_window_lies_where_the_window_is(study):
+    study["window"].values[0, 0, 7] = [1, 1, 2, 0]  # patch 7 is row 1, column 2
+    frames = [patch for patch in figures.windows_of_patch(study, 7, 0).axes[0].patches if isinstance(patch, Rectangle)]
+    assert frames[-1].get_xy() == (0.5, -0.5)
+    assert (frames[-1].get_width(), frames[-1].get_height()) == (4, 2)
+
+
+def test_hubs_are_framed_and_counted(study):
+    axes = figures.hub_map(study, 0).axes[1]
+    assert {patch.get_xy() for patch in axes.patches} == {(2.5, -0.5), (1.5, 0.5)}
+    assert axes.get_title("right") == "2"
+
+
+def test_coverage_of_windows_that_are_the_whole_grid_is_one_everywhere(study):
+    assert_allclose(figures.coverage(study["window"].values[0, 0].astype(float), GRID), np.ones(GRID))
+
+
+def test_flow_is_paper_without_length_and_another_colour_for_each_direction():
+    still = figures.flow_colours(np.zeros((1, 1, 2)), 1.0)
+    assert still.min() > 0.95
+    angles = np.arange(8) * np.pi / 4
+    colours = figures.flow_colours(np.stack([np.cos(angles), np.sin(angles)], -1)[None], 1.0)[0]
+    apart = np.abs(colours[:, None] - colours).max(-1) + np.eye(8)
+    assert apart.min() > 0.05
+
+
+def test_flow_is_as_strong_at_the_radius_as_beyond():
+    one, far = (figures.flow_colours(np.array([[[length, 0.0]]]), 2.0) for length in (2.0, 9.0))
+    assert_allclose(one, far)
+
+
+def test_a_patch_that_is_not_there_is_refused(study):
+    with pytest.raises(UsageError, match="patches 0 to 19"):
+        figures.windows_of_patch(study, 20)
+
+
+def test_a_study_of_other_measures_is_refused(study):
+    with pytest.raises(UsageError, match="--measures patches"):
+        figures.tendency_arrows(study.drop_vars("tendency"))

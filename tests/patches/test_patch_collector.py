@@ -1,0 +1,175 @@
+"""The collector: every measure for every kind of grid, equal to what the pure functions say of the maps."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from heads.head_models import drawn_wide, timm_swin, timm_vit
+from vitrail import Readers, open_vit
+from vitrail.errors import UsageError
+from vitrail.measure import MEASURES, ROOMS
+from vitrail.patches import collectors, field, skipped, windows
+from vitrail.patches.hubs import hubs
+from vitrail.patches.interaction import indicator
+from vitrail.vit.edits import Edit
+
+ROOM = ROOMS["patches"]
+
+
+def collected(vit, images, names=ROOM, options=None):
+    (collector,) = collectors(vit, names, options)
+    tap = vit.tap()
+    replay, logits = tap.record(images, collector.readers())
+    return collector.finish(tap, replay, logits, np.zeros(len(images), dtype=np.int64))
+
+
+def maps_on_grid(vit, images):
+    kept = {}
+    vit.tap().read(images, Readers(attention=lambda seen: kept.update({seen.layer: seen.weights_on_grid().detach()})))
+    return kept
+
+
+def photographs(n_images, rows, columns, seed=0):
+    return torch.randn(n_images, 3, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return open_vit(timm_vit(), image_size=(48, 80))
+
+
+def test_importing_the_room_loads_no_torch():
+    code = "import sys, vitrail.patches; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_study_of_the_room_declares_what_it_computes(vit):
+    found = collected(vit, photographs(2, 48, 80))
+    assert sorted(found) == sorted(ROOM)
+    for name, values in found.items():
+        assert values.shape[:3] == (2, 3, 15)
+        assert values.dtype == MEASURES[name].dtype
+        assert values.ndim == len(MEASURES[name].dims)
+
+
+def test_measures_are_what_the_maps_say(vit):
+    images = photographs(3, 48, 80)
+    found = collected(vit, images)
+    for layer, weights in maps_on_grid(vit, images).items():
+        matrix = indicator(weights, prefix=1)
+        boxes, _ = windows.best_boxes(matrix, (3, 5), 4)
+        inside = windows.in_box(boxes, (3, 5))
+        assert_array_equal(found["window"][:, layer], windows.sides(boxes, (3, 5)))
+        assert_allclose(found["tendency"][:, layer], field.tendency(matrix, inside, (3, 5)), atol=1e-5)
+        assert_allclose(found["field_size"][:, layer], windows.held_area(matrix, (3, 5), 0.5) / 15, rtol=1e-4)
+        assert_allclose(found["interaction_distance"][:, layer], field.interaction_distance(matrix, (3, 5)), rtol=1e-4)
+        assert_array_equal(found["hub"][:, layer], hubs(matrix).found)
+
+
+def test_one_measure_alone_is_the_same_as_all_together(vit):
+    images = photographs(2, 48, 80)
+    together = collected(vit, images)
+    for name in ROOM:
+        assert_array_equal(collected(vit, images, [name])[name], together[name])
+
+
+def test_permuting_images_permutes_rows(vit):
+    images, order = photographs(4, 48, 80), [2, 0, 3, 1]
+    straight, permuted = collected(vit, images), collected(vit, images[order])
+    assert_allclose(permuted["field_size"], straight["field_size"][order], rtol=1e-3)
+    assert_allclose(permuted["interaction_distance"], straight["interaction_distance"][order], rtol=1e-4)
+
+
+def test_the_area_of_windows_is_an_option(vit):
+    for area, most in (("10", 2), ("60", 9)):
+        sides = collected(vit, photographs(1, 48, 80), options={"window_area": area})["window"]
+        size = (sides[..., 0] + sides[..., 2] + 1) * (sides[..., 1] + sides[..., 3] + 1)
+        assert size.max() <= most
+    with pytest.raises(UsageError, match="window_area"):
+        collectors(vit, ROOM, {"window_area": "all"})
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [({"reg_tokens": 4}, 5), ({"class_token": False, "global_pool": "avg"}, 0)],
+    ids=["registers", "no class token"],
+)
+def test_registers_and_missing_class_tokens_are_no_patches(options, prefix):
+    vit = open_vit(timm_vit(**options), image_size=(48, 80))
+    images = photographs(2, 48, 80)
+    found, maps = collected(vit, images), maps_on_grid(vit, images)
+    for layer, weights in maps.items():
+        distance = field.interaction_distance(indicator(weights, prefix), (3, 5))
+        assert_allclose(found["interaction_distance"][:, layer], distance, rtol=1e-4)
+
+
+def test_swin_is_read_on_the_image_grid_with_small_layers_padded():
+    vit = open_vit(timm_swin(), image_size=(64, 64))
+    images = photographs(2, 64, 64)
+    found, maps = collected(vit, images), maps_on_grid(vit, images)
+    for layer, weights in maps.items():
+        side = 16 if layer < 2 else 8
+        matrix = indicator(weights, prefix=0)
+        distance = field.interaction_distance(matrix, (side, side))
+        assert_allclose(found["interaction_distance"][:, layer, : side**2], distance, rtol=1e-4)
+        assert np.isnan(found["window"][:, layer, side**2 :]).all()
+        assert not found["hub"][:, layer, side**2 :].any()
+        assert_allclose(held(found["window"][:, layer, : side**2], matrix, side), best(matrix, side), atol=1e-5)
+
+
+def held(sides, matrix, side):
+    """What windows hold of an indicator, from their sides."""
+    row, column = np.divmod(np.arange(side**2), side)
+    left, top, right, bottom = np.moveaxis(sides, -1, 0)
+    boxes = np.stack([row - top, column - left, row + bottom + 1, column + right + 1], -1)
+    return (matrix * windows.in_box(torch.as_tensor(boxes).long(), (side, side))).sum(-1)
+
+
+def best(matrix, side):
+    return windows.best_boxes(matrix, (side, side), windows.n_patches_of(0.25, (side, side)))[1]
+
+
+def test_a_model_without_maps_between_patches_is_skipped_with_the_reason():
+    model = timm.create_model("xcit_nano_12_p16_224", depth=2, cls_attn_layers=1, img_size=64, num_classes=5).eval()
+    vit = open_vit(model, image_size=64)
+    assert set(skipped(vit, ROOM)) == set(ROOM)
+    assert "no layer has a map" in skipped(vit, ROOM)["window"]
+    assert collectors(vit, ROOM) == []
+
+
+def masked(vit, masks, prefix=1):
+    return [Edit(layer, bias=windows.attention_bias(mask, prefix)[:, None]) for layer, mask in enumerate(masks)]
+
+
+def test_a_window_of_the_whole_image_changes_nothing_bitwise(vit):
+    images = photographs(2, 48, 80)
+    boxes, _ = windows.best_boxes(torch.rand(2, 15, 15), (3, 5), 15)
+    whole = [windows.masks(boxes, (3, 5))] * 3
+    plain = vit.tap().read(images, edits=[Edit(layer, bias=torch.zeros(2, 1, 16, 16)) for layer in range(3)])
+    assert torch.equal(vit.tap().read(images, edits=masked(vit, whole)), plain)
+    assert torch.equal(plain, vit.tap().read(images))
+
+
+def test_a_window_changes_the_answer(vit):
+    images = photographs(2, 48, 80)
+    narrow = [torch.eye(15, dtype=torch.bool).expand(2, -1, -1)] * 3
+    change = (vit.tap().read(images, edits=masked(vit, narrow)) - vit.tap().read(images)).abs().max()
+    assert float(change) > 1e-2
+
+
+def test_closing_keys_to_all_in_every_layer_is_dropping_the_tokens():
+    model = drawn_wide(timm_vit())
+    vit = open_vit(model, image_size=(48, 80))
+    images, gone = photographs(2, 48, 80), (2, 7, 8)
+    edits = [Edit(layer, drop_keys=tuple(1 + patch for patch in gone)) for layer in range(3)]
+    left = [token for token in range(16) if token - 1 not in gone]
+    with torch.no_grad():
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))[:, left]
+        dropped = model.forward_head(model.norm(model.blocks(tokens)))
+        closed = vit.tap().read(images, edits=edits)
+    assert_allclose(closed, dropped, atol=1e-5 * float(dropped.abs().max()))
