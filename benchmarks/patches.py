@@ -2,6 +2,7 @@
 
     python benchmarks/patches.py windows  --model vit_tiny            accuracy under windows and their controls
     python benchmarks/patches.py variants --model vit_tiny            adaptive areas, other indicators, boxes per head
+    python benchmarks/patches.py sinks    --model vit_tiny            windows that need not stretch to hold sinks
     python benchmarks/patches.py referee  --model vit_tiny            which indicator agrees with causal removal
     python benchmarks/patches.py removal  --model vit_tiny            dropping hubs, random and other patches
     python benchmarks/patches.py overlap  --model vit_tiny            hubs against norms, sinks, detail, objects
@@ -234,6 +235,34 @@ def without_hubs_first(batch: Batch, share: float) -> list[Edit]:
     cleaned = [without_hubs(each, hubs(each).found) for each in batch.indicators("mean")]
     found = [windows.best_boxes(each, batch.grid, batch.n_patches(share))[0] for each in cleaned]
     return batch.edits([windows.masks(boxes, batch.grid) for boxes in found])
+
+
+def with_sinks(batch: Batch, share: float, n_sinks: int) -> list[Edit]:
+    """The keys that receive most are open to all, and a box has the rest of the area."""
+    found = [
+        windows.boxes_and_sinks(each, batch.grid, batch.n_patches(share), n_sinks)[1]
+        for each in batch.indicators("mean")
+    ]
+    return batch.edits(found)
+
+
+def per_head_with_sinks(batch: Batch, share: float, n_sinks: int) -> list[Edit]:
+    by_head = [batch.indicators(f"head{head}") for head in range(batch.n_heads)]
+    found = [
+        windows.boxes_and_sinks(torch.stack(heads, 1), batch.grid, batch.n_patches(share), n_sinks)[1]
+        for heads in zip(*by_head, strict=True)
+    ]
+    return batch.edits(found, heads=True)
+
+
+def sink_conditions() -> dict[str, Condition]:
+    found: dict[str, Condition] = {}
+    for share in (0.15, 0.25, 0.36):
+        for n_sinks in (4, 8):
+            found[f"box and {n_sinks} sinks@{share}"] = with_share(with_sinks, share, n_sinks)
+        found[f"a box and 4 sinks per head@{share}"] = with_share(per_head_with_sinks, share, 4)
+    found["box and 16 sinks@0.25"] = with_share(with_sinks, 0.25, 16)
+    return found
 
 
 def variant_conditions() -> dict[str, Condition]:
@@ -726,9 +755,14 @@ def speed_experiment(options: argparse.Namespace) -> None:
     print(table(["tokens dropped before L0", f"ms an image, {options.precision}"], rows))
 
 
+def sinks_experiment(options: argparse.Namespace) -> None:
+    print_conditions(options, run_conditions(options, sink_conditions()))
+
+
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "windows": windows_experiment,
     "variants": variants_experiment,
+    "sinks": sinks_experiment,
     "referee": referee_experiment,
     "removal": removal_experiment,
     "overlap": overlap_experiment,

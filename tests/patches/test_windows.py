@@ -142,6 +142,18 @@ def test_top_keys_are_the_strongest() -> None:
     assert torch.all(weakest_in >= strongest_out)
 
 
+def test_sinks_are_open_to_all_within_the_area_and_the_box_looks_at_the_rest() -> None:
+    grid = (14, 14)
+    planted = windows.masks(planted_boxes(grid, (6, 6), n_images=2), grid)
+    matrix = indicator(attention_in(planted, n_heads=3, prefix=0), prefix=0)
+    sinks = torch.tensor([0, 13, 182, 195])
+    matrix[..., sinks] += 0.2
+    boxes, mask = windows.boxes_and_sinks(normalised(matrix), grid, 40, 4)
+    assert torch.all(mask[..., sinks])
+    assert int(mask.sum(-1).max()) <= 41
+    assert float(overlap(windows.masks(boxes, grid), planted).mean()) >= 0.85
+
+
 def test_prefix_rows_and_columns_stay_open() -> None:
     bias = windows.attention_bias(torch.eye(4, dtype=torch.bool)[None], prefix=2)
     assert bias.shape == (1, 6, 6)

@@ -4,13 +4,14 @@ Each has one panel a layer, at one scale, over the photograph in pale grey if th
 hue alone: the flow carries ticks, so that it can be read in grey and by colour-blind people.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, UInt8
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -23,6 +24,8 @@ __all__ = ["flow_colours", "hub_map", "tendency_arrows", "tendency_flow", "windo
 PER_ROW = 6
 PANEL_INCHES = 1.55
 HEAD_INCHES = 0.9
+KEY_PANELS = 0.75
+"""Width of a key, in panels."""
 PALE = (0.62, 0.36)
 """Lowest grey of a pale photograph, and its range."""
 
@@ -44,7 +47,7 @@ def tendency_arrows(study: xr.Dataset, image: Which = None, photo: Image.Image |
 
     def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
         x, y = np.meshgrid(np.arange(grid[1]), np.arange(grid[0]))
-        pull = pulls[layer, : grid[0] * grid[1]].reshape(*grid, 2) / longest * 1.4
+        pull = pulls[layer, : grid[0] * grid[1]].reshape(*grid, 2) / longest * 2
         axes.quiver(
             x, y, pull[..., 0], pull[..., 1], angles="xy", scale_units="xy", scale=1, color=COOL, width=0.011,
             headwidth=3.6, headlength=4.0, headaxislength=3.6, minlength=0.3, edgecolor="white", linewidth=0.25,
@@ -54,7 +57,7 @@ def tendency_arrows(study: xr.Dataset, image: Which = None, photo: Image.Image |
     explain(
         figure,
         "An arrow leads from a patch towards the centre of the interactions in its window.",
-        f"All panels at one scale: the 95 % longest arrow, {number(longest)} patches, is drawn 1.4 patches long.",
+        f"All panels at one scale: the 95 % longest arrow, {number(longest)} patches, is drawn 2 patches long.",
         "Beside the layer: mean length in patches. Patches at the border can only point inward.",
         "Our construction, after Ma et al. 2022.",
     )
@@ -100,7 +103,15 @@ def windows_of_patch(study: xr.Dataset, patch: int, image: Which = 0, photo: Ima
         corner = (column - left - 0.5, row - top - 0.5)
         for colour, width in (("white", 3.0), (MARK, 1.6)):
             axes.add_patch(
-                Rectangle(corner, left + right + 1, top + bottom + 1, fill=False, edgecolor=colour, linewidth=width)
+                Rectangle(
+                    corner,
+                    left + right + 1,
+                    top + bottom + 1,
+                    fill=False,
+                    edgecolor=colour,
+                    linewidth=width,
+                    clip_on=False,
+                )
             )
         for colour, size in (("white", 6.0), (INK, 4.0)):
             axes.plot([column], [row], "s", color=colour, markersize=size, markeredgewidth=0)
@@ -159,7 +170,9 @@ def hub_map(study: xr.Dataset, image: Which = 0, photo: Image.Image | None = Non
         for row, column in np.argwhere(share > 0):
             for colour, width in (("white", 2.4), (MARK, 1.3)):
                 axes.add_patch(
-                    Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width)
+                    Rectangle(
+                        (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False
+                    )
                 )
 
     figure = _layers(
@@ -191,7 +204,8 @@ def coverage(sides: Float[np.ndarray, "patch side"], grid: tuple[int, int]) -> F
     rows, columns = np.arange(grid[0]), np.arange(grid[1])
     in_rows = (rows >= (row - top)[:, None]) & (rows <= (row + bottom)[:, None])
     in_columns = (columns >= (column - left)[:, None]) & (columns <= (column + right)[:, None])
-    return np.einsum("qr,qc->rc", in_rows.astype(float), in_columns.astype(float)) / len(sides)
+    covered: Float[np.ndarray, "row column"] = in_rows.astype(float).T @ in_columns.astype(float)
+    return covered / len(sides)
 
 
 # --- panels ----------------------------------------------------------------------------------------------------------
@@ -205,30 +219,25 @@ def _layers(
     note: Callable[[int], str],
     extra: Callable[[Any], None] | None = None,
 ) -> Any:
-    """A panel for every layer that has a grid; `extra` draws into one more panel."""
+    """A panel for every layer that has a grid; `extra` draws the key at their right."""
     grids = _grids(study)
     shown = [layer for layer, grid in enumerate(grids) if grid is not None]
-    count = len(shown) + (extra is not None)
-    columns = min(PER_ROW, count)
-    rows = -(-count // columns)
-    figure = blank(columns * PANEL_INCHES + 0.3, rows * (PANEL_INCHES + 0.18) + HEAD_INCHES, title)
-    panels = iter(figure.subplots(rows, columns, squeeze=False).flatten())
-    for layer, axes in zip(shown, panels, strict=False):
+    columns = min(PER_ROW, len(shown))
+    rows = -(-len(shown) // columns)
+    width = (columns + KEY_PANELS * (extra is not None)) * PANEL_INCHES + 0.3
+    figure = blank(width, rows * (PANEL_INCHES + 0.18) + HEAD_INCHES, title)
+    places = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [KEY_PANELS if extra else 1e-3])
+    for index, layer in enumerate(shown):
         grid = grids[layer]
         assert grid is not None
+        axes = figure.add_subplot(places[divmod(index, columns)])
         _ground(axes, grid, photo)
         draw(axes, layer, grid)
         axes.set_title(f"L{layer}", fontweight="bold", pad=3)
         axes.set_title(note(layer), loc="right", fontsize=7, color=SOFT, pad=3)
-    _rest(panels, extra)
-    return figure
-
-
-def _rest(panels: Iterator[Any], extra: Callable[[Any], None] | None) -> None:
     if extra is not None:
-        extra(next(panels))
-    for axes in panels:
-        axes.set_axis_off()
+        extra(figure.add_subplot(places[:, -1]))
+    return figure
 
 
 def _ground(axes: Any, grid: tuple[int, int], photo: Image.Image | None) -> None:
@@ -281,14 +290,12 @@ def _wheel(axes: Any) -> None:
 
 
 def _cover_bar(axes: Any) -> None:
-    axes.imshow(np.linspace(1, 0, 64)[:, None], extent=(0, 0.12, 0, 1), cmap=COVER, vmin=0, vmax=1, aspect="auto")
-    axes.set(xlim=(0, 1), ylim=(-0.1, 1.1), xticks=[], yticks=[0, 0.5, 1])
-    axes.set_yticklabels(["no patch", "half of them", "all patches"])
-    axes.yaxis.tick_right()
-    axes.spines[:].set_visible(False)
-    for label in axes.get_yticklabels():
-        label.set_x(0.16 - 1)
-    axes.tick_params(length=0)
+    axes.set_axis_off()
+    bar = axes.figure.colorbar(
+        ScalarMappable(Normalize(0, 1), COVER), cax=axes.inset_axes((0.05, 0.2, 0.12, 0.6)), ticks=[0, 0.5, 1]
+    )
+    bar.ax.set_yticklabels(["no patch", "half of them", "all patches"])
+    bar.outline.set_visible(False)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -330,7 +337,8 @@ def _refuse_patch(study: xr.Dataset, patch: int) -> None:
 
 
 def _lengths(pulls: Float[np.ndarray, "layer patch xy"]) -> Float[np.ndarray, "layer patch"]:
-    return np.hypot(pulls[..., 0], pulls[..., 1])
+    lengths: Float[np.ndarray, "layer patch"] = np.hypot(pulls[..., 0], pulls[..., 1])
+    return lengths
 
 
 def _scale(lengths: Float[np.ndarray, "layer patch"]) -> float:
@@ -356,4 +364,7 @@ def _from_oklab(lab: Float[np.ndarray, "row column lab"]) -> Float[np.ndarray, "
         ]
     )
     linear = np.clip((lab @ to_lms.T) ** 3 @ to_rgb.T, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    rgb: Float[np.ndarray, "row column rgb"] = np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
+    )
+    return rgb

@@ -38,7 +38,8 @@ def field_size(mask: Bool[Tensor, "*batch patch other"]) -> Float[Tensor, "*batc
 def interaction_distance(indicator: Float[Tensor, "*batch patch other"], grid: Grid) -> Float[Tensor, "*batch patch"]:
     """Mean Euclidean distance, in patches, from each patch to those it interacts with, weighted by the indicator."""
     place = positions(grid).to(indicator)
-    return (indicator * torch.cdist(place, place)).sum(-1)
+    distance: Tensor = torch.cdist(place, place)
+    return (indicator * distance).sum(-1)
 
 
 def agreement(tendencies: Float[Tensor, "*batch patch xy"]) -> Float[Tensor, "*batch"]:
@@ -48,7 +49,8 @@ def agreement(tendencies: Float[Tensor, "*batch patch xy"]) -> Float[Tensor, "*b
     """
     length = torch.linalg.vector_norm(tendencies, dim=-1, keepdim=True)
     unit = torch.where(length > 0, tendencies / length, torch.nan)
-    return torch.linalg.vector_norm(unit.nanmean(-2), dim=-1)
+    agreed: Tensor = torch.linalg.vector_norm(unit.nanmean(-2), dim=-1)
+    return agreed
 
 
 def interior(grid: Grid, margin: int) -> Bool[Tensor, "patch"]:
@@ -75,7 +77,8 @@ def _off_diagonal(matrix: Float[Tensor, "*batch patch other"]) -> Float[Tensor, 
     """Each row without its diagonal element: drop the first element, and every (N + 1)-th after it."""
     n = matrix.shape[-1]
     rest = matrix.flatten(-2)[..., 1:].unflatten(-1, (n - 1, n + 1))[..., :-1]
-    return rest.flatten(-2).unflatten(-1, (n, n - 1))
+    whole: Tensor = rest.flatten(-2).unflatten(-1, (n, n - 1))
+    return whole
 
 
 @lru_cache(maxsize=8)

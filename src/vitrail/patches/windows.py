@@ -21,6 +21,7 @@ __all__ = [
     "areas",
     "attention_bias",
     "best_boxes",
+    "boxes_and_sinks",
     "centred_boxes",
     "complements",
     "held_area",
@@ -201,6 +202,20 @@ def top_keys(
     """The `count` strongest keys of each query, of any shape, and the query itself."""
     rank = indicator.argsort(-1, descending=True).argsort(-1)
     return _with_self(rank < count[..., None])
+
+
+def boxes_and_sinks(
+    indicator: Float[Tensor, "*batch patch other"], grid: Grid, n_patches: int, n_sinks: int
+) -> tuple[Int[Tensor, "*batch patch side"], Bool[Tensor, "*batch patch other"]]:
+    """Windows of at most `n_patches` that need not stretch to hold sinks: boxes, and the masks of box and sinks.
+
+    The `n_sinks` keys that receive most of a layer are open to every query, and count; the box of the patches that are
+    left is the one that holds most of the rest.
+    """
+    sinks = indicator.sum(-2).topk(n_sinks, dim=-1).indices
+    shut = torch.zeros(indicator.shape[:-1], dtype=torch.bool, device=indicator.device).scatter_(-1, sinks, value=True)
+    boxes, _ = best_boxes(indicator.masked_fill(shut[..., None, :], 0), grid, n_patches - n_sinks)
+    return boxes, masks(boxes, grid) | shut[..., None, :]
 
 
 def areas(boxes: Boxes) -> Int[Tensor, "*batch patch"]:
