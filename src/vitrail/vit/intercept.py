@@ -37,6 +37,7 @@ class RawCall:
 
     `run(bias, region)` gives the output of the model's own product: `bias` is added before softmax, `region` maps the
     weights to other weights. Without either the model's own kernel runs on the exact arguments it received.
+    `first_query()` computes the output of the first query only, with zeros for the others.
     """
 
     q: Tensor | None
@@ -48,6 +49,7 @@ class RawCall:
     run: Callable[[Tensor | None, Callable[[Tensor], Tensor] | None], Tensor]
     weights: Callable[[Tensor | None], Tensor]
     scores_changed: bool = False
+    first_query: Callable[[], Tensor] | None = None
 
 
 @runtime_checkable
@@ -238,7 +240,13 @@ def _fused_call(
         total = bias.to(q.dtype) if mask is None else mask + bias.to(q.dtype)
         return _SDPA(q, keys, values, total, dropout_p, False, scale=scale)
 
-    return RawCall(q, keys, values, mask, factor, True, run, weights)
+    def first_query() -> Tensor:
+        first = mask if mask is None or mask.shape[-2] == 1 else mask[..., :1, :]
+        whole = q.new_zeros((*q.shape[:-3], q.shape[-2], q.shape[-3], values.shape[-1])).transpose(-2, -3)
+        whole[..., :1, :] = _SDPA(q[..., :1, :], keys, values, first, dropout_p, scale=scale)
+        return whole
+
+    return RawCall(q, keys, values, mask, factor, True, run, weights, first_query=first_query)
 
 
 def _softmax_weights(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:

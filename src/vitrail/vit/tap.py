@@ -32,6 +32,7 @@ class Replay:
 
     images: Tensor
     blocks: list["_Recorded"] = field(default_factory=list)
+    stem: dict[str, list[Tensor]] = field(default_factory=dict)
     logits: Tensor | None = None
 
 
@@ -62,6 +63,7 @@ class _Pass:
     inputs: tuple[Tensor, ...] = ()
     visited: list[int] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
+    stem_runs: dict[str, int] = field(default_factory=dict)
     shadow: bool = False
     native: bool = False
     probe: Callable[[RawCall, int], None] | None = None
@@ -93,6 +95,8 @@ class Tap:
         for path, module in self._clone.named_modules():
             if has_native_path(module) and any(path.startswith(block.path) for block in self.anatomy.blocks):
                 self._wrap_native(module)
+            if isinstance(module, nn.Conv2d) and not any(path.startswith(block.path) for block in self.anatomy.blocks):
+                self._wrap_stem(path, module)
         for index, block in enumerate(self.anatomy.blocks):
             self._wrap_block(self._clone.get_submodule(block.path), index)
 
@@ -256,6 +260,25 @@ class Tap:
 
         module.forward = forward
 
+    def _wrap_stem(self, path: str, module: nn.Module) -> None:
+        """Before the block that a run starts at, convolutions need not run: what they lead to comes from the record.
+
+        Copies are kept and given, since models go on to add to them in place.
+        """
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state = self._pass
+            if state is not None and state.replay is not None and not state.wide and state.start not in state.visited:
+                run = state.stem_runs[path] = state.stem_runs.get(path, 0) + 1
+                return state.replay.stem[path][run - 1].clone()
+            output = inner(*args, **kwargs)
+            if state is not None and state.record is not None:
+                state.record.stem.setdefault(path, []).append(output.clone())
+            return output
+
+        module.forward = forward
+
     def _block(
         self, state: _Pass, index: int, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -387,8 +410,9 @@ class Tap:
         self, state: _Pass, raw: RawCall, spec: Call, edits: tuple[Edit, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(output, the map [image window head query key] if a region changed it, the bias as the model lays it out)"""
+        only_first = self._only_first_query(state, raw, edits)
         if not edits:
-            return raw.run(None, None), None, None
+            return only_first() if only_first else raw.run(None, None), None, None
         state.used.update(index for index, edit in enumerate(state.edits) if edit in edits)
         if not raw.fused and not raw.scores_changed and any(edit.touches_scores for edit in edits):
             raise TapError(f"A bias on L{state.layer} did not reach its softmax, so the numbers are withheld.")
@@ -404,11 +428,18 @@ class Tap:
             return spec.layout.original(changed, weights)
 
         has_region = any(edit.region is not None for edit in edits)
-        out = raw.run(bias, region if has_region else None)
+        out = only_first() if only_first else raw.run(bias, region if has_region else None)
         if any(edit.prune or edit.gate is not None or edit.drop_queries for edit in edits):
             canonical = apply_to_output(spec.layout.canonical(out, state.rows), edits, state.copies)
             out = spec.layout.original(canonical, out)
         return out, final[0] if final else None, bias
+
+    def _only_first_query(self, state: _Pass, raw: RawCall, edits: tuple[Edit, ...]) -> Callable[[], Tensor] | None:
+        """Where the class token alone goes on and nobody looks, the other queries need not be answered."""
+        if state.class_row != state.layer or state.readers.attention is not None or state.readers.residual is not None:
+            return None
+        plain = not any(edit.touches_scores or edit.region is not None for edit in edits)
+        return raw.first_query if plain else None
 
     def _bias_of(self, state: _Pass, raw: RawCall, spec: Call, edits: tuple[Edit, ...]) -> Tensor | None:
         if not any(edit.touches_scores for edit in edits):
