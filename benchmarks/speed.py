@@ -100,11 +100,13 @@ def naive(model: nn.Module, images: Tensor, which: list[tuple[int, int]]) -> Ten
     return torch.stack(found)
 
 
-def collected(vit: Vit, images: Tensor, names: list[str], **options: str) -> dict[str, np.ndarray]:
-    """The measures `names` of one batch, as a study computes them."""
+def collected(
+    vit: Vit, images: Tensor, names: list[str], labels: np.ndarray | None = None, **options: str
+) -> dict[str, np.ndarray]:
+    """The measures `names` of one batch, as a study computes them; without labels the model's own answer is the label."""
     each = heads.collectors(vit, names, options)
     replay, logits = vit.tap().record(images, Readers.joined([one.readers() for one in each]))
-    labels = logits.argmax(-1).cpu().numpy().astype(np.int64)
+    labels = logits.argmax(-1).cpu().numpy().astype(np.int64) if labels is None else labels
     found: dict[str, np.ndarray] = {}
     for one in each:
         found |= one.finish(vit.tap(), replay, logits, labels)
@@ -328,9 +330,11 @@ def rank_rows(weights: str, images: str, n_images: int) -> list[list[str]]:
     exact: dict[str, list[np.ndarray]] = {name: [] for name in names}
     rough: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for at in range(0, len(entries), 16):
-        photos = vit.prepare([load_image(source, entry) for entry in entries[at : at + 16]])
+        part = entries[at : at + 16]
+        photos = vit.prepare([load_image(source, entry) for entry in part])
+        labels = np.array([entry.label for entry in part])
         for found, options in ((exact, {}), (rough, {"importance": "estimate"})):
-            for name, values in collected(vit, photos, names, **options).items():
+            for name, values in collected(vit, photos, names, labels, **options).items():
                 found[name].append(values)
     rows = []
     for name in names:
