@@ -1,6 +1,7 @@
 """Tables of docs/neurons.md from real models and photographs, one command each; every command goes on where it stopped.
 
     python benchmarks/neurons.py robustness --data ../shared/data --images 1000
+    python benchmarks/neurons.py masked     --data ../shared/data
     python benchmarks/neurons.py precision  --data ../shared/data
     python benchmarks/neurons.py grouping   --data ../shared/data
     python benchmarks/neurons.py filters    --data ../shared/data
@@ -15,6 +16,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,10 +28,15 @@ from PIL import Image
 from vitrail import open_vit
 from vitrail.data import ImageEntry, load_image, open_images, scan
 from vitrail.neurons import robustness
-from vitrail.neurons.flow import read_steps, rollout
+from vitrail.neurons.embedding import find_embedding
+from vitrail.neurons.filters import auroc, by_class, filter_energy, salient_patches, tabulate
+from vitrail.neurons.flow import flow_row, read_steps, rollout
 from vitrail.neurons.grouping import RADII, SCORES, group
 from vitrail.neurons.levels import read_levels
-from vitrail.neurons.objects import in_view, patch_objects
+from vitrail.neurons.objects import coverage, in_view, patch_objects
+from vitrail.neurons.ranking import average_ranks
+from vitrail.neurons.relevance import METHODS, deletion_and_insertion, relevance
+from vitrail.neurons.views import agreement, faithful_view, neuron_view, view
 
 MODELS = ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "neurons"
@@ -78,24 +85,27 @@ def save_responses(file: Path, vit, images, labels, numbers, asked) -> None:
     salience = rollout(steps, vit.anatomy.blocks[0].prefix, vit.anatomy.class_index(0)).numpy()
     intact = logits.float().softmax(-1).numpy()
     responses = robustness.respond(vit, images, labels, salience, numbers, asked)
+    fields = ("correct", "probability", "drift", "class_drift")
+    found = {field: np.stack([getattr(response, field) for response in responses], 1) for field in fields}
+    answers = np.take_along_axis(intact, labels[:, None], 1)[:, 0]
+    save_all(file, asked, intact.argmax(1) == labels, answers, found)
+
+
+def save_all(file: Path, asked, correct: np.ndarray, probability: np.ndarray, found: dict[str, np.ndarray]) -> None:
+    """Whole or not at all."""
+    told = json.dumps([{"kind": type(probe).__name__, **asdict(probe)} for probe in asked])
     unfinished = file.with_suffix(".unfinished.npz")
-    np.savez(
-        unfinished,
-        probes=json.dumps([{"kind": type(probe).__name__, **asdict(probe)} for probe in asked]),
-        intact_correct=intact.argmax(1) == labels,
-        intact_probability=np.take_along_axis(intact, labels[:, None], 1)[:, 0],
-        **{
-            field: np.stack([getattr(response, field) for response in responses], 1)
-            for field in ("correct", "probability", "drift", "class_drift")
-        },
-    )
+    np.savez(unfinished, probes=told, intact_correct=correct, intact_probability=probability, **found)
     unfinished.replace(file)
 
 
 def robustness_command(arguments: argparse.Namespace) -> None:
     lines = ["# Robustness", ""]
     for model in arguments.models:
-        files = robustness_of(arguments, arguments.precision, model, arguments.images, arguments.work)
+        if arguments.finished:
+            files = sorted(arguments.work.glob(f"robustness-{model}-{arguments.precision}-????.npz"))
+        else:
+            files = robustness_of(arguments, arguments.precision, model, arguments.images, arguments.work)
         lines += robustness_table(model, arguments.precision, joined(files))
     write("robustness.md", lines)
 
@@ -136,7 +146,7 @@ def matched_table(found: dict[str, np.ndarray], asked: list[dict]) -> list[str]:
         "| lost by | amount | beyond random | beyond non-salient |",
         "|---|---|---|---|",
     ]
-    for loss in robustness.LOSSES:
+    for loss in sorted({each["loss"] for each in asked if "loss" in each}):
         for amount in sorted({each["amount"] for each in asked if "amount" in each}):
             salient = found["probability"][:, place["salient", loss, amount]]
             beyond = [
@@ -232,6 +242,222 @@ def grouping_table(model: str, cells: int | None, held: dict[str, np.ndarray]) -
     return [*lines, ""]
 
 
+# --- masked robustness -----------------------------------------------------------------------------------------------
+
+
+def masked_command(arguments: argparse.Namespace) -> None:
+    """Robustness on the photographs with objects: salient patches are those that objects cover."""
+    lines = ["# Robustness where objects are known", "", "Labels are the model's own predictions on the intact image."]
+    for model in arguments.models:
+        file = arguments.work / f"masked-{model}-{arguments.precision}.npz"
+        if not file.exists():
+            save_masked(file, opened(arguments.data, model, arguments.precision), arguments.data)
+        lines += ["", *robustness_table(model, arguments.precision, dict(np.load(file)))]
+    write("robustness-masks.md", lines)
+
+
+def save_masked(file: Path, vit, data: Path) -> None:
+    asked, kept = robustness.probes(vit.anatomy.grid, losses=("mean", "removed")), []
+    for number, (image, ids, _, _) in enumerate(masked_photographs(data)):
+        covered = coverage((in_view(ids, vit.preprocessing) > 0).astype(np.int64), vit.anatomy.grid)[1]
+        if not len(covered):
+            continue
+        images = vit.prepare([image])
+        intact = vit.logits(images).float().softmax(-1).numpy()
+        responses = robustness.respond(vit, images, intact.argmax(1), covered[:1], [number], asked)
+        kept.append((intact.max(), responses))
+    fields = ("correct", "probability", "drift", "class_drift")
+    save_all(file, asked, np.ones(len(kept), dtype=bool), np.array([each for each, _ in kept]), {
+        field: np.stack([np.stack([getattr(each, field)[0] for each in responses]) for _, responses in kept])
+        for field in fields
+    })  # fmt: skip
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+
+def filters_command(arguments: argparse.Namespace) -> None:
+    lines = ["# Filters", "", "AUROC of a filter's energy, object patches against the others, over the photographs of "
+             "coco-masks.", ""]  # fmt: skip
+    for model in arguments.models:
+        vit = opened(arguments.data, model)
+        by_mask, by_rollout, categories, ids = filter_scores(vit, arguments.data)
+        lines += filter_lines(model, by_mask, by_rollout, categories, ids)
+    write("filters.md", lines)
+
+
+def filter_scores(vit, data: Path):
+    """AUROC [image channel] with objects from masks, and with the quarter of patches that rollout ranks highest."""
+    embedding, by_mask, by_rollout, categories, names = find_embedding(vit), [], [], [], []
+    for image, ids, objects, name in masked_photographs(data):
+        prepared = vit.prepare([image])
+        energy = filter_energy(prepared, embedding.filters)[0].numpy()
+        inside = patch_objects(in_view(ids, vit.preprocessing), embedding.grid, min_area=0.0, min_patches=1) > 0
+        steps, _ = read_steps(vit.tap(), prepared)
+        rolled = rollout(steps, embedding.prefix, vit.anatomy.class_index(0)).numpy()
+        by_mask.append(auroc(energy, np.broadcast_to(inside, energy.shape)))
+        by_rollout.append(auroc(energy, np.broadcast_to(salient_patches(rolled)[0], energy.shape)))
+        categories.append(set(objects.values()))
+        names.append(name)
+    return np.array(by_mask), np.array(by_rollout), categories, names
+
+
+def filter_lines(model: str, by_mask, by_rollout, categories, names) -> list[str]:
+    table, rolled = tabulate(by_mask, 2), tabulate(by_rollout, 2)
+    order = np.argsort(-table.mean)
+    spread = np.nanstd(by_mask, axis=0).mean()
+    known = by_mask[~np.isnan(by_mask).all(axis=1)]
+    lines = [
+        f"## {model}, {table.n_images} photographs with objects",
+        "",
+        f"Mean AUROC of the {len(order)} filters: {table.mean.min():.3f} to {table.mean.max():.3f}, median "
+        f"{np.median(table.mean):.3f}; one filter varies over photographs by {spread:.3f} (standard deviation). The "
+        f"best filter of each photograph has {known.max(axis=1).mean():.3f}, the worst "
+        f"{known.min(axis=1).mean():.3f}. Ranks of filters by mask and by rollout "
+        f"agree by {np.corrcoef(average_ranks(table.mean), average_ranks(rolled.mean))[0, 1]:.2f} (Spearman).",
+        "",
+        "| filter | mean | deviation | by rollout | best photographs | worst photographs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for channel in [*order[:5], *order[-5:]]:
+        best, worst = (", ".join(names[i] for i in each[channel]) for each in (table.best, table.worst))
+        scores = [f"{each[channel]:.3f}" for each in (table.mean, table.deviation, rolled.mean)]
+        lines.append(row([str(channel), *scores, best, worst]))
+    counted = Counter(category for each in categories for category in each)
+    frequent = [category for category, count in counted.most_common(8) if count >= 5]
+    members = {category: np.array([category in each for each in categories]) for category in frequent}
+    lines += ["", "| category | photographs | best filters (mean AUROC) |", "|---|---|---|"]
+    for category, ranked in by_class(by_mask, members).items():
+        told = ", ".join(f"{channel} ({score:.3f})" for channel, score in ranked)
+        lines.append(row([category, str(counted[category]), told]))
+    return [*lines, ""]
+
+
+# --- relevance -------------------------------------------------------------------------------------------------------
+
+
+def relevance_command(arguments: argparse.Namespace) -> None:
+    lines = ["# Relevance", "", "Area under deletion (lower is better) and insertion (higher is better) of the label's "
+             "probability; patches painted in the image's mean colour, ten steps.", ""]  # fmt: skip
+    for model in arguments.models:
+        files = relevance_of(arguments, model)
+        lines += relevance_table(model, [dict(np.load(file)) for file in files])
+    write("relevance.md", lines)
+
+
+def relevance_of(arguments: argparse.Namespace, model: str) -> list[Path]:
+    wide, narrow = opened(arguments.data, model), opened(arguments.data, model, arguments.precision)
+    source, entries = photographs(arguments.data, min(arguments.images, 100))
+    files = []
+    for start, some in chunks(entries):
+        file = arguments.work / f"relevance-{model}-{start:04d}.npz"
+        if not file.exists():
+            images = [load_image(source, entry) for entry in some]
+            labels = np.array([entry.label for entry in some])
+            maps = relevance(wide, wide.prepare(images), labels)
+            found = {}
+            for method, scores in maps.items():
+                curves = deletion_and_insertion(narrow, narrow.prepare(images), labels, scores)
+                found |= {f"{method} deletion": curves.deletion, f"{method} insertion": curves.insertion}
+            np.savez(file, **found)
+            print(file.name, flush=True)
+        files.append(file)
+    return files
+
+
+def relevance_table(model: str, pieces: Sequence[dict[str, np.ndarray]]) -> list[str]:
+    areas = {}
+    for name in pieces[0]:
+        curve = np.concatenate([piece[name] for piece in pieces])
+        areas[name] = (curve[:, 1:] + curve[:, :-1]).mean(axis=1) / 2
+    n = len(next(iter(areas.values())))
+    lines = [
+        f"## {model}, {n} photographs",
+        "",
+        "| method | deletion | insertion | insertion - deletion | that beyond random (paired) |",
+        "|---|---|---|---|---|",
+    ]
+    random = areas["random insertion"] - areas["random deletion"]
+    for method in METHODS:
+        gap = areas[f"{method} insertion"] - areas[f"{method} deletion"]
+        beyond = interval(gap - random) if method != "random" else ""
+        lines.append(
+            row(
+                [
+                    method,
+                    interval(areas[f"{method} deletion"]),
+                    interval(areas[f"{method} insertion"]),
+                    interval(gap),
+                    beyond,
+                ]
+            )
+        )
+    return [*lines, ""]
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def views_command(arguments: argparse.Namespace) -> None:
+    """How far the plain view agrees with the faithful one, what that accounts for, and what a view costs."""
+    lines = ["# Views", ""]
+    for model in arguments.models:
+        file = arguments.work / f"views-{model}.npz"
+        if not file.exists():
+            save_views(file, opened(arguments.data, model), arguments.data)
+        held = dict(np.load(file))
+        lines += [
+            f"## {model}, {held['cosine'].shape[1]} neurons of {held['cosine'].shape[1] // 4} photographs a level",
+            "",
+            "| level | cosine, plain and faithful | ranks of patches | faithful: missing (median) | 16 steps |",
+            "|---|---|---|---|---|",
+        ]
+        for index, level in enumerate(held["levels"]):
+            lines.append(row([
+                str(level), interval(held["cosine"][index], 2), interval(held["rank"][index], 2),
+                f"{np.median(held['missing'][index]):.2f}", f"{np.median(held['missing16'][index]):.3f}",
+            ]))  # fmt: skip
+        lines += [
+            "",
+            f"One view (median): {1000 * np.median(held['seconds_view']):.1f} ms from kept maps, "
+            f"{1000 * np.median(held['seconds_both']):.0f} ms with the pass that reads them; the faithful view "
+            f"{1000 * np.median(held['seconds_faithful']):.0f} ms ({int(held['threads'])} threads, busy machine).",
+            "",
+        ]
+    write("views.md", lines)
+
+
+def save_views(file: Path, vit, data: Path, levels: Sequence[int] = (0, 1, 2, 4, 6, 8, 10, 12)) -> None:
+    """Four random neurons of six photographs at some levels."""
+    source, entries = photographs(data, 6)
+    rng, embedding = np.random.default_rng(0), find_embedding(vit)
+    found = {name: [[] for _ in levels] for name in ("cosine", "rank", "missing", "missing16")}
+    times = {name: [] for name in ("seconds_view", "seconds_both", "seconds_faithful")}
+    for entry in entries:
+        image = vit.prepare([load_image(source, entry)])
+        steps, _ = read_steps(vit.tap(), image)
+        for index, level in enumerate(levels):
+            for _ in range(4):
+                token, channel = int(rng.integers(1, 197)), int(rng.integers(len(embedding.filters)))
+                started = time.perf_counter()
+                row_ = flow_row(steps[:level], token) if level else flow_row(steps[:1], token) * 0
+                plain = view(image, embedding.filters[channel], embedding.grid, row_[:, embedding.prefix :])[0]
+                times["seconds_view"].append(time.perf_counter() - started)
+                started = time.perf_counter()
+                plain = neuron_view(vit, image, level, token, channel, embedding=embedding)[0]
+                times["seconds_both"].append(time.perf_counter() - started)
+                started = time.perf_counter()
+                faithful = faithful_view(vit, image, level, token, channel)
+                times["seconds_faithful"].append(time.perf_counter() - started)
+                both = agreement(plain, faithful.pixels, embedding.grid)
+                found["cosine"][index].append(both.cosine)
+                found["rank"][index].append(both.rank)
+                found["missing"][index].append(faithful.missing)
+            complete = faithful_view(vit, image, level, token, channel, 16)
+            found["missing16"][index].append(complete.missing)
+    np.savez(file, levels=levels, threads=torch.get_num_threads(), **found, **times)
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +483,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--finished", action="store_true", help="robustness: tabulate what is there, compute nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-neurons")
     arguments = parser.parse_args()
@@ -266,7 +493,15 @@ def main() -> None:
     COMMANDS[arguments.command](arguments)
 
 
-COMMANDS = {"robustness": robustness_command, "precision": precision_command, "grouping": grouping_command}
+COMMANDS = {
+    "filters": filters_command,
+    "grouping": grouping_command,
+    "masked": masked_command,
+    "precision": precision_command,
+    "relevance": relevance_command,
+    "robustness": robustness_command,
+    "views": views_command,
+}
 
 if __name__ == "__main__":
     main()

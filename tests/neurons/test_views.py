@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 
 from vitrail import Readers, open_vit
 from vitrail.errors import Unsupported, UsageError
+from vitrail.neurons.display import shown, signed
 from vitrail.neurons.embedding import find_embedding, position_similarity
 from vitrail.neurons.flow import STEPS, flow_row, flows, read_steps, rollout, step
 from vitrail.neurons.levels import read_levels
@@ -22,8 +23,6 @@ from vitrail.neurons.views import (
     local_view,
     neuron_view,
     patch_sums,
-    shown,
-    signed,
     view,
 )
 

@@ -4,6 +4,7 @@ levels      the tokens of a model level by level
 embedding   level 0: the patch embedding as filters over pixels
 flow        attention as a flow between tokens, and rollout
 views       what one neuron sees, plain and faithful, and how far the two agree
+display     how views are shown as pictures (no torch)
 filters     which filters let objects stand out
 excite      the images that excite a neuron, and one made to
 robustness  occlusion and shuffling

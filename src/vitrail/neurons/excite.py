@@ -70,7 +70,7 @@ def make_image(
     generator = torch.Generator().manual_seed(seed)
     rows, columns = vit.preprocessing.size
     scale = _falling(rows, columns)
-    spectrum = (0.5 * torch.randn((3, rows, columns // 2 + 1, 2), generator=generator)).requires_grad_(True)
+    spectrum = (0.01 * torch.randn((3, rows, columns // 2 + 1, 2), generator=generator)).requires_grad_(True)
     optimiser = torch.optim.Adam([spectrum], lr=rate)
     activations = []
     for _ in range(n_steps):
@@ -95,8 +95,8 @@ def _falling(rows: int, columns: int) -> Float[Tensor, "row frequency"]:
 
 
 def _pixels(spectrum: Tensor, scale: Tensor, size: tuple[int, int]) -> Float[Tensor, "colour row column"]:
-    image = torch.fft.irfft2(torch.view_as_complex(spectrum) * scale, s=size, norm="ortho")
-    return torch.sigmoid(image / 16)
+    image = torch.fft.irfft2(torch.view_as_complex(spectrum) * scale, s=size)
+    return torch.sigmoid(image)
 
 
 def _activation(vit: Vit, pixels: Tensor, level: int, channel: int, token: int | None) -> Tensor:

@@ -7,9 +7,7 @@ own derivative by the pixels, times the pixels; it is our addition, as is the ag
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,7 +29,6 @@ __all__ = [
     "local_view",
     "neuron_view",
     "patch_sums",
-    "shown",
     "view",
 ]
 
@@ -180,26 +177,6 @@ def patch_sums(pixels: Float[Tensor, "colour row column"], grid: tuple[int, int]
     cut = pixels.float().unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
     sums: Tensor = cut.sum((0, 2, 4)).flatten()
     return sums
-
-
-def shown(
-    pixels: Float[np.ndarray, "colour row column"], scale: float | None = None
-) -> Float[np.ndarray, "row column colour"]:
-    """A view as a picture: clip(V / max V, 0, 1), one scale for the three channels (as published).
-
-    `scale` stands in for max V, for one scale over several views. Negative entries are black: `signed` shows them.
-    """
-    top = float(pixels.max()) if scale is None else scale
-    return np.moveaxis(np.clip(pixels / top if top > 0 else np.zeros_like(pixels), 0, 1), 0, -1)
-
-
-def signed(
-    pixels: Float[np.ndarray, "colour row column"], scale: float | None = None
-) -> Float[np.ndarray, "row column"]:
-    """A view summed over colours, from -1 to 1, for a diverging colour scale; beside `shown`, ours."""
-    summed: np.ndarray[Any, Any] = pixels.sum(axis=0)
-    top = float(np.abs(summed).max()) if scale is None else scale
-    return summed / top if top > 0 else summed
 
 
 def _refuse_unknown(vit: Vit, embedding: Embedding, level: int, token: int, channel: int) -> None:

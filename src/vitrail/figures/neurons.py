@@ -1,0 +1,218 @@
+"""Figures of the neurons room: views, filters, colours and similarity of tokens, grouping, robustness, relevance.
+
+They take arrays, as nothing of this but norms, scores and answers lies in a study; `benchmarks/neurons.py pictures`
+makes those of the documentation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+
+from vitrail.errors import UsageError
+from vitrail.figures.style import COOL, INK, LINE, MARK, blank, explain, styled
+from vitrail.neurons.display import shown, signed
+
+__all__ = [
+    "Curve",
+    "Panel",
+    "coloured",
+    "curves",
+    "grouping_by_layer",
+    "overlaid",
+    "panels",
+    "position_grid",
+    "scatter_of_tokens",
+    "token_map",
+    "view_panels",
+]
+
+CYCLE = (COOL, MARK, "#5a7d2a", "#7a4aa0", "#8a6d0a", "#5a6170")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+Picture = Float[np.ndarray, "row column colour"]
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One picture of a figure, 0 to 1, and its title; `mark` is a patch (row, column, height, width) to point at."""
+
+    picture: Float[np.ndarray, "row column colour"]
+    title: str = ""
+    mark: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A line with its interval: `low` and `high` are the ends of the interval at each x."""
+
+    name: str
+    x: Float[np.ndarray, "point"]
+    mean: Float[np.ndarray, "point"]
+    low: Float[np.ndarray, "point"] | None = None
+    high: Float[np.ndarray, "point"] | None = None
+    dashed: bool = False
+
+
+@styled
+def panels(rows: Sequence[Sequence[Panel]], title: str, *reading: str, side: float = 1.35) -> Any:
+    """Pictures in rows, each with its title; `side` is a picture's size in inches, `reading` how to read them."""
+    width = max(len(row) for row in rows)
+    figure = blank(max(4.5, width * side), len(rows) * (side + 0.24) + 0.75, title)
+    grid = figure.subplots(len(rows), width, squeeze=False)
+    for axes_row, row in zip(grid, rows, strict=True):
+        for place, axes in enumerate(axes_row):
+            axes.set_axis_off()
+            if place < len(row):
+                _draw(axes, row[place])
+    explain(figure, *reading)
+    return figure
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    axes.imshow(np.clip(panel.picture, 0, 1), interpolation="nearest")
+    axes.set_title(panel.title, fontsize=6.8, pad=2)
+    if panel.mark is not None:
+        row, column, height, width = panel.mark
+        box = mpl.patches.Rectangle((column - 0.5, row - 0.5), width, height, fill=False, edgecolor=MARK, linewidth=1.2)
+        axes.add_patch(box)
+
+
+def view_panels(
+    views: Sequence[Float[np.ndarray, "colour row column"]], titles: Sequence[str], *, one_scale: bool = False
+) -> tuple[list[Panel], list[Panel]]:
+    """Two rows for views: as published (positive part, own scale or one for all) and signed, orange for positive."""
+    scale = max(float(view.max()) for view in views) if one_scale else None
+    reach = max(float(np.abs(view.sum(axis=0)).max()) for view in views) if one_scale else None
+    diverging = mpl.colormaps["PuOr_r"]
+    published = [Panel(shown(view, scale), title) for view, title in zip(views, titles, strict=True)]
+    both = [Panel(diverging(0.5 + signed(view, reach) / 2)[..., :3], "signed") for view in views]
+    return published, both
+
+
+def token_map(
+    values: Float[np.ndarray, "patch"], grid: tuple[int, int], low: float | None = None, high: float | None = None
+) -> Picture:
+    """Values of patches as a picture in cividis, `low` to `high` (by default the range of the values)."""
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    scaled = np.clip((values - low) / (high - low if high > low else 1.0), 0, 1)
+    return np.asarray(mpl.colormaps["cividis"](scaled.reshape(grid))[..., :3])
+
+
+def coloured(colours: Float[np.ndarray, "patch colour"], grid: tuple[int, int]) -> Picture:
+    """Colours of patches (`tokens.ColourBasis.colours`) as a picture."""
+    return colours.reshape(*grid, 3)
+
+
+def overlaid(photo: Picture, values: Float[np.ndarray, "patch"], grid: tuple[int, int], top: float = 0.98) -> Picture:
+    """A photograph in grey under patch values, clear where they are low and orange where they are high.
+
+    The scale ends at the quantile `top`: a few sinks of attention would leave nothing to see of the rest.
+    """
+    rows, columns = photo.shape[0] // grid[0], photo.shape[1] // grid[1]
+    low, high = float(values.min()), float(np.quantile(values, top))
+    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1).reshape(grid)
+    share = np.kron(scaled, np.ones((rows, columns)))[: photo.shape[0], : photo.shape[1], None]
+    grey = 0.35 + 0.65 * photo.mean(axis=-1, keepdims=True)
+    return np.asarray(grey * (1 - 0.85 * share) + 0.85 * share * np.array(mpl.colors.to_rgb(MARK)))
+
+
+def position_grid(similarity: Float[np.ndarray, "query key"], grid: tuple[int, int], every: int = 1) -> Picture:
+    """Cosine similarity of position embeddings: the map of each patch, at the patch's own place on the grid."""
+    rows, columns = range(0, grid[0], every), range(0, grid[1], every)
+    found = np.ones((len(rows) * (grid[0] + 1), len(columns) * (grid[1] + 1), 3))
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            tile = token_map(similarity[row * grid[1] + column], grid, float(similarity.min()), 1.0)
+            found[i * (grid[0] + 1) :, j * (grid[1] + 1) :][: grid[0], : grid[1]] = tile
+    return found
+
+
+@styled
+def curves(parts: Mapping[str, Sequence[Curve]], title: str, x: str, y: str, *reading: str, limits: Any = None) -> Any:
+    """Lines with intervals, one panel per entry of `parts`, on common axes."""
+    figure = blank(2.5 * len(parts) + 0.4, 2.9, title)
+    grid = figure.subplots(1, len(parts), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (name, lines) in zip(grid, parts.items(), strict=True):
+        axes.set_title(name)
+        axes.set_xlabel(x)
+        axes.grid(color=LINE, linewidth=0.6)
+        for place, each in enumerate(lines):
+            _line(axes, each, place)
+        if limits is not None:
+            axes.set_ylim(*limits)
+    grid[0].set_ylabel(y)
+    grid[-1].legend(frameon=False, fontsize=6.5, labelcolor=INK)
+    explain(figure, *reading)
+    return figure
+
+
+def _line(axes: Any, each: Curve, place: int) -> None:
+    colour = CYCLE[place % len(CYCLE)]
+    axes.plot(
+        each.x, each.mean, color=colour, label=each.name, linewidth=1.3, markersize=3,
+        marker=MARKERS[place % len(MARKERS)], linestyle="--" if each.dashed else "-",
+    )  # fmt: skip
+    if each.low is not None and each.high is not None:
+        axes.fill_between(each.x, each.low, each.high, color=colour, alpha=0.16, linewidth=0)
+
+
+@styled
+def scatter_of_tokens(
+    layouts: Mapping[str, Float[np.ndarray, "token xy"]],
+    owner: Int[np.ndarray, "token"],
+    sizes: Float[np.ndarray, "token"],
+    names: Mapping[int, str],
+    title: str,
+    *reading: str,
+) -> Any:
+    """t-SNE of one image's tokens, one panel per layer: coloured by object, as large as their rollout; the last row of
+    each layout is the class token if it has one row more than `owner`, drawn as a star."""
+    figure = blank(2.2 * len(layouts) + 0.2, 2.9, title)
+    grid = figure.subplots(1, len(layouts), squeeze=False)[0]
+    for axes, (name, xy) in zip(grid, layouts.items(), strict=True):
+        axes.set_title(name)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for place, (number, label) in enumerate(names.items()):
+            chosen = owner == number
+            colour = "#c9c5bb" if number == 0 else CYCLE[(place - (0 in names)) % len(CYCLE)]
+            area = 6 + 60 * sizes[chosen] / max(float(sizes.max()), 1e-12)
+            axes.scatter(*xy[: len(owner)][chosen].T, s=area, color=colour, label=label, alpha=0.8, linewidth=0)
+        if len(xy) > len(owner):
+            axes.scatter(*xy[-1], marker="*", s=70, color=INK, label="class token", linewidth=0)
+    grid[-1].legend(frameon=False, fontsize=6.2, loc="upper left", bbox_to_anchor=(1, 1), markerscale=0.7)
+    explain(figure, *reading)
+    return figure
+
+
+@styled
+def grouping_by_layer(study: xr.Dataset) -> Any:
+    """The grouping scores of a study over its layers: mean over the images that have them, with 95 % intervals.
+
+    Raises `UsageError` for a study without them.
+    """
+    names = [str(name) for name in study.data_vars if str(name).startswith("grouping_")]
+    if not names:
+        raise UsageError("This study holds no grouping scores; they need masks: run_study(..., masks=FOLDER).")
+    n_images = int(np.isfinite(study[names[0]]).all("layer").sum())
+    figure = blank(2.2 * min(3, len(names)) + 0.4, 1.9 * -(-len(names) // 3) + 0.9, f"Grouping, {n_images} images")
+    grid = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False, sharex=True).flatten()
+    for axes, name in zip(grid, names, strict=False):
+        values = study[name].to_numpy()
+        known = values[np.isfinite(values).all(axis=1)]
+        half = 1.96 * known.std(axis=0, ddof=min(1, len(known) - 1)) / max(1, len(known)) ** 0.5
+        x, mean = np.arange(known.shape[1]), known.mean(axis=0)
+        _line(axes, Curve(name, x, mean, mean - half, mean + half), 0)
+        axes.set_title(study[name].attrs["title"], fontsize=7.2)
+        axes.set_xlabel("after layer")
+        axes.grid(color=LINE, linewidth=0.6)
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    explain(figure, study[names[0]].attrs["source"], study[names[0]].attrs["limits"])
+    return figure
