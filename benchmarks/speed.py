@@ -103,7 +103,7 @@ def naive(model: nn.Module, images: Tensor, which: list[tuple[int, int]]) -> Ten
 def collected(
     vit: Vit, images: Tensor, names: list[str], labels: np.ndarray | None = None, **options: str
 ) -> dict[str, np.ndarray]:
-    """The measures `names` of one batch, as a study computes them; without labels the model's own answer is the label."""
+    """The measures `names` of one batch as a study computes them; the label is the model's own answer if not given."""
     each = heads.collectors(vit, names, options)
     replay, logits = vit.tap().record(images, Readers.joined([one.readers() for one in each]))
     labels = logits.argmax(-1).cpu().numpy().astype(np.int64) if labels is None else labels
