@@ -11,7 +11,7 @@ NODE = Path(executable.ROOT_DIR) / "bin" / "node"
 CHECK = WEB / "node_modules" / "svelte-check" / "bin" / "svelte-check"
 
 if not CHECK.is_file():
-    sys.exit(f"{CHECK} is not here: install Vitrail first (pip install --editable .), which fetches the page's packages.")
+    sys.exit(f"{CHECK} is not here: install Vitrail first (pip install --editable .), which fetches its packages.")
 sys.exit(
     subprocess.run(
         [str(NODE), str(CHECK), "--tsconfig", "./tsconfig.json", "--fail-on-warnings"], cwd=WEB, check=False
