@@ -388,6 +388,7 @@ N_PAIRS = 12
 
 def referee_experiment(options: argparse.Namespace) -> None:
     """Rank agreement of each indicator with what masking really changes; float32, for the changes are small."""
+    options.precision = "float32"
     photographs = Photographs(options.data, options.images)
     vit = opened(options.model, options.data, "float32")
     parts = []
@@ -599,7 +600,7 @@ def _print_removals(options: argparse.Namespace, found: dict[str, np.ndarray]) -
 
 
 def overlap_experiment(options: argparse.Namespace) -> None:
-    """Of hubs and of all patches: how many are outliers of norm, sinks, background, of low detail."""
+    """Of hubs and of all patches: how many are outliers of norm, sinks, background, of low detail; float32."""
     vit = opened(options.model, options.data, "float32")
     folder = options.data / "coco-masks"
     paths = sorted((folder / "images").iterdir())[: options.images]
