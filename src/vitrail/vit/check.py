@@ -371,7 +371,7 @@ def _off_grid(trial: _Trial, layer: int, block: Block) -> str | None:
 # --- what is left behind ---------------------------------------------------------------------------------------------
 
 
-class _ReaderFailed(Exception):  # noqa: N818 - raised on purpose, to see that it leaves nothing
+class _ReaderFailed(Exception):
     """What the failing reader raises."""
 
 
