@@ -1,10 +1,10 @@
 """See through vision transformers: which patches interact, which heads matter, what neurons carry.
 
-    import vitrail
+import vitrail
 
-    vit = vitrail.open_vit("timm:deit_tiny_patch16_224")          # any ViT, unedited
-    vitrail.run_study(vit, "photos/", out="study/")               # resumable, any number of images
-    study = vitrail.open_study("study/")                          # an xarray.Dataset, no torch needed
+vit = vitrail.open_vit("timm:deit_tiny_patch16_224")          # any ViT, unedited
+vitrail.run_study(vit, "photos/", out="study/")               # resumable, any number of images
+study = vitrail.open_study("study/")                          # an xarray.Dataset, no torch needed
 """
 
 from importlib import import_module
