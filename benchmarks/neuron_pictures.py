@@ -46,6 +46,12 @@ PATCHES = {"cat": (4, 5), "coffee": (7, 6), "astronaut": (2, 6)}
 """Row and column of a patch to look at in each photograph: an eye, the cup, the face."""
 
 
+def stored(figure, path: Path) -> None:
+    """Written with 256 colours, which is a third of the bytes and looks the same."""
+    save(figure, path)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+
+
 def pictures() -> dict[str, Image.Image]:
     return {name: Image.fromarray(getattr(photographs, name)()) for name in PATCHES}
 
@@ -107,7 +113,7 @@ def draw_views(vit, photos, images) -> None:
             "Top: the plain view as published, clip(V / max V). Middle: the same, signed (orange: positive). Bottom: "
             "the neuron's own derivative times the pixels; cos is its agreement with the plain view. G_0: all patches.",
         )
-        save(figure, DOCS / f"views-{name}.png")
+        stored(figure, DOCS / f"views-{name}.png")
 
 
 def draw_filters(vit, photos, images) -> None:
@@ -129,14 +135,14 @@ def draw_filters(vit, photos, images) -> None:
         "Global views G_0 at level 0, and AUROC of their energy; salient: the quarter of patches with the "
         "highest class-token rollout, as these photographs have no masks.",
     )
-    save(figure, DOCS / "filters.png")
+    stored(figure, DOCS / "filters.png")
 
 
 def draw_positions(vit, photos, images) -> None:
     embedding = find_embedding(vit)
     picture = position_grid(position_similarity(embedding).numpy(), embedding.grid, 2)
     figure = panels([[Panel(picture)]], "Position embeddings: cosine similarity of every second patch to all", side=4.0)
-    save(figure, DOCS / "positions.png")
+    stored(figure, DOCS / "positions.png")
 
 
 def draw_colours(vit, photos, images) -> None:
@@ -156,7 +162,7 @@ def draw_colours(vit, photos, images) -> None:
         "The first three components as red, green and blue; the share of variance they hold. Tokens with outlying "
         "norms take no part in the basis.",
     )
-    save(figure, DOCS / "colours.png")
+    stored(figure, DOCS / "colours.png")
 
 
 def draw_similarity(vit, photos, images) -> None:
@@ -172,7 +178,7 @@ def draw_similarity(vit, photos, images) -> None:
             )
         rows.append(row)
     figure = panels(rows, "Cosine similarity of one patch's token to all others", "Yellow: alike.")
-    save(figure, DOCS / "similarity.png")
+    stored(figure, DOCS / "similarity.png")
 
 
 def draw_relevance(vit, photos, images) -> None:
@@ -196,7 +202,7 @@ def draw_relevance(vit, photos, images) -> None:
         "Clear to orange: lowest to the 98 % quantile of the image.",
         side=1.7,
     )
-    save(figure, DOCS / "relevance.png")
+    stored(figure, DOCS / "relevance.png")
 
 
 def class_names() -> list[str]:
@@ -219,7 +225,7 @@ def draw_norms(vit, photos, images) -> None:
         ]
         for place, (name, photo) in enumerate(photos.items())
     ]
-    save(
+    stored(
         panels(
             rows,
             "Norms of patch tokens after the last layer",
@@ -253,9 +259,9 @@ def draw_scatter(vit, data: Path) -> None:
         "Each layer laid out on its own, cosine distance, seed 0; areas follow class-token rollout. Distances between "
         "far groups and sizes of groups mean nothing.",
     )
-    save(figure, DOCS / "tsne.png")
+    stored(figure, DOCS / "tsne.png")
     pixels = pixels_of(vit, image)
-    save(
+    stored(
         panels(
             [[Panel(pixels, name), Panel(token_map(owner.astype(float), embedding.grid), "objects")]],
             "The photograph of the t-SNE",
@@ -293,11 +299,11 @@ def draw_excited(vit, data: Path, level: int = 6, n_channels: int = 4) -> None:
         rows.append(row)
     figure = panels(
         rows,
-        f"What excites three channels at level {level}",
+        f"What excites {n_channels} channels at level {level}",
         "Left: an image made by gradient ascent on the mean over patches. Right: the four of 100 "
         "photographs with the most excited patch (marked), patches of outlying norm left out.",
     )
-    save(figure, DOCS / "excited.png")
+    stored(figure, DOCS / "excited.png")
 
 
 # --- curves
@@ -342,7 +348,7 @@ def draw_robustness(model: str, found: dict[str, np.ndarray]) -> None:
         "top-1",
         "Bands: 95 %. Salient: highest class-token rollout. The same amounts for all.",
     )
-    save(figure, DOCS / f"robustness-{model}.png")
+    stored(figure, DOCS / f"robustness-{model}.png")
     layers = np.arange(found["drift"].shape[2])
     drift = {}
     for loss in ("mean", "removed"):
@@ -363,7 +369,7 @@ def draw_robustness(model: str, found: dict[str, np.ndarray]) -> None:
         "1 - cosine to intact",
         "Mean over patches, each against the same content in the intact image.",
     )
-    save(figure, DOCS / f"drift-{model}.png")
+    stored(figure, DOCS / f"drift-{model}.png")
 
 
 def draw_grouping(model: str, work: Path) -> None:
@@ -392,7 +398,7 @@ def draw_grouping(model: str, work: Path) -> None:
             "score",
             "Bands: 95 %. Plain, and with shuffled cells.",
         )
-        save(figure, DOCS / f"grouping-{model}-{name}.png")
+        stored(figure, DOCS / f"grouping-{model}-{name}.png")
 
 
 def draw_relevance_curves(model: str, pieces: list[dict[str, np.ndarray]]) -> None:
@@ -412,7 +418,7 @@ def draw_relevance_curves(model: str, pieces: list[dict[str, np.ndarray]]) -> No
         "probability of the label",
         "Deletion: the most relevant patches go first (lower is better). Insertion: they come first (higher).",
     )
-    save(figure, DOCS / f"relevance-curves-{model}.png")
+    stored(figure, DOCS / f"relevance-curves-{model}.png")
 
 
 if __name__ == "__main__":

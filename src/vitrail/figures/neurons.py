@@ -147,7 +147,10 @@ def curves(parts: Mapping[str, Sequence[Curve]], title: str, x: str, y: str, *re
         if limits is not None:
             axes.set_ylim(*limits)
     grid[0].set_ylabel(y)
-    grid[-1].legend(frameon=False, fontsize=6.5, labelcolor=INK)
+    named = [[each.name for each in lines] for lines in parts.values()]
+    for place, axes in enumerate(grid):
+        if place + 1 == len(grid) or named[place] != named[place + 1]:
+            axes.legend(frameon=False, fontsize=6.5, labelcolor=INK)
     explain(figure, *reading)
     return figure
 
