@@ -203,7 +203,7 @@ def grouping_by_layer(study: xr.Dataset) -> Any:
     names = [str(name) for name in study.data_vars if str(name).startswith("grouping_")]
     if not names:
         raise UsageError("This study holds no grouping scores; they need masks: run_study(..., masks=FOLDER).")
-    n_images = int(np.isfinite(study[names[0]]).all("layer").sum())
+    n_images = int(np.isfinite(study[names[0]].to_numpy()).all(axis=1).sum())
     figure = blank(2.2 * min(3, len(names)) + 0.4, 1.9 * -(-len(names) // 3) + 0.9, f"Grouping, {n_images} images")
     grid = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False, sharex=True).flatten()
     for axes, name in zip(grid, names, strict=False):
