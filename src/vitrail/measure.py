@@ -191,7 +191,7 @@ _PATCHES = (
     Measure(
         "field_size", "size of the responsive field", ("image", "layer", "patch"), "share of the grid",
         "half of the patch's interactions fit in a small box", "the interactions are spread over the image",
-        f"{OURS_AFTER_MA}: area of the smallest box with half of the interactions, interpolated between areas",
+        f"{OURS_AFTER_MA}: area of the smallest box about square with half of the interactions, interpolated",
         INTERACTION_LIMITS, "patches", frozenset({"grid"}),
     ),
     Measure(

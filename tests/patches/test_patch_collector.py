@@ -8,14 +8,17 @@ import pytest
 import timm
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 
 from heads.head_models import drawn_wide, timm_swin, timm_vit
 from vitrail import Readers, open_vit
 from vitrail.errors import UsageError
+from vitrail.figures.patches import tendency_flow
 from vitrail.measure import MEASURES, ROOMS
 from vitrail.patches import collectors, field, skipped, windows
 from vitrail.patches.hubs import hubs
 from vitrail.patches.interaction import indicator
+from vitrail.study.run import run_study
 from vitrail.vit.edits import Edit
 
 ROOM = ROOMS["patches"]
@@ -174,3 +177,14 @@ def test_closing_keys_to_all_in_every_layer_is_dropping_the_tokens():
         dropped = model.forward_head(model.norm(model.blocks(tokens)))
         closed = vit.tap().read(images, edits=edits)
     assert_allclose(closed, dropped, atol=1e-5 * float(dropped.abs().max()))
+
+
+def test_a_study_holds_the_room_and_figures_draw_it(vit, tmp_path):
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    study = run_study(vit, tmp_path, out=tmp_path / "study", measures="patches", batch_size=2)
+    assert set(ROOM) <= set(study.data_vars)
+    assert study["window"].dims == MEASURES["window"].dims
+    assert study["tendency"].attrs["unit"] == MEASURES["tendency"].unit
+    assert len(tendency_flow(study, 0).axes) == 4  # three layers and the wheel

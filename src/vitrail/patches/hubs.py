@@ -38,14 +38,16 @@ def hubs(indicator: Float[Tensor, "image patch other"], reachable: Int[Tensor, "
     left = torch.ones(indicator.shape[:2], dtype=torch.bool, device=indicator.device)
     first = share = kept_share(indicator, reachable)
     active = torch.arange(len(indicator), device=indicator.device)
+    rest = indicator
     for _ in range(MAX_ROUNDS):
         new = _outstanding(share, left[active])
         found_some = new.any(-1)
-        active, new = active[found_some], new[found_some]
-        if len(active) == 0:
+        if not found_some.any():
             break
+        if not found_some.all():
+            active, new, rest = active[found_some], new[found_some], rest[found_some]
         left[active] &= ~new
-        share = kept_share(indicator[active], reachable, left[active])
+        share = kept_share(rest, reachable, left[active])
     return Hubs(~left, first)
 
 

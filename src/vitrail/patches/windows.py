@@ -92,17 +92,17 @@ def smallest_boxes(
     return boxes, mass
 
 
-LADDER = (0.02, 0.05, 0.1, 0.17, 0.26, 0.4, 0.6, 0.8, 1.0)
+LADDER = (0.02, 0.06, 0.12, 0.2, 0.32, 0.5, 0.75)
 """Shares of the grid between which `held_area` interpolates."""
 
 
 def held_area(
     indicator: Float[Tensor, "*batch patch other"], grid: Grid, share: float
 ) -> Float[Tensor, "*batch patch"]:
-    """About how many patches the smallest box has that holds `share` of each row, at a fraction of the cost.
+    """About how many patches a box about square must have to hold `share` of each row; cheap.
 
-    Boxes no longer than twice their width are tried at a ladder of areas, and areas are interpolated between the last
-    that holds too little and the first that holds enough. Rows without mass give the smallest area.
+    The squarest box of each area of a ladder is tried at all places, and areas are interpolated between the last that
+    holds too little and the first that holds enough. Rows without mass give the smallest area.
     """
     rows = indicator.flatten(0, -2)
     step = max(1, BLOCK_NUMBERS // rows.shape[-1])
@@ -111,13 +111,15 @@ def held_area(
 
 
 def _held_area(rows: Float[Tensor, "query key"], grid: Grid, share: float) -> Float[Tensor, "query"]:
-    wanted = share * rows.sum(-1) - 1e-5
+    total = rows.sum(-1)
+    wanted = share * total - 1e-5
     corner = _integral(rows, grid)
     scratch = _scratch(corner)
     result = torch.zeros_like(wanted)
-    held_before, area_before = torch.zeros_like(wanted), 0.0
-    for area, shapes in _ladder(grid):
-        held = torch.stack([_box_sums(corner, shape, scratch).amax((0, 1)) for shape in shapes]).amax(0)
+    held_before, area_before = torch.zeros_like(wanted), 0
+    for shape in (*_ladder(grid), grid):
+        held = total if shape == grid else _box_sums(corner, shape, scratch).amax((0, 1))
+        area = shape[0] * shape[1]
         part = ((wanted - held_before) / (held - held_before).clamp_min(1e-9)).clamp(0, 1)
         crossed = (held_before < wanted) | (area_before == 0)
         result = torch.where(crossed, area_before + part * (area - area_before), result)
@@ -128,17 +130,13 @@ def _held_area(rows: Float[Tensor, "query key"], grid: Grid, share: float) -> Fl
 
 
 @lru_cache(maxsize=8)
-def _ladder(grid: Grid) -> tuple[tuple[float, tuple[tuple[int, int], ...]], ...]:
-    """For each rung its area and three shapes: the squarest, and one about 3:2 either way."""
-    rungs = []
-    for n_patches in sorted({n_patches_of(share, grid) for share in LADDER}):
-        shapes = shapes_of_area(grid, n_patches)
-        chosen = {
-            min(shapes, key=lambda shape: abs(shape[0] - wanted))
-            for wanted in (n_patches**0.5 * x for x in (0.8, 1, 1.25))
-        }
-        rungs.append((sum(height * width for height, width in chosen) / len(chosen), tuple(sorted(chosen))))
-    return tuple(rungs)
+def _ladder(grid: Grid) -> tuple[tuple[int, int], ...]:
+    """The squarest shape of each area, growing."""
+    shapes = {
+        min(shapes_of_area(grid, n_patches), key=lambda shape: abs(shape[0] - shape[1]))
+        for n_patches in (n_patches_of(share, grid) for share in LADDER)
+    }
+    return tuple(sorted(shapes - {grid}, key=lambda shape: shape[0] * shape[1]))
 
 
 @lru_cache(maxsize=8)
