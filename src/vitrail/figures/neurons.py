@@ -43,7 +43,7 @@ class Panel:
 
     picture: Float[np.ndarray, "row column colour"]
     title: str = ""
-    mark: tuple[float, float, float, float] | None = None
+    mark: tuple[float | int, float | int, float | int, float | int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,7 @@ def _line(axes: Any, each: Curve, place: int) -> None:
 
 @styled
 def scatter_of_tokens(
-    layouts: Mapping[str, Float[np.ndarray, "token xy"]],
+    layouts: Mapping[str, Float[np.ndarray, "shown xy"]],
     owner: Int[np.ndarray, "token"],
     sizes: Float[np.ndarray, "token"],
     names: Mapping[int, str],
@@ -210,7 +210,7 @@ def grouping_by_layer(study: xr.Dataset) -> Any:
         values = study[name].to_numpy()
         known = values[np.isfinite(values).all(axis=1)]
         half = 1.96 * known.std(axis=0, ddof=min(1, len(known) - 1)) / max(1, len(known)) ** 0.5
-        x, mean = np.arange(known.shape[1]), known.mean(axis=0)
+        x, mean = np.arange(known.shape[1], dtype=float), known.mean(axis=0)
         _line(axes, Curve(name, x, mean, mean - half, mean + half), 0)
         axes.set_title(study[name].attrs["title"], fontsize=7.2)
         axes.set_xlabel("after layer")
