@@ -744,7 +744,8 @@ def speed_experiment(options: argparse.Namespace) -> None:
     print(table([MODELS[options.model], "ms an image", "ratio, best", "ratio, median of paired"], rows))
     print()
     rows = []
-    batch = Batch(opened(options.model, options.data, options.precision), images, labels, seed=0)
+    half = opened(options.model, options.data, options.precision)
+    batch = Batch(half, *Photographs(options.data, 16).batch(half, 0, 16), seed=0)
     order = orders(batch)["random"]
     for count in (0, *DROPPED):
         took = []

@@ -179,7 +179,8 @@ def test_closing_keys_to_all_in_every_layer_is_dropping_the_tokens():
     assert_allclose(closed, dropped, atol=1e-5 * float(dropped.abs().max()))
 
 
-def test_a_study_holds_the_room_and_figures_draw_it(vit, tmp_path):
+def test_a_study_holds_the_room_and_figures_draw_it(tmp_path):
+    vit = open_vit(timm_vit(img_size=48), image_size=48)
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 255, (60, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
