@@ -253,7 +253,7 @@ def _transformers_maps() -> Callable[[int], object]:
 
 
 def _nnsight_maps() -> Callable[[int], object]:
-    """nnsight: a trace that saves each block's softmax input is not to be had with fused attention; off, then."""
+    """nnsight: a trace that saves each block's map; with fused attention there is none to save."""
     from nnsight import NNsight
 
     model = timm.create_model(TINY).eval()
@@ -264,10 +264,13 @@ def _nnsight_maps() -> Callable[[int], object]:
 
     @torch.no_grad()
     def run(n_images: int) -> object:
+        found: list[Tensor] = []
         with wrapped.trace(torch.randn(n_images, 3, 224, 224)):
-            found = [block.attn.attn_drop.output.save() for block in wrapped.blocks]
-        kept.append([getattr(each, "value", each) for each in found])
-        return kept[-1]
+            for block in wrapped.blocks:
+                found.append(block.attn.attn_drop.output.save())
+        assert len(found) == 12, f"nnsight returned {len(found)} maps"
+        kept.append(found)
+        return found
 
     return run
 
