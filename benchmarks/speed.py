@@ -105,7 +105,8 @@ def collected(
 ) -> dict[str, np.ndarray]:
     """The measures `names` of one batch as a study computes them; the label is the model's own answer if not given."""
     each = heads.collectors(vit, names, options)
-    replay, logits = vit.tap().record(images, Readers.joined([one.readers() for one in each]))
+    readers = Readers.joined([one.readers() for one in each])
+    replay, logits = vit.tap().record(images, readers, keep=any(one.replays for one in each))
     labels = logits.argmax(-1).cpu().numpy().astype(np.int64) if labels is None else labels
     found: dict[str, np.ndarray] = {}
     for one in each:

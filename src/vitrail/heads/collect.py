@@ -57,6 +57,8 @@ class Collector(Protocol):
     """Computes some measures of a batch of images; used for one batch after the other."""
 
     measures: tuple[str, ...]
+    replays: bool
+    """Whether `finish` runs from the middle of the plain pass, so that its tokens must be kept."""
 
     def readers(self) -> Readers:
         """What to read in the plain pass."""
@@ -69,6 +71,8 @@ class Collector(Protocol):
 
 class ReachCollector:
     """How far heads look, read off each attention map while the plain pass makes it; `precision` as in `MapSource`."""
+
+    replays = False
 
     def __init__(
         self,
@@ -117,6 +121,8 @@ class ReachCollector:
 class SweepCollector:
     """Exact importance by pruning; reads the plain residuals on the way so that no spare copy has to run."""
 
+    replays = True
+
     def __init__(self, anatomy: Anatomy, measures: Sequence[str], has_classes: bool) -> None:
         self.measures = tuple(measures)
         self._anatomy, self._has_classes = anatomy, has_classes
@@ -146,6 +152,8 @@ class SweepCollector:
 
 class EstimateCollector:
     """Estimated importance: one forward and one backward pass for all heads."""
+
+    replays = False
 
     def __init__(self, anatomy: Anatomy, measures: Sequence[str]) -> None:
         self.measures = tuple(measures)

@@ -29,6 +29,8 @@ Arrays = dict[str, np.ndarray]
 class NormCollector:
     """`token_norm`: the length of every token after each layer."""
 
+    replays = False
+
     measures: tuple[str, ...] = ("token_norm",)
 
     def __init__(self, vit: Vit) -> None:
@@ -56,6 +58,8 @@ class NormCollector:
 
 class GroupingCollector:
     """`grouping_*`: how tokens of one object find together after each layer. `take_masks` comes before each pass."""
+
+    replays = False
 
     def __init__(self, vit: Vit, measures: Sequence[str], radius: str) -> None:
         self.measures = tuple(measures)
@@ -106,6 +110,8 @@ class RobustnessCollector:
 
     Salient are the patches that objects cover where the image has a mask, else those with the highest rollout.
     """
+
+    replays = True
 
     def __init__(self, vit: Vit, measures: Sequence[str], loss: str, with_masks: bool) -> None:
         self.measures = tuple(measures)

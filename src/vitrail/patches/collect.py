@@ -98,6 +98,8 @@ def indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[T
 class PatchCollector:
     """Windows, responsive fields and hubs, read off each attention map while the plain pass makes it."""
 
+    replays = False
+
     def __init__(
         self, n_layers: int, measures: Sequence[str], grounds: Mapping[int, Ground], window_area: float
     ) -> None:

@@ -94,7 +94,9 @@ class BatchRun:
         """All arrays of the batch, checked. Raises `ModelError` if the model's answer is not finite."""
         n_images = len(batch.entries)
         self._hand_out_masks(batch.masks)
-        replay, logits = self._tap.record(_padded(batch.prepared, self._plan.batch_size), self._readers)
+        keep = any(collector.replays for collector in self._collectors)
+        images = _padded(batch.prepared, self._plan.batch_size)
+        replay, logits = self._tap.record(images, self._readers, keep=keep)
         _refuse_not_finite(batch.entries, logits[:n_images])
         with_classes = self._vit.n_classes is not None
         labels = _labels(batch.entries, logits, with_classes)

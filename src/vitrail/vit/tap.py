@@ -114,11 +114,15 @@ class Tap:
 
     @torch.no_grad()
     def record(
-        self, images: Float[Tensor, "image channel row column"], readers: Readers | None = None
+        self,
+        images: Float[Tensor, "image channel row column"],
+        readers: Readers | None = None,
+        *,
+        keep: bool = True,
     ) -> tuple[Replay, Float[Tensor, "image class"]]:
-        """One plain pass whose blocks' inputs and outputs are kept, for `run_from`."""
+        """One plain pass whose blocks' inputs and outputs are kept, for `run_from`; without `keep` only its images."""
         replay = Replay(images)
-        state = _Pass(images.shape[0], readers=readers or Readers(), record=replay)
+        state = _Pass(images.shape[0], readers=readers or Readers(), record=replay if keep else None)
         replay.logits = self._logits(self._run(images, state))
         return replay, replay.logits
 
