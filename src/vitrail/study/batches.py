@@ -32,7 +32,7 @@ class Loaded:
 
     entries: Sequence[ImageEntry]
     prepared: Float[Tensor, "image channel row column"]
-    thumbnails: UInt8[np.ndarray, "image row column channel"]
+    thumbnails: UInt8[np.ndarray, "image thumb_row thumb_column channel"]
     masks: Sequence[Int64[np.ndarray, "_ _"] | None]
 
 
