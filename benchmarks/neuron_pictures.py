@@ -46,8 +46,13 @@ PATCHES = {"cat": (4, 5), "coffee": (7, 6), "astronaut": (2, 6)}
 """Row and column of a patch to look at in each photograph: an eye, the cup, the face."""
 
 
+OWN = Path(__file__).parents[1] / ".build" / "neurons"
+"""Pictures that show photographs of a data set stay out of the documentation: the photographs are not ours to give."""
+
+
 def stored(figure, path: Path) -> None:
     """Written with 256 colours, which is a third of the bytes and looks the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
     Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
@@ -267,7 +272,7 @@ def draw_scatter(vit, data: Path) -> None:
             "The photograph of the t-SNE",
             side=2.2,
         ),
-        DOCS / "tsne-photo.png",
+        OWN / "tsne-photo.png",
     )
 
 
@@ -303,7 +308,7 @@ def draw_excited(vit, data: Path, level: int = 6, n_channels: int = 4) -> None:
         "Left: an image made by gradient ascent on the mean over patches. Right: the four of 100 "
         "photographs with the most excited patch (marked), patches of outlying norm left out.",
     )
-    stored(figure, DOCS / "excited.png")
+    stored(figure, OWN / "excited.png")
 
 
 # --- curves
