@@ -102,7 +102,12 @@ def study(
         str, typer.Argument(metavar="IMAGES", help="A folder, a text file of paths, one image, hf:DATASET, or photos.")
     ],
     out: Out,
-    measures: Annotated[str, typer.Option(help="A room (heads) or measures, comma-separated.")] = "heads",
+    measures: Annotated[
+        str, typer.Option(help="Rooms (heads, patches, neurons) or measures, comma-separated.")
+    ] = "heads",
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder of PNGs with instance ids, named like the images.", metavar="DIR")
+    ] = None,
     importance: Annotated[
         Importance, typer.Option(help="Prune every head in turn, or estimate all from one backward pass.")
     ] = Importance.exact,
@@ -125,7 +130,7 @@ def study(
     vit = _opened(model, weights, image_size, classes, device, precision, class_names)
     typer.echo(repr(vit))
     dataset = run_study(
-        vit, images, out=out, measures=measures, limit=limit, batch_size=batch_size, seed=seed,
+        vit, images, out=out, measures=measures, limit=limit, masks=masks, batch_size=batch_size, seed=seed,
         options=_other_than_default(importance=importance, maps=maps), progress=True,
     )  # fmt: skip
     if verify:
@@ -286,10 +291,13 @@ def _verify(study: Path, *, repair: bool = False) -> None:
 
 
 def _draw(dataset: "xr.Dataset", folder: Path, formats: Sequence[Format]) -> None:
-    from vitrail.figures.heads import figures_of
+    from vitrail.figures.whole import figures_of
 
-    made = figures_of(dataset, folder, formats=tuple(each.value for each in formats))
-    typer.echo(f"{len(made)} figures in {folder}")
+    made = figures_of(dataset, folder, tuple(each.value for each in formats))
+    if made:
+        typer.echo(f"{len(made)} figures in {folder}")
+    else:
+        typer.echo("No figures: this study holds nothing that is drawn over a whole data set (heads, grouping).")
 
 
 def _announce(address: str) -> None:
