@@ -1,10 +1,9 @@
 """One batch of a study: images loaded ahead in a thread, one recorded pass, and what the collectors make of it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +84,7 @@ class BatchRun:
     def __init__(self, vit: Vit, plan: Plan) -> None:
         self._vit, self._plan, self._tap = vit, plan, vit.tap()
         self._collectors = rooms.collectors(vit, tuple(plan.measures), plan.options)
-        self._readers = joined([collector.readers() for collector in self._collectors])
+        self._readers = Readers.joined([collector.readers() for collector in self._collectors])
         base = {name for name in plan.measures if MEASURES[name].room == "base"}
         self._computed = base | {name for collector in self._collectors for name in collector.measures}
         assert self._computed == set(plan.measures), f"no collector for {set(plan.measures) - self._computed}"
@@ -122,23 +121,6 @@ class BatchRun:
         assert len(values.shape) == len(measure.dims), f"{name} has shape {values.shape}, declared {measure.dims}"
         assert values.shape == expected, f"{name} has shape {values.shape} for {measure.dims}, not {expected}"
         assert values.dtype == measure.dtype, f"{name} is {values.dtype}, declared {measure.dtype}"
-
-
-def joined(readers: Sequence[Readers]) -> Readers:
-    """Readers that each call all of those given, in their order."""
-    return Readers(
-        attention=_each([reader.attention for reader in readers if reader.attention is not None]),
-        residual=_each([reader.residual for reader in readers if reader.residual is not None]),
-        output=_each([reader.output for reader in readers if reader.output is not None]),
-    )
-
-
-def _each(functions: Sequence[Callable[..., None]]) -> Callable[..., None] | None:
-    def call_all(*seen: Any) -> None:
-        for function in functions:
-            function(*seen)
-
-    return call_all if functions else None
 
 
 def _padded(
