@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import timm
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
@@ -431,3 +432,14 @@ def test_a_report_reads_as_text(opened):
 def test_a_model_without_attention_has_no_tap():
     with pytest.raises(NoAttention, match="no attention call"):
         open_vit(next(family for family in FAMILIES if family.refused == "NoAttention").model(), image_size=64)
+
+
+def test_what_a_reader_says_is_heard_also_inside_a_product() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(2, 2), img_size=56, num_classes=3).eval()
+    tap = open_vit(model).tap()
+
+    def fail(_: object) -> None:
+        raise TypeError("the reader's own words")
+
+    with pytest.raises(TapError, match="the reader's own words"), torch.no_grad():
+        tap.read(torch.zeros(1, 3, 56, 56), Readers(attention=fail))

@@ -388,7 +388,7 @@ class Tap:
         spec, edits = block.calls[state.calls], state.edits_here()
         out, final, bias = (None, None, None) if state.shadow else self._edited(state, raw, spec, edits)
         if state.readers.attention is not None:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), _said_by_the_reader():
                 layer, call = state.layer, state.calls
                 state.readers.attention(
                     LayerAttention(
@@ -548,11 +548,11 @@ class Tap:
 
 @contextmanager
 def _said_by_the_reader() -> Iterator[None]:
-    """Python takes a `TypeError` inside an addition for operands that do not fit, and hides what it said."""
+    """Python takes a `TypeError` inside `a + b` or `a @ b` for operands that do not fit, and hides what it said."""
     try:
         yield
     except TypeError as error:
-        raise TapError(f"A reader of residuals failed: {error}") from error
+        raise TapError(f"A reader failed: {error}") from error
 
 
 def _check_heads_and_kind(edit: Edit, call: Call) -> None:
