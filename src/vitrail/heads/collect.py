@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.errors import Unsupported
 from vitrail.heads.estimate import estimate
 from vitrail.heads.importance import silent_layers, sweep
 from vitrail.heads.maps import MapSource
 from vitrail.heads.strength import Layout, Reach, reach
 from vitrail.vit.anatomy import Anatomy
+from vitrail.vit.ground import grounds_of_layers
 from vitrail.vit.open import Vit
 from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 
@@ -32,25 +32,12 @@ REACH_FIELDS = {
 
 def layouts_on_grid(vit: Vit) -> tuple[dict[int, Layout], dict[int, str]]:
     """Where the tokens of each layer's map lie, for layers that join patches of one grid; and why the others do not."""
-    found: dict[int, Layout] = {}
-    refused: dict[int, str] = {}
-    for layer, block in enumerate(vit.anatomy.blocks):
-        if block.grid is None or not block.maps_on_grid:
-            refused[layer] = f"L{layer} has attention of kind {block.kind!r} on grid {block.grid}"
-        elif block.kind == "window":
-            try:
-                slots = vit.tap().window_slots(layer)
-            except Unsupported as error:
-                refused[layer] = str(error)
-            else:
-                found[layer] = Layout(block.grid, 0, tuple(map(tuple, slots.tolist())))
-        elif block.calls[0].queries == block.tokens:
-            found[layer] = Layout(block.grid, block.prefix)
-        else:
-            refused[layer] = (
-                f"L{layer} changes its grid from {block.tokens} to {block.calls[0].queries} tokens on the way"
-            )
-    return found, refused
+    grounds, refused = grounds_of_layers(vit)
+    layouts = {
+        layer: Layout(grid, prefix, None if slots is None else tuple(map(tuple, slots.tolist())))
+        for layer, (grid, prefix, slots) in grounds.items()
+    }
+    return layouts, refused
 
 
 class Collector(Protocol):

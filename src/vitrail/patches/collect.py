@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.errors import Unsupported
 from vitrail.measure import MEASURES
 from vitrail.patches import field, windows
 from vitrail.patches.hubs import hubs
 from vitrail.patches.interaction import indicator, normalised
+from vitrail.vit.ground import grounds_of_layers
 from vitrail.vit.open import Vit
 from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 
@@ -66,21 +66,11 @@ class Ground:
 
 def grids_of_layers(vit: Vit) -> tuple[dict[int, Ground], dict[int, str]]:
     """The ground of each layer whose map joins patches of one grid; and why the others have none."""
-    found: dict[int, Ground] = {}
-    refused: dict[int, str] = {}
-    for layer, block in enumerate(vit.anatomy.blocks):
-        if block.grid is None or not block.maps_on_grid:
-            refused[layer] = f"L{layer} has attention of kind {block.kind!r} on grid {block.grid}"
-        elif block.kind == "window":
-            try:
-                found[layer] = Ground(block.grid, 0, vit.tap().window_slots(layer).cpu())
-            except Unsupported as error:
-                refused[layer] = str(error)
-        elif block.calls[0].queries == block.tokens:
-            found[layer] = Ground(block.grid, block.prefix)
-        else:
-            refused[layer] = f"L{layer} changes its {block.tokens} tokens to {block.calls[0].queries} on the way"
-    return found, refused
+    grounds, refused = grounds_of_layers(vit)
+    return {
+        layer: Ground(grid, prefix, None if slots is None else slots.cpu())
+        for layer, (grid, prefix, slots) in grounds.items()
+    }, refused
 
 
 def indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[Tensor, "image patch other"]]:
