@@ -321,7 +321,7 @@ class _Prober:
 
 
 def _picked(tokens: Float[Tensor, "image token channel"], index: Int[Tensor, "image kept"]) -> Tensor:
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]
 
 
 def _grid(vit: Vit) -> tuple[int, int]:
