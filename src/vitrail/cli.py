@@ -162,6 +162,20 @@ def figures(
 
 
 @app.command()
+def report(
+    study: Study,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: report.html in the study's folder.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Write a study as one HTML file that opens offline: findings, figures, tables, plan, and how to cite."""
+    from vitrail.report import write_report
+
+    target = write_report(study, out, progress=True)
+    typer.echo(f"{target}  ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
 def look(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more image files.")],
