@@ -91,14 +91,24 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def view_panels(
-    views: Sequence[Float[np.ndarray, "colour row column"]], titles: Sequence[str], *, one_scale: bool = False
+    views: Sequence[Float[np.ndarray, "colour row column"]],
+    titles: Sequence[str],
+    *,
+    one_scale: bool = False,
+    clip: float = 1.0,
 ) -> tuple[list[Panel], list[Panel]]:
-    """Two rows for views: as published (positive part, own scale or one for all) and signed, orange for positive."""
+    """Two rows for views: as published (positive part, own scale or one for all) and signed, orange for positive.
+
+    `clip` is the quantile of the pixels at which an own signed scale ends: below 1 where a few pixels outshine all.
+    """
     scale = max(float(view.max()) for view in views) if one_scale else None
     reach = max(float(np.abs(view.sum(axis=0)).max()) for view in views) if one_scale else None
     diverging = mpl.colormaps["PuOr_r"]
     published = [Panel(shown(view, scale), title) for view, title in zip(views, titles, strict=True)]
-    both = [Panel(diverging(0.5 + signed(view, reach) / 2)[..., :3], "signed") for view in views]
+    ends = [reach if one_scale else float(np.quantile(np.abs(view.sum(axis=0)), clip)) or None for view in views]
+    both = [
+        Panel(diverging(0.5 + signed(view, end) / 2)[..., :3], "signed") for view, end in zip(views, ends, strict=True)
+    ]
     return published, both
 
 
@@ -299,7 +309,9 @@ def survival(study: xr.Dataset) -> Any:
     parts = [bool(probable), "shuffle_probability" in held, *(True for _ in drifts)]
     if not any(parts):
         raise UsageError("This study holds no occlusion or shuffling; study it with --measures neurons.")
-    figure = blank(2.7 * sum(parts) + 0.3, 2.9, f"As patches are lost or displaced, {study.sizes['image']:,} images")
+    n_images = study.sizes["image"]
+    whose = f"{n_images:,} images" if n_images > 1 else f"image {study['image'].to_numpy()[0]}"
+    figure = blank(2.7 * sum(parts) + 0.3, 2.9, f"As patches are lost or displaced: {whose}")
     places = iter(figure.subplots(1, sum(parts), squeeze=False)[0])
     intact = study["probability"].to_numpy()[:, None]
     cells = [1, *cells_that_divide(_first_grid(study))]
@@ -333,7 +345,8 @@ def survival(study: xr.Dataset) -> Any:
         axes.grid(color=LINE, linewidth=0.6)
     explain(
         figure,
-        "Bands: 95 % interval of the mean (bootstrap over images). The same number of patches is lost in every way;",
+        "Bands: 95 % interval of the mean (bootstrap over images)." if n_images > 1 else "",
+        "The same number of patches is lost in every way;",
         "salient: under objects where the image has a mask, else of the highest rollout.",
         f"Lost patches: {study.attrs.get('options', {}).get('lost_patches', 'mean')}.",
         "After Nguyen et al. 2022; drift is our construction.",

@@ -1,6 +1,7 @@
 """The sections of a report in their order, and the report itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +31,8 @@ def write_report(study: str | Path, out: str | Path | None = None, *, progress: 
     target = Path(out) if out is not None else read.folder / "report.html"
     if target.is_dir():
         raise UsageError(f"{target} is a folder; name the file to write, such as {target / 'report.html'}.")
+    with _refusals(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     steps = track(SECTIONS, "drawing", console=console, transient=True, disable=not progress)
     found = [section for make in steps if (section := make(read)) is not None]
@@ -38,9 +41,14 @@ def write_report(study: str | Path, out: str | Path | None = None, *, progress: 
         "A study by Vitrail: which heads matter, which patches interact, what tokens carry.",
         [main_findings(read, found), studied(read), *found, citations(read)],
     )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _refusals(target):
         target.write_text(html, encoding="utf-8")
+    return target
+
+
+@contextmanager
+def _refusals(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(f"The report cannot be written to {target}: {error.strerror}; name another place.") from error
-    return target

@@ -111,7 +111,8 @@ class Frozen(TorchFunctionMode):
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         call = fused_call(*args, **kwargs)
         weights: Tensor = self._kept(lambda: call.weights(None))
-        return weights.to(call.v.dtype) @ call.v
+        out: Tensor = weights.to(call.v.dtype) @ call.v
+        return out
 
     def _norm(
         self, centred: bool, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
@@ -134,11 +135,13 @@ class Frozen(TorchFunctionMode):
             answer: Tensor = func(still.clone(), *args[1:], **kwargs)
             return torch.where(still != 0, answer / torch.where(still != 0, still, 1), 0)
 
-        return x * self._kept(gain)
+        steered: Tensor = x * self._kept(gain)
+        return steered
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         one, other = self._kept(lambda: left), self._kept(lambda: right)
-        return 0.5 * (left * other + one * right)
+        halves: Tensor = 0.5 * (left * other + one * right)
+        return halves
 
 
 _OTHER_WAY = "This model takes another way for another input, so it cannot be held still as a linear map."
