@@ -425,7 +425,7 @@ def views_command(arguments: argparse.Namespace) -> None:
             f"One view (median): {1000 * np.median(held['seconds_view']):.1f} ms from kept maps, "
             f"{1000 * np.median(held['seconds_both']):.0f} ms with the pass that reads them; the faithful view "
             f"{1000 * np.median(held['seconds_faithful']):.0f} ms by gradient, "
-            f"{1000 * np.median(held['seconds_frozen']):.0f} ms frozen (processor time, {int(held['threads'])} thread).",
+            f"{1000 * np.median(held['seconds_frozen']):.0f} ms frozen (processor time, {int(held['threads'])} cores).",
             "",
         ]
     write("views.md", lines)
