@@ -102,10 +102,10 @@ def draw_views(vit, photos, images) -> None:
         row, column = PATCHES[name]
         token, image = embedding.prefix + row * embedding.grid[1] + column, images[place : place + 1]
         plain = [neuron_view(vit, image, level, token, channel, embedding=embedding)[0] for level in levels]
-        faithful = [faithful_view(vit, image, level, token, channel) for level in levels]
+        faithful = [faithful_view(vit, image, level, token, channel, path="frozen") for level in levels]
         agreed = [agreement(one, other.pixels, embedding.grid) for one, other in zip(plain, faithful, strict=True)]
         top, signed = view_panels([each.numpy() for each in plain], [f"level {level}" for level in levels])
-        _, true = view_panels([each.pixels.numpy() for each in faithful], [""] * len(levels))
+        _, true = view_panels([each.pixels.numpy() for each in faithful], [""] * len(levels), clip=0.999)
         true = [Panel(each.picture, f"faithful: cos {a.cosine:.2f}") for each, a in zip(true, agreed, strict=True)]
         first = Panel(pixels_of(vit, photo), f"{name}, token {token}", mark_of(name, 16))
         whole, whole_signed = view_panels(
@@ -116,7 +116,8 @@ def draw_views(vit, photos, images) -> None:
             rows,
             f"Neuron {channel} of one patch through the levels: {name}",
             "Top: the plain view as published, clip(V / max V). Middle: the same, signed (orange: positive). Bottom: "
-            "the neuron's own derivative times the pixels; cos is its agreement with the plain view. G_0: all patches.",
+            "what each pixel adds to the neuron with attention, norms and activations held still, its scale ending at "
+            "99.9 % of the pixels; cos is its agreement with the plain view. G_0: all patches.",
         )
         stored(figure, DOCS / f"views-{name}.png")
 
@@ -316,7 +317,7 @@ def draw_excited(vit, data: Path, level: int = 6, n_channels: int = 4) -> None:
 
 def curves_command(arguments: argparse.Namespace) -> None:
     for model in MODELS:
-        files = sorted(arguments.work.glob(f"robustness-{model}-bfloat16-????.npz"))
+        files = sorted(arguments.work.glob(f"robustness-{model}-{arguments.precision}-????.npz"))
         if files:
             draw_robustness(model, joined(files))
         plain = arguments.work / f"grouping-{model}-plain.npz"
@@ -430,6 +431,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("photographs", "curves"))
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--precision", default="bfloat16", help="of the passes that benchmarks/neurons.py made")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-neurons")
     ARGUMENTS = parser.parse_args()
     DOCS.mkdir(parents=True, exist_ok=True)

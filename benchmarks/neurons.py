@@ -409,19 +409,23 @@ def views_command(arguments: argparse.Namespace) -> None:
         lines += [
             f"## {model}, {held['cosine'].shape[1]} neurons of {held['cosine'].shape[1] // 4} photographs a level",
             "",
-            "| level | cosine, plain and faithful | ranks of patches | faithful: missing (median) | 16 steps |",
-            "|---|---|---|---|---|",
+            "| level | gradient x input: cosine with plain | ranks of patches | missing (median) | 16 steps: missing "
+            "| frozen: cosine with plain | ranks of patches | missing (largest) | share of bias (median) |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for index, level in enumerate(held["levels"]):
             lines.append(row([
                 str(level), interval(held["cosine"][index], 2), interval(held["rank"][index], 2),
                 f"{np.median(held['missing'][index]):.2f}", f"{np.median(held['missing16'][index]):.3f}",
+                interval(held["cosine_frozen"][index], 2), interval(held["rank_frozen"][index], 2),
+                f"{held['missing_frozen'][index].max():.0e}", f"{np.median(held['bias_share'][index]):.2f}",
             ]))  # fmt: skip
         lines += [
             "",
             f"One view (median): {1000 * np.median(held['seconds_view']):.1f} ms from kept maps, "
             f"{1000 * np.median(held['seconds_both']):.0f} ms with the pass that reads them; the faithful view "
-            f"{1000 * np.median(held['seconds_faithful']):.0f} ms ({int(held['threads'])} threads, busy machine).",
+            f"{1000 * np.median(held['seconds_faithful']):.0f} ms by gradient, "
+            f"{1000 * np.median(held['seconds_frozen']):.0f} ms frozen (processor time, {int(held['threads'])} cores).",
             "",
         ]
     write("views.md", lines)
@@ -431,28 +435,37 @@ def save_views(file: Path, vit, data: Path, levels: Sequence[int] = (0, 1, 2, 4,
     """Four random neurons of four photographs at some levels; the complete view, which is dear, of one of two."""
     source, entries = photographs(data, 4)
     rng, embedding = np.random.default_rng(0), find_embedding(vit)
-    found = {name: [[] for _ in levels] for name in ("cosine", "rank", "missing", "missing16")}
-    times = {name: [] for name in ("seconds_view", "seconds_both", "seconds_faithful")}
+    names = ("cosine", "rank", "missing", "missing16", "cosine_frozen", "rank_frozen", "missing_frozen", "bias_share")
+    found = {name: [[] for _ in levels] for name in names}
+    times = {name: [] for name in ("seconds_view", "seconds_both", "seconds_faithful", "seconds_frozen")}
     for number, entry in enumerate(entries):
         image = vit.prepare([load_image(source, entry)])
         steps, _ = read_steps(vit.tap(), image)
         for index, level in enumerate(levels):
             for _ in range(4):
                 token, channel = int(rng.integers(1, 197)), int(rng.integers(len(embedding.filters)))
-                started = time.perf_counter()
+                started = time.process_time()
                 row_ = flow_row(steps[:level], token) if level else flow_row(steps[:1], token) * 0
                 plain = view(image, embedding.filters[channel], embedding.grid, row_[:, embedding.prefix :])[0]
-                times["seconds_view"].append(time.perf_counter() - started)
-                started = time.perf_counter()
+                times["seconds_view"].append(time.process_time() - started)
+                started = time.process_time()
                 plain = neuron_view(vit, image, level, token, channel, embedding=embedding)[0]
-                times["seconds_both"].append(time.perf_counter() - started)
-                started = time.perf_counter()
+                times["seconds_both"].append(time.process_time() - started)
+                started = time.process_time()
                 faithful = faithful_view(vit, image, level, token, channel)
-                times["seconds_faithful"].append(time.perf_counter() - started)
+                times["seconds_faithful"].append(time.process_time() - started)
                 both = agreement(plain, faithful.pixels, embedding.grid)
                 found["cosine"][index].append(both.cosine)
                 found["rank"][index].append(both.rank)
                 found["missing"][index].append(faithful.missing)
+                started = time.process_time()
+                frozen = faithful_view(vit, image, level, token, channel, path="frozen")
+                times["seconds_frozen"].append(time.process_time() - started)
+                both = agreement(plain, frozen.pixels, embedding.grid)
+                found["cosine_frozen"][index].append(both.cosine)
+                found["rank_frozen"][index].append(both.rank)
+                found["missing_frozen"][index].append(frozen.missing)
+                found["bias_share"][index].append(abs(frozen.bias) / (abs(frozen.bias) + abs(frozen.change)))
             if number < 2:
                 found["missing16"][index].append(faithful_view(vit, image, level, token, channel, 16).missing)
     np.savez(file, levels=levels, threads=torch.get_num_threads(), **found, **times)

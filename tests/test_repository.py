@@ -51,7 +51,15 @@ def test_every_measure_has_a_room_a_source_and_a_limit() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["vitrail", "vitrail.cli", "vitrail.study.store", "vitrail.figures.heads", "vitrail.app.server", "vitrail.data"],
+    [
+        "vitrail",
+        "vitrail.cli",
+        "vitrail.study.store",
+        "vitrail.figures.heads",
+        "vitrail.app.server",
+        "vitrail.data",
+        "vitrail.report",
+    ],
 )
 def test_what_reads_a_study_never_loads_torch(module: str, tmp_path: Path) -> None:
     loaded = run(f"import {module}, sys; print(*(name for name in sys.modules if name in ('torch', 'timm')))", tmp_path)

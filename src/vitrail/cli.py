@@ -162,10 +162,33 @@ def figures(
 
 
 @app.command()
+def report(
+    study: Study,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: report.html in the study's folder.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Write a study as one HTML file that opens offline: findings, figures, tables, plan, and how to cite."""
+    from vitrail.report import write_report
+
+    target = write_report(study, out, progress=True)
+    typer.echo(f"{target}  ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
 def look(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more image files.")],
     out: Out = Path("look"),
+    rooms: Annotated[str, typer.Option(help="What to draw, comma-separated.")] = "heads,patches,neurons",
+    patch: Annotated[
+        str | None,
+        typer.Option(help="The patch to look at; default: the one the answer rests on.", metavar="ROW,COLUMN"),
+    ] = None,
+    channel: Annotated[int | None, typer.Option(help="The neuron to look at.", min=0)] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A PNG of instance ids, for t-SNE by object; with one image.", metavar="FILE")
+    ] = None,
     weights: Weights = None,
     class_names: ClassNames = None,
     image_size: ImageSize = None,
@@ -174,15 +197,30 @@ def look(
     precision: PrecisionOption = Precision.float32,
     formats: Formats = [Format.png],  # noqa: B006 - typer copies it
 ) -> None:
-    """Draw what a model does with single images: which heads matter, how far they look, and where."""
-    from vitrail.data import decode_image
+    """Draw what a model does with single images: its heads, its patches, its tokens and neurons."""
+    from rich.console import Console
+
+    from vitrail.data import decode_image, read_mask
     from vitrail.live import look_figures
 
+    if mask is not None and len(images) > 1:
+        raise UsageError(f"--mask {mask} is of one image, and {len(images)} were given; look at them one by one.")
+    ids = None if mask is None else read_mask(mask)
     decoded = [(path, decode_image(path)) for path in images]
     vit = _opened(model, weights, image_size, classes, device, precision, class_names)
     for path, image in decoded:
-        for made in look_figures(vit, image, out / path.stem, [each.value for each in formats], path.name):
-            typer.echo(made)
+        with Console(stderr=True).status(path.name) as status:
+
+            def step(doing: str, name: str = path.name, shown: Any = status) -> None:
+                shown.update(f"{name}: {doing}")
+
+            made = look_figures(
+                vit, image, out / path.stem, [each.value for each in formats], path.name,
+                of_rooms=[room.strip() for room in rooms.split(",")], mask=ids, patch=_place(patch), channel=channel,
+                step=step, left_out=lambda reason: typer.secho(f"left out: {reason}", err=True),
+            )  # fmt: skip
+        for file in made:
+            typer.echo(file)
 
 
 @app.command(name="open")
@@ -268,6 +306,15 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
     if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise UsageError(f"--image-size {text!r} has no meaning; write one number of pixels, or ROWSxCOLUMNS.")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _place(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = [part.strip() for part in text.split(",")]
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise UsageError(f"--patch {text!r} has no meaning; write ROW,COLUMN, counted from 0.")
+    return int(numbers[0]), int(numbers[1])
 
 
 def _live(study: Path, weights: str | None, device: str) -> Any:

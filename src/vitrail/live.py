@@ -7,7 +7,7 @@ live.look(image)                      # every measure that a study would hold fo
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -15,16 +15,18 @@ from threading import RLock
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from PIL import Image
 from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.figures.heads import refuse_formats
 from vitrail.figures.look import LookedAt, look_at
+from vitrail.figures.style import save
 from vitrail.heads.collect import Collector
 from vitrail.heads.regions import mode_edit, modes_offered
-from vitrail.measure import MEASURES
+from vitrail.measure import MEASURES, ROOMS
+from vitrail.neuron_look import CloseUp, neuron_figures
 from vitrail.study import rooms
 from vitrail.study.store import N_TOP, declared
 from vitrail.vit.open import Vit
@@ -51,8 +53,9 @@ class Live:
     `importance="estimate"` holds estimates instead.
     """
 
-    def __init__(self, vit: Vit) -> None:
+    def __init__(self, vit: Vit, measures: Sequence[str] = tuple(MEASURES)) -> None:
         self.vit = vit
+        self._measures = tuple(measures)
         self._lock = RLock()
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
         self._collectors: list[Collector] | None = None
@@ -104,14 +107,15 @@ class Live:
         return _probabilities(torch.cat([seen.logits, rows]))
 
     def look(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """Every measure that this model has, for one image, without the image dimension; by the names of a study.
+        """Every measure that was asked for and that this model has, for one image, by the names of a study; without the
+        image dimension.
 
         The label is the model's own top-1. With a classifier `probabilities` [class] comes along. Takes one recorded
         pass and the exact sweep over all heads.
         """
         with self._lock:
             if self._collectors is None:
-                self._collectors = rooms.collectors(self.vit, tuple(MEASURES))
+                self._collectors = rooms.collectors(self.vit, self._measures)
             tap, collectors = self.vit.tap(), self._collectors
             joined = Readers.joined([collector.readers() for collector in collectors])
             replay, logits = tap.record(self.vit.prepare([image]), joined)
@@ -171,21 +175,67 @@ class Live:
 
 
 def look_figures(
-    vit: Vit, image: Image.Image, folder: str | Path, formats: Sequence[str] = ("png",), name: str = "image"
+    vit: Vit,
+    image: Image.Image,
+    folder: str | Path,
+    formats: Sequence[str] = ("png",),
+    name: str = "image",
+    *,
+    of_rooms: Sequence[str] = tuple(ROOMS),
+    mask: Int[np.ndarray, "row column"] | None = None,
+    patch: tuple[int, int] | None = None,
+    channel: int | None = None,
+    step: Callable[[str], None] = lambda _: None,
+    left_out: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
     """Draws what the model does with one image into `folder`; the files written.
 
-    An overview, importance as map and line, entropy by layer, strength of the most important head, and where that head
-    looks from the class token and from the patch that the other tokens look at most. `name` stands in the titles.
-    Raises `UsageError` for an unknown format.
+    heads      an overview, importance as map and line, entropy by layer, strength of the most important head, and where
+               that head looks from the class token and from the patch that the other tokens look at most
+    patches    windows of `patch` (row, column; by default the one the answer rests on most) and the sum of all windows,
+               tendencies as arrows and flow, patches that everybody keeps
+    neurons    tokens as colours, lengths and likeness, relevance with deletion and insertion, filters, views of one
+               neuron (`channel`), what survives lost and displaced patches; t-SNE by object with a `mask` of ids
+
+    `name` stands in the titles. `step` is told what is being done, `left_out` what this model does not have, and why.
+    Raises `UsageError` for an unknown format or room, or a patch or channel that is not there; `DataError` for a mask
+    of another size.
     """
     refuse_formats(formats)
-    live = Live(vit)
-    return look_at(
-        LookedAt(live.study_of(image, name), vit.view(image), lambda layer: live.attention(image, layer)),
-        folder,
-        formats,
-    )
+    measures = _measures_of(of_rooms)
+    close = CloseUp.of(vit, image, name, patch, channel, mask)
+    reasons: dict[str, list[str]] = {}
+    for measure, why in rooms.skipped(vit, measures).items():
+        reasons.setdefault(why, []).append(measure)
+    for why, names in reasons.items():
+        if not all(each.startswith("grouping_") for each in names):  # its pictures come with a mask
+            left_out(f"{', '.join(names)}: {why}")
+    live = Live(vit, measures)
+    step("measuring")
+    on_grid = vit.anatomy.blocks[0].grid is not None and "patches" in of_rooms
+    seen = LookedAt(
+        live.study_of(image, name), close.view, lambda layer: live.attention(image, layer),
+        close.patch if on_grid else None,
+    )  # fmt: skip
+    step("drawing")
+    written = look_at(seen, folder, formats)
+    for stem, draw in neuron_figures(close) if "neurons" in of_rooms else ():
+        step(stem)
+        try:
+            figure = draw()
+        except Unsupported as reason:
+            left_out(f"{stem}: {reason}")
+            continue
+        written += [save(figure, Path(folder) / f"{stem}.{kind}") for kind in formats]
+    return written
+
+
+def _measures_of(of_rooms: Sequence[str]) -> tuple[str, ...]:
+    unknown = [room for room in of_rooms if room not in ROOMS]
+    if unknown or not of_rooms:
+        raise UsageError(f"There is no room {', '.join(unknown) or 'asked for'}; choose from {', '.join(ROOMS)}.")
+    base = [name for name, measure in MEASURES.items() if measure.room == "base"]
+    return (*base, *(name for room in of_rooms for name in ROOMS[room]))
 
 
 def _answers(logits: Float[Tensor, "image class"]) -> dict[str, np.ndarray]:

@@ -101,3 +101,10 @@ def test_a_patch_that_is_not_there_is_refused(study):
 def test_a_study_of_other_measures_is_refused(study):
     with pytest.raises(UsageError, match="--measures patches"):
         figures.tendency_arrows(study.drop_vars("tendency"))
+
+
+def test_the_sum_of_windows_over_images_is_the_mean_of_their_sums(study):
+    study["window"][1, 0] = 0.0  # in this image every window of L0 is the patch itself
+    meshes = [figures.window_coverage(study, image).axes[0].images[0].get_array() for image in (0, 1, 2, None)]
+    assert_allclose(meshes[3], np.mean(meshes[:3], axis=0))
+    assert_allclose(meshes[1], 1 / 20)

@@ -5,6 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import silhouette_score
+from sklearn.metrics.cluster import contingency_matrix
 from sklearn.metrics.pairwise import cosine_similarity
 
 from vitrail.errors import UsageError
@@ -60,6 +61,20 @@ def test_planted_objects_are_found_whole_and_pure(radius):
     assert found.unique_label == 1
     assert found.silhouette > 0.7
     assert found.in_object == pytest.approx(found.in_cluster, abs=0.1)
+
+
+def test_purity_and_labels_are_those_of_scikit_learns_contingency_matrix():
+    tokens, owner = planted()
+    owner[[0, 1, 2, 14]] = [2, 3, 3, 1]  # some tokens look like another object's
+    radius = k_distance_radius(distances_of(tokens))
+    found = DBSCAN(eps=radius, min_samples=3).fit(tokens).labels_
+    kept = found >= 0
+    table = contingency_matrix(owner[kept], found[kept])  # object by cluster
+    scores = group(tokens, owner)
+    assert table.shape[1] >= 2
+    assert scores.purity == pytest.approx(table.max(axis=0).sum() / len(owner))
+    assert scores.clusters == pytest.approx(table.shape[1] / 3)
+    assert scores.unique_label == pytest.approx(len(set(table.argmax(axis=0))) / 3)
 
 
 def test_purity_counts_what_no_cluster_holds_as_impure():

@@ -15,10 +15,12 @@ from vitrail.figures.neurons import (
     Panel,
     curves,
     grouping_by_layer,
+    norms_by_layer,
     overlaid,
     panels,
     position_grid,
     scatter_of_tokens,
+    survival,
     token_map,
     view_panels,
 )
@@ -103,3 +105,51 @@ def test_grouping_of_a_study_is_drawn_over_images_that_have_it(tmp_path):
     assert drawn(figure, tmp_path).std() > 5
     with pytest.raises(UsageError, match="need masks"):
         grouping_by_layer(study.drop_vars(names))
+
+
+def study_of_tokens(n_images=6, n_layers=3, n_tokens=17):
+    """Norms about 10, but for patch 5 of the last layer, which is long in every image; answers that fall."""
+    rng = np.random.default_rng(0)
+    norms = rng.normal(10, 1, (n_images, n_layers, n_tokens))
+    norms[:, 2, 1 + 5] = 300
+    falling = np.linspace(0.8, 0.2, 4)
+    arrays = {
+        "token_norm": (("image", "layer", "token"), norms),
+        "probability": (("image",), np.full(n_images, 0.9)),
+        "occlusion_random": (("image", "amount"), np.tile(falling[:3], (n_images, 1))),
+        "occlusion_salient": (("image", "amount"), np.tile(falling[1:], (n_images, 1))),
+        "shuffle_probability": (("image", "cells"), np.tile(falling[:2], (n_images, 1))),
+        "occlusion_drift": (("image", "layer", "amount"), rng.random((n_images, n_layers, 3))),
+    }
+    return xr.Dataset(
+        {name: (dims, values, MEASURES[name].attributes()) for name, (dims, values) in arrays.items()},
+        coords={"image": [f"{number}.png" for number in range(n_images)]},
+        attrs={"prefixes": [1] * n_layers, "grids": [[4, 4]] * n_layers, "class_token": True, "options": {}},
+    )
+
+
+def test_norms_show_the_median_the_longest_and_how_many_stand_out():
+    study = study_of_tokens()
+    left, right = norms_by_layer(study).axes
+    lines = {line.get_label(): line.get_ydata() for line in left.lines}
+    patches = study["token_norm"].to_numpy()[:, :, 1:]
+    assert_allclose(lines["median patch"], np.median(patches, axis=(0, 2)))
+    assert_allclose(lines["longest patch"], patches.max(axis=(0, 2)))
+    assert_allclose(lines["class token, median"], np.median(study["token_norm"].to_numpy()[:, :, 0], axis=0))
+    assert_allclose([bar.get_height() for bar in right.patches], [0, 0, 1])
+    with pytest.raises(UsageError, match="--measures neurons"):
+        norms_by_layer(study.drop_vars("token_norm"))
+
+
+def test_what_survives_starts_at_the_intact_image():
+    study = study_of_tokens()
+    lost, displaced, drift = survival(study).axes
+    lines = {line.get_label(): line for line in lost.lines}
+    assert set(lines) == {"random", "salient"}
+    assert_allclose(lines["random"].get_xdata(), [0, 0.25, 0.5, 0.75])
+    assert_allclose(lines["random"].get_ydata(), [0.9, 0.8, 0.6, 0.4])
+    assert_allclose(displaced.lines[0].get_ydata(), [0.9, 0.8, 0.6])
+    assert [text.get_text() for text in displaced.get_xticklabels()] == ["intact", "2 x 2", "4 x 4"]
+    assert_allclose(drift.lines[1].get_ydata(), study["occlusion_drift"].to_numpy()[:, :, 1].mean(0))
+    with pytest.raises(UsageError, match="no occlusion or shuffling"):
+        survival(study[["token_norm"]])

@@ -20,7 +20,7 @@ anything is decoded, and a file that cannot be used is a `BadImage` with its rea
 from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
 from vitrail.data.images import ImageEntry, ImageSource, Manifest, Skipped
 from vitrail.data.labels import class_title, read_class_names
-from vitrail.data.masks import load_mask, with_masks
+from vitrail.data.masks import load_mask, read_mask, with_masks
 from vitrail.data.scanning import load_image, scan, stored_image
 from vitrail.data.sources import open_images
 
@@ -37,6 +37,7 @@ __all__ = [
     "load_mask",
     "open_images",
     "read_class_names",
+    "read_mask",
     "scan",
     "stored_image",
     "with_masks",

@@ -19,7 +19,7 @@ from vitrail.data.files import file_bytes, sentence, some
 from vitrail.data.images import ImageEntry, Manifest
 from vitrail.errors import BadImage, DataError
 
-__all__ = ["load_mask", "read_ids", "with_masks"]
+__all__ = ["load_mask", "read_ids", "read_mask", "with_masks"]
 
 MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n")
 
@@ -61,6 +61,11 @@ def load_mask(entry: ImageEntry) -> Int[np.ndarray, "row column"] | None:
             f"The mask of {entry.id} has changed since the study began; put the old file back, or begin a new study."
         )
     return read_ids(content)
+
+
+def read_mask(path: str | Path) -> Int[np.ndarray, "row column"]:
+    """The instance ids in one file. Raises `DataError` if it cannot be read, or is no PNG of ids."""
+    return read_ids(_content(Path(path)))
 
 
 def _content(path: Path) -> bytes:

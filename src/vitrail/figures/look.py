@@ -1,4 +1,4 @@
-"""The figures of one image: which heads matter to it, how far they look, and where the most important one looks."""
+"""The figures of one image: which heads matter to it and where the most important one looks, what patches see."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Float32
 from PIL import Image
 
+from vitrail.figures import neurons, patches
 from vitrail.figures.attention import attention_over_photo, most_attended_patch
 from vitrail.figures.heads import (
     entropy_by_layer,
@@ -22,17 +23,22 @@ from vitrail.figures.heads import (
 )
 from vitrail.figures.style import head_name, number
 from vitrail.figures.values import head_values, main_metric
+from vitrail.measure import ROOMS
 
 __all__ = ["LookedAt", "look_at"]
 
 
 @dataclass(frozen=True)
 class LookedAt:
-    """An image as a study of one, what the model sees of it, and a layer's maps [head, token, token] on demand."""
+    """An image as a study of one, what the model sees of it, and a layer's maps [head, token, token] on demand.
+
+    `patch` (row, column on the grid of the first layer) is the one whose windows are drawn.
+    """
 
     study: xr.Dataset
     view: Image.Image
     attention: Callable[[int], Float32[np.ndarray, "head token token"]]
+    patch: tuple[int, int] | None = None
 
 
 def look_at(seen: LookedAt, folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -42,13 +48,37 @@ def look_at(seen: LookedAt, folder: str | Path, formats: Sequence[str] = ("png",
     """
     refuse_formats(formats)
     written: list[Path] = []
-    for name, figure in _whole_set(seen):
+    for name, figure in (*_head_figures(seen), *_patch_figures(seen), *_survival(seen)):
         written.extend(save(figure, Path(folder) / f"{name}.{kind}") for kind in formats)
     return written
 
 
-def _whole_set(seen: LookedAt) -> Iterator[tuple[str, Any]]:
+def _patch_figures(seen: LookedAt) -> Iterator[tuple[str, Any]]:
+    """Over the photograph, in the layers that have the grid of the first; others regroup the patches."""
+    study = seen.study.copy()
+    grids = study.attrs["grids"]
+    study.attrs["grids"] = [grid if grid == grids[0] else None for grid in grids]
+    if "window" in study:
+        if seen.patch is not None:
+            at = seen.patch[0] * grids[0][1] + seen.patch[1]
+            yield "windows_of_patch", patches.windows_of_patch(study, at, 0, seen.view)
+        yield "window_coverage", patches.window_coverage(study, 0, seen.view)
+    if "tendency" in study:
+        yield "tendency_arrows", patches.tendency_arrows(study, 0, seen.view)
+        yield "tendency_flow", patches.tendency_flow(study, 0, seen.view)
+    if "hub" in study:
+        yield "hub_map", patches.hub_map(study, 0, seen.view)
+
+
+def _survival(seen: LookedAt) -> Iterator[tuple[str, Any]]:
+    if any(str(name).startswith(("occlusion_", "shuffle_")) for name in seen.study):
+        yield "survival", neurons.survival(seen.study)
+
+
+def _head_figures(seen: LookedAt) -> Iterator[tuple[str, Any]]:
     study = seen.study
+    if not set(ROOMS["heads"]) & set(map(str, study)):
+        return
     yield "overview", study_overview(study)
     metric = main_metric(study)
     if metric is not None:

@@ -12,10 +12,14 @@ import matplotlib as mpl
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vitrail.errors import UsageError
-from vitrail.figures.style import COOL, INK, LINE, MARK, blank, explain, styled
+from vitrail.figures.style import BAND, COOL, INK, LINE, MARK, SOFT, blank, explain, styled
+from vitrail.heads.summary import bootstrap_interval
+from vitrail.neurons.amounts import AMOUNTS, cells_that_divide
 from vitrail.neurons.display import shown, signed
+from vitrail.neurons.outliers import OUTLIER_DEVIATIONS, norm_outliers
 
 __all__ = [
     "Curve",
@@ -23,15 +27,19 @@ __all__ = [
     "coloured",
     "curves",
     "grouping_by_layer",
+    "norms_by_layer",
     "overlaid",
     "panels",
     "position_grid",
     "scatter_of_tokens",
+    "survival",
     "token_map",
     "view_panels",
 ]
 
 CYCLE = (COOL, MARK, "#5a7d2a", "#7a4aa0", "#8a6d0a", "#5a6170")
+LOG_FROM = 10
+"""Norms that differ by more than this factor are drawn on a log scale."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 Picture = Float[np.ndarray, "row column colour"]
@@ -83,14 +91,24 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def view_panels(
-    views: Sequence[Float[np.ndarray, "colour row column"]], titles: Sequence[str], *, one_scale: bool = False
+    views: Sequence[Float[np.ndarray, "colour row column"]],
+    titles: Sequence[str],
+    *,
+    one_scale: bool = False,
+    clip: float = 1.0,
 ) -> tuple[list[Panel], list[Panel]]:
-    """Two rows for views: as published (positive part, own scale or one for all) and signed, orange for positive."""
+    """Two rows for views: as published (positive part, own scale or one for all) and signed, orange for positive.
+
+    `clip` is the quantile of the pixels at which an own signed scale ends: below 1 where a few pixels outshine all.
+    """
     scale = max(float(view.max()) for view in views) if one_scale else None
     reach = max(float(np.abs(view.sum(axis=0)).max()) for view in views) if one_scale else None
     diverging = mpl.colormaps["PuOr_r"]
     published = [Panel(shown(view, scale), title) for view, title in zip(views, titles, strict=True)]
-    both = [Panel(diverging(0.5 + signed(view, reach) / 2)[..., :3], "signed") for view in views]
+    ends = [reach if one_scale else float(np.quantile(np.abs(view.sum(axis=0)), clip)) or None for view in views]
+    both = [
+        Panel(diverging(0.5 + signed(view, end) / 2)[..., :3], "signed") for view, end in zip(views, ends, strict=True)
+    ]
     return published, both
 
 
@@ -214,8 +232,135 @@ def grouping_by_layer(study: xr.Dataset) -> Any:
         _line(axes, Curve(name, x, mean, mean - half, mean + half), 0)
         axes.set_title(study[name].attrs["title"], fontsize=7.2)
         axes.set_xlabel("after layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color=LINE, linewidth=0.6)
     for axes in grid[len(names) :]:
         axes.set_axis_off()
     explain(figure, study[names[0]].attrs["source"], study[names[0]].attrs["limits"])
     return figure
+
+
+@styled
+def norms_by_layer(study: xr.Dataset) -> Any:
+    """Lengths of tokens over the layers: patches with their spread, the class token, and how many patches stand out.
+
+    Raises `UsageError` for a study without `token_norm`.
+    """
+    norms = patch_norms(study)
+    figure = blank(7.4, 3.0, f"Lengths of tokens, {study.sizes['image']:,} images")
+    left, right = figure.subplots(1, 2)
+    layers = np.flatnonzero([each is not None for each in norms])
+    spread = np.array([np.quantile(each, (0.05, 0.5, 0.95, 1.0)) for each in norms if each is not None])
+    left.fill_between(layers, spread[:, 0], spread[:, 2], color=BAND, linewidth=0, label="90 % of all patches")
+    left.plot(layers, spread[:, 1], color=COOL, label="median patch")
+    left.plot(layers, spread[:, 3], color=MARK, linewidth=1.0, linestyle="--", label="longest patch")
+    if study.attrs.get("class_token"):
+        of_class = np.nanmedian(study["token_norm"].to_numpy()[:, :, 0], axis=0)
+        left.plot(layers, of_class[layers], color=SOFT, linestyle=":", label="class token, median")
+    left.set(xlabel="after layer", ylabel="L2 norm")
+    if spread[:, 3].max() > LOG_FROM * spread[:, 1].min():
+        left.set(yscale="log", ylabel="L2 norm, log scale")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        left.yaxis.set_minor_locator(NullLocator())
+    else:
+        left.set_ylim(bottom=0)
+    outlying = [float(norm_outliers(each).sum(1).mean()) for each in norms if each is not None]
+    right.bar(layers, outlying, color=MARK, width=0.7)
+    right.set(xlabel="after layer", ylabel="patches of an image that stand out")
+    for axes in (left, right):
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+    left.legend(frameon=False, fontsize=6.5)
+    explain(
+        figure,
+        f"Right: patches more than {OUTLIER_DEVIATIONS:g} robust standard deviations above the median of their layer, "
+        "mean over images; such patches are artefacts that carry no local content (Darcet et al. 2023, "
+        "arXiv 2309.16588; the cut is ours).",
+        study["token_norm"].attrs.get("limits", ""),
+    )
+    return figure
+
+
+def patch_norms(study: xr.Dataset) -> list[Float[np.ndarray, "image patch"] | None]:
+    """The norms of patches alone, layer by layer; None where a layer has none.
+
+    Raises `UsageError` for a study without `token_norm`.
+    """
+    if "token_norm" not in study:
+        raise UsageError("This study holds no token_norm; study it with --measures neurons.")
+    values = study["token_norm"].to_numpy()
+    found: list[Float[np.ndarray, "image patch"] | None] = []
+    for layer, prefix in enumerate(study.attrs["prefixes"]):
+        known = ~np.isnan(values[0, layer])
+        known[:prefix] = False
+        found.append(values[:, layer, known] if known.any() else None)
+    return found
+
+
+@styled
+def survival(study: xr.Dataset) -> Any:
+    """What is left of the label's probability as patches are lost or displaced, and how far tokens drift by layer.
+
+    Raises `UsageError` for a study without occlusion or shuffling.
+    """
+    held = {name for name in study.data_vars if str(name).startswith(("occlusion_", "shuffle_"))}
+    probable = [name for name in ("random", "salient", "non_salient") if f"occlusion_{name}" in held]
+    drifts = [name for name in ("occlusion_drift", "shuffle_drift") if name in held]
+    parts = [bool(probable), "shuffle_probability" in held, *(True for _ in drifts)]
+    if not any(parts):
+        raise UsageError("This study holds no occlusion or shuffling; study it with --measures neurons.")
+    n_images = study.sizes["image"]
+    whose = f"{n_images:,} images" if n_images > 1 else f"image {study['image'].to_numpy()[0]}"
+    figure = blank(2.7 * sum(parts) + 0.3, 2.9, f"As patches are lost or displaced: {whose}")
+    places = iter(figure.subplots(1, sum(parts), squeeze=False)[0])
+    intact = study["probability"].to_numpy()[:, None]
+    cells = [1, *cells_that_divide(_first_grid(study))]
+    if probable:
+        axes = next(places)
+        for place, name in enumerate(probable):
+            columns = np.concatenate([intact, study[f"occlusion_{name}"].to_numpy()], axis=1)
+            _line(axes, _with_interval(name.replace("_", "-"), (0.0, *AMOUNTS), columns), place)
+        axes.set(xlabel="share of patches lost", ylabel="probability of the label", title="lost")
+        axes.legend(frameon=False, fontsize=6.5)
+    if parts[1]:
+        axes = next(places)
+        columns = np.concatenate([intact, study["shuffle_probability"].to_numpy()], axis=1)
+        _line(axes, _with_interval("shuffled", np.arange(len(cells)), columns), 0)
+        axes.set(xlabel="cells", ylabel="probability of the label", title="displaced")
+        axes.set_xticks(range(len(cells)), ["intact", *(f"{n} x {n}" for n in cells[1:])])
+    for name in drifts:
+        axes, values = next(places), study[name].to_numpy()
+        lines = [f"{100 * amount:.0f} % lost" for amount in AMOUNTS] if name == "occlusion_drift" else [
+            f"{n} x {n}" for n in cells[1:]]  # fmt: skip
+        for place, words in enumerate(lines):
+            _line(axes, _with_interval(words, np.arange(values.shape[1]), values[:, :, place]), place)
+        axes.set(
+            xlabel="after layer",
+            ylabel="1 - cosine to intact",
+            title="drift, random patches lost" if name == "occlusion_drift" else "drift, displaced",
+        )
+        axes.legend(frameon=False, fontsize=6.5)
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
+        axes.grid(color=LINE, linewidth=0.6)
+    explain(
+        figure,
+        "Bands: 95 % interval of the mean (bootstrap over images)." if n_images > 1 else "",
+        "The same number of patches is lost in every way;",
+        "salient: under objects where the image has a mask, else of the highest rollout.",
+        f"Lost patches: {study.attrs.get('options', {}).get('lost_patches', 'mean')}.",
+        "After Nguyen et al. 2022; drift is our construction.",
+        *({str(study[name].attrs.get("limits", "")) for name in sorted(map(str, held))[-1:]}),
+    )
+    return figure
+
+
+def _first_grid(study: xr.Dataset) -> tuple[int, int]:
+    grid = study.attrs["grids"][0]
+    return int(grid[0]), int(grid[1])
+
+
+def _with_interval(name: str, x: Any, columns: Float[np.ndarray, "image point"]) -> Curve:
+    columns = columns.astype(np.float64)
+    low, high = bootstrap_interval(columns)
+    return Curve(name, np.asarray(x, dtype=np.float64), columns.mean(0), low, high)

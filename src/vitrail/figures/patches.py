@@ -132,19 +132,21 @@ def windows_of_patch(study: xr.Dataset, patch: int, image: Which = 0, photo: Ima
 
 @styled
 def window_coverage(study: xr.Dataset, image: Which = 0, photo: Image.Image | None = None) -> Any:
-    """The sum of all windows: how many patches have each patch in their window, as a share."""
-    chosen = image_position(study, 0 if image is None else image)
-    sides, whose = _chosen(study, "window", chosen)
+    """The sum of all windows: how many patches have each patch in their window, as a share (None: mean over images)."""
+    _, whose = _chosen(study, "window", image)
+    chosen = range(study.sizes["image"]) if image is None else [image_position(study, image)]
+    sides = study["window"].isel(image=list(chosen)).to_numpy().astype(np.float64)
+    covered = {
+        layer: np.mean([coverage(each[layer, : grid[0] * grid[1]], grid) for each in sides], axis=0)
+        for layer, grid in enumerate(_grids(study))
+        if grid is not None
+    }
 
     def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
-        covered = coverage(sides[layer, : grid[0] * grid[1]], grid)
-        axes.imshow(covered, extent=_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(covered[layer], extent=_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
 
     def most(layer: int) -> str:
-        grid = _grids(study)[layer]
-        if grid is None or np.isnan(sides[layer, 0]).any():
-            return ""
-        return f"most {coverage(sides[layer, : grid[0] * grid[1]], grid).max():.0%}"
+        return f"most {covered[layer].max():.0%}"
 
     figure = _layers(study, f"Where windows lie: {whose}", photo, draw, most, extra=_cover_bar)
     explain(

@@ -4,6 +4,7 @@ Nothing global changes: figures are `matplotlib.figure.Figure` objects made unde
 and no setting of the user's session is touched.
 """
 
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -36,6 +37,7 @@ __all__ = [
     "head_name",
     "ink_on",
     "number",
+    "picture",
     "save",
     "styled",
 ]
@@ -58,6 +60,8 @@ ATTENTION = LinearSegmentedColormap.from_list(
 
 FORMATS = ("png", "svg", "pdf")
 PNG_DPI = 200
+METADATA = {"png": {"Software": "vitrail"}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""What would otherwise put the time into a file."""
 
 STYLE = {
     "font.family": ["DejaVu Sans"],
@@ -147,10 +151,22 @@ def save(figure: Any, path: str | Path) -> Path:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise UsageError(f"A figure was to be written to {path.name!r}; it can be {', '.join(FORMATS)}.")
-    metadata = {"png": {"Software": "vitrail"}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format=kind, dpi=PNG_DPI, metadata=metadata)
+    figure.savefig(path, format=kind, dpi=PNG_DPI, metadata=METADATA[kind])
     return path
+
+
+@styled
+def picture(figure: Any, kind: str, *, bare: bool = False) -> bytes:
+    """A figure as the bytes of a PNG, SVG or PDF file. `bare` takes its title and the line under it off, for good:
+    for where they stand beside the picture as text."""
+    if bare:
+        figure.suptitle("")
+        figure.supxlabel("")
+    stream = io.BytesIO()
+    cut = {"bbox_inches": "tight", "pad_inches": 0.04} if bare else {}
+    figure.savefig(stream, format=kind, dpi=PNG_DPI, metadata=METADATA[kind], **cut)
+    return stream.getvalue()
 
 
 def colour_scale(values: Float[np.ndarray, "..."]) -> tuple[Colormap, Normalize]:

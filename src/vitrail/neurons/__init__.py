@@ -8,9 +8,11 @@ display     how views are shown as pictures (no torch)
 filters     which filters let objects stand out
 excite      the images that excite a neuron, and one made to
 robustness  occlusion and shuffling
+amounts     how many patches are lost, how many cells are shuffled (no torch)
 objects     instance ids on the grid of patches
 grouping    do tokens of one object find together
 tokens      principal components as colour, norms, similarity
+outliers    tokens of outlying norm (no torch)
 relevance   which patches an answer rests on, and curves that judge the methods
 collect     token norms, grouping and robustness as collectors of a study (this page needs no torch)
 
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from vitrail.errors import UsageError
 from vitrail.measure import MEASURES, ROOMS
+from vitrail.neurons.amounts import cells_that_divide
 
 if TYPE_CHECKING:
     from vitrail.neurons.collect import GroupingCollector, NormCollector, RobustnessCollector
@@ -116,9 +119,7 @@ def _no_cells(vit: "Vit") -> str:
     grid = vit.anatomy.blocks[0].grid
     if grid is None:
         return _no_grid(vit)
-    return (
-        "" if any(grid[0] % n == 0 and grid[1] % n == 0 for n in (2, 4, 7, 14)) else f"no cells divide its grid {grid}"
-    )
+    return "" if cells_that_divide(grid) else f"no cells divide its grid {grid}"
 
 
 def _option(options: Mapping[str, str] | None, name: str) -> str:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.neurons import robustness
+from vitrail.neurons.amounts import AMOUNTS, cells_that_divide
 from vitrail.neurons.flow import rollout, step
 from vitrail.neurons.grouping import Grouping, group
 from vitrail.neurons.levels import Levels, entering
@@ -17,10 +18,7 @@ from vitrail.neurons.tokens import token_norms
 from vitrail.vit.open import Vit
 from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 
-__all__ = ["AMOUNTS", "GroupingCollector", "NormCollector", "RobustnessCollector"]
-
-AMOUNTS = (0.25, 0.5, 0.75)
-"""Shares of the patches that are lost, the values of the dimension `amount` of the occlusion measures."""
+__all__ = ["GroupingCollector", "NormCollector", "RobustnessCollector"]
 
 Ids = Int[np.ndarray, "_ _"]
 Arrays = dict[str, np.ndarray]
@@ -122,7 +120,7 @@ class RobustnessCollector:
         grid = vit.anatomy.blocks[0].grid
         assert grid is not None
         self._grid = grid
-        self._cells = robustness.cells_that_divide(grid)
+        self._cells = cells_that_divide(grid)
 
     def take_masks(self, masks: Sequence[Ids | None]) -> None:
         """Instance ids of the coming batch, as large as the photographs."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrail.errors import Unsupported, UsageError
+from vitrail.neurons.amounts import AMOUNTS, cells_that_divide
 from vitrail.neurons.levels import Levels, read_levels
 from vitrail.vit.edits import Edit
 from vitrail.vit.open import Vit
@@ -102,11 +103,6 @@ def lost_patches(order: Int[np.ndarray, "image patch"], amount: float) -> Bool[n
     marked = np.zeros(order.shape, dtype=bool)
     np.put_along_axis(marked, order[:, : round(amount * order.shape[1])], True, axis=1)
     return marked
-
-
-def cells_that_divide(grid: tuple[int, int], asked: Sequence[int] = (2, 4, 7, 14)) -> list[int]:
-    """Those of `asked` that cut the grid into equal cells of whole patches."""
-    return [cells for cells in asked if grid[0] % cells == 0 and grid[1] % cells == 0]
 
 
 # --- edits of the model's input ---------------------------------------------------------------------------------------
@@ -226,7 +222,7 @@ def _closed(
 
 def probes(
     grid: tuple[int, int],
-    amounts: Sequence[float] = (0.25, 0.5, 0.75),
+    amounts: Sequence[float] = AMOUNTS,
     losses: Sequence[str] = LOSSES,
     selections: Sequence[str] = SELECTIONS,
 ) -> list[Probe]:

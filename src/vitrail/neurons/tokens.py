@@ -8,11 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitrail.errors import UsageError
+from vitrail.neurons.outliers import norm_outliers
 
 __all__ = ["ColourBasis", "colour_basis", "norm_outliers", "similarity", "token_norms"]
-
-OUTLIER_DEVIATIONS = 6.0
-"""Robust standard deviations above the median from which a norm counts as an outlier."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,20 +61,6 @@ def token_norms(tokens: Float[Tensor, "*image token channel"]) -> Float[Tensor, 
     """L2 norm of every token."""
     norms: Tensor = tokens.float().norm(dim=-1)
     return norms
-
-
-def norm_outliers(
-    norms: Float[np.ndarray, "*image patch"], deviations: float = OUTLIER_DEVIATIONS
-) -> Bool[np.ndarray, "*image patch"]:
-    """Patches whose norm lies far above all others of the set: the artefacts of Darcet et al. 2023 (arXiv 2309.16588).
-
-    They cut at a fixed norm of one model; ours is the median plus `deviations` robust standard deviations (1.4826 times
-    the median absolute deviation), taken over all `norms` given. Pass patches only: class and register tokens have
-    norms of their own.
-    """
-    middle = np.median(norms)
-    spread = 1.4826 * np.median(np.abs(norms - middle))
-    return np.asarray(norms > middle + deviations * spread)
 
 
 def similarity(

@@ -1,8 +1,9 @@
 """What one neuron sees: views of pixels at level 0 and through the layers, plain and faithful.
 
 Plain views are after Nguyen et al. 2022 (arXiv 2210.07646): at level 0 the pixels of a patch times a filter, above it
-mixed by attention alone. They leave out values, projections and the MLP. The faithful view beside them is the neuron's
-own derivative by the pixels, times the pixels; it is our addition, as is the agreement between the two.
+mixed by attention alone. They leave out values, projections and the MLP. The faithful view beside them takes the whole
+model: the neuron's own derivative by the pixels, times the pixels, or the linear map that is left when attention, norms
+and activations are held still. It is our addition, as is the agreement between the two.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from vitrail.neurons.embedding import Embedding, find_embedding
 from vitrail.neurons.flow import flow_row, read_steps
 from vitrail.neurons.levels import entering
 from vitrail.neurons.ranking import average_ranks
+from vitrail.vit.frozen import Frozen
 from vitrail.vit.open import Vit
 from vitrail.vit.tap import Readers, Tap
 
 __all__ = [
+    "PATHS",
     "Agreement",
     "Faithful",
     "agreement",
@@ -31,6 +34,12 @@ __all__ = [
     "patch_sums",
     "view",
 ]
+
+PATHS = ("gradient", "frozen")
+"""How a faithful view is taken; `faithful_view` says what each is."""
+
+COMPLETE = 1e-2
+"""A frozen map whose parts miss more than this share of the neuron is not linear."""
 
 Pixels = Float[Tensor, "image colour row column"]
 Filter = Float[Tensor, "colour height width"]
@@ -92,25 +101,40 @@ class Faithful:
     """Pixels times the neuron's derivative by them.
 
     pixels     [colour row column]; the part each pixel has in `change`
-    change     what the neuron gives for this image less what it gives for a blank (all-zero, after normalisation) one
-    missing    |sum of pixels - change| / |change|: 0 means the view accounts for all of the neuron (completeness)
+    change     what the neuron gives for this image less `bias`
+    bias       what it gives for a blank (all-zero, after normalisation) image, by the same map
+    missing    |sum of pixels - change| / |change|: 0 means the view accounts for all of the change (completeness)
     """
 
     pixels: Float[Tensor, "colour row column"]
     change: float
+    bias: float
     missing: float
 
 
-def faithful_view(vit: Vit, image: Pixels, level: int, token: int, channel: int, steps: int = 1) -> Faithful:
-    """The derivative of z_level[token, channel] by the pixels, times the pixels.
+def faithful_view(
+    vit: Vit, image: Pixels, level: int, token: int, channel: int, steps: int = 1, path: str = "gradient"
+) -> Faithful:
+    """What each pixel adds to z_level[token, channel], through values, projections and MLPs as well.
 
-    `steps=1` takes the derivative at the image itself (gradient times input). More steps average it on the way from a
-    blank image (integrated gradients, Sundararajan et al. 2017, arXiv 1703.01365): `missing` then goes to 0.
+    gradient   the derivative by the pixels, times the pixels. `steps=1` takes it at the image itself. More steps
+               average it on the way from a blank image (integrated gradients, Sundararajan et al. 2017, arXiv
+               1703.01365): `missing` goes to 0 as steps grow, slowly in deep levels.
+    frozen     attention weights, statistics of norms and gains of activations are held as they are for this image
+               (`vit.frozen`); what is left is linear, so the view is complete, and `bias` is what biases and positions
+               give. It says how the pixels are carried, not how they decide where attention goes. Ours, after the
+               attention rules of layer-wise relevance propagation (Ali et al. 2022, arXiv 2202.07304).
+
+    Raises `Unsupported` for a frozen path through a model in which something else than these is not linear.
     """
     if len(image) != 1 or steps < 1:
         raise UsageError(f"A faithful view is of one image with 1 or more steps, not {len(image)} with {steps}.")
+    if path not in PATHS or (path == "frozen" and steps != 1):
+        raise UsageError(f"There is no path {path!r} with {steps} steps; choose gradient, or frozen with one step.")
     if level == 0:
         return _faithful_at_0(vit, image, token, channel)
+    if path == "frozen":
+        return _frozen_view(vit, image, level, token, channel)
     parts = [1.0] if steps == 1 else [(index + 0.5) / steps for index in range(steps)]
     points = torch.cat([image * part for part in parts]).detach().requires_grad_(True)
     with torch.enable_grad():
@@ -119,7 +143,27 @@ def faithful_view(vit: Vit, image: Pixels, level: int, token: int, channel: int,
     with torch.no_grad():
         blank = _neuron(vit.tap(), torch.zeros_like(image), level, token, channel)
         here = values[:1] if steps == 1 else _neuron(vit.tap(), image, level, token, channel)
-    return _accounted((image * gradient.mean(0, keepdim=True))[0].detach(), float(here.detach() - blank))
+    return _accounted((image * gradient.mean(0, keepdim=True))[0].detach(), float(here.detach()), float(blank))
+
+
+def _frozen_view(vit: Vit, image: Pixels, level: int, token: int, channel: int) -> Faithful:
+    """Two passes: one that is recorded and differentiated, one of a blank image through the same linear map."""
+    seen = Frozen()
+    point, blank = (each.detach().clone().requires_grad_(True) for each in (image, torch.zeros_like(image)))
+    with torch.enable_grad():
+        with seen:
+            value = _neuron(vit.tap(), point, level, token, channel)
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+        with seen.again():
+            constant = _neuron(vit.tap(), blank, level, token, channel)
+    found = _accounted((point * gradient)[0].detach(), float(value.detach()), float(constant.detach()))
+    summed = float(found.pixels.double().sum())
+    if abs(summed - found.change) > COMPLETE * max(abs(found.change), abs(found.bias)):
+        raise Unsupported(
+            f"{vit.name} does something that is not linear even with attention, norms and activations held still: the "
+            f"frozen path gives {summed:.4g} of a change of {found.change:.4g}. Use path='gradient'."
+        )
+    return found
 
 
 def _faithful_at_0(vit: Vit, image: Pixels, token: int, channel: int) -> Faithful:
@@ -129,11 +173,14 @@ def _faithful_at_0(vit: Vit, image: Pixels, token: int, channel: int) -> Faithfu
         raise Unsupported(f"{vit.name} has a norm before its first block, so level 0 is no sum of pixels; ask for 1.")
     replay, _ = vit.tap().record(torch.cat([image, torch.zeros_like(image)]))
     ends = entering(vit.anatomy, replay)[:, token, channel].double()
-    return _accounted(neuron_view(vit, image, 0, token, channel, embedding=embedding)[0], float(ends[0] - ends[1]))
+    return _accounted(
+        neuron_view(vit, image, 0, token, channel, embedding=embedding)[0], float(ends[0]), float(ends[1])
+    )
 
 
-def _accounted(pixels: Float[Tensor, "colour row column"], change: float) -> Faithful:
-    return Faithful(pixels, change, abs(float(pixels.double().sum()) - change) / max(abs(change), 1e-12))
+def _accounted(pixels: Float[Tensor, "colour row column"], here: float, blank: float) -> Faithful:
+    change = here - blank
+    return Faithful(pixels, change, blank, abs(float(pixels.double().sum()) - change) / max(abs(change), 1e-12))
 
 
 def _neuron(tap: Tap, images: Pixels, level: int, token: int, channel: int) -> Float[Tensor, "image"]:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitrail.errors import Unsupported
 
-__all__ = ["Captured", "Handler", "Interceptor", "RawCall", "has_native_path", "native_path_enabled"]
+__all__ = ["Captured", "Handler", "Interceptor", "RawCall", "fused_call", "has_native_path", "native_path_enabled"]
 
 
 class Captured(BaseException):
@@ -99,7 +99,7 @@ class Interceptor(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _SDPA:
-            return self.handler.attention(_fused_call(*args, **kwargs))
+            return self.handler.attention(fused_call(*args, **kwargs))
         if func is _MHA:
             with self:
                 return _MHA_BODY(*args, **kwargs)
@@ -213,7 +213,7 @@ def _written_call(product: _Product, softmax: _Softmax) -> RawCall:
     return RawCall(None, None, product.v, None, 1.0, False, run, weights, softmax.changed)
 
 
-def _fused_call(
+def fused_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,

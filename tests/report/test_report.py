@@ -1,0 +1,273 @@
+"""The report of a study: complete, true to the study, one file, and safe whatever the study's names are."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from tiny_reports import ROOMS, photographs, small_vit
+
+from vitrail.errors import StudyError, UsageError
+from vitrail.report import sections, write_report
+from vitrail.report.page import page
+from vitrail.report.parts import Section, Studied, Table, Text
+from vitrail.study.run import run_study
+from vitrail.study.store import open_study
+from vitrail.vit.open import open_vit
+
+HOSTILE = '</title><script>alert(1)</script><img src="http://x.test/y" onerror="alert(1)">&amp;"\''
+
+
+class Read(HTMLParser):
+    """Tags with their attributes, the text, and the sections' ids."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.pieces = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.pieces.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.pieces).split())
+
+    @property
+    def sections(self):
+        return [attrs["id"] for tag, attrs in self.tags if tag == "section"]
+
+
+def reported(study, tmp_path):
+    return Read(write_report(study, tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(crops, tmp_path_factory):
+    """The report of every room, written once."""
+    return write_report(crops, tmp_path_factory.mktemp("whole") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def read(whole):
+    return Read(whole.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def read_masked(masked, tmp_path_factory):
+    return reported(masked, tmp_path_factory.mktemp("masked"))
+
+
+def loads(read):
+    """Everything that a browser would fetch for this page."""
+    return [attrs[name] for _, attrs in read.tags for name in ("src", "srcset", "data", "poster") if name in attrs]
+
+
+def refuses_everything_foreign(read, html):
+    assert loads(read)
+    assert all(address.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for address in loads(read))
+    assert all(attrs["href"].startswith("#") for _, attrs in read.tags if "href" in attrs)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in read.tags}
+    assert not [name for _, attrs in read.tags for name in attrs if name.startswith("on")]
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_a_report_of_every_room_is_one_small_file_that_loads_nothing(whole, read):
+    refuses_everything_foreign(read, whole.read_text(encoding="utf-8"))
+    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert whole.stat().st_size < 3e6
+    assert list(whole.parent.iterdir()) == [whole]
+    policy = next(attrs for tag, attrs in read.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_links_of_the_page_lead_to_its_sections(read):
+    assert [attrs["href"] for tag, attrs in read.tags if tag == "a"] == [f"#{key}" for key in read.sections]
+
+
+def test_every_picture_is_named_by_its_title_unless_a_line_stands_under_it(read):
+    images = [attrs for tag, attrs in read.tags if tag == "img"]
+    figures = [attrs for attrs in images if "svg" in attrs["src"][:20]]
+    assert len(figures) >= 10
+    assert all(attrs["alt"] for attrs in figures)
+
+
+def test_the_first_finding_on_heads_is_what_the_study_says(crops, read):
+    study = open_study(crops)
+    lost = study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy()
+    means = lost.astype(np.float64).mean(0)
+    layer, head = np.unravel_index(means.argmax(), means.shape)
+    sentence = re.search(r"Without (L\d+H\d+), .*? loses ([\d.]+) of its", read.text)
+    assert sentence[1] == f"L{layer}H{head}"
+    assert_allclose(float(sentence[2]), means.max(), atol=6e-4)
+
+
+def test_the_accuracy_is_that_of_the_predictions(crops, read):
+    study = open_study(crops)
+    right = 100 * (study["label"] == study["prediction"]).to_numpy().mean()
+    assert f"The model is right about {right:.1f} % of the 12 images" in read.text
+
+
+def test_robustness_is_told_from_the_stored_probabilities(crops, read):
+    study = open_study(crops)
+    left = {name: study[f"occlusion_{name}"].to_numpy()[:, 1].mean() for name in ("random", "salient")}
+    assert (
+        f"a probability of {left['random']:.2f} without random ones, {left['salient']:.2f} without salient" in read.text
+    )
+
+
+def test_every_measure_of_the_study_says_how_to_read_it_and_its_source(masked, read_masked):
+    study = open_study(masked)
+    for room in ROOMS:
+        for name in (name for name in study if study[name].attrs["room"] == room):
+            for key in ("title", "low", "high", "source", "limits"):
+                assert " ".join(str(study[name].attrs[key]).split()) in read_masked.text, (name, key)
+
+
+def test_the_plan_is_told(crops, read):
+    plan = json.loads((crops / "study.json").read_text())
+    for told in (plan["model"], plan["weight_digest"][:16], plan["precision"], f"torch {plan['versions']['torch']}",
+                 "batch size, seed 12, 0", "6 layers of 3 heads, 8 x 8 patches"):  # fmt: skip
+        assert told in read.text
+    assert "grouping_silhouette" in read.text
+    assert "give a folder of instance ids" in read.text
+    assert "--masks FOLDER" in read.text
+    for number in ("2303.13731", "2203.05922", "2210.07646"):
+        assert f"arXiv {number}" in read.text
+
+
+def test_skipped_files_are_named_with_their_reason(tmp_path):
+    folder = photographs(tmp_path, 2)
+    (folder / "photos" / "broken.png").write_bytes(b"no picture")
+    run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures="token_norm", batch_size=2)
+    text = reported(tmp_path / "study", tmp_path).text
+    assert "Files that were skipped (1)" in text
+    assert "broken.png" in text
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_study_of_one_room_has_its_section_and_says_how_to_have_the_others(room, tmp_path):
+    folder = photographs(tmp_path, 3)
+    run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures=room, batch_size=3)
+    read = reported(tmp_path / "study", tmp_path)
+    assert read.sections == ["findings", "studied", room, "cite"]
+    others = [each for each in ROOMS if each != room]
+    assert f"holds nothing of {' and '.join(others)}" in read.text
+    assert "--measures heads,patches,neurons" in read.text
+
+
+def test_a_study_of_one_image_has_no_intervals(tmp_path):
+    run_study(open_vit("vitrail:photos"), "photos", out=tmp_path / "study", limit=1, measures=",".join(ROOMS))
+    read = reported(tmp_path / "study", tmp_path)
+    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert "interval" not in read.text.split("How to cite")[0].split("How to read these numbers")[0]
+    assert "nan" not in read.text.lower().split()
+
+
+def test_without_labels_accuracy_is_not_claimed(read_masked):
+    assert "Accuracy is not known; the label of an image is the model's own top-1 prediction" in read_masked.text
+    assert "top-1 without it" not in read_masked.text
+    assert "Grouping, 4 images" in read_masked.text
+
+
+def test_a_model_without_a_classifier_is_reported_by_what_it_has(tmp_path):
+    folder = photographs(tmp_path, 3)
+    run_study(
+        small_vit(num_classes=0), folder / "photos", out=tmp_path / "study", measures=",".join(ROOMS), batch_size=3
+    )
+    read = reported(tmp_path / "study", tmp_path)
+    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert "Accuracy is not known: the model has no classifier." in read.text
+    assert "matters most by Jensen-Shannon divergence" in read.text
+
+
+def test_single_measures_make_a_report_too(tmp_path):
+    folder = photographs(tmp_path, 2)
+    for name in ("strength_entropy", "hub", "occlusion_random", "shuffle_drift", "head_cls_shift", "window"):
+        run_study(small_vit(), folder / "photos", out=tmp_path / name, measures=name, batch_size=2)
+        assert name in reported(tmp_path / name, tmp_path).text
+
+
+def test_a_hierarchy_with_windows_is_reported(tmp_path):
+    import timm
+
+    folder = photographs(tmp_path, 2)
+    shape = {"img_size": 32, "window_size": 2, "depths": (2, 2), "embed_dim": 12, "num_heads": (2, 3), "num_classes": 4}
+    vit = open_vit(timm.create_model("swin_tiny_patch4_window7_224", **shape).eval(), image_size=32)
+    run_study(vit, folder / "photos", out=tmp_path / "study", measures=",".join(ROOMS), batch_size=2)
+    read = reported(tmp_path / "study", tmp_path)
+    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert "4 layers of 2 to 3 heads" in read.text
+
+
+def test_hostile_names_are_shown_and_do_nothing(crops, tmp_path):
+    study = tmp_path / "study"
+    shutil.copytree(crops, study)
+    plan = json.loads((study / "study.json").read_text())
+    plan["model"] = plan["labels_from"] = HOSTILE
+    plan["class_names"] = [f"{HOSTILE}{number}" for number in range(len(plan["class_names"]))]
+    plan["left_out"] = {HOSTILE: HOSTILE}
+    (study / "study.json").write_text(json.dumps(plan))
+    manifest = json.loads((study / "images.json").read_text())
+    manifest["skipped"] = [{"id": HOSTILE, "reason": HOSTILE}]
+    (study / "images.json").write_text(json.dumps(manifest))
+    html = write_report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    read = Read(html)
+    refuses_everything_foreign(read, html)
+    assert read.text.count("<script>alert(1)</script>") > 8
+    title = re.search(r"<title>(.*?)</title>", html, re.DOTALL)[1]
+    assert title.startswith("&lt;/title&gt;&lt;script&gt;")
+
+
+def test_text_that_a_section_gives_is_escaped_in_every_part():
+    parts = (Text(HOSTILE), Text(HOSTILE, code=True), Table(HOSTILE, (HOSTILE, "b"), [[HOSTILE, HOSTILE]], HOSTILE))
+    html = page(HOSTILE, HOSTILE, [Section(HOSTILE, HOSTILE, (HOSTILE,), parts)])
+    assert {"script", "img"} & {tag for tag, _ in Read(html).tags} == set()
+
+
+def test_the_same_study_gives_the_same_bytes(crops, whole, tmp_path):
+    assert write_report(crops, tmp_path / "again.html").read_bytes() == whole.read_bytes()
+
+
+def test_a_section_is_added_by_adding_a_function(crops, tmp_path, monkeypatch):
+    def own(study: Studied) -> Section:
+        return Section("own", "Of my own", [f"{study.n_images} images."], [Text("A paragraph.")])
+
+    monkeypatch.setattr(sections, "SECTIONS", (own, lambda study: None))
+    read = reported(crops, tmp_path)
+    assert read.sections == ["findings", "studied", "own", "cite"]
+    assert read.text.count("12 images.") == 2  # in its place, and among the main findings
+
+
+def test_by_default_the_report_lies_in_the_study_which_can_go_on(tmp_path):
+    folder = photographs(tmp_path, 2)
+    run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures="token_norm", batch_size=2)
+    assert write_report(tmp_path / "study") == tmp_path / "study" / "report.html"
+    run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures="token_norm", batch_size=2)
+
+
+def test_what_is_no_study_and_what_cannot_be_written_are_refused(crops, tmp_path):
+    with pytest.raises(StudyError, match="is not a study"):
+        write_report(tmp_path)
+    with pytest.raises(UsageError, match="is a folder; name the file"):
+        write_report(crops, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_report(crops, tmp_path / "file" / "report.html")
+
+
+def test_large_studies_are_sampled_where_each_patch_has_a_value(crops, monkeypatch):
+    from vitrail.report import parts
+
+    monkeypatch.setattr(parts, "SAMPLED", 5)
+    study = Studied.of(crops)
+    assert study.sample.sizes["image"] == 5
+    assert study.sample["image"].to_numpy().tolist() == [study.data["image"].to_numpy()[at] for at in (0, 3, 6, 8, 11)]
+    assert study.sample_words == "Of 5 images, evenly spaced over the study."
