@@ -24,7 +24,7 @@ from vitrail.figures.heads import refuse_formats
 from vitrail.figures.look import LookedAt, look_at
 from vitrail.heads.collect import Collector
 from vitrail.heads.regions import mode_edit, modes_offered
-from vitrail.measure import MEASURES
+from vitrail.measure import MEASURES, ROOMS
 from vitrail.study import rooms
 from vitrail.study.store import N_TOP, declared
 from vitrail.vit.open import Vit
@@ -104,14 +104,15 @@ class Live:
         return _probabilities(torch.cat([seen.logits, rows]))
 
     def look(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """Every measure that this model has, for one image, without the image dimension; by the names of a study.
+        """Every measure of single images that this model has, without the image dimension; by the names of a study.
 
         The label is the model's own top-1. With a classifier `probabilities` [class] comes along. Takes one recorded
         pass and the exact sweep over all heads.
         """
         with self._lock:
             if self._collectors is None:
-                self._collectors = rooms.collectors(self.vit, tuple(MEASURES))
+                names = [name for name in MEASURES if name not in ROOMS["regions"]]  # `modes` has these, on demand
+                self._collectors = rooms.collectors(self.vit, names)
             tap, collectors = self.vit.tap(), self._collectors
             joined = Readers.joined([collector.readers() for collector in collectors])
             replay, logits = tap.record(self.vit.prepare([image]), joined)

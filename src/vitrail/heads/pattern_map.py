@@ -87,9 +87,12 @@ class StandingMap:
         from openTSNE import TSNEEmbedding
 
         return TSNEEmbedding(
-            self.xy.astype(np.float64), _affinities(self.latents), negative_gradient_method=_method(self.latents), n_jobs=1,
+            self.xy.astype(np.float64),
+            _affinities(self.latents),
+            negative_gradient_method=_method(self.latents),
+            n_jobs=1,
             random_state=0,
-        )  # fmt: skip
+        )
 
 
 def standing_map(latents: Float[np.ndarray, "sample latent"], seed: int = 0) -> StandingMap:

@@ -1,4 +1,4 @@
-"""What pattern models and rules see of a head: its patch block and its class row and column, on one grid for all layers.
+"""What pattern models and rules see of a head: its patch block, its class row and column, on one grid for all layers.
 
 A block is what patches give to patches, [query key], as the model computed it: rows sum to 1 less the prefix's share.
 """

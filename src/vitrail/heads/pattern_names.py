@@ -55,7 +55,15 @@ class_mass  what patches give the class token, of all that they give
 TOP_KEYS = 5
 LOCAL_HOPS = 2
 
-THRESHOLDS = {"self": 0.4, "shift": 0.3, "row band": 0.4, "column band": 0.4, "local": 0.5, "sink": 0.4, "uniform": 0.95}
+THRESHOLDS = {
+    "self": 0.4,
+    "shift": 0.3,
+    "row band": 0.4,
+    "column band": 0.4,
+    "local": 0.5,
+    "sink": 0.4,
+    "uniform": 0.95,
+}
 """How much excess over even attention (for uniform: how much uniformity) a name asks for."""
 
 BAND_LEAD = 0.15
@@ -70,7 +78,7 @@ MAX_PATCHES = 400
 
 
 def common_grid(grids: Iterable[Sequence[int]]) -> tuple[int, int]:
-    """Where maps of these grids (rows, columns) are brought to: the smallest, halved until it has at most 400 patches."""
+    """Where maps of these grids (rows, columns) are brought to: the smallest, halved down to 400 patches."""
     rows, columns = (min(sides) for sides in zip(*grids, strict=True))
     while rows * columns > MAX_PATCHES:
         rows, columns = -(-rows // 2), -(-columns // 2)
@@ -139,8 +147,12 @@ def pattern_name(values: Float[np.ndarray, "rule"], grid: tuple[int, int]) -> Na
         return Named("none", "none", "there is no attention between patches to name")
     value = dict(zip(RULES, map(float, values), strict=True))
     even = dict(zip(RULES, map(float, even_attention(grid)), strict=True))
-    step = f" ({value['shift_x']:+.0f}, {value['shift_y']:+.0f})" if NAMES[at] == "shift" else ""
+    step = f" ({_signed(value['shift_x'])}, {_signed(value['shift_y'])})" if NAMES[at] == "shift" else ""
     return Named(NAMES[at], NAMES[at] + step, _sentence(NAMES[at], value, even))
+
+
+def _signed(steps: float) -> str:
+    return f"{steps:+.0f}" if steps else "0"
 
 
 def typical(values: Float[np.ndarray, "map rule"]) -> Float[np.ndarray, "rule"]:

@@ -99,7 +99,9 @@ def clusters(study: xr.Dataset, n_heads: int = 3) -> list[Cluster]:
     """
     grid = pattern_grid(study)
     if "pattern_patch_cluster" not in study:
-        raise UsageError("Clusters of patterns were asked for; this study holds none. Study it with --measures patterns.")
+        raise UsageError(
+            "Clusters of patterns were asked for; this study holds none. Study it with --measures patterns."
+        )
     cluster, values = study["pattern_patch_cluster"].to_numpy(), study["pattern_rule"].to_numpy()
     found = []
     for number in range(int(cluster.max(initial=-1)) + 1):

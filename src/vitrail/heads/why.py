@@ -105,7 +105,11 @@ def missing(study: xr.Dataset) -> dict[str, str]:
         lacks = [name for name in names if name not in held]
         why = next((left_out[name] for name in lacks if name in left_out), None)
         if name_of := [WORDS[name] for name in lacks]:
-            rest = f"the model cannot give it: {why}" if why else f"`vitrail study ... --measures {_asked(held, word)}` adds it"
+            rest = (
+                f"the model cannot give it: {why}"
+                if why
+                else f"`vitrail study ... --measures {_asked(held, word)}` adds it"
+            )
             found[word] = f"Not known is {' and '.join(name_of)}; {rest}."
     return found
 
@@ -203,8 +207,8 @@ def _importance(study: xr.Dataset, row: xr.Dataset, name: str) -> Iterator[str]:
         yield f"{place}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} in this image."
         return
     yield (
-        f"{place}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} on average (95 % interval "
-        f"of the drop {float(row['drop_low']):.3f} to {float(row['drop_high']):.3f}), and more than 0.1 in "
+        f"{place}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} on average (95 % "
+        f"interval of the drop {float(row['drop_low']):.3f} to {float(row['drop_high']):.3f}), and more than 0.1 in "
         f"{float(row['drop_share_large']):.1%} of {n_images:,} images."
     )
     flips = f"The prediction changes in {float(row['flip_share']):.1%} of them" if "flip_share" in row else ""
@@ -237,7 +241,8 @@ def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[str]:
         return
     by_class, by_patch = float(row["drop_class_part"]), float(row["drop_patch_part"])
     numbers = (
-        f"without class rows and columns the label loses {by_class:.3f}, without attention between patches {by_patch:.3f}"
+        f"without class rows and columns the label loses {by_class:.3f}, without attention between patches "
+        f"{by_patch:.3f}"
     )
     larger, smaller = max(by_class, by_patch), min(by_class, by_patch)
     if larger < 0.005:

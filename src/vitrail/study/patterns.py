@@ -4,7 +4,7 @@ The first pass fills the bounded sample; its models are stored whole, so a run t
 second encodes every map and stores the arrays. Both give the same bytes however often they were begun.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,9 +67,7 @@ def derive_patterns(vit: Vit, source: ImageSource, manifest: Manifest, study: St
 class _Passes:
     """Plain passes over all images of a study, for readers of maps."""
 
-    def __init__(
-        self, vit: Vit, source: ImageSource, manifest: Manifest, plan: Plan, ground: PatternGround
-    ) -> None:
+    def __init__(self, vit: Vit, source: ImageSource, manifest: Manifest, plan: Plan, ground: PatternGround) -> None:
         self._vit, self._source, self._images, self._ground = vit, source, manifest.images, ground
         self._size = plan.batch_size
         self._maps = MapSource(torch.bfloat16 if plan.options.get("maps") == "bfloat16" else None)
@@ -91,9 +89,7 @@ class _Passes:
                 told(first, len(self._images))
 
 
-def _arrays(
-    placing: Placing, ground: PatternGround, told: Callable[[int, int], None]
-) -> dict[str, np.ndarray]:
+def _arrays(placing: Placing, ground: PatternGround, told: Callable[[int, int], None]) -> dict[str, np.ndarray]:
     """Every array of patterns by its name."""
     arrays: dict[str, np.ndarray] = {"image_dependence": placing.image_dependence()}
     for done, (kind, model) in enumerate(placing.models.items()):

@@ -74,9 +74,10 @@ ACCOMPANYING = {
             "patterns", frozenset({"grid"}),
         ),
         Measure(
-            "cls_cluster_map", "mean class row and column of a cluster", ("cls_cluster", "cell"), "mean attention weight",
-            "", "", "mean over all heads in the cluster: what the class token gives to each token, then what each other "
-            "token gives to it", "A mean: no head need look like it.", "patterns", frozenset({"grid", "class_token"}),
+            "cls_cluster_map", "mean class row and column of a cluster", ("cls_cluster", "cell"),
+            "mean attention weight", "", "", "mean over all heads in the cluster: what the class token gives to each "
+            "token, then what each other token gives to it", "A mean: no head need look like it.", "patterns",
+            frozenset({"grid", "class_token"}),
         ),
     )
 }  # fmt: skip
