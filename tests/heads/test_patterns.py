@@ -182,12 +182,14 @@ class TestCoder:
         assert_allclose(flat.encode(same), 0.0, atol=1e-5)
 
 
-class TestMap:
-    @pytest.fixture(scope="class")
-    def model(self):
-        maps, _ = planted(40)
-        return fit_patterns(filled(maps), GROUND, held_out(len(maps), 0), seed=0)
+@pytest.fixture(scope="module")
+def model():
+    """Fitted on 40 maps of each planted family."""
+    maps, _ = planted(40)
+    return fit_patterns(filled(maps), GROUND, held_out(len(maps), 0), seed=0)
 
+
+class TestMap:
     def test_clusters_recover_the_planted_families(self, model):
         maps, label = planted(20, seed=1)
         cluster = model.map.place(model.coder.encode(torch.as_tensor(maps)).numpy())[1]

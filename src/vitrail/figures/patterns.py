@@ -103,7 +103,7 @@ def cluster_maps(study: xr.Dataset) -> Any:
     n_columns = min(6, max(3, len(shown)))
     n_rows = -(-len(shown) // n_columns)
     n_maps = int((study["pattern_patch_cluster"].to_numpy() >= 0).sum())
-    figure = blank(1.75 * n_columns + 0.3, 2.45 * n_rows + 0.9, f"Clusters of patch patterns, {_images(study)}")
+    figure = blank(1.9 * n_columns + 0.3, 2.65 * n_rows + 0.9, f"Clusters of patch patterns, {_images(study)}")
     grid = figure.subplots(n_rows, n_columns, squeeze=False)
     maps = study["patch_cluster_map"].to_numpy()
     for axes in grid.flat:
@@ -227,13 +227,13 @@ def _number_clusters(axes: Any, xy: Float[np.ndarray, "image layer head xy"], cl
 
 def _draw_cluster(axes: Any, cluster: Cluster, values: Float[np.ndarray, "query key"]) -> None:
     axes.set_axis_on()
-    axes.imshow(np.sqrt(values), cmap="cividis_r", interpolation="nearest", aspect="equal")
+    axes.imshow(np.sqrt(values), cmap="bone_r", interpolation="nearest", aspect="equal")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(True)
     axes.set_title(f"{cluster.number}  {cluster.named.label}", fontsize=7.5)
     heads = ", ".join(f"{head_name(layer, head)} {share:.0%}" for layer, head, share in cluster.heads)
     rule = textwrap.fill(cluster.named.rule, 36, max_lines=3, placeholder=" …")
-    axes.set_xlabel(f"{cluster.size:,} maps: {heads}\n{rule}", fontsize=5.2, loc="left", color=SOFT)
+    axes.set_xlabel(f"{cluster.size:,} maps: {heads}\n{rule}", fontsize=5.8, loc="left", color=SOFT)
 
 
 def _name_cell(axes: Any, layer: int, head: int, label: str, colour: str) -> None:

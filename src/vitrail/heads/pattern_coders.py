@@ -19,7 +19,7 @@ __all__ = ["LATENTS", "Coder", "Fit", "Kind", "Shape", "Told", "fit_coder", "inp
 
 LATENTS = {"patch": 128, "cls": 32}
 
-COORDINATES = 4
+COORDINATES = 3
 """An autoencoder sees and paints so many times as many principal coordinates as it has latents."""
 
 CLIP_QUANTILE = 0.999

@@ -150,10 +150,10 @@ def _clusters(latents: Float32[np.ndarray, "sample latent"]) -> Int32[np.ndarray
     return np.array([rank.get(int(each), NOISE) for each in found], dtype=np.int32)
 
 
-def principal_plane(latents: Float32[np.ndarray, "sample latent"]) -> Float32[np.ndarray, "sample xy"]:
-    """The first two principal axes, zeros where there are fewer; the largest entry of each is positive."""
-    centred = latents.astype(np.float64) - latents.mean(0, dtype=np.float64)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+def principal_plane(table: Float[np.ndarray, "row column"]) -> Float32[np.ndarray, "row xy"]:
+    """The first two principal components, zeros where there are fewer; the largest entry of each is positive."""
+    table = np.asarray(table, dtype=np.float64)
+    left, sizes, _ = np.linalg.svd(table - table.mean(0), full_matrices=False)
     found = left[:, :2] * sizes[:2]
     largest = np.abs(found).argmax(axis=0)
     found = found * np.where(np.take_along_axis(found, largest[None], axis=0) < 0, -1.0, 1.0)

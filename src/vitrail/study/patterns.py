@@ -31,7 +31,7 @@ from vitrail.study.writing import StudyFolder
 from vitrail.vit.attention import LayerAttention, Readers
 from vitrail.vit.open import Vit
 
-__all__ = ["derive_patterns"]
+__all__ = ["Passes", "derive_patterns"]
 
 Take = Callable[[int, int, Pictures], None]
 """(place of the batch's first image, layer, pictures)"""
@@ -44,7 +44,7 @@ def derive_patterns(vit: Vit, source: ImageSource, manifest: Manifest, study: St
         return
     ground = pattern_ground(vit)
     kinds = [kind for kind in KINDS if any(name.startswith(f"pattern_{kind}_") for name in wanted)]
-    passes = _Passes(vit, source, manifest, study.plan, ground)
+    passes = Passes(vit, source, manifest, study.plan, ground)
     plan, seed, held = study.plan, study.plan.seed, held_out(study.plan.n_images, study.plan.seed)
     missing = [kind for kind in kinds if not study.pattern_model(kind).is_file()]
     samples = [SampleOfMaps(shape_of(k, ground), drawn(k, ground, plan.n_heads, plan.n_images, seed)) for k in missing]
@@ -64,7 +64,7 @@ def derive_patterns(vit: Vit, source: ImageSource, manifest: Manifest, study: St
     study.write_patterns(arrays, _about(models, ground))
 
 
-class _Passes:
+class Passes:
     """Plain passes over all images of a study, for readers of maps."""
 
     def __init__(self, vit: Vit, source: ImageSource, manifest: Manifest, plan: Plan, ground: PatternGround) -> None:
