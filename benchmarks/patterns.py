@@ -43,6 +43,15 @@ def opened(name: str, data: Path) -> Vit:
     return open_vit(f"timm:{MODELS[name]}", weights=data / f"models/{MODELS[name]}.safetensors", precision="bfloat16")
 
 
+def photographs(args: argparse.Namespace) -> object:
+    """The whole folder, or some of it spread evenly over the classes."""
+    folder = args.data / "imagenet-sample"
+    if not args.images:
+        return folder
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [paths[at] for at in np.linspace(0, len(paths) - 1, args.images).round().astype(int)]
+
+
 # --- the study and its cost ------------------------------------------------------------------------------------------
 
 
@@ -64,9 +73,7 @@ def cpu_seconds() -> float:
 def study(args: argparse.Namespace) -> None:
     run.Progress = Stopwatch  # type: ignore[misc]
     vit = opened(args.model, args.data)
-    found = run.run_study(
-        vit, args.data / "imagenet-sample", out=args.work / args.model, measures="patterns", limit=args.images
-    )
+    found = run.run_study(vit, photographs(args), out=args.work / args.model, measures="patterns")
     print(f"{time.perf_counter() - Stopwatch.began:7.0f} s, {cpu_seconds():6.0f} s of processor: done")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{found.sizes['image']} photographs, {torch.get_num_threads()} threads, {peak:.1f} GiB at the peak")
@@ -155,7 +162,7 @@ def _sample(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     if kept.is_file():
         sample.x = torch.from_numpy(np.load(kept, allow_pickle=False))
     else:
-        source = open_images(args.data / "imagenet-sample", class_names=vit.class_names, limit=args.images)
+        source = open_images(photographs(args), class_names=vit.class_names)
         with Progress(True) as shown:
             Passes(vit, source, manifest, plan, ground).run([sample.take], shown.step("sampling patterns"))
         np.save(kept, sample.x.numpy())
@@ -217,7 +224,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--work", type=Path, default=ROOT / ".build/patterns")
     parser.add_argument("--heads", type=Path, help="a study of heads over the same photographs")
-    parser.add_argument("--images", type=int, help="only the first so many photographs")
+    parser.add_argument("--images", type=int, help="so many photographs, evenly spread over the classes")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--top", type=int, default=3)
     args = parser.parse_args()

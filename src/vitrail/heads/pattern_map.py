@@ -68,7 +68,7 @@ class StandingMap:
 
     def cluster_of(self, latents: Float[np.ndarray, "head latent"]) -> Int32[np.ndarray, "head"]:
         """The cluster of the nearest head of the sample, -1 for none."""
-        return self.cluster[self._nearest(np.asarray(latents, dtype=np.float32))]
+        return np.asarray(self.cluster[self._nearest(np.asarray(latents, dtype=np.float32))])
 
     def _nearest(self, latents: Float32[np.ndarray, "head latent"]) -> Int[np.ndarray, "head"]:
         """By |s|^2 - 2 s l, which is the squared distance up to what all heads of the sample share."""
