@@ -103,7 +103,7 @@ def study(
     ],
     out: Out,
     measures: Annotated[
-        str, typer.Option(help="Rooms (heads, patches, neurons) or measures, comma-separated.")
+        str, typer.Option(help="Rooms (heads, patterns, regions, patches, neurons) or measures, comma-separated.")
     ] = "heads",
     masks: Annotated[
         Path | None, typer.Option(help="Folder of PNGs with instance ids, named like the images.", metavar="DIR")

@@ -34,6 +34,9 @@ from vitrail.vit.tap import LayerAttention, Readers, Replay
 
 __all__ = ["Live", "look_figures"]
 
+OF_ONE_IMAGE = tuple(name for name in MEASURES if name not in ROOMS["regions"])
+"""What `look` gives unless told otherwise; `Live.modes` has the regions of a head, on demand."""
+
 REMEMBERED = 4
 """Images whose recorded pass is kept, so that the next layer or head of the same image starts in the middle."""
 
@@ -53,7 +56,7 @@ class Live:
     `importance="estimate"` holds estimates instead.
     """
 
-    def __init__(self, vit: Vit, measures: Sequence[str] = tuple(MEASURES)) -> None:
+    def __init__(self, vit: Vit, measures: Sequence[str] = OF_ONE_IMAGE) -> None:
         self.vit = vit
         self._measures = tuple(measures)
         self._lock = RLock()

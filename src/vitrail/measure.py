@@ -29,6 +29,11 @@ DIMENSIONS = (
     "column",
     "amount",
     "cells",
+    "mode",
+    "rule",
+    "cluster",
+    "cls_cluster",
+    "cell",
 )
 """The closed list of dimension words: types, store, JSON and TypeScript use these and no others."""
 
@@ -42,7 +47,8 @@ class Measure:
     `dims` are words of `DIMENSIONS`; `low` and `high` say what a low and a high value mean; `source` names the paper or
     says that the construction is ours; `limits` says what the measure cannot tell. `needs` names what a model or data
     set must have: "classifier", "class_token", "grid". Raise `version` whenever the numbers change: a study begun with
-    another version is then refused instead of mixed.
+    another version is then refused instead of mixed. What is `derived` needs all images: the study computes it after
+    the last of them.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Measure:
     needs: frozenset[str] = frozenset()
     dtype: str = "float32"
     version: int = 1
+    derived: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.dims) - set(DIMENSIONS)
@@ -288,13 +295,68 @@ _NEURONS = (
     ),
 )  # fmt: skip
 
-MEASURES: dict[str, Measure] = {measure.name: measure for measure in (*_BASE, *_HEADS, *_PATCHES, *_NEURONS)}
+_REGIONS = (
+    Measure(
+        "head_region_probability", "probability of the label without a part of this head", ("image", "layer", "head", "mode"),
+        "1", "the answer hangs on this part of the head", "this part can go: the label keeps its probability",
+        f"{FROM_LI}, region modes 3 and 4, in the order of `mode`: class rows and columns, patches to patches",
+        f"{PRUNING_LIMITS} The two parts need not add up to the head.", "regions", frozenset({"classifier", "class_token", "grid"}),
+    ),
+)  # fmt: skip
+
+MAP_LIMITS = (
+    "A layout: near means alike; distances between far groups and sizes of groups mean nothing. Every head is placed "
+    "by the same rule on a map fitted to a bounded sample."
+)
+CLUSTER_LIMITS = (
+    "Clusters are dense places of the latents, not kinds that must exist; a head takes the cluster of the nearest head "
+    "of a bounded sample."
+)
+
+
+def _pattern_map(kind: str, what: str, needs: frozenset[str]) -> tuple[Measure, ...]:
+    return (
+        Measure(
+            f"pattern_{kind}_xy", f"place on the map of {what} patterns", ("image", "layer", "head", "xy"), "layout units",
+            "", "", f"after {FROM_LI}: t-SNE of an autoencoder's latents, or of principal components where these describe "
+            "held-out images better", MAP_LIMITS, "patterns", needs, derived=True,
+        ),
+        Measure(
+            f"pattern_{kind}_cluster", f"cluster of {what} patterns", ("image", "layer", "head"), "number from 0, -1 for none",
+            "large clusters", "small clusters", f"our construction, after {FROM_LI}: HDBSCAN on the latents",
+            CLUSTER_LIMITS, "patterns", needs, "int32", derived=True,
+        ),
+    )  # fmt: skip
+
+
+_PATTERNS = (
+    Measure(
+        "pattern_rule", "numbers that patterns are named from", ("image", "layer", "head", "rule"), "share, steps in patches",
+        "as even attention", "the rule's pattern", "our construction: shares of attention between patches, in the order of "
+        "`rule` (vitrail.heads.pattern_names.RULES)", "Means over patches: a head that mixes patterns looks like neither.",
+        "patterns", frozenset({"grid"}),
+    ),
+    Measure(
+        "image_dependence", "image dependence", ("layer", "head"), "1 - mean correlation",
+        "0: the same map for all images", "1: maps of two images have nothing in common", "our construction: over all pairs "
+        "of images, cells of the map of attention between patches", "Linear correlation, which single strong cells rule. Maps that do not "
+        "vary are left out.", "patterns", frozenset({"grid"}), derived=True,
+    ),
+    *_pattern_map("patch", "patch", frozenset({"grid"})),
+    *_pattern_map("cls", "class-token", frozenset({"grid", "class_token"})),
+)  # fmt: skip
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure for measure in (*_BASE, *_HEADS, *_PATCHES, *_NEURONS, *_REGIONS, *_PATTERNS)
+}
 """Every measure by its name in the store. These names are the public contract: add, don't rename."""
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "heads": tuple(measure.name for measure in _HEADS),
     "patches": tuple(measure.name for measure in _PATCHES),
     "neurons": tuple(measure.name for measure in _NEURONS),
+    "regions": tuple(measure.name for measure in _REGIONS),
+    "patterns": tuple(measure.name for measure in _PATTERNS),
 }
 """The measures that a room's name stands for in `--measures`."""
 

@@ -45,13 +45,13 @@ def images():
 
 
 def test_importing_the_room_and_its_tables_loads_no_torch():
-    code = "import sys, vitrail.heads, vitrail.heads.summary; sys.exit('torch' in sys.modules)"
+    code = "import sys, vitrail.heads, vitrail.heads.summary, vitrail.heads.why; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_measure_of_the_room_is_computed_for_a_classifier_with_class_token(vit):
     found = [name for collector in collectors(vit, list(MEASURES), {}) for name in collector.measures]
-    assert sorted(found) == sorted(ROOMS["heads"])
+    assert sorted(found) == sorted([*ROOMS["heads"], *ROOMS["regions"], "pattern_rule"])
     assert skipped(vit, list(MEASURES)) == {}
 
 
@@ -124,3 +124,19 @@ def test_the_estimate_says_what_it_does_not_offer(vit):
 def test_an_unknown_option_is_refused_with_those_that_exist(vit):
     with pytest.raises(UsageError, match="exact, estimate"):
         collectors(vit, ["head_flip"], {"importance": "guess"})
+
+
+def test_parts_of_heads_are_what_the_region_modes_say(vit, images):
+    from vitrail.heads.regions import Mode, region_modes
+
+    (collector,) = collectors(vit, ["head_region_probability"])
+    tap = vit.tap()
+    replay, logits = tap.record(images, collector.readers())
+    labels = logits.argmax(-1)
+    found = collector.finish(tap, replay, logits, labels.numpy())["head_region_probability"]
+    for layer, head in ((0, 1), (2, 0)):
+        said = region_modes(tap, vit.anatomy, images, layer, head)
+        for at, mode in enumerate((Mode.CROSS, Mode.PATCHES)):
+            rows = said.logits[said.modes.index(mode)].softmax(-1)
+            assert_allclose(found[:, layer, head, at], rows.gather(1, labels[:, None])[:, 0], rtol=1e-4)
+    assert_allclose(found[:, 2, :, 1], logits.softmax(-1).amax(-1)[:, None].expand(-1, 3), rtol=1e-4)  # the last layer

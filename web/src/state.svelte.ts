@@ -114,9 +114,11 @@ function read(search: string): Partial<Shared> {
   return found as Partial<Shared>;
 }
 
-/** The measures that are one number per image and head, in the study's order. */
+/** The measures that are one number per image and head, in the study's order; the number of a cluster has no mean. */
 export function headMetrics(about: Study): string[] {
-  return Object.keys(about.measures).filter((name) => about.measures[name]?.dims.join() === "image,layer,head");
+  return Object.keys(about.measures).filter(
+    (name) => about.measures[name]?.dims.join() === "image,layer,head" && !name.startsWith("pattern_"),
+  );
 }
 
 function firstMetric(about: Study): string {

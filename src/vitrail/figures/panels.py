@@ -23,7 +23,7 @@ from vitrail.figures.style import (
 )
 from vitrail.figures.values import HeadValues
 
-__all__ = ["dots_by_layer", "entropy", "heat_map", "line", "strength"]
+__all__ = ["dots_by_layer", "entropy", "every", "heat_map", "line", "strength"]
 
 MAX_NUMBERED = (16, 8)
 """Up to so many (layers, heads) the cells of a heat map carry their number."""

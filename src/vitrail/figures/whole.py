@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from vitrail.figures import heads, neurons
+from vitrail.figures import heads, neurons, patterns
 from vitrail.figures.style import save
 from vitrail.measure import ROOMS
 
@@ -21,6 +21,7 @@ def figures_of(study: xr.Dataset, folder: str | Path, formats: Sequence[str] = (
     written: list[Path] = []
     if set(ROOMS["heads"]) & set(map(str, study)):
         written += heads.figures_of(study, folder, formats)
+    written += patterns.figures_of(study, folder, formats)
     if any(str(name).startswith("grouping_") for name in study):
         figure = neurons.grouping_by_layer(study)
         written += [save(figure, Path(folder) / f"grouping_by_layer.{kind}") for kind in formats]

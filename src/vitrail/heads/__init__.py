@@ -5,6 +5,9 @@ importance   leave-one-head-out, exactly
 estimate     the same from one backward pass
 regions      which part of one head's map matters: the six region modes
 strength     attention over distance
+patterns     what maps look alike: coders, standing map and clusters; pattern_maps, pattern_coders, pattern_map below it
+pattern_rules, pattern_names  the numbers and the rules that patterns are named from
+why          why a head matters: its table and its sentences (no torch)
 summary      a study's heads in one table (no torch)
 collect      the above as collectors that share one pass
 """
@@ -24,6 +27,9 @@ __all__ = ["OPTIONS", "collectors", "skipped"]
 OPTIONS: Mapping[str, tuple[str, ...]] = {"importance": ("exact", "estimate"), "maps": ("model", "bfloat16")}
 """Options of `collectors` and their values, the default first."""
 
+OWN = ("heads", "regions", "patterns")
+"""Words for `--measures` whose measures this room computes."""
+
 REACH = ("attention_strength", "strength_entropy", "attention_distance", "prefix_share")
 
 
@@ -37,28 +43,41 @@ def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | No
     """
     import torch
 
-    from vitrail.heads.collect import EstimateCollector, ReachCollector, SweepCollector, layouts_on_grid
+    from vitrail.heads.collect import (
+        EstimateCollector,
+        ReachCollector,
+        RegionCollector,
+        RuleCollector,
+        SweepCollector,
+        layouts_on_grid,
+    )
     from vitrail.heads.estimate import ESTIMATED
+    from vitrail.heads.pattern_maps import pattern_ground
 
     left_out = skipped(vit, names, options)
-    wanted = [name for name in dict.fromkeys(names) if name in ROOMS["heads"] and name not in left_out]
+    asked = [name for name in dict.fromkeys(names) if name not in left_out]
+    wanted = [name for name in asked if name in ROOMS["heads"]]
     estimated = [name for name in wanted if name in ESTIMATED] if _option(options, "importance") == "estimate" else []
     swept = [name for name in wanted if name not in REACH and name not in estimated]
     read = [name for name in wanted if name in REACH]
     found: list[Collector] = []
+    precision = torch.bfloat16 if _option(options, "maps") == "bfloat16" else None
     if read:
-        precision = torch.bfloat16 if _option(options, "maps") == "bfloat16" else None
         found.append(ReachCollector(vit.anatomy, read, layouts_on_grid(vit)[0], precision))
     if swept:
         found.append(SweepCollector(vit.anatomy, swept, vit.n_classes is not None))
     if estimated:
         found.append(EstimateCollector(vit.anatomy, estimated))
+    if "head_region_probability" in asked:
+        found.append(RegionCollector(vit.anatomy))
+    if "pattern_rule" in asked:
+        found.append(RuleCollector(vit.anatomy, pattern_ground(vit), precision))
     return found
 
 
 def skipped(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> dict[str, str]:
     """Measures among `names` that this model or these options cannot give, each with the reason."""
-    wants_grid = any(name in REACH for name in names)
+    wants_grid = any(name in (*REACH, *ROOMS["regions"], *ROOMS["patterns"]) for name in names)
     lacks = {
         "classifier": ""
         if vit.n_classes is not None
@@ -66,12 +85,13 @@ def skipped(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None 
         "class_token": "" if vit.anatomy.class_token else "the model has no class token",
         "grid": _no_grid(vit) if wants_grid else "",
     }
+    no_patterns = _no_patterns(vit) if set(names) & set(ROOMS["patterns"]) else ""
     reasons: dict[str, str] = {}
     for name in names:
-        if name not in ROOMS["heads"]:
+        if not any(name in ROOMS[room] for room in OWN):
             continue
         why = next((lacks[need] for need in sorted(MEASURES[name].needs) if lacks.get(need)), "")
-        why = why or _not_estimated(name, options)
+        why = why or _not_estimated(name, options) or (name in ROOMS["patterns"] and no_patterns) or ""
         if why:
             reasons[name] = why
     return reasons
@@ -82,6 +102,13 @@ def _no_grid(vit: "Vit") -> str:
 
     found, refused = layouts_on_grid(vit)
     return "" if found else f"no layer has a map between patches of one grid: {next(iter(refused.values()))}"
+
+
+def _no_patterns(vit: "Vit") -> str:
+    from vitrail.heads.pattern_maps import pattern_ground
+
+    ground = pattern_ground(vit)
+    return "" if ground.grids else f"no layer has maps to compare: {next(iter(ground.refused.values()))}"
 
 
 def _not_estimated(name: str, options: Mapping[str, str] | None) -> str:

@@ -14,13 +14,29 @@ from torch import Tensor
 from vitrail.heads.estimate import estimate
 from vitrail.heads.importance import silent_layers, sweep
 from vitrail.heads.maps import MapSource
+from vitrail.heads.metrics import label_log_probability
+from vitrail.heads.pattern_maps import PatternGround, read_pictures
+from vitrail.heads.pattern_names import RULES
+from vitrail.heads.pattern_rules import rule_values
+from vitrail.heads.regions import Mode, mode_edit, modes_offered
 from vitrail.heads.strength import Layout, Reach, reach
 from vitrail.vit.anatomy import Anatomy
 from vitrail.vit.ground import grounds_of_layers
 from vitrail.vit.open import Vit
 from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 
-__all__ = ["Collector", "EstimateCollector", "ReachCollector", "SweepCollector", "layouts_on_grid"]
+__all__ = [
+    "Collector",
+    "EstimateCollector",
+    "ReachCollector",
+    "RegionCollector",
+    "RuleCollector",
+    "SweepCollector",
+    "layouts_on_grid",
+]
+
+PARTS = (Mode.CROSS, Mode.PATCHES)
+"""The parts of a head, in the order of the dimension `mode`."""
 
 REACH_FIELDS = {
     "attention_strength": "strength",
@@ -155,6 +171,68 @@ class EstimateCollector:
     ) -> dict[str, np.ndarray]:
         """Arrays [image, layer, head] of every measure."""
         return estimate(tap, self._anatomy, replay, logits, _targets(labels, logits), self.measures)
+
+
+class RuleCollector:
+    """The numbers that patterns are named from, read off each attention map; `precision` as in `MapSource`."""
+
+    measures = ("pattern_rule",)
+    replays = False
+
+    def __init__(self, anatomy: Anatomy, ground: PatternGround, precision: torch.dtype | None = None) -> None:
+        self._anatomy, self._ground, self._maps = anatomy, ground, MapSource(precision)
+        self._found: dict[int, list[np.ndarray]] = {}
+
+    def readers(self) -> Readers:
+        """Reads the attention of every layer that has patterns."""
+        return Readers(attention=self._read)
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """[image, layer, head, rule]; NaN for layers without patterns and heads that are not there."""
+        blocks = self._anatomy.blocks
+        shape = (len(logits), len(blocks), max(block.heads for block in blocks), len(RULES))
+        array = np.full(shape, np.nan, dtype=np.float32)
+        for layer, pieces in self._found.items():
+            array[:, layer, : self._anatomy.blocks[layer].heads] = np.concatenate(pieces)
+        self._found.clear()
+        return {"pattern_rule": array}
+
+    def _read(self, attention: LayerAttention) -> None:
+        for pictures in read_pictures(attention, self._ground, self._maps):
+            values = rule_values(pictures.block, self._ground.grid, pictures.class_mass)
+            self._found.setdefault(attention.layer, []).append(values.cpu().numpy())
+
+
+class RegionCollector:
+    """The label's probability without the class part of a head (mode 3) and without its patch part (mode 4)."""
+
+    measures = ("head_region_probability",)
+    replays = True
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._anatomy = anatomy
+
+    def readers(self) -> Readers:
+        """Needs nothing of the plain pass but where to run from."""
+        return Readers()
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """[image, layer, head, mode]; NaN for heads that are not there and layers without a class token's map."""
+        blocks, targets = self._anatomy.blocks, _targets(labels, logits)
+        array = np.full((len(logits), len(blocks), max(b.heads for b in blocks), len(PARTS)), np.nan, np.float32)
+        for layer, block in enumerate(blocks):
+            if Mode.CROSS not in modes_offered(self._anatomy, layer):
+                continue
+            for head in range(block.heads):
+                edits = [mode_edit(self._anatomy, layer, head, mode, copy) for copy, mode in enumerate(PARTS)]
+                rows = tap.run_from(layer, replay, edits=edits, copies=len(edits)).reshape(len(edits), *logits.shape)
+                found = label_log_probability(rows, targets.expand(len(edits), -1)).exp()
+                array[:, layer, head] = found.T.float().cpu().numpy()
+        return {"head_region_probability": array}
 
 
 def _targets(labels: Int[np.ndarray, "image"], logits: Tensor) -> Int[Tensor, "image"]:

@@ -4,6 +4,8 @@ import numpy as np
 from jaxtyping import Float32
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from vitrail.heads.pattern_map import principal_plane
+
 __all__ = ["image_xy"]
 
 PERPLEXITY = 30
@@ -22,21 +24,14 @@ def image_xy(head_probability: Float32[np.ndarray, "image layer head"], seed: in
     table = table - table.mean(axis=0)
     with threadpool_limits(limits=1):
         if len(table) < FEW_IMAGES or not table.any():
-            return _principal(table)
+            return principal_plane(table)
         from sklearn.manifold import TSNE  # 0.5 s to import, and needed only here
 
         perplexity = min(PERPLEXITY, (len(table) - 1) / 3)
-        layout = TSNE(n_components=2, perplexity=perplexity, init=1e-4 * _unit(_principal(table)), random_state=seed)
+        layout = TSNE(
+            n_components=2, perplexity=perplexity, init=1e-4 * _unit(principal_plane(table)), random_state=seed
+        )
         return np.asarray(layout.fit_transform(table), dtype=np.float32)
-
-
-def _principal(centred: np.ndarray) -> Float32[np.ndarray, "image xy"]:
-    """The first two principal components, zeros where there are fewer; the largest entry of each is positive."""
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    found = left[:, :2] * sizes[:2]
-    largest = np.abs(found).argmax(axis=0)
-    found = found * np.where(np.take_along_axis(found, largest[None], axis=0) < 0, -1.0, 1.0)
-    return np.pad(found, ((0, 0), (0, 2 - found.shape[1]))).astype(np.float32)
 
 
 def _unit(layout: Float32[np.ndarray, "image xy"]) -> Float32[np.ndarray, "image xy"]:

@@ -21,6 +21,9 @@ PART_IMAGES = 64
 PACKAGES = ("torch", "timm", "numpy", "xarray", "zarr", "pillow", "scikit-learn")
 """Those whose version can change a number or a byte."""
 
+PATTERN_PACKAGES = ("openTSNE", "safetensors")
+"""The same for studies of attention patterns."""
+
 
 def make_plan(
     vit: Vit,
@@ -61,9 +64,14 @@ def make_plan(
         seed=seed,
         device=torch.device(vit.device).type,
         threads=threads,
-        versions={"vitrail": vitrail.__version__, **{package: metadata.version(package) for package in PACKAGES}},
+        versions={"vitrail": vitrail.__version__, **_versions(measures)},
     )
     return Plan.from_json(plan.to_json())  # tuples become lists here, once, instead of at every comparison
+
+
+def _versions(measures: Sequence[Measure]) -> dict[str, str]:
+    fits = any(measure.derived for measure in measures)
+    return {package: metadata.version(package) for package in (*PACKAGES, *(PATTERN_PACKAGES if fits else ()))}
 
 
 def _labels_from(vit: Vit, manifest: Manifest) -> str:

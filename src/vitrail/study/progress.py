@@ -1,5 +1,6 @@
 """What a person sees while a study runs: images a second and the time left."""
 
+from collections.abc import Callable
 from types import TracebackType
 
 from rich import progress
@@ -47,6 +48,11 @@ class Progress:
         """So many more are done."""
         assert self._study is not None
         self._bars.update(self._study, advance=n_images)
+
+    def step(self, name: str) -> Callable[[int, int], None]:
+        """A bar for what comes after the images, told (done, of)."""
+        bar = self._bars.add_task(name, total=None)
+        return lambda done, total: self._bars.update(bar, completed=done, total=total)
 
 
 class _ImagesPerSecond(progress.ProgressColumn):

@@ -15,6 +15,7 @@ from vitrail.measure import ROOMS, Measure, measures_named
 from vitrail.study import rooms
 from vitrail.study.batches import BatchRun, Loaded, loaded_batches
 from vitrail.study.derived import image_xy
+from vitrail.study.patterns import derive_patterns
 from vitrail.study.plan import Part, Plan
 from vitrail.study.planning import make_plan
 from vitrail.study.progress import Progress
@@ -73,6 +74,7 @@ def run_study(
         with _threads(plan.threads), _resumable(study):
             _run_parts(vit, source, manifest, study, shown)
             _derive(study)
+            derive_patterns(vit, source, manifest, study, shown)
     return open_study(folder)
 
 

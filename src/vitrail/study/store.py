@@ -5,6 +5,8 @@ images.json       the images in order, and the files that were skipped, with rea
 arrays.zarr/      one array per measure, first dimension `image`, chunked along it by part
 parts/00012.json  part 12 is complete; the digest of each of its arrays
 parts/derived.json  the same of the arrays that need all images
+patterns/           the fitted models of attention patterns, and arrays.zarr with what they say of every head
+parts/patterns.json  the same of these arrays
 """
 
 import hashlib
@@ -26,6 +28,7 @@ __all__ = [
     "DERIVED",
     "IMAGES",
     "PARTS",
+    "PATTERNS",
     "PLAN",
     "array_digest",
     "declared",
@@ -65,12 +68,31 @@ ACCOMPANYING = {
             "Near means alike; distances between far groups and sizes of groups mean nothing.", "base",
             frozenset({"classifier"}),
         ),
+        Measure(
+            "patch_cluster_map", "mean map of a cluster", ("cluster", "query", "key"), "mean attention weight", "", "",
+            "mean over all heads in the cluster, on the common grid of patches", "A mean: no head need look like it.",
+            "patterns", frozenset({"grid"}),
+        ),
+        Measure(
+            "cls_cluster_map", "mean class row and column of a cluster", ("cls_cluster", "cell"),
+            "mean attention weight", "", "", "mean over all heads in the cluster: what the class token gives to each "
+            "token, then what each other token gives to it", "A mean: no head need look like it.", "patterns",
+            frozenset({"grid", "class_token"}),
+        ),
     )
 }  # fmt: skip
 """Arrays beside the measures: the store writes them of itself."""
 
 DERIVED = ("image_xy",)
 """Arrays that need all images, computed after the last part."""
+
+
+PATTERNS = "patterns"
+"""The folder of the fitted patterns, and the name of their part."""
+
+
+FROM_ALL_PARTS = ("derived", PATTERNS)
+"""Parts that are made of all others."""
 
 
 def declared(name: str) -> Measure:
@@ -94,12 +116,16 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
     ids = [entry.id for entry in read_manifest(folder).images]
     if len(ids) != plan.n_images:
         raise DamagedStudy(f"{folder / IMAGES} lists {len(ids)} images, and the plan has {plan.n_images}.")
-    dataset = _arrays(folder).assign_coords(image=np.asarray(ids, dtype=np.str_))
+    dataset = _arrays(folder / ARRAYS).assign_coords(image=np.asarray(ids, dtype=np.str_))
+    about = {}
+    if not missing and part_file(folder, PATTERNS).is_file():
+        patterns = _arrays(folder / PATTERNS / ARRAYS)
+        about, dataset = {PATTERNS: patterns.attrs}, dataset.assign(patterns.data_vars)
     n_missing = sum(part.stop - part.start for part in missing)
     if missing:
         there = np.concatenate([np.arange(part.start, part.stop) for part in plan.parts if part not in missing])
         dataset = dataset.drop_vars(DERIVED, errors="ignore").isel(image=there)
-    return dataset.assign_attrs({**json.loads(plan.to_json()), "missing_images": n_missing})
+    return dataset.assign_attrs({**json.loads(plan.to_json()), "missing_images": n_missing, **about})
 
 
 def _unfinished(folder: Path, plan: Plan, missing: Sequence[Part]) -> str:
@@ -107,16 +133,19 @@ def _unfinished(folder: Path, plan: Plan, missing: Sequence[Part]) -> str:
     return f"{folder} has {done} of {len(plan.parts)} parts; run the same `vitrail study` command again to finish it."
 
 
-def _arrays(folder: Path) -> xr.Dataset:
+def _arrays(path: Path) -> xr.Dataset:
     try:
-        found: xr.Dataset = xr.open_zarr(folder / ARRAYS, chunks=None, consolidated=True)
+        found: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True)
     except (OSError, ValueError, KeyError) as error:
-        raise DamagedStudy(f"{folder / ARRAYS} cannot be opened: {error}. {_redo_all(folder)}") from error
+        raise DamagedStudy(f"{path} cannot be opened: {error}. {_redo(path)}") from error
     return found
 
 
-def _redo_all(folder: Path) -> str:
-    return f"Delete {folder / ARRAYS} and {folder / PARTS} and run the same `vitrail study` command again."
+def _redo(path: Path) -> str:
+    """What to delete so that these arrays are made again."""
+    of_patterns = path.parent.name == PATTERNS
+    mark = part_file(path.parents[1], PATTERNS) if of_patterns else path.parent / PARTS
+    return f"Delete {path} and {mark} and run the same `vitrail study` command again."
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -166,8 +195,7 @@ def verify(path: str | Path, *, repair: bool = False) -> int:
     _verify_images(folder, plan)
     complete = [part for part in plan.parts if part_file(folder, part.number).is_file()]
     ranges: dict[int | str, slice] = {part.number: slice(part.start, part.stop) for part in complete}
-    if part_file(folder, "derived").is_file():
-        ranges["derived"] = slice(None)
+    ranges |= {name: slice(None) for name in FROM_ALL_PARTS if part_file(folder, name).is_file()}
     damaged = {name: reason for name, rows in ranges.items() if (reason := _damage(folder, name, rows))}
     if damaged and not repair:
         told = "\n  ".join(f"{part_file(folder, name)}: {reason}" for name, reason in damaged.items())
@@ -177,9 +205,9 @@ def verify(path: str | Path, *, repair: bool = False) -> int:
         )
     for name in damaged:
         part_file(folder, name).unlink()
-    if damaged:
-        part_file(folder, "derived").unlink(missing_ok=True)
-    return len(complete) - sum(name != "derived" for name in damaged)
+    for name in FROM_ALL_PARTS if damaged else ():
+        part_file(folder, name).unlink(missing_ok=True)
+    return len(complete) - sum(name not in FROM_ALL_PARTS for name in damaged)
 
 
 def _verify_images(folder: Path, plan: Plan) -> None:
@@ -192,7 +220,8 @@ def _damage(folder: Path, name: int | str, rows: slice) -> str | None:
     """What is wrong with a part, or None."""
     try:
         digests = json.loads(part_file(folder, name).read_text(encoding="utf-8"))["digests"]
-        group = zarr.open_group(folder / ARRAYS, mode="r", use_consolidated=False)
+        path = folder / PATTERNS / ARRAYS if name == PATTERNS else folder / ARRAYS
+        group = zarr.open_group(path, mode="r", use_consolidated=False)
         wrong = list(_wrong_arrays(group, digests, rows))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what zarr and its codecs raise
         return f"cannot be read: {error}"

@@ -28,6 +28,7 @@ from vitrail.study.store import (
     DERIVED,
     IMAGES,
     PARTS,
+    PATTERNS,
     PLAN,
     array_digest,
     declared,
@@ -40,7 +41,7 @@ __all__ = ["StudyFolder", "locked", "plan_of", "refuse_foreign_folder", "write_w
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"
-OURS = {PLAN, IMAGES, ARRAYS, PARTS, LOCK}
+OURS = {PLAN, IMAGES, ARRAYS, PARTS, PATTERNS, LOCK}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -113,7 +114,7 @@ class StudyFolder:
                 write_whole(folder / IMAGES, manifest.to_json())  # the same images, which lie elsewhere by now
 
     def _begin(self, manifest: Manifest) -> None:
-        for name in (ARRAYS, PARTS):
+        for name in (ARRAYS, PARTS, PATTERNS):
             if (self.folder / name).exists():
                 shutil.rmtree(self.folder / name)
         (self.folder / PARTS).mkdir()
@@ -143,6 +144,38 @@ class StudyFolder:
         """The arrays that need all images are still to be computed."""
         return not part_file(self.folder, "derived").is_file()
 
+    @property
+    def patterns_are_missing(self) -> bool:
+        """The arrays of attention patterns are still to be computed."""
+        return not part_file(self.folder, PATTERNS).is_file()
+
+    def pattern_model(self, kind: str) -> Path:
+        """Where the fitted model of a kind of pattern lies, or will."""
+        return self.folder / PATTERNS / f"{kind}.safetensors"
+
+    def write_pattern_model(self, kind: str, content: bytes) -> None:
+        """Stores a fitted model whole, so that it need not be fitted again."""
+        with self._disk_errors(f"the model of {kind} patterns"):
+            (self.folder / PATTERNS).mkdir(exist_ok=True)
+            write_whole(self.pattern_model(kind), content)
+
+    def write_patterns(self, arrays: Arrays, about: Mapping[str, Any]) -> None:
+        """Stores the arrays of attention patterns, whose sizes are known only now; `about` becomes their attributes."""
+        with self._disk_errors("the attention patterns"):
+            place = self.folder / PATTERNS / ARRAYS
+            if place.exists():
+                shutil.rmtree(place)  # of a run that was ended before it could say that they are complete
+            made = place.with_name(ARRAYS + UNFINISHED)
+            group = zarr.create_group(made, zarr_format=3, attributes=dict(about))
+            for key, values in arrays.items():
+                _create_array(group, key, values.shape, len(values), values.dtype)
+                with zarr.config.set({"array.write_empty_chunks": True}):
+                    _array(group, key)[...] = values
+            _consolidate(made)
+            _to_disk(made)
+            made.rename(place)
+            self._mark(PATTERNS, arrays)
+
     @contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:
         try:
@@ -157,14 +190,17 @@ class StudyFolder:
     def _write(self, name: int | str, rows: slice, arrays: Arrays) -> None:
         group = self._arrays(arrays)
         for key, values in arrays.items():
-            with zarr.config.set({"array.write_empty_chunks": True}):  # so that an absent chunk is always a lost one
-                array = group[key]
-            assert isinstance(array, zarr.Array)
+            array = _array(group, key)
             assert values.shape[1:] == array.shape[1:], f"{key} has shape {values.shape}, the study {array.shape}"
             assert values.dtype == array.dtype, f"{key} is {values.dtype}, the study {array.dtype}"
-            array[rows] = values
+            with zarr.config.set({"array.write_empty_chunks": True}):  # so that an absent chunk is always a lost one
+                array[rows] = values
             chunk = 0 if isinstance(name, str) else name
             _to_disk(self.folder / ARRAYS / key / "c" / str(chunk))
+        self._mark(name, arrays)
+
+    def _mark(self, name: int | str, arrays: Arrays) -> None:
+        """Says that a part is complete."""
         digests = {key: array_digest(values) for key, values in arrays.items()}
         write_whole(part_file(self.folder, name), json.dumps({"digests": digests}, indent=1) + "\n")
 
@@ -184,11 +220,21 @@ class StudyFolder:
         if "head_probability" in arrays:
             for key in DERIVED:
                 _create_array(group, key, (self.plan.n_images, 2), self.plan.n_images, np.dtype("float32"))
-        with warnings.catch_warnings():
-            # Readers that do not know consolidated metadata lose nothing: the arrays' own files are there too.
-            warnings.simplefilter("ignore", ZarrUserWarning)
-            zarr.consolidate_metadata(made)
+        _consolidate(made)
         made.rename(self.folder / ARRAYS)
+
+
+def _consolidate(path: Path) -> None:
+    with warnings.catch_warnings():
+        # Readers that do not know consolidated metadata lose nothing: the arrays' own files are there too.
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        zarr.consolidate_metadata(path)
+
+
+def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
+    array = group[key]
+    assert isinstance(array, zarr.Array)
+    return array
 
 
 def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], part_size: int, dtype: np.dtype) -> None:
@@ -214,11 +260,11 @@ def _to_disk(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file has all of the text or is as it was before."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """The file has all of the content or is as it was before."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(unfinished, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

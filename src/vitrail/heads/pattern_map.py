@@ -1,0 +1,160 @@
+"""The standing map of patterns: where a sample of heads lies, which cluster each is in, and where another head goes.
+
+Layout and clusters are made from a bounded sample of latents. Every head, of the sample or not, of the study or of a
+new image, is then placed by one and the same rule, so a head that is placed again lands where it was. No torch.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int32
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+__all__ = ["NOISE", "StandingMap", "principal_plane", "standing_map"]
+
+NOISE = -1
+"""The cluster of heads that are in none."""
+
+PERPLEXITY = 30
+FEW = 10
+"""Below so many heads there is no t-SNE and there are no clusters: two principal axes, and all are in cluster 0."""
+
+MIN_SHARE, MIN_MEMBERS = 1 / 100, 10
+"""A cluster holds at least a hundredth of the sample, and ten heads."""
+
+MANY = 3000
+
+PLACED_TOGETHER = 16384
+
+PIECE = 512
+
+
+@dataclass(frozen=True)
+class StandingMap:
+    """`latents` of the sample, where they lie, and which cluster each is in."""
+
+    latents: Float32[np.ndarray, "sample latent"]
+    xy: Float32[np.ndarray, "sample xy"]
+    cluster: Int32[np.ndarray, "sample"]
+
+    @property
+    def n_clusters(self) -> int:
+        return int(self.cluster.max(initial=NOISE)) + 1
+
+    def place(
+        self, latents: Float[np.ndarray, "head latent"]
+    ) -> tuple[Float32[np.ndarray, "head xy"], Int32[np.ndarray, "head"]]:
+        """Where heads with these latents lie on the map, and their clusters.
+
+        Cluster: that of the nearest head of the sample. Place: openTSNE's `transform`, which starts at the median of
+        the nearest heads' places and lets each new head move under the attraction of its neighbours and the repulsion
+        of all, while the sample stands still; below 10 heads the nearest head's own place.
+        """
+        latents = np.asarray(latents, dtype=np.float32)
+        if not len(latents):
+            return np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
+        with threadpool_limits(limits=1):
+            cluster = self.cluster_of(latents)
+            if self._embedding is None:
+                return self.xy[self._nearest(latents)], cluster
+            pieces = [
+                np.asarray(self._embedding.transform(latents[at : at + PLACED_TOGETHER]))
+                for at in range(0, len(latents), PLACED_TOGETHER)
+            ]
+        return np.concatenate(pieces).astype(np.float32), cluster
+
+    def cluster_of(self, latents: Float[np.ndarray, "head latent"]) -> Int32[np.ndarray, "head"]:
+        """The cluster of the nearest head of the sample, -1 for none."""
+        return np.asarray(self.cluster[self._nearest(np.asarray(latents, dtype=np.float32))])
+
+    def _nearest(self, latents: Float32[np.ndarray, "head latent"]) -> Int[np.ndarray, "head"]:
+        """By |s|^2 - 2 s l, which is the squared distance up to what all heads of the sample share."""
+        pieces = [latents[at : at + PIECE] for at in range(0, len(latents), PIECE)]
+        return np.concatenate([(self._square - 2 * (piece @ self.latents.T)).argmin(1) for piece in pieces])
+
+    @cached_property
+    def _square(self) -> Float32[np.ndarray, "sample"]:
+        return np.asarray(np.square(self.latents).sum(1))
+
+    @cached_property
+    def _embedding(self) -> Any:
+        """The map as openTSNE holds it, made again from latents and places; None where it is no t-SNE."""
+        if not _has_layout(self.latents):
+            return None
+        from openTSNE import TSNEEmbedding
+
+        return TSNEEmbedding(
+            self.xy.astype(np.float64),
+            _affinities(self.latents),
+            negative_gradient_method=_method(self.latents),
+            n_jobs=1,
+            random_state=0,
+        )
+
+
+def standing_map(latents: Float[np.ndarray, "sample latent"], seed: int = 0) -> StandingMap:
+    """Lays out and clusters a sample of heads by their latents.
+
+    Layout: t-SNE (openTSNE, perplexity 30, start at the principal axes). Near means alike; distances between far groups
+    and their sizes mean nothing. Clusters: HDBSCAN on the latents, numbered from the largest; heads in sparse places
+    are in none (-1). Source: after Li et al. 2023 for the map; clusters are our construction.
+    """
+    latents = np.asarray(latents, dtype=np.float32)
+    with threadpool_limits(limits=1):
+        if not _has_layout(latents):
+            return StandingMap(latents, principal_plane(latents), np.zeros(len(latents), np.int32))
+        return StandingMap(latents, _layout(latents, seed), _clusters(latents))
+
+
+def _has_layout(latents: Float32[np.ndarray, "sample latent"]) -> bool:
+    return len(latents) >= FEW and len(np.unique(latents, axis=0)) >= FEW
+
+
+def _layout(latents: Float32[np.ndarray, "sample latent"], seed: int) -> Float32[np.ndarray, "sample xy"]:
+    from openTSNE import TSNEEmbedding
+
+    start = principal_plane(latents).astype(np.float64)
+    start *= 1e-4 / max(float(start[:, 0].std()), 1e-12)
+    embedding = TSNEEmbedding(
+        start, _affinities(latents), negative_gradient_method=_method(latents), n_jobs=1, random_state=seed
+    )
+    embedding.optimize(n_iter=250, exaggeration=12, momentum=0.5, inplace=True)
+    embedding.optimize(n_iter=500, momentum=0.8, inplace=True)
+    return np.asarray(embedding, dtype=np.float32)
+
+
+def _method(latents: Float32[np.ndarray, "sample latent"]) -> str:
+    """Repulsion by a tree where that is quicker than by interpolation."""
+    return "bh" if len(latents) < MANY else "fft"
+
+
+def _affinities(latents: Float32[np.ndarray, "sample latent"]) -> Any:
+    from openTSNE.affinity import PerplexityBasedNN
+
+    perplexity = min(PERPLEXITY, (len(latents) - 1) / 3)
+    return PerplexityBasedNN(latents, perplexity=perplexity, method="exact", n_jobs=1, random_state=0)
+
+
+def _clusters(latents: Float32[np.ndarray, "sample latent"]) -> Int32[np.ndarray, "sample"]:
+    from sklearn.cluster import HDBSCAN
+
+    size = max(MIN_MEMBERS, round(MIN_SHARE * len(latents)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a default that is given here all the same
+        found = HDBSCAN(min_cluster_size=size, min_samples=MIN_MEMBERS, copy=True).fit_predict(latents)
+    names, counts = np.unique(found[found != NOISE], return_counts=True)
+    rank = {int(name): at for at, name in enumerate(names[np.argsort(-counts, kind="stable")])}
+    return np.array([rank.get(int(each), NOISE) for each in found], dtype=np.int32)
+
+
+def principal_plane(table: Float[np.ndarray, "row column"]) -> Float32[np.ndarray, "row xy"]:
+    """The first two principal components, zeros where there are fewer; the largest entry of each is positive."""
+    table = np.asarray(table, dtype=np.float64)
+    left, sizes, _ = np.linalg.svd(table - table.mean(0), full_matrices=False)
+    found = left[:, :2] * sizes[:2]
+    largest = np.abs(found).argmax(axis=0)
+    found = found * np.where(np.take_along_axis(found, largest[None], axis=0) < 0, -1.0, 1.0)
+    return np.pad(found, ((0, 0), (0, 2 - found.shape[1]))).astype(np.float32)

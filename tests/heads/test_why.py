@@ -1,0 +1,139 @@
+"""Why a head is important: the table and the sentences, from planted studies."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from numpy.testing import assert_allclose, assert_array_equal
+from planted_patterns import FAMILIES, GRID
+
+from vitrail.errors import UsageError
+from vitrail.heads.pattern_names import RULES
+from vitrail.heads.why import missing, why_sentences, why_table
+
+N_IMAGES, N_LAYERS, N_HEADS = 40, 3, 2
+SHAPE = (N_IMAGES, N_LAYERS, N_HEADS)
+IMPORTANT = (1, 0)
+
+
+def rules_of(family: str) -> np.ndarray:
+    import torch
+
+    from vitrail.heads.pattern_rules import rule_values
+
+    return rule_values(torch.as_tensor(FAMILIES[family], dtype=torch.float32), GRID).numpy()
+
+
+@pytest.fixture
+def study() -> xr.Dataset:
+    """L1H0 costs the label half of its probability, through its patches; image 7 most of all."""
+    rng = np.random.default_rng(0)
+    before = rng.uniform(0.7, 0.8, N_IMAGES)
+    pruned = np.repeat(before, 6).reshape(SHAPE) - rng.uniform(0, 0.01, SHAPE)
+    pruned[:, *IMPORTANT] = before / 2
+    pruned[7, *IMPORTANT] = 0.001
+    parts = np.repeat(before, 12).reshape(*SHAPE, 2).copy()
+    parts[:, *IMPORTANT, 1] -= 0.3
+    rules = np.tile(rules_of("local"), (*SHAPE, 1))
+    rules[:, *IMPORTANT] = rules_of("shift (+1, 0)")
+    rules[:10, *IMPORTANT] = rules_of("sink")
+    per_head = ("image", "layer", "head")
+    label = np.zeros(N_IMAGES, dtype=np.int64)
+    flips = np.zeros(SHAPE, dtype=bool)
+    flips[:8, *IMPORTANT] = True
+    return xr.Dataset(
+        {
+            "label": ("image", label),
+            "prediction": ("image", label),
+            "probability": ("image", before),
+            "head_probability": (per_head, pruned),
+            "head_divergence": (per_head, rng.uniform(0, 0.1, SHAPE)),
+            "head_flip": (per_head, flips),
+            "head_prediction": (per_head, flips.astype(np.int32)),
+            "strength_entropy": (per_head, np.tile(np.arange(6.0).reshape(3, 2), (N_IMAGES, 1, 1))),
+            "attention_distance": (per_head, np.full(SHAPE, 3.0)),
+            "head_region_probability": ((*per_head, "mode"), parts),
+            "pattern_rule": ((*per_head, "rule"), rules),
+            "image_dependence": (("layer", "head"), np.full((N_LAYERS, N_HEADS), 0.1)),
+        },
+        coords={"image": [f"photo {at}.png" for at in range(N_IMAGES)]},
+        attrs={"n_heads": [2, 2, 2], "grids": [list(GRID)] * 3, "labels_from": "the names of the class folders"},
+    )
+
+
+def test_the_planted_head_is_first_and_its_part_and_images_are_found(study: xr.Dataset) -> None:
+    table = why_table(study)
+    assert table["rank"][IMPORTANT] == 1
+    assert_array_equal(np.sort(table["rank"].values.ravel()), np.arange(1, 7))
+    assert_allclose(table["drop_patch_part"][IMPORTANT], 0.3, rtol=1e-6)
+    assert_allclose(table["drop_class_part"][IMPORTANT], 0.0, atol=1e-9)
+    assert table["most"][IMPORTANT][0] == 7
+    assert_allclose(table["strength_entropy_percentile"].values.ravel(), [0, 20, 40, 60, 80, 100])
+    assert table["pattern"][IMPORTANT] == "shift (+1, 0)"
+    assert_allclose(table["pattern_share"][IMPORTANT], 0.75)
+    assert_allclose(table["rule_shift_mass"][IMPORTANT], 0.75 + 0.25 * rules_of("sink")[RULES.index("shift_mass")])
+
+
+def test_the_sentences_carry_the_numbers(study: xr.Dataset) -> None:
+    told = why_sentences(study, *IMPORTANT)
+    text = " ".join(told)
+    drop = float((study["probability"] - study["head_probability"][:, 1, 0]).mean())
+    assert f"L1H0 is 1st of 6 heads: without it the label loses {drop:.3f}" in text
+    assert "more than 0.1 in 100.0% of 40 images" in text
+    assert "The prediction changes in 20.0% of them, accuracy goes from 100.0% to 80.0%" in text
+    assert "Its patch part carries it" in text
+    assert "entropy of its attention over distance is 2.00 nats, above 40 % of the other heads" in text
+    assert "Its pattern is shift (+1, 0)" in text
+    assert "as for 75% of the images by themselves (else mostly sink)" in text
+    assert "Its image dependence is 0.10: nearly the same map for all images." in text
+    assert "It matters most for photo 7.png (probability" in text
+    assert not any("Not known" in sentence for sentence in told)
+
+
+def test_what_a_study_lacks_is_said_with_the_command_that_adds_it(study: xr.Dataset) -> None:
+    poor = study.drop_vars(["pattern_rule", "image_dependence", "head_region_probability"])
+    told = missing(poor)
+    assert set(told) == {"regions", "patterns"}
+    assert "`vitrail study ... --measures heads,patterns` adds it" in told["patterns"]
+    assert why_sentences(poor, 0, 0)[-2:] == list(told.values())
+    left_out = poor.assign_attrs(left_out={"pattern_rule": "no layer has maps to compare"})
+    assert "the model cannot give it: no layer has maps to compare" in missing(left_out)["patterns"]
+
+
+def test_without_labels_or_classifier_nothing_is_said_of_accuracy_or_probability(study: xr.Dataset) -> None:
+    own = study.assign_attrs(labels_from="the model's own top-1 prediction, as ...")
+    assert "accuracy" not in " ".join(why_sentences(own, *IMPORTANT))
+    features = study.drop_vars(
+        ["label", "prediction", "probability", "head_probability", "head_flip", "head_prediction"]
+    )
+    told = why_sentences(features, *IMPORTANT)
+    assert told[0].endswith("of 6 heads by divergence of the predictions.")
+
+
+def test_one_image_is_told_without_intervals(study: xr.Dataset) -> None:
+    told = why_sentences(study.isel(image=[7]), *IMPORTANT)
+    assert "in this image" in told[0]
+    assert "interval" not in " ".join(told)
+    assert "matters most for" not in " ".join(told)
+
+
+def test_a_head_that_is_not_there_is_refused(study: xr.Dataset) -> None:
+    with pytest.raises(UsageError, match="L1H5 was asked for; the study has layers 0 to 2 with 2 heads at most"):
+        why_sentences(study, 1, 5)
+    with pytest.raises(UsageError, match="L9H0"):
+        why_sentences(study, 9, 0)
+
+
+def test_heads_that_a_layer_lacks_have_no_row(study: xr.Dataset) -> None:
+    values = study["head_probability"].values.copy()
+    values[:, 2, 1] = np.nan
+    rules = study["pattern_rule"].values.copy()
+    rules[:, 2, 1] = np.nan
+    narrow = study.assign(
+        head_probability=(study["head_probability"].dims, values), pattern_rule=(study["pattern_rule"].dims, rules)
+    ).assign_attrs(n_heads=[2, 2, 1])
+    table = why_table(narrow)
+    assert np.isnan(table["rank"][2, 1])
+    assert table["pattern"][2, 1] == ""
+    assert (table["most"][2, 1] == -1).all()
+    with pytest.raises(UsageError, match="L2H1"):
+        why_sentences(narrow, 2, 1)
