@@ -11,7 +11,16 @@ from jaxtyping import Float, Int
 
 from vitrail.errors import UsageError
 
-__all__ = ["Corrected", "bootstrap_interval", "correct_estimate", "head_table", "rank_agreement", "spearman"]
+__all__ = [
+    "LARGE_DROP",
+    "Corrected",
+    "bootstrap_interval",
+    "correct_estimate",
+    "head_table",
+    "present_heads",
+    "rank_agreement",
+    "spearman",
+]
 
 LARGE_DROP = 0.1
 """A drop of the label's probability that counts as large in `drop_share_large`."""
@@ -60,12 +69,12 @@ def _add_pruning(table: xr.Dataset, study: xr.Dataset, seed: int, resamples: int
         table["drop_share_large"] = _on_heads((drop[:, present] > LARGE_DROP).mean(0), present)
         _add_interval(table, "drop", drop, present, seed, resamples)
     if "head_flip" in study:
-        present = _present_heads(study)
+        present = present_heads(study)
         table["flip_share"] = _on_heads(study["head_flip"].to_numpy()[:, present].mean(0), present)
     if {"label", "prediction", "head_prediction"} <= set(study):
         label = study["label"].to_numpy()
         right = study["head_prediction"].to_numpy() == label[:, None, None]
-        present = _present_heads(study)
+        present = present_heads(study)
         table["accuracy"] = _on_heads(right[:, present].mean(0), present)
         _add_interval(table, "accuracy", right, present, seed, resamples)
         table.attrs["accuracy"] = float((study["prediction"].to_numpy() == label).mean())
@@ -79,7 +88,7 @@ def _add_interval(
     table[f"{name}_high"] = _on_heads(high, present)
 
 
-def _present_heads(study: xr.Dataset) -> np.ndarray:
+def present_heads(study: xr.Dataset) -> np.ndarray:
     """Which (layer, head) the model has; bool and int measures are padded with values that do not tell."""
     for name in ("head_probability", "head_divergence", "head_token_shift"):
         if name in study:
