@@ -42,9 +42,7 @@ def predictions_without(
     once. Raises `Unsupported` for a model without classifier.
     """
     if vit.n_classes is None:
-        raise Unsupported(
-            f"Predictions were asked for; {vit.name} has no classifier, its output is a feature vector."
-        )
+        raise Unsupported(f"Predictions were asked for; {vit.name} has no classifier, its output is a feature vector.")
     removes = _can_remove(vit)
     known: dict[frozenset[tuple[int, int]], np.ndarray] = {}
     for heads in map(frozenset, sets):

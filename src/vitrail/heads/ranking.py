@@ -104,7 +104,7 @@ def parse_heads(text: str) -> Order:
 
 
 def orders(ranking: Float[np.ndarray, "layer head"]) -> Order:
-    """Heads from the least to the most important; ties in the order of layers and heads; heads that are NaN left out."""
+    """Heads from the least to the most important; ties in the order of layers and heads; without those that are NaN."""
     known = np.argwhere(~np.isnan(ranking))
     order = np.argsort(ranking[tuple(known.T)], kind="stable")
     return [(int(layer), int(head)) for layer, head in known[order]]

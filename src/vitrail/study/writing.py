@@ -10,18 +10,20 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from zarr.codecs import ZstdCodec
 from zarr.errors import ZarrUserWarning
 
 from vitrail.data import Manifest
-from vitrail.errors import StudyError
+from vitrail.errors import DamagedStudy, StudyError
 from vitrail.study.plan import Part, Plan, refuse_other_plan
 from vitrail.study.store import (
     ARRAYS,
@@ -40,7 +42,8 @@ __all__ = ["StudyFolder", "locked", "plan_of", "refuse_foreign_folder", "write_w
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"
-OURS = {PLAN, IMAGES, ARRAYS, PARTS, LOCK}
+SURVEY = "survey.safetensors"
+OURS = {PLAN, IMAGES, ARRAYS, PARTS, LOCK, SURVEY}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -143,6 +146,37 @@ class StudyFolder:
         """The arrays that need all images are still to be computed."""
         return not part_file(self.folder, "derived").is_file()
 
+    @property
+    def is_surveyed(self) -> bool:
+        """What collectors need to have seen of all images is there."""
+        return (self.folder / SURVEY).is_file()
+
+    def write_survey(self, found: Sequence[Arrays]) -> None:
+        """Stores what each surveying collector found, whole or not at all, with the digest of every array."""
+        arrays = {f"{number}/{name}": values for number, each in enumerate(found) for name, values in each.items()}
+        digests = {name: array_digest(values) for name, values in arrays.items()}
+        with self._disk_errors("the survey of all images"):
+            write_whole(self.folder / SURVEY, save(arrays, metadata=digests))
+
+    def read_survey(self) -> list[dict[str, np.ndarray]]:
+        """The same back, one of each collector. Raises `DamagedStudy` if it is not what was written."""
+        path = self.folder / SURVEY
+        try:
+            with safe_open(path, framework="numpy") as file:
+                digests, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise DamagedStudy(f"{path} cannot be read: {error}. Delete it and run the same command again.") from error
+        if {name: array_digest(values) for name, values in arrays.items()} != digests:
+            raise DamagedStudy(
+                f"{path} holds other values than were written. Delete it and run the same command again."
+            )
+        found: list[dict[str, np.ndarray]] = []
+        for key, values in sorted(arrays.items()):
+            number, _, name = key.partition("/")
+            found += [{}] * (int(number) == len(found))
+            found[int(number)][name] = values
+        return found
+
     @contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:
         try:
@@ -214,11 +248,11 @@ def _to_disk(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file has all of the text or is as it was before."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """The file has all of the content or is as it was before."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(unfinished, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

@@ -8,13 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.vit.anatomy import Anatomy
 from vitrail.vit.clone import clone_sharing
-from vitrail.vit.pruned import NoHeads, _put, shrink
+from vitrail.vit.pruned import shrink
 
 __all__ = ["Heads", "Removed", "attention_maps", "without_heads"]
 
@@ -104,7 +103,7 @@ def _refusal(layer: int, why: str) -> str:
 
 
 def _refuse_other_weights(module: nn.Module, known: tuple[str, ...], width: int, layer: int) -> None:
-    """Weights with entries per head (position biases, gates, norms over all heads) would be left with the wrong ones."""
+    """Weights with entries per head (position biases, gates, norms over all heads) would keep those of lost heads."""
     prefixes = tuple(f"{name}." for name in known)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     other = [name for name, value in tensors if not name.startswith(prefixes) and tuple(value.shape) != (width,)]

@@ -43,7 +43,9 @@ def write_smaller(vit: Vit, removed: Removed, folder: str | Path) -> None:
 def refuse_full_folder(folder: Path) -> None:
     """Raises `UsageError` unless the folder is new or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"The smaller model was to be written to {folder}, which holds other files; name a new folder.")
+        raise UsageError(
+            f"The smaller model was to be written to {folder}, which holds other files; name a new folder."
+        )
 
 
 def _library(vit: Vit) -> Callable[[Vit, nn.Module, Path], None]:
@@ -92,8 +94,12 @@ def _transformers_configuration(vit: Vit, smaller: nn.Module, folder: Path) -> N
     }
     if seen.crop_mode == "center":
         short = round(rows / seen.crop_pct)
-        processor |= {"size": {"shortest_edge": short}, "do_center_crop": True,
-                      "crop_size": {"height": rows, "width": columns}, "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
+        processor |= {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": short},
+            "do_center_crop": True,
+            "crop_size": {"height": rows, "width": columns},
+        }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
