@@ -12,6 +12,7 @@ a fixed order at random, so that what is there at any time is a fair sample.
 """
 
 import argparse
+import hashlib
 import sys
 import tempfile
 import time
@@ -33,15 +34,18 @@ from vitrail.study.store import read_manifest
 COUNTS = (0, 1 / 18, 1 / 9, 7 / 36, 5 / 18, 7 / 18, 19 / 36, 13 / 18, 1)
 """Shares of the heads that are pruned: of 36 heads 0, 2, 4, 7, 10, 14, 19, 26 and all."""
 
+RANKED = ("probability", "divergence", "loss", "flips", "class token", "tokens")
+"""Rankings that are tried, beside the two estimates; those in L2 order heads much as their cosines do."""
+
 BATCH = 16
 
 
 class Studied:
     """A study, its model opened again, and its photographs."""
 
-    def __init__(self, folder: Path, work: Path) -> None:
-        self.folder, self.work = folder, work
-        self.data: xr.Dataset = open_study(folder)
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder, self.work = folder, options.work
+        self.data: xr.Dataset = open_study(folder, partial=options.limit is not None).isel(image=slice(options.limit))
         self.vit = reopen(folder)
         self.name = self.vit.name.partition(":")[2]
         self.labels = self.data["label"].to_numpy().astype(np.int64)
@@ -54,17 +58,19 @@ class Studied:
         """Photographs as the model's input."""
         return self.vit.prepare([stored_image(self._manifest, self._manifest.images[at]) for at in places])
 
-    def file(self, *words: object) -> Path:
-        """Where a partial result lies."""
-        return self.work / ("-".join(map(str, (self.name, self.vit.precision, *words))) + ".npz")
+    def file(self, kind: str, *depends_on: object) -> Path:
+        """Where a partial result lies; another one for other photographs, heads, orders."""
+        digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
+        return self.work / f"{kind}-{self.name}-{self.vit.precision}-{digest}.npz"
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def curves_experiment(options: argparse.Namespace) -> None:
-    studied = Studied(options.studies[0], options.work)
-    rankings = scores(studied.data, studied.calibration) | estimated_scores(studied, options)
+    studied = Studied(options.studies[0], options)
+    held = scores(studied.data, studied.calibration)
+    rankings = {name: held[name] for name in RANKED if name in held} | estimated_scores(studied, options)
     found = run_curves(studied, options, rankings)
     print_curves(studied, options, found)
     if options.figure:
@@ -86,7 +92,7 @@ def gradients(studied: Studied, places: np.ndarray) -> np.ndarray:
     parts = []
     for start in range(0, len(places), BATCH):
         part = places[start : start + BATCH].tolist()
-        file = studied.file("gradients", *part[:3], len(part))
+        file = studied.file("gradients", [str(studied.data["image"].to_numpy()[at]) for at in part])
         if not file.exists():
             labels = torch.as_tensor(studied.labels[part])
             found = loss_gradients(studied.vit.tap(), studied.vit.anatomy, studied.prepared(part), labels)
@@ -107,7 +113,7 @@ def run_curves(studied: Studied, options: argparse.Namespace, rankings: dict[str
     for start in range(0, options.test, BATCH):
         several = [*ranked, *(at_random if start < options.random_test else [])]
         places = studied.test[start : min(start + BATCH, options.test)].tolist()
-        file = studied.file("curves", len(several), len(counts), *places[:3], len(places))
+        file = studied.file("curves", [str(studied.data["image"].to_numpy()[at]) for at in places], several, counts)
         if not file.exists() and not options.no_run:
             sets = [frozenset(order[:count]) for order in several for count in counts]
             answers = predictions_without(studied.vit, studied.prepared(places), sets)
@@ -184,6 +190,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-heads")
+    parser.add_argument("--limit", type=int, help="only the first images of the study, which may be unfinished")
     parser.add_argument("--estimated", type=int, default=96, help="photographs that the estimates rank on")
     parser.add_argument("--test", type=int, default=96, help="photographs that are tried")
     parser.add_argument("--random-test", type=int, default=32, help="of them, those for orders at random")

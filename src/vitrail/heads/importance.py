@@ -47,7 +47,7 @@ def sweep(
     names: Sequence[str],
     residuals: Mapping[int, Float[Tensor, "image token channel"]],
     silent: Collection[int] = (),
-    fills: Mapping[int, Float[Tensor, "window head query channel"]] | None = None,
+    fills: Mapping[int, Float[Tensor, "window head query width"]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Leave-one-head-out over all layers: the measures `names` as arrays [image, layer, head].
 

@@ -177,8 +177,8 @@ def _areas(right: Bool[np.ndarray, "*lead k image"], counts: Int[np.ndarray, "k"
 
 
 def _with_interval(values: Float[np.ndarray, "image"], seed: int, resamples: int) -> tuple[float, float, float]:
-    low, high = bootstrap_interval(values, seed, resamples)
-    return float(values.mean()), float(low), float(high)
+    low, high = bootstrap_interval(values[:, None], seed, resamples)
+    return float(values.mean()), float(low[0]), float(high[0])
 
 
 def _against_random(

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from vitrail.data import Manifest, stored_image
 from vitrail.errors import ModelError, Unsupported, UsageError
-from vitrail.heads.pruning import logits_without, predictions_without
+from vitrail.heads.pruning import logits_without, predictions_without, why_not_removable
 from vitrail.heads.ranking import Order, halves, orders, scores
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import reopen
 from vitrail.study.store import open_study, read_manifest
 from vitrail.study.writing import write_whole
 from vitrail.vit.open import Vit, open_vit
-from vitrail.vit.removal import attention_maps, without_heads
+from vitrail.vit.removal import without_heads
 from vitrail.vit.saving import refuse_full_folder, write_smaller
 
 __all__ = ["Kept", "Pruned", "Speed", "prune_study"]
@@ -124,7 +124,9 @@ def prune_study(
     refuse_full_folder(out)
     dataset = open_study(study)
     vit = reopen(study, weights=weights, device=device)
-    attention_maps(vit.model, vit.anatomy, range(vit.n_layers))  # refused here rather than after choosing
+    reason = why_not_removable(vit)
+    if reason:
+        raise Unsupported(reason)
     images = _Images(vit, read_manifest(study), dataset["label"].to_numpy())
     with Progress(progress) as shown:
         if heads is None:
