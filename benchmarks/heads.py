@@ -3,9 +3,9 @@
     vitrail study timm:vit_tiny_patch16_224 PHOTOGRAPHS --class-names NAMES --weights FILE --measures heads -o STUDY
 
     python benchmarks/heads.py curves   STUDY      pruning curves of every ranking
+    python benchmarks/heads.py table    STUDY...   what studies say of their heads; of two, how far they agree
     python benchmarks/heads.py estimate STUDY      what correcting the estimate by a sample saves
-    python benchmarks/heads.py ablation STUDY      zero against the mean output of a head
-    python benchmarks/heads.py table    STUDY...   what the studies say of their heads, side by side
+    python benchmarks/heads.py ablation STUDY MEAN   zero against the mean output (MEAN: a study with --ablation mean)
 
 Each prints markdown and goes on where it stopped: what is done lies in --work, batch by batch. Photographs are taken in
 a fixed order at random, so that what is there at any time is a fair sample.
@@ -25,9 +25,18 @@ import xarray as xr
 
 from vitrail import open_study
 from vitrail.data import stored_image
+from vitrail.heads import collectors
 from vitrail.heads.estimate import loss_gradients
 from vitrail.heads.pruning import predictions_without
 from vitrail.heads.ranking import Area, Curves, area_table, halves, orders, random_orders, scores
+from vitrail.heads.summary import (
+    bootstrap_interval,
+    correct_estimate,
+    head_table,
+    heads_that_matter,
+    rank_agreement,
+    spearman,
+)
 from vitrail.study.reopen import reopen
 from vitrail.study.store import read_manifest
 
@@ -75,7 +84,6 @@ def curves_experiment(options: argparse.Namespace) -> None:
     print_curves(studied, options, found)
     if options.figure:
         from vitrail.figures.pruning import pruning_curves
-
         from vitrail.figures.style import save
 
         save(pruning_curves(found, studied.name), options.figure)
@@ -162,6 +170,163 @@ def area_row(name: str, area: Area) -> list[str]:
     ]  # fmt: skip
 
 
+# --- importance ------------------------------------------------------------------------------------------------------
+
+
+def table_experiment(options: argparse.Namespace) -> None:
+    """What studies say of their heads: how many matter, which, and how far two models agree."""
+    studies = [open_study(folder, partial=True) for folder in options.studies]
+    tables = [head_table(study) for study in studies]
+    for study, table in zip(studies, tables, strict=True):
+        print(f"\n{study.attrs['model']}, {study.sizes['image']} photographs, {study.attrs['precision']}\n")
+        print(counted(study))
+        print(most_important(table))
+    if len(studies) == 2:
+        print(agreement(tables))
+
+
+def counted(study: xr.Dataset) -> str:
+    """How many heads an image needs."""
+    counts = heads_that_matter(study)
+    sure = study["probability"].to_numpy() > 0.9
+    rows = []
+    for name, some in (("all", counts), ("probability over 0.9", counts[sure])):
+        low, high = bootstrap_interval(some[:, None].astype(float))
+        rows.append([
+            name, str(len(some)), f"{some.mean():.2f} [{low[0]:.2f}, {high[0]:.2f}]", f"{np.median(some):.0f}",
+            f"{np.quantile(some, 0.95):.0f}", f"{(some == 0).mean():.0%}", f"{(some <= 3).mean():.0%}",
+        ])  # fmt: skip
+    head = ["photographs", "n", "heads that matter, mean", "median", "95 %", "none", "at most 3"]
+    return markdown(head, rows)
+
+
+def most_important(table: xr.Dataset, shown: int = 8) -> str:
+    """The heads that cost most."""
+    drop = table["drop_mean"].to_numpy()
+    order = np.argsort(-np.nan_to_num(drop, nan=-np.inf), axis=None)[:shown]
+    value = lambda name, at: float(table[name].to_numpy()[at])  # noqa: E731
+    rows = []
+    for at in zip(*np.unravel_index(order, drop.shape), strict=True):
+        rows.append([
+            "L{}H{}".format(*at),
+            *(
+                f"{value(name, at):.3f} [{value(f'{of}_low', at):.3f}, {value(f'{of}_high', at):.3f}]"
+                for name, of in (
+                    ("drop_mean", "drop"), ("drop_median", "drop_median"), ("drop_q95", "drop_q95"),
+                    ("drop_share_large", "drop_share_large"), ("flip_share", "flip_share"), ("accuracy", "accuracy"),
+                )
+            ),
+        ])  # fmt: skip
+    head = ["head", "p lost, mean", "median", "95 % quantile", "over 0.1", "flips", "top-1 without"]
+    return f"\nNothing pruned: top-1 {table.attrs['accuracy']:.3f}\n\n{markdown(head, rows)}"
+
+
+def agreement(tables: Sequence[xr.Dataset]) -> str:
+    """Rank correlation over heads of two models, by measure, and how much of the loss each layer holds."""
+    names = ["drop_mean", "head_divergence_mean", "flip_share", "head_cls_shift_mean", "head_token_shift_mean"]
+    rows = [[name, f"{spearman(*(table[name].to_numpy().ravel() for table in tables)):+.2f}"] for name in names]
+    layers = [
+        [f"L{layer}", *(f"{float(table['drop_mean'][layer].mean()):+.3f}" for table in tables)]
+        for layer in range(tables[0].sizes["layer"])
+    ]
+    return (
+        f"\n{markdown(['measure', 'Spearman over heads, first and second model'], rows)}\n\n"
+        f"{markdown(['p lost, mean over the heads of a layer', 'first model', 'second model'], layers)}"
+    )
+
+
+# --- estimate and ablation -------------------------------------------------------------------------------------------
+
+
+def estimate_experiment(options: argparse.Namespace) -> None:
+    """The estimate on all photographs, corrected by the exact sweep on a sample of them, against the sweep on all."""
+    studied = Studied(options.studies[0], options)
+    places = np.sort(np.random.default_rng(2).permutation(len(studied.labels))[: options.images])
+    gradient = gradients(studied, places).astype(np.float64)
+    rough = gradient**2 / 2 - gradient
+    exact = studied.data["head_loss_change"].to_numpy()[places].astype(np.float64)
+    print(f"\n{studied.name}: change of loss in nats, {len(places)} photographs; rank correlation over heads of the")
+    print(f"estimated and the exact means {rank_agreement(rough, exact):.2f}\n")
+    rows = []
+    for size in (24, 48, 96):
+        found = [correction(rough, exact, size, seed) for seed in range(20)]
+        width, plain, covered, error, same = np.mean(found, 0)
+        images = size * (plain / width) ** 2
+        passes = studied_cost(studied)
+        cost = size * passes[0] + len(places) * passes[1]
+        rows.append([
+            str(size), f"{plain:.3f}", f"{width:.3f}", f"{images:.0f}", f"{covered:.0%}", f"{error:.3f}",
+            f"{same:.3f}", f"{cost / (images * passes[0]):.2f}",
+        ])  # fmt: skip
+    head = [
+        "sample, photographs", "width, sample alone", "width, corrected", "photographs for that width, exactly",
+        "intervals that hold the mean of all", "mean error, corrected", "mean error, sample alone",
+        "cost / exact at equal width",
+    ]  # fmt: skip
+    print(markdown(head, rows))
+
+
+def correction(rough: np.ndarray, exact: np.ndarray, size: int, seed: int) -> list[float]:
+    """Median width over heads with and without the estimate, coverage of the mean of all, mean errors."""
+    sample = np.random.default_rng(seed).permutation(len(rough))[:size]
+    fixed = correct_estimate(rough, sample, exact[sample])
+    truth = exact.mean(0)
+    alone = 2 * 1.96 * exact[sample].std(0, ddof=1) / np.sqrt(size)
+    inside = (fixed.low <= truth) & (truth <= fixed.high)
+    return [
+        float(np.median(fixed.high - fixed.low)), float(np.median(alone)), float(inside.mean()),
+        float(np.abs(fixed.mean - truth).mean()), float(np.abs(exact[sample].mean(0) - truth).mean()),
+    ]  # fmt: skip
+
+
+def studied_cost(studied: Studied) -> tuple[float, float]:
+    """Processor seconds an image of the exact sweep and of the estimate, measured once."""
+    file = studied.file("cost")
+    if not file.exists():
+        images = studied.prepared(studied.calibration[:BATCH].tolist())
+        labels = studied.labels[studied.calibration[:BATCH]]
+        seconds = []
+        for importance in ("exact", "estimate"):
+            (one,) = collectors(studied.vit, ["head_loss_change"], {"importance": importance})
+            begun = time.process_time()
+            replay, logits = studied.vit.tap().record(images, one.readers(), keep=one.replays)
+            one.finish(studied.vit.tap(), replay, logits, labels)
+            seconds.append((time.process_time() - begun) / len(images))
+        save_arrays(file, {"seconds": np.array(seconds)})
+    with np.load(file) as held:
+        exact, rough = held["seconds"]
+    return float(exact), float(rough)
+
+
+def ablation_experiment(options: argparse.Namespace) -> None:
+    """Two studies of the same photographs, by zero and by the mean: which heads matter in each."""
+    zero, mean = (open_study(folder) for folder in options.studies)
+    both = sorted(set(zero["image"].to_numpy()) & set(mean["image"].to_numpy()))
+    tables = [head_table(study.sel(image=both)) for study in (zero, mean)]
+    print(f"\n{zero.attrs['model']}, {len(both)} photographs\n")
+    rows = []
+    for name in ("drop_mean", "head_divergence_mean", "head_loss_change_mean", "head_cls_shift_mean"):
+        one, two = (table[name].to_numpy() for table in tables)
+        rows.append([
+            name, f"{np.nanmean(one):.4f}", f"{np.nanmean(two):.4f}", f"{spearman(one.ravel(), two.ravel()):+.2f}",
+            f"{(two < one).mean():.0%}",
+        ])  # fmt: skip
+    print(
+        markdown(
+            ["measure", "zero, mean over heads", "mean output", "Spearman over heads", "heads that matter less"], rows
+        )
+    )
+    fall = tables[0]["head_divergence_mean"] - tables[1]["head_divergence_mean"]
+    order = np.argsort(-fall.to_numpy(), axis=None)[:5]
+    rows = [
+        ["L{}H{}".format(*at), *(f"{float(table['head_divergence_mean'].to_numpy()[at]):.4f}" for table in tables)]
+        for at in zip(*np.unravel_index(order, fall.shape), strict=True)
+    ]
+    print(
+        f"\nWhere zero says much more than the mean:\n\n{markdown(['head', 'bits, zero', 'bits, mean output'], rows)}"
+    )
+
+
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +346,12 @@ def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     unfinished.rename(file)
 
 
-EXPERIMENTS = {"curves": curves_experiment}
+EXPERIMENTS = {
+    "curves": curves_experiment,
+    "estimate": estimate_experiment,
+    "ablation": ablation_experiment,
+    "table": table_experiment,
+}
 
 
 def main() -> None:
@@ -192,6 +362,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-heads")
     parser.add_argument("--limit", type=int, help="only the first images of the study, which may be unfinished")
     parser.add_argument("--estimated", type=int, default=96, help="photographs that the estimates rank on")
+    parser.add_argument("--images", type=int, default=256, help="photographs that the estimate experiment looks at")
     parser.add_argument("--test", type=int, default=96, help="photographs that are tried")
     parser.add_argument("--random-test", type=int, default=32, help="of them, those for orders at random")
     parser.add_argument("--random-orders", type=int, default=20)

@@ -91,7 +91,7 @@ def heads_by_class(study: xr.Dataset, *, n_heads: int = 3, seed: int = 0, resamp
     for at in order:
         label, count = int(table["class"][at]), int(counts[at])
         mine = table["drop"].to_numpy()[at]
-        others = counts.sum() - count
+        others = int(counts.sum()) - count
         elsewhere = (total - count * mine) / others if others else np.full_like(mine, np.nan)
         ranked = np.argsort(-np.nan_to_num(mine, nan=-np.inf), axis=None)[:n_heads]
         heads = [

@@ -17,6 +17,7 @@ __all__ = [
     "bootstrap_interval",
     "correct_estimate",
     "head_table",
+    "heads_that_matter",
     "present_heads",
     "quantile_interval",
     "rank_agreement",
@@ -54,6 +55,20 @@ def head_table(study: xr.Dataset, *, seed: int = 0, resamples: int = 1000) -> xr
             _add_statistics(table, str(name), values.to_numpy(), seed, resamples)
     _add_pruning(table, study, seed, resamples)
     return table
+
+
+def heads_that_matter(study: xr.Dataset) -> Int[np.ndarray, "image"]:
+    """How many heads each image needs: those without which its label loses more than 0.1 of probability.
+
+    Li et al. 2023 report that few do. Raises `UsageError` for a study without `head_probability`.
+    """
+    if not {"probability", "head_probability"} <= set(map(str, study)):
+        raise UsageError(
+            "Heads that matter were to be counted; this study does not hold head_probability. Study a model with a "
+            "classifier with --measures heads."
+        )
+    drop = study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy()
+    return np.asarray((drop > LARGE_DROP).sum((1, 2)))
 
 
 def _add_statistics(

@@ -6,6 +6,7 @@ or overwritten with the same bytes by the next. No times and no random names sta
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -152,24 +153,22 @@ class StudyFolder:
         return (self.folder / SURVEY).is_file()
 
     def write_survey(self, found: Sequence[Arrays]) -> None:
-        """Stores what each surveying collector found, whole or not at all, with the digest of every array."""
+        """Stores what each surveying collector found, whole or not at all, with one digest of all of it."""
         arrays = {f"{number}/{name}": values for number, each in enumerate(found) for name, values in each.items()}
-        digests = {name: array_digest(values) for name, values in arrays.items()}
         with self._disk_errors("the survey of all images"):
-            write_whole(self.folder / SURVEY, save(arrays, metadata=digests))
+            write_whole(self.folder / SURVEY, save(arrays, metadata={"digest": _joint_digest(arrays)}))
 
     def read_survey(self) -> list[dict[str, np.ndarray]]:
         """The same back, one of each collector. Raises `DamagedStudy` if it is not what was written."""
         path = self.folder / SURVEY
         try:
             with safe_open(path, framework="numpy") as file:
-                digests, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                digest = (file.metadata() or {}).get("digest")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise DamagedStudy(f"{path} cannot be read: {error}. Delete it and run the same command again.") from error
-        if {name: array_digest(values) for name, values in arrays.items()} != digests:
-            raise DamagedStudy(
-                f"{path} holds other values than were written. Delete it and run the same command again."
-            )
+        if _joint_digest(arrays) != digest:
+            raise DamagedStudy(f"{path} is not what was written. Delete it and run the same command again.")
         found: list[dict[str, np.ndarray]] = []
         for key, values in sorted(arrays.items()):
             number, _, name = key.partition("/")
@@ -239,6 +238,12 @@ def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], part_size
         dimension_names=measure.dims,
         attributes=attributes,
     )
+
+
+def _joint_digest(arrays: Arrays) -> str:
+    """One digest of several arrays: safetensors writes several entries in an order that changes from run to run."""
+    lines = "".join(f"{name} {array_digest(values)}\n" for name, values in sorted(arrays.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _to_disk(path: Path) -> None:
