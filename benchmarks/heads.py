@@ -4,6 +4,7 @@
 
     python benchmarks/heads.py curves   STUDY      pruning curves of every ranking
     python benchmarks/heads.py table    STUDY...   what studies say of their heads; of two, how far they agree
+    python benchmarks/heads.py classes  STUDY      the heads that matter for each class
     python benchmarks/heads.py estimate STUDY      what correcting the estimate by a sample saves
     python benchmarks/heads.py ablation STUDY MEAN   zero against the mean output (MEAN: a study with --ablation mean)
 
@@ -25,7 +26,9 @@ import xarray as xr
 
 from vitrail import open_study
 from vitrail.data import stored_image
+from vitrail.figures.style import head_name
 from vitrail.heads import collectors
+from vitrail.heads.classes import heads_by_class
 from vitrail.heads.estimate import loss_gradients
 from vitrail.heads.pruning import predictions_without
 from vitrail.heads.ranking import Area, Curves, area_table, halves, orders, random_orders, scores
@@ -235,6 +238,22 @@ def agreement(tables: Sequence[xr.Dataset]) -> str:
     )
 
 
+def classes_experiment(options: argparse.Namespace) -> None:
+    """The heads that matter for each class."""
+    study = open_study(options.studies[0])
+    print(f"\n{study.attrs['model']}, {study.sizes['image']} photographs\n")
+    rows = []
+    for found in heads_by_class(study, n_heads=2):
+        drops = [
+            f"{head_name(head.layer, head.head)} {head.drop:.2f} [{head.low:.2f}, {head.high:.2f}], others "
+            f"{head.elsewhere:.2f}{' *' if head.is_own else ''}"
+            for head in found.heads
+        ]
+        rows.append([found.name, str(found.n_images), f"{found.accuracy:.2f}", *drops, found.note or "-"])
+    head = ["class", "n", "top-1", "first head: p lost, interval, mean elsewhere", "second head", "note"]
+    print(markdown(head, rows))
+
+
 # --- estimate and ablation -------------------------------------------------------------------------------------------
 
 
@@ -351,6 +370,7 @@ EXPERIMENTS = {
     "estimate": estimate_experiment,
     "ablation": ablation_experiment,
     "table": table_experiment,
+    "classes": classes_experiment,
 }
 
 

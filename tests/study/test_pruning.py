@@ -207,3 +207,21 @@ def test_a_survey_that_is_not_what_was_written_is_refused(photos: Path, tmp_path
     (out / "survey.safetensors").write_bytes(b"no tensors")
     with pytest.raises(DamagedStudy, match="cannot be read"):
         run_study(vit, photos, out=out, batch_size=BATCH_SIZE, options={"ablation": "mean"})
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_what_was_saved_and_where_it_lies(study: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from vitrail.cli import app
+
+    out = tmp_path / "smaller"
+    done = CliRunner().invoke(app, ["prune", str(study), "--heads", "L0H1,L5H0", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    for part in ("removed: L0H1, L5H0", "heads 18 16 0.889", "parameters", "times as fast", "load.py"):
+        assert part in said
+    again = CliRunner().invoke(app, ["prune", str(study), "--heads", "L0H1", "-o", str(out)])
+    assert isinstance(again.exception, UsageError)

@@ -128,7 +128,7 @@ def saved_timm(folder: Path):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, embed_dim=48, depth=3, num_heads=3, num_classes=5)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
-    return open_vit(folder)
+    return open_vit(folder, class_names=["ant", "bee", "cat", "dog", "eel"])
 
 
 def saved_transformers(folder: Path):
@@ -138,7 +138,7 @@ def saved_transformers(folder: Path):
         hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=48, num_labels=5
     )
     transformers.ViTForImageClassification(config).save_pretrained(folder)
-    return open_vit(folder)
+    return open_vit(folder, class_names=["ant", "bee", "cat", "dog", "eel"])
 
 
 @pytest.fixture(scope="module", params=[saved_timm, saved_transformers])
@@ -155,6 +155,7 @@ def test_the_folder_opens_in_vitrail_and_answers_as_the_masked_model(written, no
     assert again.n_heads == (2, 2)  # the middle layer lost all of its heads
     assert again.preprocessing == vit.preprocessing
     assert again.n_classes == vit.n_classes
+    assert again.class_names == vit.class_names
     assert_within(again.logits(noise(vit)), logits_without(vit, noise(vit), HEADS))
 
 

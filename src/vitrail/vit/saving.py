@@ -102,6 +102,9 @@ def _transformers_configuration(vit: Vit, smaller: nn.Module, folder: Path) -> N
         }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    if vit.class_names:
+        config["id2label"] = dict(enumerate(vit.class_names))
+        config["label2id"] = {name: label for label, name in enumerate(vit.class_names)}
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
