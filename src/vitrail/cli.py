@@ -220,7 +220,9 @@ def prune(
     keep_accuracy: Annotated[
         float | None, typer.Option(help="Remove as many as leave this share of the accuracy, such as 0.99.")
     ] = None,
-    ranking: Annotated[str | None, typer.Option(help="What heads are ranked by; default: probability.")] = None,
+    ranking: Annotated[
+        str | None, typer.Option(help="What heads are ranked by; default: flips, the best in our curves.")
+    ] = None,
     weights: Weights = None,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,

@@ -34,7 +34,7 @@ def pruning_curves(curves: Curves, model: str = "", *, seed: int = 0) -> Any:
         _curve(axes, curves, name, table[name])
         axes.set_ylabel("top-1 accuracy" if at % n_columns == 0 else "")
         axes.set_xlabel("heads pruned" if at + n_columns >= len(shown) else "")
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, handlelength=1.8)
+    grid.flat[0].legend(loc="best", fontsize=6, handlelength=1.8)
     _areas(grid.flat[len(shown)], table, shown)
     for axes in list(grid.flat)[len(shown) + 1 :]:
         axes.set_visible(False)

@@ -35,8 +35,9 @@ __all__ = ["Kept", "Pruned", "Speed", "prune_study"]
 EQUAL = 1e-5
 """Logits of the smaller model and of the masked one may differ by this share of the largest logit."""
 
-RANKINGS = ("probability", "loss", "divergence", "tokens")
-"""What heads are ranked by where nothing else is asked for: the first that the study holds."""
+RANKINGS = ("flips", "divergence", "probability", "loss", "tokens")
+"""What heads are ranked by where nothing else is asked for: the first that the study holds. In the order of the areas
+between their pruning curves (docs/heads.md, section 3)."""
 
 SPEED_IMAGES, SPEED_REPEATS = 16, 25
 RESAMPLES = 5000
