@@ -42,6 +42,13 @@ class Importance(StrEnum):
     estimate = "estimate"
 
 
+class Ablation(StrEnum):
+    """What stands in the place of a pruned head."""
+
+    zero = "zero"
+    mean = "mean"
+
+
 class Maps(StrEnum):
     """The number format attention maps are made in while they are read."""
 
@@ -111,6 +118,9 @@ def study(
     importance: Annotated[
         Importance, typer.Option(help="Prune every head in turn, or estimate all from one backward pass.")
     ] = Importance.exact,
+    ablation: Annotated[
+        Ablation, typer.Option(help="What a pruned head gives: zero, or its mean output over the images.")
+    ] = Ablation.zero,
     maps: Annotated[Maps, typer.Option(help="Number format of attention maps while they are read.")] = Maps.model,
     weights: Weights = None,
     class_names: ClassNames = None,
@@ -131,7 +141,7 @@ def study(
     typer.echo(repr(vit))
     dataset = run_study(
         vit, images, out=out, measures=measures, limit=limit, masks=masks, batch_size=batch_size, seed=seed,
-        options=_other_than_default(importance=importance, maps=maps), progress=True,
+        options=_other_than_default(importance=importance, ablation=ablation, maps=maps), progress=True,
     )  # fmt: skip
     if verify:
         _verify(out)
@@ -241,6 +251,36 @@ def open_(
 
 
 @app.command()
+def prune(
+    study: Study,
+    out: Out,
+    heads: Annotated[str | None, typer.Option(help="Heads to remove, as L0H4,L3H1.", metavar="HEADS")] = None,
+    keep_accuracy: Annotated[
+        float | None, typer.Option(help="Remove as many as leave this share of the accuracy, such as 0.99.")
+    ] = None,
+    ranking: Annotated[
+        str | None, typer.Option(help="What heads are ranked by; default: flips, the best in our curves.")
+    ] = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
+) -> None:
+    """Remove heads of a studied model for good: a smaller model, its parameters, speed and accuracy."""
+    from rich.console import Console
+
+    from vitrail.heads.ranking import parse_heads
+    from vitrail.study.pruning import prune_study
+    from vitrail.study.table import pruning_summary
+
+    done = prune_study(
+        study, out, heads=parse_heads(heads) if heads is not None else None, keep_accuracy=keep_accuracy,
+        ranking=ranking, weights=weights, device=device, seed=seed, progress=True,
+    )  # fmt: skip
+    for item in pruning_summary(done):
+        Console().print(item)
+
+
+@app.command()
 def demo(
     out: Out = Path("vitrail-demo"),
     limit: Annotated[int, typer.Option(help="How many held-out crops to study.", min=1)] = 320,
@@ -293,10 +333,11 @@ def _opened(
     )  # fmt: skip
 
 
-def _other_than_default(importance: Importance, maps: Maps) -> dict[str, str]:
+def _other_than_default(importance: Importance, ablation: Ablation, maps: Maps) -> dict[str, str]:
     """The options of the rooms as a plan holds them: the default is not named."""
-    chosen = {"importance": importance.value, "maps": maps.value}
-    return {name: value for name, value in chosen.items() if value not in (Importance.exact, Maps.model)}
+    chosen = {"importance": importance.value, "ablation": ablation.value, "maps": maps.value}
+    defaults = (Importance.exact, Ablation.zero, Maps.model)
+    return {name: value for name, value in chosen.items() if value not in defaults}
 
 
 def _size(text: str | None) -> int | tuple[int, int] | None:

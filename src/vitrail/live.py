@@ -53,7 +53,7 @@ class Live:
     """A model that answers questions on single images; any number of threads may ask, one at a time is served.
 
     The same image asked about again is recognised by its pixels. All numbers are exact; a study made with
-    `importance="estimate"` holds estimates instead.
+    `importance="estimate"` holds estimates instead, and pruned heads are zero also where a study put their mean.
     """
 
     def __init__(self, vit: Vit, measures: Sequence[str] = OF_ONE_IMAGE) -> None:

@@ -84,7 +84,8 @@ class Measure:
 
 
 PRUNING_LIMITS = (
-    "Heads are removed one at a time, set to zero: two heads that stand in for each other both look unimportant."
+    "Heads are removed one at a time, set to zero (to their mean over the images where the plan's option `ablation` says "
+    "so): two heads that stand in for each other both look unimportant."
 )
 NEIGHBOUR_LIMITS = "Distance on the grid of patches, without looking at what the patches show."
 OURS_AFTER_MA = "our construction, after Ma et al. 2022 (arXiv 2203.05922)"

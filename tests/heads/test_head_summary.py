@@ -6,7 +6,15 @@ import xarray as xr
 from numpy.testing import assert_allclose
 
 from vitrail.errors import UsageError
-from vitrail.heads.summary import bootstrap_interval, correct_estimate, head_table, rank_agreement, spearman
+from vitrail.heads.summary import (
+    bootstrap_interval,
+    correct_estimate,
+    head_table,
+    heads_that_matter,
+    quantile_interval,
+    rank_agreement,
+    spearman,
+)
 
 
 def study(n_images=200, seed=0):
@@ -104,3 +112,46 @@ def test_a_corrected_estimate_has_a_smaller_error_than_the_sample_alone_and_an_h
 def test_correcting_with_too_few_exact_images_is_refused():
     with pytest.raises(UsageError, match="at least 4"):
         correct_estimate(np.zeros((9, 1, 1)), np.arange(2), np.zeros((2, 1, 1)))
+
+
+def test_every_statistic_comes_with_an_interval_around_it():
+    table = head_table(study())
+    for name, of in (
+        ("drop_mean", "drop"), ("drop_median", "drop_median"), ("drop_q05", "drop_q05"), ("drop_q95", "drop_q95"),
+        ("drop_share_large", "drop_share_large"), ("flip_share", "flip_share"), ("accuracy", "accuracy"),
+        ("head_probability_mean", "head_probability"), ("head_probability_median", "head_probability_median"),
+    ):  # fmt: skip
+        low, value, high = (table[each].values[0, 0] for each in (f"{of}_low", name, f"{of}_high"))
+        assert low <= value <= high, name
+        assert np.isnan(table[f"{of}_low"].values[1, 1]), name
+
+
+def test_a_single_image_has_statistics_and_no_intervals():
+    table = head_table(study().isel(image=slice(1)))
+    assert_allclose(table["drop_mean"][0, 0], study()["probability"][0] / 2, rtol=1e-6)
+    for name in ("drop_low", "drop_median_high", "accuracy_low", "flip_share_high"):
+        assert np.isnan(table[name]).all(), name
+
+
+def test_the_interval_of_a_quantile_is_that_of_the_bootstrap_and_covers_as_it_says():
+    rng = np.random.default_rng(0)
+    values = rng.exponential(size=(60, 1))
+    drawn = np.sort(values[rng.integers(0, 60, (20000, 60)), 0], axis=1)[:, 29]  # the 30th smallest of 60
+    low, high = quantile_interval(values, 0.5)
+    assert_allclose([low[0], high[0]], np.quantile(drawn, (0.025, 0.975)), rtol=0.06)
+    many = rng.normal(size=(80, 500))
+    low, high = quantile_interval(many, 0.5)
+    assert_allclose(((low < 0) & (high > 0)).mean(), 0.95, atol=0.03)
+
+
+def test_heads_that_matter_are_counted_per_image():
+    assert_allclose(heads_that_matter(study()), 1)
+    with pytest.raises(UsageError, match="head_probability"):
+        heads_that_matter(xr.Dataset())
+
+
+def test_the_number_of_heads_in_the_plan_tells_which_are_there():
+    flips = xr.Dataset(
+        {"head_flip": (("image", "layer", "head"), np.zeros((3, 2, 2), bool))}, attrs={"n_heads": [2, 1]}
+    )
+    assert_allclose(head_table(flips)["flip_share"], [[0, 0], [0, np.nan]])

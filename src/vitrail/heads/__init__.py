@@ -3,6 +3,9 @@
 metrics      how far apart two predictions or two sets of tokens are
 importance   leave-one-head-out, exactly
 estimate     the same from one backward pass
+means        the mean output of a head, which may stand in its place
+ranking      rankings of heads and their cumulative pruning curves (no torch)
+pruning      answers without several heads
 regions      which part of one head's map matters: the six region modes
 strength     attention over distance
 patterns     what maps look alike: coders, standing map and clusters; pattern_maps, pattern_coders, pattern_map below it
@@ -24,7 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "collectors", "skipped"]
 
-OPTIONS: Mapping[str, tuple[str, ...]] = {"importance": ("exact", "estimate"), "maps": ("model", "bfloat16")}
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "importance": ("exact", "estimate"),
+    "ablation": ("zero", "mean"),
+    "maps": ("model", "bfloat16"),
+}
 """Options of `collectors` and their values, the default first."""
 
 OWN = ("heads", "regions", "patterns")
@@ -37,14 +44,16 @@ def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | No
     """What computes those of the measures `names` that belong to this room and that the model has.
 
     `options`: `importance="exact"` prunes every head in turn, `"estimate"` predicts the model metrics from one backward
-    pass (layer metrics stay exact). `maps="bfloat16"` computes attention maps in bfloat16 for the measures of distance,
-    `"model"` in the model's own precision. Measures left out are named, with the reason, by `skipped`. Raises
-    `UsageError` for an unknown option.
+    pass (layer metrics stay exact). `ablation="mean"` puts the head's mean output over the data set in its place, not
+    zero, for which all images are passed through once before. `maps="bfloat16"` computes attention maps in bfloat16 for
+    the measures of distance, `"model"` in the model's own precision. Measures left out are named, with the reason, by
+    `skipped`. Raises `UsageError` for an unknown option.
     """
     import torch
 
     from vitrail.heads.collect import (
         EstimateCollector,
+        MeanSweepCollector,
         ReachCollector,
         RegionCollector,
         RuleCollector,
@@ -65,7 +74,8 @@ def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | No
     if read:
         found.append(ReachCollector(vit.anatomy, read, layouts_on_grid(vit)[0], precision))
     if swept:
-        found.append(SweepCollector(vit.anatomy, swept, vit.n_classes is not None))
+        kind = MeanSweepCollector if _option(options, "ablation") == "mean" else SweepCollector
+        found.append(kind(vit.anatomy, swept, vit.n_classes is not None))
     if estimated:
         found.append(EstimateCollector(vit.anatomy, estimated))
     if "head_region_probability" in asked:
@@ -114,8 +124,10 @@ def _no_patterns(vit: "Vit") -> str:
 def _not_estimated(name: str, options: Mapping[str, str] | None) -> str:
     if _option(options, "importance") != "estimate":
         return ""
-    from vitrail.heads.estimate import NOT_ESTIMATED
+    from vitrail.heads.estimate import ESTIMATED, NOT_ESTIMATED
 
+    if name in ESTIMATED and _option(options, "ablation") == "mean":
+        return 'the estimate turns heads down to zero, not to their mean; use importance="exact" or ablation="zero"'
     reason = NOT_ESTIMATED.get(name, "")
     return f'no estimate: {reason}; use importance="exact"' if reason else ""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitrail.heads.estimate import estimate
 from vitrail.heads.importance import silent_layers, sweep
 from vitrail.heads.maps import MapSource
+from vitrail.heads.means import MeanOutputs
 from vitrail.heads.metrics import label_log_probability
 from vitrail.heads.pattern_maps import PatternGround, read_pictures
 from vitrail.heads.pattern_names import RULES
@@ -28,6 +29,7 @@ from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 __all__ = [
     "Collector",
     "EstimateCollector",
+    "MeanSweepCollector",
     "ReachCollector",
     "RegionCollector",
     "RuleCollector",
@@ -129,6 +131,7 @@ class SweepCollector:
     def __init__(self, anatomy: Anatomy, measures: Sequence[str], has_classes: bool) -> None:
         self.measures = tuple(measures)
         self._anatomy, self._has_classes = anatomy, has_classes
+        self._fills: dict[int, Tensor] | None = None
         self._reads_tokens = any("shift" in name for name in measures)
         self._residuals: dict[int, Tensor] = {}
         self._silent: frozenset[int] | None = None
@@ -145,12 +148,41 @@ class SweepCollector:
         if self._silent is None:
             hidden = set(range(len(self._anatomy.blocks))) - set(self._residuals) if self._reads_tokens else set()
             self._silent = silent_layers(tap, replay, sorted(hidden))
-        arrays = sweep(tap, self._anatomy, replay, logits, targets, self.measures, self._residuals, self._silent)
+        arrays = sweep(
+            tap, self._anatomy, replay, logits, targets, self.measures, self._residuals, self._silent, self._fills
+        )
         self._residuals = {}
         return arrays
 
     def _keep(self, layer: int, tokens: Tensor) -> None:
         self._residuals[layer] = tokens.clone()  # some blocks go on to add to it in place
+
+
+class MeanSweepCollector(SweepCollector):
+    """Exact importance with a pruned head's mean output over the data set in its place; sees all images before."""
+
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str], has_classes: bool) -> None:
+        super().__init__(anatomy, measures, has_classes)
+        self._means = MeanOutputs(anatomy)
+
+    def survey(self, tap: Tap, images: Float[Tensor, "image channel row column"], n_images: int) -> None:
+        """One batch of the data set, of which the first `n_images` count."""
+        self._means.see(tap, images, n_images)
+
+    def surveyed(self) -> dict[str, np.ndarray]:
+        """What is kept of the survey."""
+        return self._means.arrays()
+
+    def take_survey(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on with a survey made before."""
+        self._fills = MeanOutputs.by_layer(arrays)
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """As `SweepCollector.finish`."""
+        assert self._fills is not None, "the data set was not surveyed"
+        return super().finish(tap, replay, logits, labels)
 
 
 class EstimateCollector:

@@ -47,6 +47,7 @@ def sweep(
     names: Sequence[str],
     residuals: Mapping[int, Float[Tensor, "image token channel"]],
     silent: Collection[int] = (),
+    fills: Mapping[int, Float[Tensor, "window head query width"]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Leave-one-head-out over all layers: the measures `names` as arrays [image, layer, head].
 
@@ -54,6 +55,7 @@ def sweep(
     `head_divergence` is then 1 - cosine of its output. `residuals` holds the plain tokens after attention and residual
     of each layer where the plain pass showed them; where it did not, an unpruned copy runs along. With layer metrics
     alone, runs stop at the residual. Layers in `silent` (`silent_layers`) never show it: their layer metrics are NaN.
+    `fills` are what heads give by layer when they are pruned (`means.MeanOutputs`); zero without.
     """
     results = HeadArrays(names, len(logits), [block.heads for block in anatomy.blocks])
     wants_model = any(name in MODEL_METRICS for name in names)
@@ -64,7 +66,10 @@ def sweep(
             continue
         spare = int(wants_tokens and plain is None)
         for heads in _stacks(anatomy, layer, replay.images, spare):
-            edits = [Edit(layer, copy=spare + index, prune=(head,)) for index, head in enumerate(heads)]
+            edits = [
+                Edit(layer, copy=spare + index, prune=(head,), fill=None if fills is None else fills[layer][:, [head]])
+                for index, head in enumerate(heads)
+            ]
             copies, moved = spare + len(heads), dict[str, Tensor]()
             reader = _residual_reader(layer, copies, plain, anatomy.class_index(layer), moved) if wants_tokens else None
             rows = tap.run_from(layer, replay, edits, copies, reader, until_residual=not wants_model)

@@ -11,7 +11,18 @@ from jaxtyping import Float, Int
 
 from vitrail.errors import UsageError
 
-__all__ = ["Corrected", "bootstrap_interval", "correct_estimate", "head_table", "rank_agreement", "spearman"]
+__all__ = [
+    "LARGE_DROP",
+    "Corrected",
+    "bootstrap_interval",
+    "correct_estimate",
+    "head_table",
+    "heads_that_matter",
+    "present_heads",
+    "quantile_interval",
+    "rank_agreement",
+    "spearman",
+]
 
 LARGE_DROP = 0.1
 """A drop of the label's probability that counts as large in `drop_share_large`."""
@@ -25,13 +36,15 @@ def head_table(study: xr.Dataset, *, seed: int = 0, resamples: int = 1000) -> xr
     """Per layer and head, over all images of a study; heads that a layer does not have are NaN.
 
     - `NAME_mean`, `_median`, `_q05`, `_q95` for every measure the study holds per (image, layer, head);
-    - `drop_...` the same for the probability of the label lost by pruning, p - p~, with a 95 % bootstrap interval of
-      the mean (`drop_low`, `drop_high`) and `drop_share_large`, the share of images that lose more than 0.1;
+    - `drop_...` the same for the probability of the label lost by pruning, p - p~, and `drop_share_large`, the share of
+      images that lose more than 0.1;
     - `flip_share`: images whose prediction changes;
-    - `accuracy`, `accuracy_low`, `accuracy_high`: after pruning, with a 95 % bootstrap interval, where the study holds
-      `head_prediction`. `attrs["accuracy"]` is the accuracy with nothing pruned.
+    - `accuracy`: after pruning, where the study holds `head_prediction`. `attrs["accuracy"]` is the accuracy with
+      nothing pruned.
 
-    Images are resampled with `seed`, the same images for every head. Raises `UsageError` for a study without images.
+    Each comes with a 95 % bootstrap interval, `.._low` and `.._high` (of a mean: `NAME_low`, `NAME_high`), NaN for a
+    study of one image. Images are resampled with `seed`, the same images for every head; intervals of quantiles are
+    what infinitely many resamples give. Raises `UsageError` for a study without images.
     """
     n_images = study.sizes.get("image", 0)
     if n_images == 0:
@@ -39,35 +52,56 @@ def head_table(study: xr.Dataset, *, seed: int = 0, resamples: int = 1000) -> xr
     table = xr.Dataset(attrs={"n_images": n_images, "seed": seed, "resamples": resamples})
     for name, values in study.data_vars.items():
         if values.dims == ("image", "layer", "head") and values.dtype.kind == "f":
-            _add_statistics(table, str(name), values.to_numpy())
+            _add_statistics(table, str(name), values.to_numpy(), seed, resamples)
     _add_pruning(table, study, seed, resamples)
     return table
 
 
-def _add_statistics(table: xr.Dataset, name: str, values: Float[np.ndarray, "image layer head"]) -> None:
+def heads_that_matter(study: xr.Dataset) -> Int[np.ndarray, "image"]:
+    """How many heads each image needs: those without which its label loses more than 0.1 of probability.
+
+    Li et al. 2023 report that few do. Raises `UsageError` for a study without `head_probability`.
+    """
+    if not {"probability", "head_probability"} <= set(map(str, study)):
+        raise UsageError(
+            "Heads that matter were to be counted; this study does not hold head_probability. Study a model with a "
+            "classifier with --measures heads."
+        )
+    drop = study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy()
+    return np.asarray((drop > LARGE_DROP).sum((1, 2)))
+
+
+def _add_statistics(
+    table: xr.Dataset, name: str, values: Float[np.ndarray, "image layer head"], seed: int, resamples: int
+) -> None:
     present = ~np.isnan(values).all(0)
     columns = values[:, present].astype(np.float64)
     table[f"{name}_mean"] = _on_heads(np.nanmean(columns, 0), present)
+    _add_interval(table, name, values, present, seed, resamples)
     for suffix, quantile in QUANTILES.items():
         table[f"{name}_{suffix}"] = _on_heads(np.nanquantile(columns, quantile, axis=0), present)
+        for side, bound in zip(("low", "high"), quantile_interval(columns, quantile), strict=True):
+            table[f"{name}_{suffix}_{side}"] = _on_heads(bound, present)
+
+
+def _add_share(
+    table: xr.Dataset, name: str, values: np.ndarray, present: np.ndarray, seed: int, resamples: int
+) -> None:
+    table[name] = _on_heads(values[:, present].mean(0), present)
+    _add_interval(table, name, values, present, seed, resamples)
 
 
 def _add_pruning(table: xr.Dataset, study: xr.Dataset, seed: int, resamples: int) -> None:
     if {"probability", "head_probability"} <= set(study):
         drop = study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy()
-        _add_statistics(table, "drop", drop)
-        present = ~np.isnan(drop).all(0)
-        table["drop_share_large"] = _on_heads((drop[:, present] > LARGE_DROP).mean(0), present)
-        _add_interval(table, "drop", drop, present, seed, resamples)
+        _add_statistics(table, "drop", drop, seed, resamples)
+        _add_share(table, "drop_share_large", drop > LARGE_DROP, ~np.isnan(drop).all(0), seed, resamples)
     if "head_flip" in study:
-        present = _present_heads(study)
-        table["flip_share"] = _on_heads(study["head_flip"].to_numpy()[:, present].mean(0), present)
+        _add_share(table, "flip_share", study["head_flip"].to_numpy(), present_heads(study), seed, resamples)
     if {"label", "prediction", "head_prediction"} <= set(study):
         label = study["label"].to_numpy()
         right = study["head_prediction"].to_numpy() == label[:, None, None]
-        present = _present_heads(study)
-        table["accuracy"] = _on_heads(right[:, present].mean(0), present)
-        _add_interval(table, "accuracy", right, present, seed, resamples)
+        _add_share(table, "accuracy", right, present_heads(study), seed, resamples)
         table.attrs["accuracy"] = float((study["prediction"].to_numpy() == label).mean())
 
 
@@ -79,8 +113,11 @@ def _add_interval(
     table[f"{name}_high"] = _on_heads(high, present)
 
 
-def _present_heads(study: xr.Dataset) -> np.ndarray:
+def present_heads(study: xr.Dataset) -> np.ndarray:
     """Which (layer, head) the model has; bool and int measures are padded with values that do not tell."""
+    n_heads = study.attrs.get("n_heads")
+    if n_heads is not None and len(n_heads) == study.sizes["layer"]:
+        return np.asarray(np.arange(study.sizes["head"]) < np.asarray(n_heads)[:, None])
     for name in ("head_probability", "head_divergence", "head_token_shift"):
         if name in study:
             return np.asarray(~np.isnan(study[name].to_numpy()).all(0))
@@ -97,9 +134,15 @@ def _on_heads(values: np.ndarray, present: np.ndarray) -> xr.DataArray:
 def bootstrap_interval(
     values: Float[np.ndarray, "image *rest"], seed: int = 0, resamples: int = 1000
 ) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
-    """95 % percentile bootstrap interval of the mean over images; all columns see the same resampled images."""
+    """95 % percentile bootstrap interval of the mean over images; all columns see the same resampled images.
+
+    NaN for a single image, which says nothing of others.
+    """
     rng = np.random.default_rng(seed)
     n_images = len(values)
+    if n_images < 2:
+        nothing = np.full(values.shape[1:], np.nan)
+        return nothing, nothing.copy()
     flat = values.reshape(n_images, -1)
     means = np.empty((resamples, flat.shape[1]))
     step = max(1, 2**22 // n_images)
@@ -108,6 +151,27 @@ def bootstrap_interval(
         times_drawn = rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=stop - start)
         means[start:stop] = times_drawn @ flat / n_images
     low, high = np.quantile(means, (0.025, 0.975), axis=0).reshape(2, *values.shape[1:])
+    return low, high
+
+
+def quantile_interval(
+    values: Float[np.ndarray, "image *rest"], quantile: float
+) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
+    """95 % bootstrap interval of a quantile over images, without drawing.
+
+    Of the k-th smallest of n values, infinitely many resamples lie at or below the j-th smallest in a share of
+    P(Bin(n, j / n) >= k) (Efron 1979, section 3), so the interval ends at two of the values. NaN for a single image.
+    """
+    from scipy.stats import binom
+
+    n_images = len(values)
+    if n_images < 2:
+        nothing = np.full(values.shape[1:], np.nan)
+        return nothing, nothing.copy()
+    rank = max(1, int(np.ceil(n_images * quantile)))
+    reached = binom.sf(rank - 1, n_images, np.arange(1, n_images + 1) / n_images)
+    ordered = np.sort(values, axis=0)
+    low, high = (ordered[int(np.argmax(reached >= share))] for share in (0.025, 0.975))
     return low, high
 
 

@@ -108,6 +108,17 @@ class BatchRun:
             self._check(name, values, n_images)
         return arrays
 
+    @property
+    def surveys(self) -> list[rooms.Surveys]:
+        """The collectors that see all images before the first is measured."""
+        return [collector for collector in self._collectors if isinstance(collector, rooms.Surveys)]
+
+    def survey(self, batch: Loaded) -> None:
+        """Shows one batch to those collectors."""
+        images = _padded(batch.prepared, self._plan.batch_size)
+        for collector in self.surveys:
+            collector.survey(self._tap, images, len(batch.entries))
+
     def _hand_out_masks(self, masks: Sequence[Int64[np.ndarray, "_ _"] | None]) -> None:
         padded = [*masks, *[masks[-1]] * (self._plan.batch_size - len(masks))]
         for collector in self._collectors:

@@ -40,9 +40,9 @@ class Progress:
             self._scan = self._bars.add_task("reading", total=total)
         self._bars.update(self._scan, completed=done)
 
-    def studying(self, done: int, total: int) -> None:
+    def studying(self, done: int, total: int, what: str = "studying") -> None:
         """The study begins with so many images done in earlier runs."""
-        self._study = self._bars.add_task("studying", total=total, completed=done)
+        self._study = self._bars.add_task(what, total=total, completed=done)
 
     def advance(self, n_images: int) -> None:
         """So many more are done."""

@@ -13,10 +13,13 @@ import numpy as np
 from vitrail.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vitrail.heads.collect import Collector
     from vitrail.vit.open import Vit
+    from vitrail.vit.tap import Tap
 
-__all__ = ["TakesMasks", "collectors", "options_of_rooms", "skipped"]
+__all__ = ["Surveys", "TakesMasks", "collectors", "options_of_rooms", "skipped"]
 
 PACKAGES = ("vitrail.heads", "vitrail.patches", "vitrail.neurons")
 """Every room with measures of a study; its torch is loaded when it is asked for something."""
@@ -28,6 +31,18 @@ class TakesMasks(Protocol):
     [row column], as large as the image, or None."""
 
     def take_masks(self, masks: Sequence[np.ndarray | None]) -> None: ...
+
+
+@runtime_checkable
+class Surveys(Protocol):
+    """A collector that sees the whole data set before it measures the first image; what it finds is kept with the
+    study. `survey` is handed every padded batch in order, of which the first `n_images` count."""
+
+    def survey(self, tap: "Tap", images: "Tensor", n_images: int) -> None: ...
+
+    def surveyed(self) -> dict[str, np.ndarray]: ...
+
+    def take_survey(self, arrays: Mapping[str, np.ndarray]) -> None: ...
 
 
 def collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str] | None = None) -> "list[Collector]":

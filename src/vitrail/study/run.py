@@ -114,11 +114,31 @@ def _run_parts(vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFo
         return
     run = BatchRun(vit, study.plan)
     size = study.plan.batch_size
+    _survey(vit, source, manifest, study, run, shown)
     batches = [manifest.images[at : min(at + size, part.stop)] for part in missing for at in _starts(part, size)]
     shown.studying(study.plan.n_images - sum(len(batch) for batch in batches), study.plan.n_images)
     with loaded_batches(vit, source, batches) as loaded:
         for part in missing:
             study.write_part(part, _part_arrays(run, part, study.plan, loaded, shown))
+
+
+def _survey(
+    vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFolder, run: BatchRun, shown: Progress
+) -> None:
+    """What collectors need to have seen of all images; made once, and kept for later runs of the same study."""
+    if not run.surveys:
+        return
+    if not study.is_surveyed:
+        size = study.plan.batch_size
+        batches = [manifest.images[start : start + size] for start in range(0, study.plan.n_images, size)]
+        shown.studying(0, study.plan.n_images, "surveying")
+        with loaded_batches(vit, source, batches) as loaded:
+            for batch in loaded:
+                run.survey(batch)
+                shown.advance(len(batch.entries))
+        study.write_survey([collector.surveyed() for collector in run.surveys])
+    for collector, arrays in zip(run.surveys, study.read_survey(), strict=True):
+        collector.take_survey(arrays)
 
 
 def _starts(part: Part, batch_size: int) -> range:

@@ -1,6 +1,7 @@
 """A finished study in a few lines for a terminal."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -10,7 +11,10 @@ from rich.table import Table
 from vitrail.heads.summary import head_table
 from vitrail.study.store import read_manifest, read_plan
 
-__all__ = ["summary"]
+if TYPE_CHECKING:
+    from vitrail.study.pruning import Pruned
+
+__all__ = ["pruning_summary", "summary"]
 
 SHOWN = 8
 """Heads in the table."""
@@ -79,3 +83,47 @@ def _columns(held: set[str]) -> list[tuple[str, tuple[str, tuple[str, ...]]]]:
         ("entropy", ("{:.2f}", ("strength_entropy_mean",))),
     ]
     return [(title, (text, names)) for title, (text, names) in offered if set(names) <= held]
+
+
+def pruning_summary(done: "Pruned") -> list[RenderableType]:
+    """What removing heads saved and cost; ready to print with rich."""
+    speed, kept = done.speed, done.kept
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "before", "after", "after / before"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    left = done.heads_before - len(done.heads)
+    table.add_row("heads", f"{done.heads_before}", f"{left}", f"{left / done.heads_before:.3f}")
+    before, after = done.parameters_before, done.parameters_after
+    table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before:.3f}")
+    if kept is not None:
+        share = f"{kept.share:.3f} [{kept.low:.3f}, {kept.high:.3f}]"
+        table.add_row("top-1", f"{kept.before:.1%}", f"{kept.after:.1%}", share)
+    lines: list[RenderableType] = [f"removed: {', '.join(f'L{layer}H{head}' for layer, head in done.heads) or 'none'}"]
+    lines += [table, _speed_line(speed.ratio, speed.low, speed.high, speed.images)]
+    lines += [f"logits: those of the model with these heads masked, within {done.error:.0e} of the largest"]
+    if kept is not None:
+        lines.append(_accuracy_line(done))
+    if done.layers_without_heads:
+        names = ", ".join(f"L{layer}" for layer in done.layers_without_heads)
+        lines.append(f"{names} kept no head: of the smaller model, Vitrail numbers the layers with attention left")
+    return [*lines, f'\nOpen it:  open_vit("{done.folder}")   or, without Vitrail, {done.folder}/load.py']
+
+
+def _speed_line(ratio: float, low: float, high: float, images: int) -> str:
+    return (
+        f"speed: {ratio:.2f} times as fast (middle half of pairs run in turn {low:.2f} .. {high:.2f}, {images} images "
+        "a pass)"
+    )
+
+
+def _accuracy_line(done: "Pruned") -> str:
+    kept = done.kept
+    assert kept is not None
+    if kept.promised is None:
+        return f"accuracy: on all {kept.images} images of the study, which may be those the heads were chosen on"
+    held = "kept" if kept.holds else "NOT kept"
+    return (
+        f"accuracy: {held}: {kept.share:.1%} of it where {kept.promised:.1%} was promised, measured on "
+        f"{kept.images} images that nothing was chosen on (95 % interval {kept.low:.1%} .. {kept.high:.1%}); heads "
+        f"ranked by {done.ranking} on the others"
+    )

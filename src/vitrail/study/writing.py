@@ -6,22 +6,25 @@ or overwritten with the same bytes by the next. No times and no random names sta
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from zarr.codecs import ZstdCodec
 from zarr.errors import ZarrUserWarning
 
 from vitrail.data import Manifest
-from vitrail.errors import StudyError
+from vitrail.errors import DamagedStudy, StudyError
 from vitrail.study.plan import Part, Plan, refuse_other_plan
 from vitrail.study.store import (
     ARRAYS,
@@ -41,7 +44,8 @@ __all__ = ["StudyFolder", "locked", "plan_of", "refuse_foreign_folder", "write_w
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"
-OURS = {PLAN, IMAGES, ARRAYS, PARTS, PATTERNS, LOCK}
+SURVEY = "survey.safetensors"
+OURS = {PLAN, IMAGES, ARRAYS, PARTS, PATTERNS, LOCK, SURVEY}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -176,6 +180,35 @@ class StudyFolder:
             made.rename(place)
             self._mark(PATTERNS, arrays)
 
+    @property
+    def is_surveyed(self) -> bool:
+        """What collectors need to have seen of all images is there."""
+        return (self.folder / SURVEY).is_file()
+
+    def write_survey(self, found: Sequence[Arrays]) -> None:
+        """Stores what each surveying collector found, whole or not at all, with one digest of all of it."""
+        arrays = {f"{number}/{name}": values for number, each in enumerate(found) for name, values in each.items()}
+        with self._disk_errors("the survey of all images"):
+            write_whole(self.folder / SURVEY, save(arrays, metadata={"digest": _joint_digest(arrays)}))
+
+    def read_survey(self) -> list[dict[str, np.ndarray]]:
+        """The same back, one of each collector. Raises `DamagedStudy` if it is not what was written."""
+        path = self.folder / SURVEY
+        try:
+            with safe_open(path, framework="numpy") as file:
+                digest = (file.metadata() or {}).get("digest")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise DamagedStudy(f"{path} cannot be read: {error}. Delete it and run the same command again.") from error
+        if _joint_digest(arrays) != digest:
+            raise DamagedStudy(f"{path} is not what was written. Delete it and run the same command again.")
+        found: list[dict[str, np.ndarray]] = []
+        for key, values in sorted(arrays.items()):
+            number, _, name = key.partition("/")
+            found += [{}] * (int(number) == len(found))
+            found[int(number)][name] = values
+        return found
+
     @contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:
         try:
@@ -251,6 +284,12 @@ def _create_array(group: zarr.Group, key: str, shape: tuple[int, ...], part_size
         dimension_names=measure.dims,
         attributes=attributes,
     )
+
+
+def _joint_digest(arrays: Arrays) -> str:
+    """One digest of several arrays: safetensors writes several entries in an order that changes from run to run."""
+    lines = "".join(f"{name} {array_digest(values)}\n" for name, values in sorted(arrays.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _to_disk(path: Path) -> None:

@@ -20,6 +20,7 @@ class Edit:
     call         which attention call of the block, for blocks that make several
     copy         None: every copy on the batch; c: only copy c of a run with `copies > 1`
     prune        heads whose output is set to zero, before the output projection
+    fill         what the heads in `prune` give instead of zero, [window head query channel], heads in that order
     region       post-softmax weights are multiplied by this mask, [query key] or [head query key]; no renormalisation
     bias         added to the scores before softmax, [query key], [head query key] or [image head query key]
     drop_keys    tokens that nobody may attend to
@@ -31,6 +32,7 @@ class Edit:
     call: int = 0
     copy: int | None = None
     prune: tuple[int, ...] = ()
+    fill: Float[Tensor, "window head query channel"] | None = None
     region: Float[Tensor, "..."] | Bool[Tensor, "..."] | None = None
     bias: Float[Tensor, "..."] | None = None
     drop_keys: tuple[int, ...] = ()
@@ -96,7 +98,7 @@ def apply_to_output(out: Tensor, edits: tuple[Edit, ...], copies: int) -> Tensor
     for edit in changing:
         part = by_copy if edit.copy is None else by_copy[edit.copy]
         if edit.prune:
-            part[..., list(edit.prune), :, :] = 0
+            part[..., list(edit.prune), :, :] = 0 if edit.fill is None else edit.fill.to(out)
         if edit.drop_keys and edit.drop_queries:
             part[..., list(edit.drop_keys), :] = 0
     return out

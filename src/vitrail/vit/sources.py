@@ -341,6 +341,8 @@ def _from_folder(name: str, request: Request) -> Found:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UnknownModel(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
+    if "pruned" in config:
+        return _from_pruned_folder(folder, config, request)
     if "model_type" in config:
         return _from_transformers(str(folder), request)
     if "architecture" not in config:
@@ -353,6 +355,24 @@ def _from_folder(name: str, request: Request) -> Found:
     module = _made(
         lambda: timm.create_model(f"local-dir:{folder}", pretrained=request.pretrained, **options), name, request
     )
+    found = _timm_found(module, request)
+    names = config.get("label_names")
+    found.class_names = tuple(map(str, names)) if names else found.class_names
+    return found
+
+
+def _from_pruned_folder(folder: Path, config: dict[str, Any], request: Request) -> Found:
+    """A model that `vitrail prune` wrote, opened by the loader that lies beside it."""
+    from vitrail.vit.pruned import load
+
+    if request.image_size is not None or request.n_classes is not None:
+        raise UsageError(
+            f"{folder} holds a model with heads removed, which opens as it was written: leave out --image-size and "
+            "--classes."
+        )
+    module = _made(lambda: load(folder, weights=request.pretrained), str(folder), request)
+    if "model_type" in config:
+        return _transformers_found(_library("transformers", "hf", str(folder)), str(folder), module, request)
     found = _timm_found(module, request)
     names = config.get("label_names")
     found.class_names = tuple(map(str, names)) if names else found.class_names

@@ -1,0 +1,227 @@
+"""Removing heads of a studied model: which, what it costs, where it is measured, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from tiny_studies import BATCH_SIZE, tiny_vit, write_photos
+
+from vitrail.data import stored_image
+from vitrail.errors import DamagedStudy, DataError, UnknownModel, Unsupported, UsageError
+from vitrail.heads.pruning import logits_without
+from vitrail.heads.ranking import halves
+from vitrail.study import pruning
+from vitrail.study.pruning import prune_study
+from vitrail.study.run import run_study
+from vitrail.study.store import open_study, read_manifest
+from vitrail.study.table import pruning_summary
+from vitrail.vit.open import open_vit
+
+N_PHOTOS = 48
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model that comes with Vitrail on some of its photographs."""
+    out = tmp_path_factory.mktemp("pruning") / "study"
+    run_study(open_vit("vitrail:photos"), "photos", out=out, measures="heads", limit=N_PHOTOS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def kept(study: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pruning.Pruned, Path]:
+    out = tmp_path_factory.mktemp("kept") / "smaller"
+    return prune_study(study, out, keep_accuracy=0.8), out
+
+
+def answers(folder: str | Path, study: Path, places: np.ndarray) -> np.ndarray:
+    manifest, vit = read_manifest(study), open_vit(folder)
+    images = [stored_image(manifest, manifest.images[at]) for at in places]
+    return vit.logits(vit.prepare(images)).argmax(-1).numpy()
+
+
+def test_accuracy_is_measured_on_images_that_nothing_was_chosen_on(study: Path, kept: tuple) -> None:
+    done, out = kept
+    test = halves(N_PHOTOS).test
+    labels = open_study(study)["label"].values[test]
+    assert done.kept.held_out
+    assert done.kept.images == len(test)
+    assert_allclose(done.kept.after, (answers(out, study, test) == labels).mean())
+    assert_allclose(done.kept.before, (answers("vitrail:photos", study, test) == labels).mean())
+    assert_allclose(done.kept.share, done.kept.after / done.kept.before)
+    assert done.kept.low <= done.kept.share <= done.kept.high
+
+
+def test_choosing_sees_only_the_other_half(study: Path, kept: tuple, tmp_path: Path, monkeypatch) -> None:
+    asked: list[int] = []
+    real = pruning._Images.right
+
+    def noting(self, places, answer, shown):
+        if not asked or asked[-1] != "measured":
+            asked.extend(places.tolist())
+        return real(self, places, answer, shown)
+
+    monkeypatch.setattr(pruning._Images, "right", noting)
+    monkeypatch.setattr(pruning, "_with_accuracy", lambda done, *rest: done)
+    again = prune_study(study, tmp_path / "again", keep_accuracy=0.8)
+    assert again.heads == kept[0].heads
+    assert set(asked) == set(halves(N_PHOTOS).calibration.tolist())
+
+
+def test_the_promise_is_kept_with_a_margin_on_the_choosing_half_and_one_head_more_breaks_it(
+    study: Path, kept: tuple
+) -> None:
+    done, _ = kept
+    from vitrail.heads.ranking import orders, scores
+
+    half = halves(N_PHOTOS).calibration
+    order = orders(scores(open_study(study), half)[done.ranking])
+    assert sorted(order[: len(done.heads)]) == [tuple(head) for head in done.heads]
+    vit, manifest = open_vit("vitrail:photos"), read_manifest(study)
+    images = vit.prepare([stored_image(manifest, manifest.images[at]) for at in half])
+    labels = open_study(study)["label"].values[half]
+    right = lambda count: logits_without(vit, images, order[:count]).argmax(-1).numpy() == labels  # noqa: E731
+    share = lambda count: pruning._share_less_one_error(right(0), right(count))  # noqa: E731
+    assert share(len(done.heads)) >= 0.8
+    assert share(len(done.heads) + 1) < 0.8
+
+
+def test_the_smaller_model_is_smaller_is_the_masked_one_and_is_recorded(kept: tuple) -> None:
+    done, out = kept
+    vit = open_vit(out)
+    assert sum(vit.n_heads) == done.heads_before - len(done.heads)
+    assert sum(weight.numel() for weight in vit.model.parameters()) == done.parameters_after < done.parameters_before
+    assert done.error <= 1e-5
+    assert done.speed.low <= done.speed.ratio <= done.speed.high
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["heads"] == [list(head) for head in done.heads]
+    assert record["kept"]["promised"] == 0.8
+    assert (out / "load.py").is_file()
+
+
+def test_named_heads_are_removed_and_accuracy_is_of_all_images(study: Path, tmp_path: Path) -> None:
+    done = prune_study(study, tmp_path / "out", heads=[(0, 1), (5, 0), (5, 1), (5, 2)])
+    vit = open_vit(tmp_path / "out")
+    assert vit.n_heads == (2, 3, 3, 3, 3)
+    assert done.layers_without_heads == [5]
+    assert done.kept.images == N_PHOTOS
+    assert not done.kept.held_out
+    assert done.kept.holds is None
+    told = "\n".join(map(str, pruning_summary(done)))
+    assert "may be those the heads were chosen on" in told
+    assert "L5 kept no head" in told
+
+
+def test_the_summary_says_whether_the_promise_was_kept(kept: tuple) -> None:
+    from dataclasses import replace
+
+    done, _ = kept
+    for promised, word in ((0.01, "accuracy: kept"), (0.9999, "accuracy: NOT kept")):
+        told = pruning_summary(replace(done, kept=replace(done.kept, share=0.9, promised=promised)))
+        assert any(word in str(line) for line in told)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({}, "Say either which heads"),
+        ({"heads": [(0, 0)], "keep_accuracy": 0.9}, "Say either which heads"),
+        ({"keep_accuracy": 1.5}, "has no meaning"),
+        ({"heads": [(0, 7)]}, "L0H7 is not a head"),
+        ({"heads": [(layer, head) for layer in range(6) for head in range(3)]}, "All 18 heads"),
+        ({"keep_accuracy": 0.9, "ranking": "luck"}, "it has probability"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_and_nothing_is_written(
+    study: Path, tmp_path: Path, wanted: dict, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        prune_study(study, tmp_path / "out", **wanted)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_files_is_refused_before_anything_is_run(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds other files"):
+        prune_study(study, tmp_path, heads=[(0, 0)])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_where_no_head_can_go_it_is_said(study: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pruning, "_share_less_one_error", lambda before, after: 0.0)
+    with pytest.raises(UsageError, match="No head can be removed"):
+        prune_study(study, tmp_path / "out", keep_accuracy=0.9)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_a_python_object_cannot_be_opened_again(photos: Path, tmp_path: Path) -> None:
+    run_study(tiny_vit(), photos, out=tmp_path / "study", batch_size=BATCH_SIZE)
+    with pytest.raises(UnknownModel, match="Python object"):
+        prune_study(tmp_path / "study", tmp_path / "out", heads=[(0, 0)])
+
+
+def test_attention_whose_heads_cannot_be_removed_is_refused(study: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pruning, "why_not_removable", lambda vit: "Heads of L0 cannot be removed: a reason.")
+    with pytest.raises(Unsupported, match="a reason"):
+        prune_study(study, tmp_path / "out", heads=[(0, 0)])
+
+
+def test_images_that_changed_are_refused_and_no_folder_stays(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", 6)
+    run_study(open_vit("vitrail:photos"), photos, out=tmp_path / "study", batch_size=BATCH_SIZE)
+    (photos / "class 1" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"class 1/1\.png"):
+        prune_study(tmp_path / "study", tmp_path / "out", heads=[(0, 0)])
+    assert not (tmp_path / "out").exists()
+
+
+# --- a study by the mean output --------------------------------------------------------------------------------------
+
+
+def test_a_study_by_the_mean_surveys_all_images_once_and_goes_on_with_it(photos: Path, tmp_path: Path, vit) -> None:
+    whole = run_study(vit, photos, out=tmp_path / "whole", batch_size=BATCH_SIZE, options={"ablation": "mean"})
+    survey = (tmp_path / "whole" / "survey.safetensors").read_bytes()
+    run_study(vit, photos, out=tmp_path / "cut", batch_size=BATCH_SIZE, options={"ablation": "mean"})
+    (tmp_path / "cut" / "parts" / "00001.json").unlink()
+    resumed = run_study(vit, photos, out=tmp_path / "cut", batch_size=BATCH_SIZE, options={"ablation": "mean"})
+    assert (tmp_path / "cut" / "survey.safetensors").read_bytes() == survey
+    assert_allclose(resumed["head_probability"].values, whole["head_probability"].values, rtol=0, atol=0)
+    zero = run_study(vit, photos, out=tmp_path / "zero", batch_size=BATCH_SIZE)
+    assert np.abs(zero["head_probability"].values - whole["head_probability"].values).max() > 1e-4
+    assert not (tmp_path / "zero" / "survey.safetensors").exists()
+
+
+def test_a_survey_that_is_not_what_was_written_is_refused(photos: Path, tmp_path: Path, vit) -> None:
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "study"
+    run_study(vit, photos, out=out, batch_size=BATCH_SIZE, options={"ablation": "mean"})
+    (out / "parts" / "00001.json").unlink()
+    held = load_file(out / "survey.safetensors")
+    save_file({name: value + torch.ones(()) for name, value in held.items()}, out / "survey.safetensors")
+    with pytest.raises(DamagedStudy, match="not what was written"):
+        run_study(vit, photos, out=out, batch_size=BATCH_SIZE, options={"ablation": "mean"})
+    (out / "survey.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(DamagedStudy, match="cannot be read"):
+        run_study(vit, photos, out=out, batch_size=BATCH_SIZE, options={"ablation": "mean"})
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_what_was_saved_and_where_it_lies(study: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from vitrail.cli import app
+
+    out = tmp_path / "smaller"
+    done = CliRunner().invoke(app, ["prune", str(study), "--heads", "L0H1,L5H0", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    for part in ("removed: L0H1, L5H0", "heads 18 16 0.889", "parameters", "times as fast", "load.py"):
+        assert part in said
+    again = CliRunner().invoke(app, ["prune", str(study), "--heads", "L0H1", "-o", str(out)])
+    assert isinstance(again.exception, UsageError)
