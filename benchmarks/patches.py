@@ -486,15 +486,13 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 # --- removing patches ------------------------------------------------------------------------------------------------
 
-DROPPED = (10, 20, 40, 60, 100, 140)
-STARTS = (0, 6)
+DROPPED = {0: (60,), 6: (40, 100, 140)}
+"""Patches dropped before a block."""
 
 
 def orders(batch: Batch) -> dict[str, Tensor]:
     """Patches [image patch] in the order in which each rule removes them, from what all layers of a plain pass say."""
-    received = {
-        name: torch.stack(batch.indicators(name)).sum(2).mean(0) for name in ("mean", "var", "value", "removal")
-    }
+    received = {name: torch.stack(batch.indicators(name)).sum(2).mean(0) for name in ("mean", "removal")}
     layers = range(batch.n_layers)
     kept = torch.stack([kept_share(each) for each in batch.indicators("mean")]).mean(0)
     watched = torch.stack([batch.weights(layer)[:, :, 0, batch.prefix :].mean(1) for layer in layers]).mean(0)
@@ -507,12 +505,18 @@ def orders(batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def dropped_logits(batch: Batch, order: Tensor, count: int, start: int) -> Tensor:
-    """The answer if the first `count` patches of an order are gone from block `start` on."""
+def tokens_at(batch: Batch, start: int) -> Tensor:
+    """The tokens that block `start` is given."""
     model: Any = batch.vit.model
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(batch.images)))
     for block in model.blocks[:start]:
         tokens = block(tokens)
+    return tokens
+
+
+def dropped_logits(batch: Batch, tokens: Tensor, order: Tensor, count: int, start: int) -> Tensor:
+    """The answer if the first `count` patches of an order are gone from block `start`, given `tokens`, on."""
+    model: Any = batch.vit.model
     left = order[:, count:].sort(-1).values + batch.prefix
     left = torch.cat([torch.arange(batch.prefix).expand(len(left), -1), left], 1)
     tokens = tokens.gather(1, left[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -527,11 +531,7 @@ def hub_masks(batch: Batch) -> dict[str, Sequence[Edit]]:
     for layer, matrix in enumerate(batch.indicators("mean")):
         found = hubs(matrix).found
         count = found.sum(-1, keepdim=True)
-        received, watched = matrix.sum(1), batch.weights(layer)[:, :, 0, batch.prefix :].mean(1)
-        rules = {
-            "random": torch.rand(received.shape, generator=batch.generator), "least received, mean": -received,
-            "most received, mean": received, "most class attention": watched,
-        }  # fmt: skip
+        rules = {"random": torch.rand(found.shape, generator=batch.generator)}
         closed.setdefault("hubs", []).append(found)
         for name, score in rules.items():
             closed.setdefault(name, []).append((-score).argsort(-1).argsort(-1) < count)
@@ -565,10 +565,12 @@ def _removals(batch: Batch) -> dict[str, np.ndarray]:
     n_hubs = float(torch.stack([hubs(each).found.sum(-1).float() for each in batch.indicators("mean")]).mean())
     for name, edits in closed.items():
         found[f"masked|{name}"] = answers(batch, batch.vit.tap().read(batch.images, edits=edits), n_hubs)
-    for name, order in orders(batch).items():
-        for start in STARTS:
-            for count in DROPPED:
-                logits = dropped_logits(batch, order, count, start)
+    ranked = orders(batch)
+    for start, counts in DROPPED.items():
+        tokens = tokens_at(batch, start)
+        for name, order in ranked.items():
+            for count in counts:
+                logits = dropped_logits(batch, tokens, order, count, start)
                 found[f"{start}|{name}|{count}"] = answers(batch, logits, count)
     return found
 
@@ -586,14 +588,14 @@ def _print_removals(options: argparse.Namespace, found: dict[str, np.ndarray]) -
         for name, values in masked.items()
     ]  # fmt: skip
     print(table(["closed", "top-1", "change, points", "change of p(label) x 100"], rows))
-    for start in STARTS:
+    for start, counts in DROPPED.items():
         print(f"\nTokens dropped before L{start}, top-1 and its change in points:\n")
         names = dict.fromkeys(name.split("|")[1] for name in found if name.startswith(f"{start}|"))
         rows = []
         for name in names:
-            cells = [found[f"{start}|{name}|{count}"][:, 0] for count in DROPPED]
+            cells = [found[f"{start}|{name}|{count}"][:, 0] for count in counts]
             rows.append([name, *(f"{each.mean():.3f} ({shown(interval(each - full[:, 0]))})" for each in cells)])
-        print(table(["order", *map(str, DROPPED)], rows))
+        print(table(["order", *map(str, counts)], rows))
 
 
 # --- what hubs are ---------------------------------------------------------------------------------------------------
@@ -747,11 +749,11 @@ def speed_experiment(options: argparse.Namespace) -> None:
     half = opened(options.model, options.data, options.precision)
     batch = Batch(half, *Photographs(options.data, 16).batch(half, 0, 16), seed=0)
     order = orders(batch)["random"]
-    for count in (0, *DROPPED):
+    for count in (0, 40, 60, 100, 140):
         took = []
         for _ in range(5):
             began = time.process_time()
-            dropped_logits(batch, order, count, 0)
+            dropped_logits(batch, tokens_at(batch, 0), order, count, 0)
             took.append(time.process_time() - began)
         rows.append([str(count), f"{min(took) / 16 * 1000:.1f}"])
     print(table(["tokens dropped before L0", f"ms an image, {options.precision}"], rows))
@@ -779,7 +781,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="vit_tiny")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--precision", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--cache", type=Path, default=ROOT / ".build/patches")
