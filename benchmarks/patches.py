@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.measure import ROOMS
-from vitrail.patches import collectors, field, windows
+from vitrail.patches import budget, collectors, field, windows
 from vitrail.patches.hubs import hubs, kept_share, without_hubs
-from vitrail.patches.interaction import INDICATORS, indicator
+from vitrail.patches.interaction import INDICATORS, between_patches, indicator, normalised
 from vitrail.vit.attention import LayerAttention, Readers
 from vitrail.vit.edits import Edit
 from vitrail.vit.open import Vit, open_vit
@@ -36,7 +36,12 @@ from vitrail.vit.tap import Replay
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"vit_tiny": "vit_tiny_patch16_224", "deit_tiny": "deit_tiny_patch16_224"}
-AREAS = (0.10, 0.15, 0.20, 0.25, 0.36, 0.44, 0.60)
+AREAS = (0.10, 0.25, 0.44, 0.60)
+CHOOSING = 60
+"""The first photographs served to choose the rule, and to price its heads; windows are tried on the rest."""
+N_PRICED = 20
+N_FEW = 100
+"""Photographs for conditions whose effect is so large, or which are so secondary, that more would tell nothing new."""
 N_RESAMPLES = 5000
 
 Condition = Callable[["Batch"], Sequence[Edit]]
@@ -48,11 +53,11 @@ Condition = Callable[["Batch"], Sequence[Edit]]
 class Photographs:
     """The labelled photographs in a fixed order at random, so that the first n are a fair sample."""
 
-    def __init__(self, data: Path, n_images: int) -> None:
+    def __init__(self, data: Path, n_images: int, skip: int = 0) -> None:
         classes = (data / "models/imagenet_classes.txt").read_text().splitlines()
         index = {line.split()[0]: number for number, line in enumerate(classes)}
         paths = sorted(path for folder in (data / "imagenet-sample").iterdir() for path in folder.iterdir())
-        order = np.random.default_rng(0).permutation(len(paths))[:n_images]
+        order = np.random.default_rng(0).permutation(len(paths))[skip : skip + n_images]
         self.paths = [paths[number] for number in order]
         self.labels = np.array([index[path.parent.name] for path in self.paths])
 
@@ -128,6 +133,36 @@ class Batch:
             self._best[key] = [windows.best_boxes(each, self.grid, key[1])[0] for each in self.indicators(name)]
         return self._best[key]
 
+    @functools.cache  # noqa: B019
+    def level_boxes(self) -> Tensor:
+        """For each query the best boxes of several areas, [image layer head patch level side]."""
+        found = [budget.boxes_of_levels(weights, self.prefix, self.grid) for weights, _, _ in self._seen]
+        return torch.stack(found, 1)
+
+    @functools.cache  # noqa: B019
+    def changes(self) -> Tensor:
+        """How far each of those boxes moves its head's output, [image layer head patch level]."""
+        boxes = self.level_boxes().unbind(1)
+        seen = zip(self._seen, boxes, strict=True)
+        return torch.stack([budget.changes(w, v, each, self.prefix, self.grid) for (w, v, _), each in seen], 1)
+
+    @functools.cache  # noqa: B019
+    def bought(self, share: float, prices: Callable[[], Tensor] | None) -> list[Tensor]:
+        """A box [image head patch side] per layer: areas shared by what they cost the answer, or by mass alone."""
+        boxes = self.level_boxes()
+        size = windows.areas(boxes)
+        cost = self._missed(boxes) if prices is None else prices()[:, :, None, None] * self.changes()
+        level = budget.chosen(cost, size, self.n_patches(share))
+        return list(boxes.gather(-2, level[..., None, None].expand(*level.shape, 1, 4))[..., 0, :].unbind(1))
+
+    def _missed(self, boxes: Tensor) -> Tensor:
+        found = []
+        for (weights, _, _), each in zip(self._seen, boxes.unbind(1), strict=True):
+            matrix = normalised(between_patches(weights, self.prefix))
+            held = [(matrix * windows.in_box(box, self.grid)).sum(-1) for box in each.unbind(-2)]
+            found.append(1 - torch.stack(held, -1))
+        return torch.stack(found, 1)
+
     def edits(self, masks: Sequence[Tensor], heads: bool = False) -> list[Edit]:
         """Every layer under its mask [image patch other], or [image head patch other]."""
         biases = [windows.attention_bias(mask, self.prefix) for mask in masks]
@@ -170,12 +205,60 @@ def with_share(condition: Callable[..., Sequence[Edit]], share: float, *more: An
     return lambda batch: condition(batch, share, *more)
 
 
-def window_conditions() -> dict[str, Condition]:
-    kinds = {
-        "window": window, "centred square": centred_square, "random box": random_box, "top keys": top_keys,
-        "complement": complement,
-    }  # fmt: skip
-    return {f"{kind}@{share}": with_share(run, share) for share in AREAS for kind, run in kinds.items()}
+Prices = Callable[[], Tensor]
+
+
+def bought(batch: Batch, share: float, prices: Prices | None, place: str = "best") -> list[Edit]:
+    """A box per head, areas under one budget; or controls with the same shapes, or as many of the strongest keys."""
+    masks = []
+    for layer, boxes in enumerate(batch.bought(share, prices)):
+        if place == "keys":
+            matrix = normalised(between_patches(batch.weights(layer), batch.prefix))
+            masks.append(windows.top_keys(matrix, windows.areas(boxes)))
+            continue
+        if place == "centred":
+            boxes = windows.centred_boxes(boxes, batch.grid)
+        if place == "random":
+            boxes = windows.random_boxes(boxes, batch.grid, batch.generator)
+        masks.append(windows.masks(boxes, batch.grid))
+    return batch.edits(masks, heads=True)
+
+
+def window_conditions(prices: Prices) -> dict[str, Condition]:
+    """The plain window and the budget, each with the control that is hardest to beat; `few`: on `N_FEW` photographs."""
+    found: dict[str, Condition] = {}
+    for share in AREAS:
+        few = "" if share < 0.5 else ", few"
+        found[f"one box@{share}{few}"] = with_share(window, share)
+        found[f"one box: centred square@{share}{few}"] = with_share(centred_square, share)
+        found[f"budget@{share}{few}"] = with_share(bought, share, prices)
+        found[f"budget: same boxes, centred@{share}{few}"] = with_share(bought, share, prices, "centred")
+    found |= {
+        "one box: random place@0.25, few": with_share(random_box, 0.25),
+        "one box: strongest keys@0.25, few": with_share(top_keys, 0.25),
+        "one box: complement@0.25, few": with_share(complement, 0.25),
+        "budget: same boxes, random place@0.25, few": with_share(bought, 0.25, prices, "random"),
+        "budget: strongest keys@0.25, few": with_share(bought, 0.25, prices, "keys"),
+        "a box per head, one area@0.25, few": with_share(per_head, 0.25),
+        "a box per head, areas shared by mass@0.25, few": with_share(bought, 0.25, None),
+    }
+    return found
+
+
+def priced(options: argparse.Namespace, vit: Vit) -> Prices:
+    """Prices of the heads of a model, measured on the first photographs and kept beside the parts."""
+
+    @functools.cache
+    def prices() -> Tensor:
+        file = cache_file(options, "prices.npz")
+        if not file.exists():
+            images, _ = Photographs(options.data, N_PRICED).batch(vit, 0, N_PRICED)
+            half = [budget.prices(vit, part) for part in images.split(N_PRICED // 2)]
+            save(file, {"prices": torch.stack(half).mean(0).numpy()})
+        with np.load(file) as held:
+            return torch.as_tensor(held["prices"])
+
+    return prices
 
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75)
@@ -284,10 +367,14 @@ def variant_conditions() -> dict[str, Condition]:
 # --- running conditions ----------------------------------------------------------------------------------------------
 
 
-def run_conditions(options: argparse.Namespace, conditions: dict[str, Condition]) -> dict[str, np.ndarray]:
+def run_conditions(
+    options: argparse.Namespace, made: Callable[[Vit], dict[str, Condition]], skip: int = 0
+) -> dict[str, np.ndarray]:
     """For each condition and image: top-1 right, probability of the label, share of the map left open."""
-    photographs = Photographs(options.data, options.images)
+    photographs = Photographs(options.data, options.images, skip)
+    options.images = len(photographs.paths)
     vit = opened(options.model, options.data, options.precision)
+    conditions = made(vit)
     parts = []
     for start in range(0, options.images, options.batch):
         file = cache_file(options, f"{start:05d}.npz")
@@ -295,13 +382,16 @@ def run_conditions(options: argparse.Namespace, conditions: dict[str, Condition]
             batch = Batch(vit, *photographs.batch(vit, start, options.batch), seed=start)
             found = {"full": answers(batch, batch.logits, 1.0)}
             for name, condition in conditions.items():
+                if name.endswith("few") and start >= N_FEW:
+                    continue
                 edits = condition(batch)
                 found[name] = answers(batch, vit.tap().read(batch.images, edits=edits), open_share(edits, batch.prefix))
             save(file, found)
             print(f"{time.strftime('%H:%M:%S')} {options.model} {start + options.batch}", flush=True)
         with np.load(file) as held:
             parts.append(dict(held))
-    return {name: np.concatenate([part[name] for part in parts])[: options.images] for name in parts[0]}
+    every = {name: [part[name] for part in parts if name in part] for name in parts[0]}
+    return {name: np.concatenate(several)[: options.images] for name, several in every.items()}
 
 
 def answers(batch: Batch, logits: Tensor, share: float) -> np.ndarray:
@@ -360,29 +450,31 @@ def print_conditions(options: argparse.Namespace, found: dict[str, np.ndarray]) 
     for name, values in found.items():
         if name == "full":
             continue
-        kind, _, share = name.partition("@")
+        kind, _, share = name.removesuffix(", few").partition("@")
+        plain = full[: len(values)]
         rows.append([
-            f"{float(share):.0%}", kind, f"{values[:, 2].mean():.3f}", f"{values[:, 0].mean():.3f}",
-            shown(interval(values[:, 0] - full[:, 0])), f"{values[:, 1].mean():.3f}",
-            shown(interval(values[:, 1] - full[:, 1])),
+            f"{float(share):.0%}", kind, str(len(values)), f"{values[:, 2].mean():.3f}", f"{values[:, 0].mean():.3f}",
+            shown(interval(values[:, 0] - plain[:, 0])), f"{values[:, 1].mean():.3f}",
+            shown(interval(values[:, 1] - plain[:, 1])),
         ])  # fmt: skip
-    head = ["area", "what a patch sees", "open", "top-1", "change, points", "p(label)", "change x 100"]
+    rows.sort(key=lambda row: float(row[0][:-1]))
+    head = ["area", "what a patch sees", "photographs", "open", "top-1", "change, points", "p(label)", "change x 100"]
     print(table(head, rows))
 
 
 def windows_experiment(options: argparse.Namespace) -> None:
-    print_conditions(options, run_conditions(options, window_conditions()))
+    print_conditions(options, run_conditions(options, lambda vit: window_conditions(priced(options, vit)), CHOOSING))
 
 
 def variants_experiment(options: argparse.Namespace) -> None:
-    print_conditions(options, run_conditions(options, variant_conditions()))
+    print_conditions(options, run_conditions(options, lambda _: variant_conditions()))
 
 
 # --- the causal referee ----------------------------------------------------------------------------------------------
 
 EFFECTS = ("pair: token", "pair: class token", "pair: p", "key: class token", "key: p")
 REFEREE_LAYERS = (0, 2, 4, 6, 8, 10)
-N_PAIRS = 12
+N_PAIRS = 8
 """Pairs, and keys, whose effect on the answer is measured per image and layer."""
 
 
@@ -528,7 +620,7 @@ def dropped_logits(batch: Batch, tokens: Tensor, order: Tensor, count: int, star
 def hub_masks(batch: Batch) -> dict[str, Sequence[Edit]]:
     """Each layer's own hubs closed to everybody in that layer; and as many others."""
     closed: dict[str, list[Tensor]] = {}
-    for layer, matrix in enumerate(batch.indicators("mean")):
+    for matrix in batch.indicators("mean"):
         found = hubs(matrix).found
         count = found.sum(-1, keepdim=True)
         rules = {"random": torch.rand(found.shape, generator=batch.generator)}
@@ -760,7 +852,7 @@ def speed_experiment(options: argparse.Namespace) -> None:
 
 
 def sinks_experiment(options: argparse.Namespace) -> None:
-    print_conditions(options, run_conditions(options, sink_conditions()))
+    print_conditions(options, run_conditions(options, lambda _: sink_conditions()))
 
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], None]] = {
