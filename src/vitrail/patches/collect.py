@@ -21,7 +21,10 @@ from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 __all__ = ["FIELD_SHARE", "Ground", "PatchCollector", "grids_of_layers", "indicators_of"]
 
 CHUNK_BYTES = 2**22
-"""About the attention maps, or the indicators, that are held at once: little enough to stay near the core."""
+"""About the attention maps that are held at once: few enough to stay near the core."""
+
+GROUP_BYTES = 2**22
+"""About the indicators that are measured at once: enough that the time goes into sums, not into calls."""
 
 FIELD_SHARE = 0.5
 """The responsive field is the smallest box with this share of a patch's interactions."""
@@ -75,7 +78,18 @@ def grids_of_layers(vit: Vit) -> tuple[dict[int, Ground], dict[int, str]]:
 
 
 def indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[Tensor, "image patch other"]]:
-    """The default indicator of one layer, for as many images at a time as memory allows; windows put on the grid."""
+    """The default indicator of one layer, a group of images at a time; windows put on the grid."""
+    group: list[Tensor] = []
+    for matrix in _few_indicators_of(attention, ground):
+        group.append(matrix)
+        if sum(each.nbytes for each in group) >= GROUP_BYTES:
+            yield torch.cat(group)
+            group = []
+    if group:
+        yield torch.cat(group)
+
+
+def _few_indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[Tensor, "image patch other"]]:
     if ground.slots is None:
         for _, weights in attention.weights_in_chunks(CHUNK_BYTES):
             yield indicator(weights, ground.prefix)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 __all__ = ["BLOCK_NUMBERS", "Integral", "blocks"]
 
-BLOCK_NUMBERS = 2**17
-"""About how many indicator values one block takes in: its sums then stay near the core."""
+BLOCK_NUMBERS = 2**20
+"""About how many indicator values one block takes in: many rows for each step, and memory that stays in bounds."""
 
 
 def blocks(rows: Float[Tensor, "query key"]) -> Iterator[slice]:
