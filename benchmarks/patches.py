@@ -156,9 +156,10 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def speed_experiment(options: argparse.Namespace) -> str:
-    """Processor time of the collectors over the plain pass, interleaved, best of rounds."""
+    """Processor time of the collectors over the plain pass, interleaved."""
     vit = opened(options.model, options.data, "float32")
-    images, labels = Photographs(options.data, 16).batch(vit, 0, 16)
+    n_images = min(16, options.batch)
+    images, labels = Photographs(options.data, n_images).batch(vit, 0, n_images)
     tap = vit.tap()
 
     def collected(names: Sequence[str]) -> Callable[[], Any]:
@@ -180,12 +181,13 @@ def speed_experiment(options: argparse.Namespace) -> str:
             spent[name].append(time.process_time() - began)
     plain = np.array(spent["plain pass"])
     rows = [
-        [name, f"{min(took) / 16 * 1000:.1f}", f"{min(took) / plain.min():.2f}", f"{np.median(took / plain):.2f}"]
+        [name, f"{min(took) / n_images * 1000:.1f}", f"{min(took) / plain.min():.2f}", f"{np.median(took / plain):.2f}"]
         for name, took in spent.items()
     ]
-    rooms = table(
-        [(MODELS | OTHER_MODELS)[options.model], "ms an image", "ratio, best", "ratio, median of paired"], rows
-    )
+    name = (MODELS | OTHER_MODELS)[options.model]
+    rooms = table([name, "ms an image", "ratio, best", "ratio, median of paired"], rows)
+    if options.model in OTHER_MODELS:
+        return rooms
     return f"{rooms}\n\nThe pass that follows when tokens are really dropped:\n\n{_dropping_cost(options)}"
 
 
@@ -241,7 +243,7 @@ def main() -> None:
         text = EXPERIMENTS[options.experiment](options)
     print(text)
     if options.write:
-        command = f"python benchmarks/patches.py {options.experiment} --model {options.model}"
+        command = f"python benchmarks/patches.py {options.experiment} --model {options.model} --images {options.images}"
         file = ROOT / f"docs/patches/{options.experiment}-{options.model}.md"
         file.write_text(f"    {command} --write\n\n{text}\n")
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -53,6 +54,20 @@ def opened(name: str, data: Path, precision: str) -> Vit:
     return open_vit(f"timm:{MODELS[name]}", weights=data / f"models/{MODELS[name]}.safetensors", precision=precision)
 
 
+def _once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what a method gave, on its object: a cache of the class would keep every batch there ever was."""
+
+    @functools.wraps(method)
+    def remembered(*given: Any) -> Any:
+        held = given[0].__dict__.setdefault("_remembered", {})
+        key = (method.__name__, *given[1:])
+        if key not in held:
+            held[key] = method(*given)
+        return held[key]
+
+    return remembered
+
+
 class Batch:
     """A batch and what one plain pass says of it: an indicator per layer, made when first asked for."""
 
@@ -74,7 +89,7 @@ class Batch:
     def weights(self, layer: int) -> Tensor:
         return self._seen[layer][0]
 
-    @functools.cache  # noqa: B019  a batch lives as long as its cache
+    @_once
     def indicators(self, name: str) -> list[Tensor]:
         """One indicator [image patch other] per layer; "head0", "head1", .. are single heads."""
         if name.startswith("gradient"):
@@ -99,7 +114,7 @@ class Batch:
     def n_patches(self, share: float) -> int:
         return windows.n_patches_of(share, self.grid)
 
-    @functools.cache  # noqa: B019
+    @_once
     def ranks(self) -> list[Tensor]:
         """For each query the rank of each key by the mean indicator, the query itself before all others."""
         found = []
@@ -115,20 +130,20 @@ class Batch:
             self._best[key] = [windows.best_boxes(each, self.grid, key[1])[0] for each in self.indicators(name)]
         return self._best[key]
 
-    @functools.cache  # noqa: B019
+    @_once
     def level_boxes(self) -> Tensor:
         """For each query the best boxes of several areas, [image layer head patch level side]."""
         found = [budget.boxes_of_levels(weights, self.prefix, self.grid) for weights, _, _ in self._seen]
         return torch.stack(found, 1)
 
-    @functools.cache  # noqa: B019
+    @_once
     def changes(self) -> Tensor:
         """How far each of those boxes moves its head's output, [image layer head patch level]."""
         boxes = self.level_boxes().unbind(1)
         seen = zip(self._seen, boxes, strict=True)
         return torch.stack([budget.changes(w, v, each, self.prefix, self.grid) for (w, v, _), each in seen], 1)
 
-    @functools.cache  # noqa: B019
+    @_once
     def bought(self, share: float, prices: Callable[[], Tensor] | None) -> list[Tensor]:
         """A box [image head patch side] per layer: areas shared by what they cost the answer, or by mass alone."""
         boxes = self.level_boxes()

@@ -101,6 +101,7 @@ def window_conditions(prices: Prices) -> dict[str, Condition]:
         found[f"budget@{share}"] = with_share(bought, share, prices)
         found[f"budget: same boxes, centred@{share}"] = with_share(bought, share, prices, "centred")
     return found | {
+        "one box, removal@0.25": with_share(window, 0.25, "removal"),
         "one box: random place@0.25": with_share(random_box, 0.25),
         "one box: strongest keys@0.25": with_share(top_keys, 0.25),
         "one box: complement@0.25": with_share(complement, 0.25),
@@ -118,7 +119,6 @@ def for_few(name: str) -> bool:
     return kind not in many or float(share) > 0.5
 
 
-@functools.cache
 def priced(options: argparse.Namespace, vit: Vit) -> Prices:
     """Prices of the heads of a model, measured on the first photographs and kept beside the parts."""
 
