@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from patches.planted import attention_in, planted_boxes
 from vitrail.patches import field, windows
+from vitrail.patches.hubs import hubs, without_hubs
 from vitrail.patches.interaction import indicator, normalised
 
 GRID = (6, 8)
@@ -102,3 +103,25 @@ def test_a_shuffled_indicator_has_the_same_values_in_each_row() -> None:
     assert_close(null.sort(-1).values, matrix.sort(-1).values)
     assert_close(null.diagonal(dim1=-2, dim2=-1), torch.zeros(2, N))
     assert float((null != matrix).float().mean()) > 0.9
+
+
+def test_hubs_draw_tendencies_and_taking_them_away_gives_the_windows_back() -> None:
+    grid = (14, 14)
+    boxes = planted_boxes(grid, (5, 5), n_images=2)
+    planted = windows.masks(boxes, grid)
+    scores = 3.0 * planted
+    hub = torch.tensor([0, 1, 14, 15])  # one corner
+    scores[..., hub] += 6
+    matrix = indicator(scores.softmax(-1)[:, None], prefix=0)
+    found = hubs(matrix).found
+    assert torch.equal(found.nonzero()[:, 1], hub.repeat(2))
+    centre = torch.stack([(boxes[..., 1] + boxes[..., 3] - 1) / 2, (boxes[..., 0] + boxes[..., 2] - 1) / 2], -1)
+    known = centre - field.positions(grid)
+    apart = torch.linalg.vector_norm(known, dim=-1) >= 2
+    cosine = []
+    for each in (matrix, without_hubs(matrix, found)):
+        best, _ = windows.best_boxes(each, grid, 25)
+        pull = field.tendency(each, windows.masks(best, grid), grid)
+        cosine.append(float(torch.nn.functional.cosine_similarity(pull, known, dim=-1)[apart].mean()))
+    assert cosine[0] < 0.7
+    assert cosine[1] >= 0.9

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from patches.planted import attention_in, neighbourhood, planted_boxes
 from vitrail.errors import UsageError
-from vitrail.patches import windows
+from vitrail.patches import integral, windows
 from vitrail.patches.interaction import indicator, normalised
 
 
@@ -70,7 +70,7 @@ def test_planted_windows_are_found(grid: tuple[int, int], shape: tuple[int, int]
 def test_blocks_of_the_search_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = random_indicator(2, 30, seed=3)
     whole = windows.best_boxes(matrix, (5, 6), 8)
-    monkeypatch.setattr(windows, "BLOCK_NUMBERS", 100)
+    monkeypatch.setattr(integral, "BLOCK_NUMBERS", 100)
     assert_close(windows.best_boxes(matrix, (5, 6), 8), whole)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitrail.measure import MEASURES
 from vitrail.patches import field, windows
 from vitrail.patches.hubs import hubs
+from vitrail.patches.integral import Integral, blocks
 from vitrail.patches.interaction import indicator, normalised
 from vitrail.vit.ground import grounds_of_layers
 from vitrail.vit.open import Vit
@@ -19,8 +20,11 @@ from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
 
 __all__ = ["FIELD_SHARE", "Ground", "PatchCollector", "grids_of_layers", "indicators_of"]
 
-CHUNK_BYTES = 128 * 2**20
-"""Bound on the attention maps, or the indicators, that are held at once."""
+CHUNK_BYTES = 2**22
+"""About the attention maps that are held at once: few enough to stay near the core."""
+
+GROUP_BYTES = 2**22
+"""About the indicators that are measured at once: enough that the time goes into sums, not into calls."""
 
 FIELD_SHARE = 0.5
 """The responsive field is the smallest box with this share of a patch's interactions."""
@@ -74,7 +78,18 @@ def grids_of_layers(vit: Vit) -> tuple[dict[int, Ground], dict[int, str]]:
 
 
 def indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[Tensor, "image patch other"]]:
-    """The default indicator of one layer, for as many images at a time as memory allows; windows put on the grid."""
+    """The default indicator of one layer, a group of images at a time; windows put on the grid."""
+    group: list[Tensor] = []
+    for matrix in _few_indicators_of(attention, ground):
+        group.append(matrix)
+        if sum(each.nbytes for each in group) >= GROUP_BYTES:
+            yield torch.cat(group)
+            group = []
+    if group:
+        yield torch.cat(group)
+
+
+def _few_indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[Tensor, "image patch other"]]:
     if ground.slots is None:
         for _, weights in attention.weights_in_chunks(CHUNK_BYTES):
             yield indicator(weights, ground.prefix)
@@ -126,24 +141,39 @@ class PatchCollector:
 
     def _measured(self, matrix: Float[Tensor, "image patch other"], ground: Ground) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        if "window" in self.measures or "tendency" in self.measures:
-            boxes = _boxes(matrix, ground, windows.n_patches_of(self._window_area, ground.grid))
-            found["window"] = windows.sides(boxes, ground.grid).float()
-        if "tendency" in self.measures:
-            found["tendency"] = field.tendency(matrix, windows.in_box(boxes, ground.grid), ground.grid)
-        if "field_size" in self.measures:
-            found["field_size"] = windows.held_area(matrix, ground.grid, FIELD_SHARE) / ground.n_patches
+        if {"window", "tendency", "field_size"} & set(self.measures):
+            found |= self._of_boxes(matrix, ground)
         if "interaction_distance" in self.measures:
             found["interaction_distance"] = field.interaction_distance(matrix, ground.grid)
         if "hub" in self.measures:
             found["hub"] = hubs(matrix, ground.reachable).found
         return found
 
+    def _of_boxes(self, matrix: Float[Tensor, "image patch other"], ground: Ground) -> dict[str, Tensor]:
+        """What boxes tell, from one integral image of each block of rows."""
+        grid, rows = ground.grid, matrix.flatten(0, 1)
+        n_patches = windows.n_patches_of(self._window_area, grid)
+        given = None if ground.extent is None else _boxes_within(matrix, ground, n_patches).flatten(0, 1)
+        place = field.positions(grid).to(rows).repeat(len(matrix), 1)
+        parts: dict[str, list[Tensor]] = {name: [] for name in ("window", "tendency", "field_size")}
+        for part in blocks(rows):
+            sums = Integral(rows[part], grid)
+            if "window" in self.measures or "tendency" in self.measures:
+                boxes = sums.best_box(windows.shapes_of_area(grid, n_patches))[0] if given is None else given[part]
+                parts["window"].append(boxes)
+            if "tendency" in self.measures:
+                parts["tendency"].append(sums.centre(boxes) - place[part])
+            if "field_size" in self.measures:
+                parts["field_size"].append(sums.area_holding(FIELD_SHARE, windows.ladder(grid)) / ground.n_patches)
+        found = {name: torch.cat(each).unflatten(0, matrix.shape[:2]) for name, each in parts.items() if each}
+        if "window" in found:
+            found["window"] = windows.sides(found["window"], grid).float()
+        return found
 
-def _boxes(matrix: Float[Tensor, "image patch other"], ground: Ground, n_patches: int) -> windows.Boxes:
-    """The best box of each query; where a window of the model is no larger, the box around that, which holds all."""
-    if ground.extent is None:
-        return windows.best_boxes(matrix, ground.grid, n_patches)[0]
+
+def _boxes_within(matrix: Float[Tensor, "image patch other"], ground: Ground, n_patches: int) -> windows.Boxes:
+    """The best boxes where windows of the model are wider than the area; elsewhere the box around the window."""
+    assert ground.extent is not None
     boxes = ground.extent.to(matrix.device).expand(len(matrix), -1, -1).clone()
     wide = windows.areas(ground.extent) > n_patches
     if wide.any():

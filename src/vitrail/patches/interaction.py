@@ -94,11 +94,16 @@ def _over_heads(share: Float[Tensor, "image head patch other"], name: str) -> Fl
 
 
 def _removal(weights: Tensor, prefix: int, v: Tensor, out: Tensor) -> Float[Tensor, "image patch other"]:
+    """Root of the sum over heads of (A / (1 - A))^2 |v_j - out_i|^2; the distances are one product of longer vectors."""
     share = weights[..., prefix:, prefix:]
     v, out = v[:, :, prefix:].to(share), out[:, :, prefix:].to(share)
-    square = v.square().sum(-1)[:, :, None] + out.square().sum(-1)[..., None] - 2 * out @ v.mT
-    odds = share / (1 - share).clamp_min(torch.finfo(share.dtype).eps)
-    return (odds.square() * square.clamp(min=0)).sum(1).sqrt()
+    one = torch.ones_like(v[..., :1])
+    asked = torch.cat([out, out.square().sum(-1, keepdim=True), one], -1)
+    given = torch.cat([-2 * v, one, v.square().sum(-1, keepdim=True)], -1)
+    square = asked @ given.mT
+    odds = torch.sub(share, 1 + torch.finfo(share.dtype).eps)
+    torch.div(share, odds, out=odds)
+    return square.mul_(odds).mul_(odds).sum(1).clamp_min_(0).sqrt_()
 
 
 def _patch_mass(weights: Tensor, prefix: int) -> Float[Tensor, "image head patch"]:

@@ -3,8 +3,7 @@
 A box is (top, left, bottom, right) in rows and columns of the grid, half open: it holds rows top .. bottom - 1. It need
 not hold its query; the query may always see itself (`masks`).
 
-Boxes are searched through integral images, for all queries at once: keys first and queries last in memory, so that
-every step is a sum or difference of long contiguous rows.
+Boxes are searched through integral images (`integral.py`), for all queries at once.
 """
 
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitrail.errors import UsageError
+from vitrail.patches.integral import Integral, blocks
 
 __all__ = [
     "Boxes",
@@ -26,6 +26,7 @@ __all__ = [
     "complements",
     "held_area",
     "in_box",
+    "ladder",
     "masks",
     "n_patches_of",
     "random_boxes",
@@ -41,9 +42,6 @@ Boxes = Int[Tensor, "*batch patch side"]
 
 Grid = tuple[int, int]
 """(rows, columns)"""
-
-BLOCK_NUMBERS = 2**17
-"""About how many indicator values one step of a search takes in: its sums then stay near the core."""
 
 
 def n_patches_of(share: float, grid: Grid) -> int:
@@ -105,33 +103,13 @@ def held_area(
     holds too little and the first that holds enough. Rows without mass give the smallest area.
     """
     rows = indicator.flatten(0, -2)
-    step = max(1, BLOCK_NUMBERS // rows.shape[-1])
-    found = [_held_area(rows[start : start + step], grid, share) for start in range(0, len(rows), step)]
+    found = [Integral(rows[part], grid).area_holding(share, ladder(grid)) for part in blocks(rows)]
     return torch.cat(found).view(indicator.shape[:-1])
 
 
-def _held_area(rows: Float[Tensor, "query key"], grid: Grid, share: float) -> Float[Tensor, "query"]:
-    total = rows.sum(-1)
-    wanted = share * total - 1e-5
-    corner = _integral(rows, grid)
-    scratch = _scratch(corner)
-    result = torch.zeros_like(wanted)
-    held_before, area_before = torch.zeros_like(wanted), 0
-    for shape in (*_ladder(grid), grid):
-        held = total if shape == grid else _box_sums(corner, shape, scratch).amax((0, 1))
-        area = shape[0] * shape[1]
-        part = ((wanted - held_before) / (held - held_before).clamp_min(1e-9)).clamp(0, 1)
-        crossed = (held_before < wanted) | (area_before == 0)
-        result = torch.where(crossed, area_before + part * (area - area_before), result)
-        if bool((held >= wanted).all()):
-            break
-        held_before, area_before = torch.maximum(held, held_before), area
-    return result.clamp_min(1)
-
-
 @lru_cache(maxsize=8)
-def _ladder(grid: Grid) -> tuple[tuple[int, int], ...]:
-    """The squarest shape of each area, growing."""
+def ladder(grid: Grid) -> tuple[tuple[int, int], ...]:
+    """The squarest shape of each area of `LADDER`, growing, without the whole grid."""
     shapes = {
         min(shapes_of_area(grid, n_patches), key=lambda shape: abs(shape[0] - shape[1]))
         for n_patches in (n_patches_of(share, grid) for share in LADDER)
@@ -281,70 +259,11 @@ def _places(grid: Grid, device: torch.device) -> tuple[Int[Tensor, "patch"], Int
     return patch // grid[1], patch % grid[1]
 
 
-# --- the search ------------------------------------------------------------------------------------------------------
-
-
 def _searched(
     indicator: Float[Tensor, "*batch patch other"], grid: Grid, shapes: Sequence[tuple[int, int]]
 ) -> tuple[Int[Tensor, "*batch patch side"], Float[Tensor, "*batch patch"]]:
     """The best box of the given shapes for each row, a block of rows at a time."""
     rows = indicator.flatten(0, -2)
-    step = max(1, BLOCK_NUMBERS // rows.shape[-1])
-    parts = [_best_of(rows[start : start + step], grid, shapes) for start in range(0, len(rows), step)]
+    parts = [Integral(rows[part], grid).best_box(shapes) for part in blocks(rows)]
     boxes, mass = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return boxes.view(*indicator.shape[:-1], 4), mass.view(indicator.shape[:-1])
-
-
-def _best_of(
-    rows: Float[Tensor, "query key"], grid: Grid, shapes: Sequence[tuple[int, int]]
-) -> tuple[Int[Tensor, "query side"], Float[Tensor, "query"]]:
-    """Only the sums are compared for all shapes; places are looked up for the winning shape alone, which is cheaper."""
-    corner = _integral(rows, grid)
-    scratch = _scratch(corner)
-    best = torch.stack([_box_sums(corner, shape, scratch).amax((0, 1)) for shape in shapes])
-    mass, chosen = best.max(0)
-    boxes = chosen.new_empty((len(rows), 4))
-    for index in chosen.unique().tolist():
-        height, width = shapes[index]
-        won = (chosen == index).nonzero()[:, 0]
-        sums = _box_sums(corner.index_select(2, won), shapes[index], scratch)
-        top = _first_largest(sums.amax(1))
-        left = _first_largest(sums.gather(0, top.expand(1, sums.shape[1], -1))[0])
-        boxes[won] = torch.stack([top, left, top + height, left + width], -1)
-    return boxes, mass
-
-
-def _box_sums(
-    corner: Float[Tensor, "row column query"], shape: tuple[int, int], scratch: Float[Tensor, "two number"]
-) -> Float[Tensor, "top left query"]:
-    """What a box of one shape holds at every place; overwritten by the next call with the same scratch."""
-    strips = torch.sub(corner[shape[0] :], corner[: -shape[0]], out=_view(scratch[0], corner, shape[0], 0))
-    return torch.sub(strips[:, shape[1] :], strips[:, : -shape[1]], out=_view(scratch[1], corner, *shape))
-
-
-def _scratch(corner: Float[Tensor, "row column query"]) -> Float[Tensor, "two number"]:
-    """Memory for the sums of one block: fresh pages for every shape would cost as much as the sums."""
-    return corner.new_empty((2, corner.numel()))
-
-
-def _view(flat: Tensor, corner: Tensor, height: int, width: int) -> Float[Tensor, "row column query"]:
-    rows, columns, queries = corner.shape[0] - height, corner.shape[1] - width, corner.shape[2]
-    return flat[: rows * columns * queries].view(rows, columns, queries)
-
-
-def _first_largest(numbers: Float[Tensor, "place query"]) -> Int[Tensor, "query"]:
-    """`argmax(0)`, vectorised over the queries."""
-    n_places = len(numbers)
-    countdown = torch.arange(n_places, 0, -1, device=numbers.device)[:, None]
-    return n_places - ((numbers == numbers.amax(0)) * countdown).amax(0)
-
-
-def _integral(rows: Float[Tensor, "query key"], grid: Grid) -> Float[Tensor, "row column query"]:
-    """Sums of all keys above and left of each corner of the grid, queries last."""
-    corner = rows.new_zeros((grid[0] + 1, grid[1] + 1, len(rows)))
-    corner[1:, 1:] = rows.T.view(*grid, -1)
-    for row in range(2, grid[0] + 1):
-        corner[row] += corner[row - 1]
-    for column in range(2, grid[1] + 1):
-        corner[:, column] += corner[:, column - 1]
-    return corner
