@@ -17,7 +17,18 @@ from vitrail.vit.preprocessing import Preprocessing
 from vitrail.vit.sources import Found, Request
 from vitrail.wint.model import Shape, WinT, attach
 
-__all__ = ["ARCHITECTURE", "described", "fitted", "found_in", "open_model", "save", "shape_of", "weights_of", "written"]
+__all__ = [
+    "ARCHITECTURE",
+    "as_text",
+    "described",
+    "fitted",
+    "found_in",
+    "open_model",
+    "save",
+    "shape_of",
+    "weights_of",
+    "written",
+]
 
 ARCHITECTURE = "vitrail_wint"
 HALF = (0.5, 0.5, 0.5)
@@ -37,7 +48,7 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(described(model, class_names, timm_model), indent=2) + "\n"
-    written(folder / "config.json", lambda path: _written_text(path, text))
+    written(folder / "config.json", lambda path: as_text(path, text))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     written(folder / "model.safetensors", lambda path: save_file(state, path))
     return folder
@@ -72,7 +83,8 @@ def written(path: Path, write: Callable[[Path], None]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _written_text(path: Path, text: str) -> None:
+def as_text(path: Path, text: str) -> None:
+    """What `written` is handed to write a text."""
     path.write_text(text)
 
 

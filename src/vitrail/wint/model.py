@@ -8,7 +8,7 @@ tokens (class token, registers) see everything and are seen by all. While traini
 gradients reach their sides; in evaluation sides are rounded and edges are hard.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,9 @@ Sides = Float[Tensor, "image window patch side"]
 
 Start = Sequence[Sequence[float]]
 """Where windows begin: for each window of a layer, sides as a share of the longest possible, n - 1."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Grid, int], Tensor]
+"""(q, k, v, sides, grid, prefix) to the heads' output [image head token channel], with hard windows."""
 
 FULL: Start = ((0.982, 0.982, 0.982, 0.982),)
 """One window for all heads that covers the grid after rounding, up to 28 x 28 patches: sigmoid(4). A trained ViT with
@@ -226,10 +229,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(shape.width, 3 * shape.width)
         self.proj = nn.Linear(shape.width, shape.width)
         self.windows: WindowHead | FixedWindows | None = None
+        self.kernel: Kernel | None = None
+        """What attends within windows instead of `scaled_dot_product_attention` with a mask (`vitrail.wint.sparse`)."""
 
     def forward(self, tokens: Float[Tensor, "image token channel"]) -> Float[Tensor, "image token channel"]:
         """What each token takes from those it may see, after the output projection."""
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.kernel is not None and self.windows is not None:
+            heads = self.kernel(q, k, v, self.windows(tokens[:, self.prefix :], self.grid), self.grid, self.prefix)
+            return self.proj(heads.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
         mask = None if self.windows is None else self.windows.mask(tokens[:, self.prefix :], self.grid)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias(mask, self.prefix, q))
         out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))
