@@ -36,7 +36,7 @@ START_PATCHES = ((2, 1, 0.4, 1), (1, 2, 1, 0.4), (0.4, 1, 2, 1), (1, 0.4, 1, 2))
 right, one down."""
 
 SHAPE = {"patch_px": 4, "width": 64, "depth": 6, "heads": 4, "mlp_ratio": 3.0, "class_token": False}
-RUN = {"epochs": 3, "batch_size": 64, "label_smoothing": 0.1, "log_steps": 39}
+RUN = {"epochs": 2, "evaluate_epochs": 2, "batch_size": 64, "label_smoothing": 0.1, "log_steps": 39}
 OPTIMISER = {"rate": 1.5e-3, "weight_decay": 0.05, "warm_up_epochs": 0.3}
 TEACHING = {"weight": 0.5, "area": 15, "share": 0.5, "until": 0.6}
 
@@ -130,7 +130,7 @@ def described(arm: str, seed: int, work: Path) -> dict[str, Any]:
     if arm in ("wint", "wint-shuffled"):
         teacher = {**TEACHING, "folder": f"control-{seed}/last", "shuffled": arm == "wint-shuffled"}
     return {
-        "title": ARMS[arm], "expected": "see docs/wint.md", "cost": "two to five minutes of one core",
+        "title": ARMS[arm], "expected": "see docs/wint.md", "cost": "two to four minutes of one core",
         "data": {"train": "cifar10/train.npz", "test": "cifar10/test.npz", "classes": 10, "limit": 12500},
         "model": model, "windows": {"rate": 5.0}, "teacher": teacher,
         "optimiser": OPTIMISER, "run": {**RUN, "seed": seed},

@@ -286,10 +286,11 @@ def test_a_timm_model_with_windows_is_saved_and_opened_again(tmp_path):
     }
     with pytest.raises(UnknownModel, match="timm_model"):
         save(model, tmp_path)
-    save(model, tmp_path, timm_model=made_of)
+    save(model, tmp_path, timm_model=made_of, mean=(0.4, 0.4, 0.4))
     vit = open_vit(tmp_path)
     assert torch.equal(vit.logits(noise(px=(64, 64))), model(noise(px=(64, 64))))
-    assert vit.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert vit.preprocessing.mean == (0.4, 0.4, 0.4)
+    assert vit.preprocessing.std == (0.5, 0.5, 0.5)
 
 
 def test_it_opens_on_any_other_grid(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 
 from vitrail import open_vit
 from vitrail.errors import DamagedStudy, DataError, PlanMismatch, UsageError
-from vitrail.wint.batches import Batches, read_images
+from vitrail.wint.batches import Batches, Images, read_images
 from vitrail.wint.model import hard_mask, recorded_sides
 from vitrail.wint.recipe import read_recipe, recipe_from
 from vitrail.wint.teacher import Teacher, disagreement, guidance
@@ -216,6 +217,15 @@ def test_the_teachers_windows_hold_their_query_and_no_more_than_their_area(whole
         Teacher(open_vit(control), 25, 3, 2, (4, 4))
 
 
+def test_a_teacher_is_shown_images_as_it_was_trained(whole, control):
+    images = torch.rand(2, 3, 16, 16)
+    plain = Teacher(open_vit(control), 25, 2, 1, (4, 4)).sides((images - 0.5) / 0.5)
+    other = Teacher(open_vit(control), 25, 2, 1, (4, 4), (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.3, 0.4, 0.5), (0.2, 0.3, 0.4)))
+    for one, two in zip(plain, other.sides((images - mean) / std), strict=True):
+        assert_allclose(one, two)
+
+
 def test_guidance_grows_and_ends():
     teaching = recipe_from(
         described(Path(), teacher={"folder": "somewhere", "weight": 2.0, "from_share": 0.2, "until": 0.6})
@@ -374,3 +384,40 @@ def test_a_timm_model_trains_with_window_heads_and_opens_again(whole, tmp_path):
 def test_the_temperature_falls_geometrically(tmp_path):
     wanted = recipe_from(described(tmp_path, windows={"first": 1.0, "last": 0.25, "until": 0.5}))
     assert_allclose([temperature(wanted, done) for done in (0.0, 0.25, 0.5, 1.0)], [1, 0.5, 0.25, 0.25])
+
+
+RECIPES = sorted((TESTS.parent / "examples" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_that_we_ship_are_complete(path):
+    """They read, their models are made, and their window heads fit; weights and data are the user's."""
+    wanted = read_recipe(path)
+    assert wanted.expected
+    assert wanted.cost
+    module = built(replace(wanted, model=replace(wanted.model, start_from="")))
+    assert sum(parameter.numel() for parameter in module.parameters()) > 1e6
+    grey = Image.new("RGB", (wanted.data.image_px,) * 2, "grey")
+    images = Images("grey", [lambda: grey] * 4, torch.arange(4), ("a", "b", "c", "d"))
+    pixels = None if wanted.data.augmentation == "timm" else images.pixels(wanted.data.image_px)
+    seen, labels = Batches(replace(wanted, run=replace(wanted.run, batch_size=4)), images, pixels)[0]
+    assert seen.shape == (4, 3, wanted.data.image_px, wanted.data.image_px)
+    assert labels.shape == (4, wanted.data.classes)  # all of them mix
+
+
+def test_the_imagenet_recipe_runs_on_a_few_images(shared, tmp_path):
+    """Two steps of four photographs: all as it is written but depth, batch, precision and the teacher."""
+    sample = shared / "data" / "imagenet-sample"
+    if not sample.is_dir():
+        pytest.skip("the sample of ImageNet is not here")
+    wanted = read_recipe(next(path for path in RECIPES if path.stem == "imagenet"))
+    small = replace(
+        wanted,
+        data=replace(wanted.data, train=str(sample), test=str(sample), limit=8, test_limit=4, workers=0),
+        model=replace(wanted.model, depth=2),
+        teacher=replace(wanted.teacher, folder=""),
+        run=replace(wanted.run, epochs=1.0, batch_size=4, precision="no", tensorboard=False),
+    )
+    results = train(small, tmp_path / "run")
+    assert len(results.areas) == 2
+    assert [row["step"] for row in rows(tmp_path / "run" / "steps.csv")] == [2]

@@ -113,9 +113,12 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 
 def normalised(
     pixels: UInt8[Tensor, "image 3 row column"] | Float[Tensor, "image 3 row column"],
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> Float[Tensor, "image 3 row column"]:
-    """0..255 to -1..1: mean and standard deviation 0.5."""
-    return pixels.float().sub_(127.5).div_(127.5)
+    """From 0..255 to what a model is given: mean and standard deviation are of values 0..1."""
+    centre, unit = (255 * torch.tensor(list(each)).view(3, 1, 1) for each in (mean, std))
+    return pixels.float().sub(centre).div_(unit)
 
 
 def derived_seed(*numbers: int) -> int:
@@ -157,9 +160,9 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             images = torch.stack([self._transformed(step, int(index)) for index in chosen])
         elif self.recipe.data.augmentation == "crop_flip":
             generator = torch.Generator().manual_seed(derived_seed(seed, CROPS, step))
-            images = normalised(self._cropped(self.pixels[chosen], generator))
+            images = self._normalised(self._cropped(self.pixels[chosen], generator))
         else:
-            images = normalised(self.pixels[chosen])
+            images = self._normalised(self.pixels[chosen])
         if not self._mixes:
             return images, labels
         with seeded(derived_seed(seed, MIXING, step)):
@@ -172,6 +175,9 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             self, batch_size=None, sampler=range(first, self.n_steps), num_workers=self.recipe.data.workers
         )
         yield from loader
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return normalised(pixels, self.recipe.data.mean, self.recipe.data.std)
 
     def _chosen(self, step: int) -> Int[Tensor, "image"]:
         epoch, place = divmod(step, self.per_epoch)
@@ -204,10 +210,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     def _transform(self) -> Any:
         from timm.data import create_transform
 
-        half = (0.5, 0.5, 0.5)
+        data = self.recipe.data
         try:
             return create_transform(
-                self.recipe.data.image_px, is_training=True, mean=half, std=half, **self.recipe.data.timm
+                data.image_px, is_training=True, mean=tuple(data.mean), std=tuple(data.std), **data.timm
             )
         except TypeError as error:
             raise UsageError(f"[data] timm has options that timm's create_transform does not know: {error}.") from error

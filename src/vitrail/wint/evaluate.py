@@ -63,7 +63,8 @@ def evaluate(
     if teacher is not None:
         if not heads or grid is None:
             raise UsageError(f"{vit.name} predicts no windows that could be compared with a teacher's.")
-        guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid)
+        shown = vit.preprocessing
+        guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, shown.mean, shown.std)
     right, spent, totals = 0, 0.0, _Totals()
     for start in range(0, len(images), batch_size):
         some = range(start, min(start + batch_size, len(images)))
@@ -99,6 +100,7 @@ def predicted_windows(vit: Vit, images: Float[Tensor, "image channel row column"
     return list(sides)
 
 
+@torch.no_grad()
 def measured_windows(
     vit: Vit, images: Float[Tensor, "image channel row column"], predicted: Sides, grid: tuple[int, int]
 ) -> list[Tensor]:

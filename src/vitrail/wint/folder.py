@@ -39,15 +39,17 @@ def save(
     folder: str | Path,
     class_names: Sequence[str] | None = None,
     timm_model: Mapping[str, Any] | None = None,
+    mean: Sequence[float] = HALF,
+    std: Sequence[float] = HALF,
 ) -> Path:
     """Writes a WinT, or a timm ViT with window heads, so that `open_vit(folder)` gives equal logits.
 
-    `timm_model`: for the latter what made it, {"name": .., "args": {..}, "start": [..]}. Each file is replaced whole or
-    not at all.
+    `timm_model`: for the latter what made it, {"name": .., "args": {..}, "start": [..]}. `mean`, `std`: how its
+    images are normalised. Each file is replaced whole or not at all.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(described(model, class_names, timm_model), indent=2) + "\n"
+    text = json.dumps(described(model, class_names, timm_model, mean, std), indent=2) + "\n"
     written(folder / "config.json", lambda path: as_text(path, text))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     written(folder / "model.safetensors", lambda path: save_file(state, path))
@@ -55,20 +57,23 @@ def save(
 
 
 def described(
-    model: nn.Module, class_names: Sequence[str] | None, timm_model: Mapping[str, Any] | None = None
+    model: nn.Module,
+    class_names: Sequence[str] | None,
+    timm_model: Mapping[str, Any] | None = None,
+    mean: Sequence[float] = HALF,
+    std: Sequence[float] = HALF,
 ) -> dict[str, Any]:
     """What config.json says. Raises `UnknownModel` for a model that it cannot describe."""
-    named: dict[str, Any] = {"label_names": list(class_names)} if class_names else {}
+    named: dict[str, Any] = {"mean": list(mean), "std": list(std)}
+    named |= {"label_names": list(class_names)} if class_names else {}
     if isinstance(model, WinT):
-        return {"architecture": ARCHITECTURE, "shape": asdict(model.shape), "mean": HALF, "std": HALF, **named}
+        return {"architecture": ARCHITECTURE, "shape": asdict(model.shape), **named}
     if timm_model is None:
         raise UnknownModel(
             f"A {type(model).__name__} was to be saved as WinT; say which timm model it is, as "
             'timm_model={"name": "vit_tiny_patch16_224", "args": {}, "start": FULL}.'
         )
-    config = getattr(model, "pretrained_cfg", {})
-    kept = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in config}
-    return {"architecture": ARCHITECTURE, "timm": dict(timm_model), **kept, **named}
+    return {"architecture": ARCHITECTURE, "timm": dict(timm_model), **named}
 
 
 def written(path: Path, write: Callable[[Path], None]) -> None:

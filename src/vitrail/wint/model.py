@@ -280,7 +280,7 @@ class WinT(nn.Module):
         self.shape = shape
         self.img_size, self.num_classes = shape.image_px, shape.n_classes
         self.patch_embed = nn.Conv2d(3, shape.width, shape.patch_px, shape.patch_px)
-        self.prefix = nn.Parameter(torch.zeros(1, int(shape.class_token), shape.width))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width)) if shape.class_token else None
         n_tokens = int(shape.class_token) + shape.grid[0] * shape.grid[1]
         self.positions = nn.Parameter(torch.zeros(1, n_tokens, shape.width))
         drops = torch.linspace(0, shape.dropped_paths, shape.depth).tolist()
@@ -294,7 +294,8 @@ class WinT(nn.Module):
     def forward(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image class"]:
         """Logits; the pooled feature of a model without classes."""
         patches = self.patch_embed(images).flatten(2).mT
-        tokens = torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1) + self.positions
+        prefix = [] if self.cls_token is None else [self.cls_token.expand(len(patches), -1, -1)]
+        tokens = torch.cat([*prefix, patches], 1) + self.positions
         for block in self.blocks:
             tokens = block(tokens)
         tokens = self.norm(tokens)
@@ -304,7 +305,7 @@ class WinT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that a decay would only push around (timm's optimisers ask for them)."""
-        return {"prefix", "positions", *(name for name, _ in self.named_parameters() if name.endswith("sides.bias"))}
+        return {"cls_token", "positions", *(name for name, _ in self.named_parameters() if name.endswith("sides.bias"))}
 
     def _drawn(self) -> None:
         for module in self.modules():
@@ -312,7 +313,8 @@ class WinT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.positions, std=0.02)
-        nn.init.trunc_normal_(self.prefix, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
 
 
 def _windows(shape: Shape) -> WindowHead | FixedWindows | None:

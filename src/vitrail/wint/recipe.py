@@ -22,6 +22,7 @@ __all__ = ["Data", "Model", "Optimiser", "Recipe", "Run", "Teaching", "Windows",
 class Data:
     """Images. `train`, `test`: a packed .npz, a folder of class folders, or hf:NAME:SPLIT; relative paths count from
     the recipe's folder. classes: how many there are, checked. limit: a fixed random subset of the training images.
+    mean, std: of each channel, of values 0..1; a pretrained model needs its own.
 
     augmentation: "crop_flip" (whole batches: reflected border of `border_px`, random crop, flip), "timm" (image by
     image, `timm` holds options of timm's create_transform), "none".
@@ -33,6 +34,8 @@ class Data:
     image_px: int = 32
     limit: int | None = None
     test_limit: int | None = None
+    mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     augmentation: str = "crop_flip"
     border_px: int = 4
     timm: dict[str, Any] = field(default_factory=dict)
@@ -213,6 +216,9 @@ def _checked(recipe: Recipe) -> None:
         f"[data] augmentation = {data.augmentation!r}; choose crop_flip, timm or none": data.augmentation
         in ("crop_flip", "timm", "none"),
         f"[data] classes = {data.classes}; give 2 or more": data.classes >= 2,
+        f"[data] mean = {data.mean}, std = {data.std}; give three numbers each, std above 0": len(data.mean) == 3
+        and len(data.std) == 3
+        and min(data.std) > 0,
         f"[run] precision = {run.precision!r}; choose no, bf16 or fp16": run.precision in ("no", "bf16", "fp16"),
         f"[run] batch_size = {run.batch_size}, accumulate = {run.accumulate}; each is 1 or more, and one divides the "
         "other": run.accumulate >= 1 and run.batch_size >= 1 and run.batch_size % run.accumulate == 0,

@@ -42,7 +42,10 @@ def block_mask(
 
     n_tokens = prefix + grid[0] * grid[1]
     heads = n_windows if n_windows > 1 else None
-    return create_block_mask(may_see, len(sides), heads, n_tokens, n_tokens, device=sides.device.type, BLOCK_SIZE=block)
+    return create_block_mask(
+        lambda image, head, query, key: may_see(image, head, query, key),  # its four arguments are counted: no wrapper
+        len(sides), heads, n_tokens, n_tokens, device=sides.device.type, BLOCK_SIZE=block,
+    )  # fmt: skip
 
 
 def sparse_attention(

@@ -13,10 +13,12 @@ from torch import Tensor
 from vitrail.errors import UsageError
 from vitrail.patches import windows
 from vitrail.patches.interaction import indicator
-from vitrail.vit.open import Vit, open_vit
+from vitrail.vit.open import Vit
 from vitrail.vit.tap import LayerAttention, Readers
 from vitrail.wint.model import longest
 from vitrail.wint.recipe import Teaching
+
+HALF = (0.5, 0.5, 0.5)
 
 __all__ = ["Teacher", "disagreement", "guidance"]
 
@@ -25,11 +27,26 @@ class Teacher:
     """A frozen ViT and the area of its windows.
 
     `n_windows`: 1 for windows that all heads of a layer share, from the mean over heads; otherwise one a head, from
-    that head alone. Raises `UsageError` if the student has other layers, heads or patches.
+    that head alone. `mean`, `std`: how the images are normalised that the teacher will be shown; they are given to it
+    as it was trained. Raises `UsageError` if the student has other layers, heads or patches.
     """
 
-    def __init__(self, vit: Vit, area: int, n_layers: int, n_windows: int, grid: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        vit: Vit,
+        area: int,
+        n_layers: int,
+        n_windows: int,
+        grid: tuple[int, int],
+        mean: Sequence[float] = HALF,
+        std: Sequence[float] = HALF,
+    ) -> None:
         self._vit, self._n_windows, self._grid = vit, n_windows, grid
+        own_mean, own_std, its_mean, its_std = (
+            torch.tensor(list(each), device=vit.device).view(3, 1, 1)
+            for each in (vit.preprocessing.mean, vit.preprocessing.std, mean, std)
+        )
+        self._scale, self._shift = its_std / own_std, (its_mean - own_mean) / own_std
         self._n_patches = windows.n_patches_of(area / 100, grid)
         heads = sorted(set(vit.n_heads))
         found = (vit.n_layers, vit.anatomy.grid, set(vit.n_heads) if n_windows > 1 else {n_windows})
@@ -38,11 +55,6 @@ class Teacher:
                 f"The teacher {vit.name} has {vit.n_layers} layers of {heads} heads on a "
                 f"grid {vit.anatomy.grid}; the student has {n_layers} layers of {n_windows} windows on {grid}."
             )
-
-    @classmethod
-    def opened(cls, teaching: Teaching, n_layers: int, n_windows: int, grid: tuple[int, int], device: str) -> "Teacher":
-        """The teacher that a recipe names."""
-        return cls(open_vit(teaching.folder, device=device), teaching.area, n_layers, n_windows, grid)
 
     @torch.no_grad()
     def sides(
@@ -54,7 +66,7 @@ class Teacher:
         def read(attention: LayerAttention) -> None:
             found[attention.layer] = self._sides(attention.weights(), attention.prefix)
 
-        self._vit.tap().read(images, Readers(attention=read))
+        self._vit.tap().read(images * self._scale + self._shift, Readers(attention=read))
         return [found[layer] for layer in sorted(found)]
 
     def _sides(self, weights: Float[Tensor, "image head query key"], prefix: int) -> Tensor:

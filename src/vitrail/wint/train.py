@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import DataError, PlanMismatch, UsageError
+from vitrail.vit.open import open_vit
 from vitrail.wint import checkpoint
 from vitrail.wint.batches import DROPS, Batches, Images, derived_seed, normalised, read_images
 from vitrail.wint.folder import as_text, fitted, save, shape_of, weights_of, written
@@ -32,7 +33,7 @@ from vitrail.wint.model import (
     set_temperature,
     window_heads,
 )
-from vitrail.wint.recipe import Recipe
+from vitrail.wint.recipe import Data, Recipe
 from vitrail.wint.teacher import Teacher, disagreement, guidance
 
 __all__ = ["Results", "built", "results_of", "temperature", "train"]
@@ -105,7 +106,11 @@ def temperature(recipe: Recipe, done: float) -> float:
 
 @torch.no_grad()
 def results_of(
-    model: nn.Module, pixels: Float[Tensor, "image 3 row column"] | Tensor, labels: Tensor, grid: tuple[int, int]
+    model: nn.Module,
+    pixels: Float[Tensor, "image 3 row column"] | Tensor,
+    labels: Tensor,
+    grid: tuple[int, int],
+    data: Data,
 ) -> Results:
     """Accuracy and areas with hard windows on undisturbed images, bytes [image 3 row column]."""
     device = next(model.parameters()).device
@@ -114,7 +119,7 @@ def results_of(
     for start in range(0, len(pixels), EVALUATED_AT_ONCE):
         part = slice(start, start + EVALUATED_AT_ONCE)
         with recorded_sides(model) as sides:
-            logits = model(normalised(pixels[part]).to(device))
+            logits = model(normalised(pixels[part], data.mean, data.std).to(device))
         right += int((logits.argmax(1).cpu() == labels[part]).sum())
         areas.append([float(hard_mask(layer, grid).float().mean()) * len(logits) for layer in sides])
     model.train(training)
@@ -255,7 +260,7 @@ class _Session:
         shown = self.average.module if self.average is not None else self.module
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         part = slice(rank, None, world)
-        own = results_of(shown, self.test_pixels[part], self.tested.labels[part], self.grid)
+        own = results_of(shown, self.test_pixels[part], self.tested.labels[part], self.grid, self.recipe.data)
         share = len(self.test_pixels[part]) / len(self.test_pixels)
         numbers = torch.tensor([own.accuracy, *own.areas], device=self.accelerator.device) * share
         accuracy, *areas = self.accelerator.reduce(numbers, "sum").tolist()
@@ -283,7 +288,8 @@ class _Session:
     def _exported(self, name: str) -> None:
         if self.accelerator.is_main_process:
             shown = self.average.module if self.average is not None else self.module
-            save(shown, self.out / name, self.images.class_names, _timm_model(self.recipe))
+            data, names = self.recipe.data, self.images.class_names
+            save(shown, self.out / name, names, _timm_model(self.recipe), data.mean, data.std)
 
     def _row(self, table: str, row: Mapping[str, Any]) -> None:
         if not self.accelerator.is_main_process:
@@ -359,7 +365,9 @@ def _teacher(recipe: Recipe, module: nn.Module, grid: tuple[int, int], device: s
     heads = [head for head in window_heads(module) if isinstance(head, WindowHead)]
     if not recipe.teacher.folder or not heads:
         return None
-    return Teacher.opened(recipe.teacher, len(heads), heads[0].n_windows, grid, device)
+    data, teaching = recipe.data, recipe.teacher
+    vit = open_vit(teaching.folder, device=device)
+    return Teacher(vit, teaching.area, len(heads), heads[0].n_windows, grid, data.mean, data.std)
 
 
 def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
