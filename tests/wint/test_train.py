@@ -137,12 +137,26 @@ def test_interrupted_before_a_checkpoint_is_in_place_the_last_one_holds(whole, t
     same(whole / "whole", out)
 
 
+def test_interrupted_it_keeps_its_step_and_says_where_it_goes_on(whole, tmp_path):
+    def interrupt(what, done, total, word):
+        if what == "training" and done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    wanted = recipe(whole, run=FOLLOWED)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(wanted, tmp_path / "run", progress=interrupt)
+    assert stopped.value.__notes__ == ["The same command goes on at step 4 of 18."]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(wanted, tmp_path / "run")
+    same(whole / "whole", tmp_path / "run")
+
+
 def test_two_processes_give_the_curve_of_one(whole, tmp_path):
     """The same batches, mixing included, shared by two: losses and weights agree to rounding."""
     changes = {"run": {"mixup": 0.2, "ema": 0.0, "epochs": 2}, "model": {"dropped_paths": 0.0}}
     train(recipe(whole, **changes), tmp_path / "one")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29713", "-m",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
         "wint.tiny_runs", str(whole), str(tmp_path / "two"), json.dumps(changes),
     ]  # fmt: skip
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)

@@ -6,8 +6,11 @@ A run is a folder: recipe.json, checkpoint.safetensors, steps.csv, epochs.csv, a
 
 import csv
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -58,6 +62,7 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
     cannot be run.
     """
     run, out = recipe.run, Path(out)
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(mixed_precision=run.precision, gradient_accumulation_steps=run.accumulate)
     if accelerator.is_main_process:
         _begun(out, recipe)
@@ -179,6 +184,13 @@ class _Session:
 
     def run(self) -> None:
         """The steps that are left."""
+        if self.accelerator.num_processes > 1:  # processes that stop at different steps would wait for each other
+            self._steps(lambda: False)
+            return
+        with _held_interrupts() as asked:
+            self._steps(asked)
+
+    def _steps(self, asked_to_stop: Callable[[], bool]) -> None:
         began, first = time.perf_counter(), self.step
         for images, labels in self.batches.from_step(self.step):
             row = self._learned(images, labels)
@@ -194,6 +206,11 @@ class _Session:
             if self.progress is not None and self.accelerator.is_main_process:
                 word = f"loss {float(row['loss']):.3f}" + (f"  best {self.best:.3f}" if self.best >= 0 else "")
                 self.progress("training", self.step, len(self.batches), word)
+            if asked_to_stop():
+                self._kept()
+                stop = KeyboardInterrupt()
+                stop.add_note(f"The same command goes on at step {self.step} of {len(self.batches)}.")
+                raise stop
 
     def close(self) -> None:
         """Lets go of the writers."""
@@ -315,6 +332,27 @@ class _Session:
     @property
     def _checkpoint(self) -> Path:
         return self.out / "checkpoint.safetensors"
+
+
+@contextmanager
+def _held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C is only noted, so that a step is finished and kept; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _begun(out: Path, recipe: Recipe) -> None:
