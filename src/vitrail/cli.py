@@ -1,7 +1,8 @@
 """The `vitrail` command. Each command imports what it needs when it runs, so `vitrail --help` is quick."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -303,6 +304,52 @@ def demo(
         serve_page(out, Live(vit), port=port, open_browser=browser, announce=_announce)
 
 
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe: a TOML file; see docs/wint.md.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: runs/ and the recipe's name.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Train a WinT from a recipe. Stop it whenever you like: the same command goes on, to the same weights."""
+    from vitrail.wint.recipe import read_recipe
+    from vitrail.wint.train import train as train_recipe
+
+    recipe = read_recipe(config)
+    folder = out or Path("runs") / config.stem
+    typer.echo(f"{recipe.title}\nexpected: {recipe.expected}\ncost: {recipe.cost}")
+    with _bars() as progress:
+        results = train_recipe(recipe, folder, progress=progress)
+    typer.echo(f"accuracy {results.accuracy:.4f}; the models are {folder / 'best'} and {folder / 'last'}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A trained model, or any MODEL.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A packed .npz, class folders, or hf:NAME:SPLIT.")],
+    teacher: Annotated[str | None, typer.Option(help="Compare its windows with this model's.", metavar="MODEL")] = None,
+    teacher_area: Annotated[int, typer.Option(help="Percent of the grid of a teacher's window.", min=1, max=100)] = 25,
+    limit: Annotated[int | None, typer.Option(help="A fixed random N of the images.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    device: Device = "cpu",
+    precision: PrecisionOption = Precision.float32,
+) -> None:
+    """Accuracy, area of windows by layer, agreement with a teacher and with measured windows, speed."""
+    from vitrail.vit.open import open_vit
+    from vitrail.wint.batches import read_images
+    from vitrail.wint.evaluate import evaluate as evaluate_vit
+
+    vit = open_vit(folder, device=device, precision=precision.value)
+    guide = open_vit(teacher, device=device, precision=precision.value) if teacher else None
+    with _bars() as progress:
+        found = evaluate_vit(
+            vit, read_images(data).some(limit), teacher=guide, teacher_area=teacher_area, batch_size=batch_size,
+            progress=lambda done, total: progress("evaluating", done, total, ""),
+        )  # fmt: skip
+    typer.echo(f"{found.n_images:,} images, accuracy {found.accuracy:.4f}, {found.images_per_s:.0f} images/s")
+    _print_windows(found)
+
+
 def main() -> None:
     """The console script: what Vitrail says on purpose is printed as a sentence, a bug as a traceback."""
     try:
@@ -386,6 +433,35 @@ def _draw(dataset: "xr.Dataset", folder: Path, formats: Sequence[Format]) -> Non
         typer.echo(f"{len(made)} figures in {folder}")
     else:
         typer.echo("No figures: this study holds nothing that is drawn over a whole data set (heads, grouping).")
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int, str], None]]:
+    """What a long command shows: a bar for each thing it does."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
+    with progress.Progress(*columns, progress.TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int, word: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total, description=f"{what} {word}".rstrip())
+
+        yield show
+
+
+def _print_windows(found: Any) -> None:
+    if not found.area:
+        typer.echo("This model has no windows of its own.")
+        return
+    typer.echo("layer  area   overlap with measured  (by chance)  with the teacher")
+    for layer, area in enumerate(found.area):
+        taught = f"{found.overlap_teacher[layer]:.2f}" if found.overlap_teacher else "-"
+        own, chance = found.overlap_own[layer], found.overlap_chance[layer]
+        typer.echo(f"L{layer:<5} {area:5.1%}  {own:8.2f} {chance:18.2f}   {taught:>12}")
 
 
 def _announce(address: str) -> None:

@@ -23,6 +23,10 @@ __all__ = ["Found", "Request", "WithOptions", "find"]
 
 HALF = (0.5, 0.5, 0.5)
 
+BUILT_ELSEWHERE = {"vitrail_wint": "vitrail.wint.folder"}
+"""Architectures of config.json that a module of ours builds by its `found_in(folder, config, request)`: named, not
+imported, because it lies above this layer."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -345,6 +349,10 @@ def _from_folder(name: str, request: Request) -> Found:
         return _from_pruned_folder(folder, config, request)
     if "model_type" in config:
         return _from_transformers(str(folder), request)
+    if config.get("architecture") in BUILT_ELSEWHERE:
+        build = importlib.import_module(BUILT_ELSEWHERE[config["architecture"]])
+        built: Found = build.found_in(folder, config, request)
+        return built
     if "architecture" not in config:
         raise UnknownModel(f"{folder / 'config.json'} names neither a timm 'architecture' nor a 'model_type'.")
     options = {"num_classes": request.n_classes} if request.n_classes is not None else {}

@@ -1,0 +1,344 @@
+"""Does WinT gain anything, and against what: arms at equal steps and equal order of data, several seeds.
+
+    python benchmarks/wint.py scratch  [--data ../shared/data] [--seeds 0 1 2] [--only ARM ...]    six arms, CIFAR-10
+    python benchmarks/wint.py tuned    the same, all begun from the trained control of their seed
+    python benchmarks/wint.py transfer the control and WinT go on to 25 look-alike animals
+    python benchmarks/wint.py table    docs/wint/arms.md from the records, without training
+    python benchmarks/wint.py sparse   docs/wint/sparse.md: dense, masked and block-sparse attention on this machine
+    python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on scikit-image's photographs
+
+Each run is resumable (kill it, call again) and leaves a small record under docs/wint/runs, from which the table is
+made; models stay in --work.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from vitrail.figures import wint as figures
+from vitrail.figures.style import save
+from vitrail.vit.open import open_vit
+from vitrail.wint.batches import read_images
+from vitrail.wint.evaluate import evaluate, predicted_windows
+from vitrail.wint.folder import as_text, open_model, written
+from vitrail.wint.model import hard_mask
+from vitrail.wint.recipe import Recipe, recipe_from
+from vitrail.wint.sparse import BLOCK, block_mask, sparse_attention
+from vitrail.wint.teacher import Teacher
+from vitrail.wint.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "wint"
+RUNS = DOCS / "runs"
+GRID = (8, 8)
+LONGEST = 7
+
+START_PATCHES = ((2, 1, 0.4, 1), (1, 2, 1, 0.4), (0.4, 1, 2, 1), (1, 0.4, 1, 2))
+"""Where the windows of the four heads begin: left, top, right, bottom. One head looks left, one up, one right, one
+down."""
+
+SHAPE = {"patch_px": 4, "width": 64, "depth": 6, "heads": 4, "mlp_ratio": 3.0, "class_token": False}
+RUN = {"epochs": 4, "evaluate_epochs": 4, "batch_size": 64, "label_smoothing": 0.1, "log_steps": 39}
+OPTIMISER = {"rate": 1.5e-3, "weight_decay": 0.05, "warm_up_epochs": 0.3}
+TUNING = {"rate": 5e-4, "weight_decay": 0.05, "warm_up_epochs": 0.1}
+TEACHING = {"weight": 0.5, "area": 15, "share": 0.5, "until": 0.6}
+CIFAR = {"train": "cifar10/train.npz", "test": "cifar10/test.npz", "classes": 10, "limit": 12500}
+ANIMALS = {"train": "fine-animals/train.npz", "test": "fine-animals/val.npz", "classes": 25}
+
+ARMS = {
+    "control": "1 ViT, no windows",
+    "wint": "2 WinT, guided by the trained control of its seed",
+    "wint-free": "3 WinT, no teacher (lambda = 0)",
+    "wint-shuffled": "4 WinT, the teacher's boxes shuffled between images",
+    "fixed-local": "5 fixed local window of the same mean area, one for all heads",
+    "fixed-start": "6 fixed windows where WinT's begin, one a head",
+}
+"""In the order in which they are run: later arms need what earlier ones leave."""
+
+PHASES = {
+    "scratch": "From scratch, CIFAR-10",
+    "tuned": "Fine-tuned from the trained ViT, CIFAR-10",
+    "transfer": "Transfer to 25 look-alike animals",
+}
+ARMS_OF = {"scratch": tuple(ARMS), "tuned": tuple(ARMS)[:5], "transfer": ("control", "wint")}
+
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*PHASES, "table", "sparse", "pictures"])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=ROOT / ".build" / "wint")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "sparse":
+        (DOCS / "sparse.md").write_text(crossover())
+        return
+    if options.what == "pictures":
+        draw(options.data, options.work)
+        return
+    for seed in options.seeds if options.what in PHASES else ():
+        for arm in [arm for arm in ARMS_OF[options.what] if arm in options.only]:
+            run_arm(options.what, arm, seed, options.data, options.work)
+    text = "\n".join(table(phase, records(phase)) for phase in PHASES if records(phase))
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / "arms.md").write_text(text)
+    console.print(text, markup=False)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run_arm(phase: str, arm: str, seed: int, data: Path, work: Path) -> None:
+    """Trains one arm unless its record is there."""
+    name = f"{phase}-{arm}-{seed}"
+    record, out = RUNS / f"{name}.json", work / name
+    description = described(phase, arm, seed)
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    if record.is_file() and json.loads(record.read_text())["recipe"] == digest:
+        return
+    spent = out / "spent_s"
+    before = float(spent.read_text()) if spent.is_file() else 0.0
+    began = time.process_time()
+    try:
+        results = shown(name, recipe(description, data, work), out)
+    finally:
+        if out.is_dir():
+            spent.write_text(str(before + time.process_time() - began))
+    kept = {
+        "phase": phase, "arm": arm, "seed": seed, "recipe": digest, **asdict(results), "steps": steps(out),
+        "core_s": round(float(spent.read_text()), 1),
+        "parameters": sum(parameter.numel() for parameter in open_model(out / "last").parameters()),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    RUNS.mkdir(parents=True, exist_ok=True)
+    written(record, lambda path: as_text(path, json.dumps(kept, indent=1) + "\n"))
+
+
+def shown(title: str, wanted: Recipe, out: Path) -> Any:
+    """Trains with a bar."""
+    with Progress(console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int, word: str) -> None:
+            task = tasks.setdefault(what, bars.add_task(what, total=total) if what not in tasks else None)
+            bars.update(task, completed=done, total=total, description=f"{title}: {what} {word}")
+
+        return train(wanted, out, progress=progress)
+
+
+def steps(out: Path) -> int:
+    """Steps of the optimiser that a run took."""
+    return int((out / "epochs.csv").read_text().splitlines()[-1].split(",")[0])
+
+
+def described(phase: str, arm: str, seed: int) -> dict[str, Any]:
+    """An arm's recipe as plain data, with paths by name only."""
+    shares = [[side / LONGEST for side in window] for window in START_PATCHES]
+    model: dict[str, Any] = {**SHAPE, "windows": "predicted", "start": shares}
+    teacher: dict[str, Any] = {}
+    if phase == "tuned":
+        model |= {"start": [[0.982] * 4] * 4, "start_from": f"scratch-control-{seed}/last"}
+    if phase == "transfer":
+        model |= {"start_from": f"scratch-{arm}-{seed}/last", "keep_windows": True}
+    if arm == "control":
+        model |= {"windows": "none", "start": [[0.5] * 4]}
+    if arm == "fixed-local":
+        model |= {"windows": "fixed", "start": [closest_window(mean_area(f"{phase}-wint-{seed}"))]}
+    if arm == "fixed-start":
+        model |= {"windows": "fixed", "start": [[float(side) for side in window] for window in START_PATCHES]}
+    if arm in ("wint", "wint-shuffled") and phase != "transfer":
+        teacher = {**TEACHING, "folder": f"scratch-control-{seed}/last", "shuffled": arm == "wint-shuffled"}
+    return {
+        "title": f"{PHASES[phase]}: {ARMS[arm]}", "expected": "see docs/wint.md",
+        "cost": "at most six minutes of one core",
+        "data": ANIMALS if phase == "transfer" else CIFAR, "model": model, "windows": {"rate": 5.0}, "teacher": teacher,
+        "optimiser": OPTIMISER if phase == "scratch" else TUNING, "run": {**RUN, "seed": seed},
+    }  # fmt: skip
+
+
+def recipe(description: dict[str, Any], data: Path, work: Path) -> Recipe:
+    """With the paths of this machine."""
+    images = {key: str(data / description["data"][key]) for key in ("train", "test")}
+    model, teacher = dict(description["model"]), dict(description["teacher"])
+    for table_, key in ((model, "start_from"), (teacher, "folder")):
+        if table_.get(key):
+            table_[key] = str((work / table_[key]).absolute())
+    placed = {"data": {**description["data"], **images}, "model": model, "teacher": teacher}
+    return recipe_from({**description, **placed})
+
+
+def mean_area(run: str) -> float:
+    """Mean area of a finished run's windows, a share of the grid."""
+    return statistics.fmean(json.loads((RUNS / f"{run}.json").read_text())["areas"])
+
+
+def closest_window(area: float) -> list[float]:
+    """The near-square window around its query whose mean area, cut at the border, is closest."""
+    shapes = [
+        (a, b, c, d) for a in range(8) for b in (a, a + 1) for c in (a, a + 1) for d in (b, c) if max(b, c, d) < 8
+    ]
+    return [float(side) for side in min(shapes, key=lambda sides: abs(area_of(sides) - area))]
+
+
+def area_of(sides: tuple[float, ...]) -> float:
+    """Mean area of one window over all queries, a share of the grid."""
+    return float(hard_mask(torch.tensor(sides, dtype=torch.float32).expand(64, 4), GRID).float().mean())
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def records(phase: str) -> list[dict[str, Any]]:
+    """All records of a phase."""
+    return [json.loads(path.read_text()) for path in sorted(RUNS.glob(f"{phase}-*.json"))]
+
+
+def table(phase: str, found: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds, and differences paired by seed."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in ARMS}
+    for each in found:
+        by_arm[each["arm"]][each["seed"]] = each
+    lines = [
+        f"{PHASES[phase]}\n",
+        "| arm | seeds | top-1, % | minus control | minus fixed local window | area, % | steps | core seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm in ARMS_OF[phase]:
+        runs = by_arm[arm]
+        if runs:
+            lines.append(
+                f"| {ARMS[arm]} | {len(runs)} | {spread([100 * run['accuracy'] for run in runs.values()])} "
+                f"| {paired(runs, by_arm['control'])} | {paired(runs, by_arm['fixed-local'])} "
+                f"| {over(runs, lambda run: 100 * statistics.fmean(run['areas'] or [1.0]))} "
+                f"| {next(iter(runs.values()))['steps']:,} | {over(runs, lambda run: run['core_s'])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean and sample standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.2f}{deviation}"
+
+
+def paired(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> str:
+    """Points gained over another arm, seed by seed."""
+    seeds = sorted(runs.keys() & others.keys())
+    if not seeds or runs is others:
+        return ""
+    return spread([100 * (runs[seed]["accuracy"] - others[seed]["accuracy"]) for seed in seeds], "+")
+
+
+def over(runs: dict[int, dict[str, Any]], number: Callable[[dict[str, Any]], float]) -> str:
+    return f"{statistics.fmean(map(number, runs.values())):.1f}"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(data: Path, work: Path) -> None:
+    """A trained WinT of seed 0, its teacher, and three photographs."""
+    from PIL import Image
+    from skimage import data as photographs
+
+    student, teacher = (open_vit(work / f"scratch-{arm}-0" / "last") for arm in ("wint", "control"))
+    guide = Teacher(teacher, TEACHING["area"], student.n_layers, len(START_PATCHES), GRID)
+    for name in ("astronaut", "chelsea", "coffee"):
+        view = Image.fromarray(getattr(photographs, name)())
+        short = min(view.size)
+        photo = view.crop(((view.width - short) // 2, 0, (view.width + short) // 2, short))
+        pixels = student.prepare([photo])
+        sides = stacked(predicted_windows(student, pixels))
+        patch = 3 * GRID[1] + 3
+        save(
+            figures.windows_by_layer(sides, GRID, patch, photo, stacked(guide.sides(pixels))),
+            DOCS / f"{name}-windows.png",
+        )
+        save(figures.summed_masks(sides, GRID, [patch, 18, 45, 60], photo), DOCS / f"{name}-summed.png")
+    found = evaluate(
+        student, read_images(str(data / CIFAR["test"])).some(1000), teacher=teacher, teacher_area=TEACHING["area"]
+    )
+    layers = {
+        name: torch.tensor(getattr(found, name)).numpy()
+        for name in ("area", "overlap_teacher", "overlap_own", "overlap_chance")
+    }
+    save(figures.area_by_layer({"WinT": layers["area"]}), DOCS / "area.png")
+    names = {"measured in itself": "overlap_own", "its teacher": "overlap_teacher", "moved at random": "overlap_chance"}
+    save(figures.overlap_by_layer({name: layers[key] for name, key in names.items()}), DOCS / "overlap.png")
+
+
+def stacked(layers: list[Tensor]) -> Any:
+    """Sides of one image, [layer window patch side]."""
+    return torch.stack([layer[0] for layer in layers]).numpy()
+
+
+# --- block-sparse attention ------------------------------------------------------------------------------------------
+
+
+def crossover(heads: int = 2, width: int = 32, share: float = 0.1) -> str:
+    """Times of one layer's attention by resolution; windows are squares of a tenth of the grid around the query."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [
+        f"{torch.cuda.get_device_name() if device == 'cuda' else 'one CPU thread, FlexAttention not compiled'}; "
+        f"{heads} heads of {width} channels, square windows of {share:.0%} of the grid, blocks of {BLOCK} tokens, "
+        "milliseconds a call (median of 5)\n",
+        "| grid | tokens | full attention | dense mask | block-sparse | open blocks, % | largest difference |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for side in (14, 24, 32, 48) if device == "cpu" else (14, 28, 56, 84, 112):
+        lines.append(crossover_row(side, heads, width, share, device))
+        console.print(lines[-1], markup=False)
+    return "\n".join(lines) + "\n"
+
+
+def crossover_row(side: int, heads: int, width: int, share: float, device: str) -> str:
+    """One resolution: three ways to attend, and how far the last two are apart."""
+    grid, reach = (side, side), (share**0.5 * side - 1) / 2
+    q, k, v = torch.randn((3, 1, heads, side * side, width), generator=torch.Generator().manual_seed(0)).to(device)
+    sides = torch.full((1, 1, side * side, 4), reach, device=device)
+    bias = torch.zeros((side * side,) * 2, device=device).masked_fill(~hard_mask(sides[0, 0], grid), -torch.inf)
+    ways = (
+        lambda: F.scaled_dot_product_attention(q, k, v),
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        lambda: sparse_attention(q, k, v, sides, grid, 0),
+    )
+    apart = float((ways[2]() - ways[1]()).abs().max())
+    cells = " | ".join(f"{milliseconds(way, device):.2f}" for way in ways)
+    open_blocks = 100 - block_mask(sides, grid, 0).sparsity()
+    return f"| {side} x {side} | {side * side:,} | {cells} | {open_blocks:.0f} | {apart:.0e} |"
+
+
+def milliseconds(call: Callable[[], Any], device: str) -> float:
+    """Median of five; on a CPU the process's own time, which other processes disturb less."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    call()
+    taken = []
+    for _ in range(5):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = clock()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(1000 * (clock() - began))
+    return statistics.median(taken)
+
+
+if __name__ == "__main__":
+    main()

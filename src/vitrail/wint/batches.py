@@ -1,0 +1,245 @@
+"""Images for training: a batch is a function of (recipe, step), so a run can be stopped and go on at any step, and
+several devices together see what one would.
+
+They come from packed .npz files (`blob`, `offset`, `label`, `classes`: encoded images end to end), folders of class
+folders and Hugging Face datasets.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitrail.data import decode_image, open_images
+from vitrail.errors import DataError, UsageError
+from vitrail.wint.recipe import Recipe
+
+__all__ = ["Batches", "Images", "derived_seed", "normalised", "read_images"]
+
+ORDER, CROPS, PICTURES, MIXING, SUBSET, DROPS = range(6)
+"""What a seed is derived for; numbers enter the seeds, so they stay."""
+
+RESAMPLING = Image.Resampling.BICUBIC
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images that are decoded when asked for. `contents[i]()` gives bytes or an RGB image."""
+
+    name: str
+    contents: Sequence[Callable[[], bytes | Image.Image]]
+    labels: Int[Tensor, "image"]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def image(self, index: int) -> Image.Image:
+        """One image, RGB."""
+        content = self.contents[index]()
+        return decode_image(content) if isinstance(content, bytes) else content
+
+    def some(self, limit: int | None) -> "Images":
+        """A fixed random subset, whatever the seed of a run."""
+        if limit is None or limit >= len(self):
+            return self
+        if limit < 1:
+            raise UsageError(f"A limit of {limit} images leaves nothing to train on.")
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(SUBSET))[:limit].sort().values
+        return Images(self.name, [self.contents[i] for i in chosen.tolist()], self.labels[chosen], self.class_names)
+
+    def pixels(self, size: int, progress: Callable[[int, int], None] | None = None) -> UInt8[Tensor, "image 3 px px"]:
+        """All images decoded: the short side resized, the middle cut out."""
+        whole = torch.empty((len(self), 3, size, size), dtype=torch.uint8)
+        for index in range(len(self)):
+            whole[index] = torch.from_numpy(np.array(_square(self.image(index), size))).permute(2, 0, 1)
+            if progress is not None:
+                progress(index + 1, len(self))
+        return whole
+
+
+def read_images(source: str) -> Images:
+    """The images and labels that `source` names. Raises `DataError` where they cannot be read or have no labels."""
+    if source.endswith(".npz"):
+        return _packed(Path(source))
+    found = open_images(source, labels=False)
+    named = [item.class_name for item in found.items]
+    if None in named or len(set(named)) < 2:
+        raise DataError(f"{source} has no classes to learn; give a folder of class folders, or a labelled dataset.")
+    classes = tuple(sorted(map(str, set(named))))
+    place = {name: index for index, name in enumerate(classes)}
+    contents = [
+        partial(Path.read_bytes, item.content) if isinstance(item.content, Path) else item.content
+        for item in found.items
+    ]
+    return Images(source, contents, torch.tensor([place[str(name)] for name in named]), classes)
+
+
+def _packed(path: Path) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            blob, offset, label = pack["blob"], pack["offset"], pack["label"]
+            classes = tuple(str(name) for name in pack["classes"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as packed images (blob, offset, label, classes): {error}.") from error
+    if len(offset) != len(label) + 1 or int(label.min()) < 0 or int(label.max()) >= len(classes):
+        raise DataError(f"{path} is damaged: {len(label)} labels up to {label.max()}, {len(offset)} offsets.")
+    contents = [partial(_part, blob, int(offset[index]), int(offset[index + 1])) for index in range(len(label))]
+    return Images(str(path), contents, torch.from_numpy(label.astype(np.int64)), classes)
+
+
+def _part(blob: UInt8[np.ndarray, "byte"], start: int, stop: int) -> bytes:
+    return blob[start:stop].tobytes()
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    if image.size != (size, size):
+        short = min(image.size)
+        left, top = (image.width - short) / 2, (image.height - short) / 2
+        image = image.resize((size, size), RESAMPLING, (left, top, left + short, top + short))
+    return image
+
+
+def normalised(
+    pixels: UInt8[Tensor, "image 3 row column"] | Float[Tensor, "image 3 row column"],
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Float[Tensor, "image 3 row column"]:
+    """From 0..255 to what a model is given: mean and standard deviation are of values 0..1."""
+    centre, unit = (255 * torch.tensor(list(each)).view(3, 1, 1) for each in (mean, std))
+    return pixels.float().sub(centre).div_(unit)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed that depends on all the numbers; neighbours give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """Batches by step: `batches[step]` is this process's part of it, images and labels (soft ones under mixup).
+
+    The order of an epoch, crops and mixing depend on seed and step alone. Of a batch each process takes images from
+    both ends, so that the partners that timm's mixup joins, first and last, stay together.
+    """
+
+    def __init__(self, recipe: Recipe, images: Images, pixels: Tensor | None, rank: int = 0, world: int = 1) -> None:
+        self.recipe, self.images, self.pixels = recipe, images, pixels
+        size = recipe.run.batch_size
+        if size % (world * recipe.run.accumulate) or (self._mixes and size // world % 2):
+            raise UsageError(
+                f"A batch of {size} cannot be shared by {world} processes in {recipe.run.accumulate} pieces each"
+                f"{' of an even number, as mixup needs' if self._mixes else ''}."
+            )
+        self.per_epoch = len(images) // size
+        if self.per_epoch == 0:
+            raise UsageError(f"{len(images)} training images do not fill one batch of {size}.")
+        self.n_steps = max(1, round(recipe.run.epochs * self.per_epoch))
+        place = torch.arange(size)
+        half = place.minimum(size - 1 - place)
+        self.mine = (half * world // ((size + 1) // 2) == rank).nonzero().flatten()
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        seed = self.recipe.run.seed
+        chosen = self._chosen(step)
+        labels = self.images.labels[chosen]
+        if self.pixels is None:
+            images = torch.stack([self._transformed(step, int(index)) for index in chosen])
+        elif self.recipe.data.augmentation == "crop_flip":
+            generator = torch.Generator().manual_seed(derived_seed(seed, CROPS, step))
+            images = self._normalised(self._cropped(self.pixels[chosen], generator))
+        else:
+            images = self._normalised(self.pixels[chosen])
+        if not self._mixes:
+            return images, labels
+        with seeded(derived_seed(seed, MIXING, step)):
+            mixed: tuple[Tensor, Tensor] = self._mixup(images, labels)
+        return mixed
+
+    def from_step(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from a step to the last, prepared by `workers` processes."""
+        loader = DataLoader(
+            self, batch_size=None, sampler=range(first, self.n_steps), num_workers=self.recipe.data.workers
+        )
+        yield from loader
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return normalised(pixels, self.recipe.data.mean, self.recipe.data.std)
+
+    def _chosen(self, step: int) -> Int[Tensor, "image"]:
+        epoch, place = divmod(step, self.per_epoch)
+        size = self.recipe.run.batch_size
+        return self._order(epoch)[place * size : (place + 1) * size][self.mine]
+
+    def _order(self, epoch: int) -> Int[Tensor, "image"]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(derived_seed(self.recipe.run.seed, ORDER, epoch))
+            self._epoch, self._permuted = epoch, torch.randperm(len(self.images), generator=generator)
+        return self._permuted
+
+    def _cropped(self, pixels: UInt8[Tensor, "image 3 row column"], generator: torch.Generator) -> Tensor:
+        """Random crops of the image with a reflected border, half of them flipped, by one index operation a batch."""
+        border, size, (rows, columns) = self.recipe.data.border_px, self.recipe.run.batch_size, pixels.shape[-2:]
+        top, left = torch.randint(0, 2 * border + 1, (2, size), generator=generator)[:, self.mine]
+        flipped = (torch.rand(size, generator=generator) < 0.5)[self.mine]
+        row = top[:, None] + torch.arange(rows)
+        column = left[:, None] + torch.where(flipped[:, None], torch.arange(columns).flip(0), torch.arange(columns))
+        wide = F.pad(pixels.float(), (border,) * 4, mode="reflect")
+        image, channel = torch.arange(len(pixels))[:, None, None, None], torch.arange(3)[None, :, None, None]
+        return wide[image, channel, row[:, None, :, None], column[:, None, None, :]]
+
+    def _transformed(self, step: int, index: int) -> Tensor:
+        with seeded(derived_seed(self.recipe.run.seed, PICTURES, step, index)):
+            out: Tensor = self._transform(self.images.image(index))
+        return out
+
+    @cached_property
+    def _transform(self) -> Any:
+        from timm.data import create_transform
+
+        data = self.recipe.data
+        try:
+            return create_transform(
+                data.image_px, is_training=True, mean=tuple(data.mean), std=tuple(data.std), **data.timm
+            )
+        except TypeError as error:
+            raise UsageError(f"[data] timm has options that timm's create_transform does not know: {error}.") from error
+
+    @property
+    def _mixes(self) -> bool:
+        return self.recipe.run.mixup > 0 or self.recipe.run.cutmix > 0
+
+    @cached_property
+    def _mixup(self) -> Any:
+        from timm.data import Mixup
+
+        run = self.recipe.run
+        return Mixup(run.mixup, run.cutmix, label_smoothing=run.label_smoothing, num_classes=self.recipe.data.classes)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, the global generators that timm's transforms draw from start at `seed`; afterwards they are as before."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])

@@ -1,0 +1,413 @@
+"""WinT in one file: a plain vision transformer whose patches predict the windows that they attend within.
+
+Read it from the top: tokens -> sides of windows -> mask -> attention -> block -> model. After Ma et al. 2022 (arXiv
+2203.05922); what a window head looks like and how its mask is made is our construction.
+
+A window reaches `sides` = (left, top, right, bottom) patches from its query; it always holds the query, and prefix
+tokens (class token, registers) see everything and are seen by all. While training, windows have soft edges, so that
+gradients reach their sides; in evaluation sides are rounded and edges are hard.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vitrail.errors import Unsupported, UsageError
+
+__all__ = [
+    "FULL",
+    "FixedWindows",
+    "Shape",
+    "WinT",
+    "WindowHead",
+    "attach",
+    "attention_bias",
+    "hard_mask",
+    "recorded_sides",
+    "rounded",
+    "set_temperature",
+    "soft_mask",
+    "window_heads",
+]
+
+Grid = tuple[int, int]
+"""(rows, columns)"""
+
+Sides = Float[Tensor, "image window patch side"]
+"""How far each window reaches from its query: patches left, top, right, bottom. One window a head, or one for all."""
+
+Start = Sequence[Sequence[float]]
+"""Where windows begin: for each window of a layer, sides as a share of the longest possible, n - 1."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Grid, int], Tensor]
+"""(q, k, v, sides, grid, prefix) to the heads' output [image head token channel], with hard windows."""
+
+FULL: Start = ((0.982, 0.982, 0.982, 0.982),)
+"""One window for all heads that covers the grid after rounding, up to 28 x 28 patches: sigmoid(4). A trained ViT with
+this start answers as before."""
+
+FLOOR = 1e-6
+"""Added to soft masks before the logarithm: attention to a closed patch costs at most 13.8 of score."""
+
+
+# --- windows and masks -----------------------------------------------------------------------------------------------
+
+
+class WindowHead(nn.Module):
+    """Predicts windows from a layer's normalised tokens: b = (n - 1) sigmoid(W2 gelu(W1 t)).
+
+    W2 begins at zero, so that at first all patches have the windows `start` and content counts as far as it helps.
+    """
+
+    def __init__(self, width: int, start: Start = FULL) -> None:
+        super().__init__()
+        share = torch.tensor([list(sides) for sides in start], dtype=torch.float32)
+        if share.ndim != 2 or share.shape[1] != 4 or not bool(((share > 0) & (share < 1)).all()):
+            raise UsageError(f"Windows start at four shares in 0..1 each (left, top, right, bottom), not at {start}.")
+        self.n_windows = len(share)
+        self.hidden = nn.Linear(width, max(4, width // 4))
+        self.sides = nn.Linear(self.hidden.out_features, share.numel())
+        nn.init.zeros_(self.sides.weight)
+        with torch.no_grad():
+            self.sides.bias.copy_(share.logit().flatten())
+        self.temperature = 1.0
+        self.hard: bool | None = None
+        """Whether edges are hard; None: in evaluation only."""
+        self.record: list[Tensor] | None = None
+
+    def forward(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Sides:
+        """Sides in patches, float32 or wider, from the tokens of patches (no prefix)."""
+        raw = self.sides(F.gelu(self.hidden(tokens)))
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        share = raw.sigmoid().unflatten(-1, (self.n_windows, 4)).transpose(1, 2)
+        sides: Tensor = share * longest(grid, share)
+        if self.record is not None:
+            self.record.append(sides)
+        return sides
+
+    def mask(
+        self, tokens: Float[Tensor, "image patch channel"], grid: Grid
+    ) -> Float[Tensor, "image window q k"] | None:
+        """What to add to the scores between patches; None if every window is full."""
+        sides = self(tokens, grid)
+        if not (self.hard if self.hard is not None else not self.training):
+            return (soft_mask(sides, grid, self.temperature) + FLOOR).log()
+        mask = hard_mask(sides, grid)
+        return None if bool(mask.all()) else _closed(mask)
+
+
+class FixedWindows(nn.Module):
+    """Windows that nobody predicts: the control. Sides are given in patches and are the same for every patch."""
+
+    def __init__(self, sides: Start) -> None:
+        super().__init__()
+        self.n_windows = len(sides)
+        self.sides = tuple(tuple(float(side) for side in window) for window in sides)
+        self.record: list[Tensor] | None = None
+
+    def forward(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Sides:
+        """The sides for every image and patch, cut to the grid's size."""
+        sides = torch.tensor(self.sides, device=tokens.device)[None, :, None]
+        sides = sides.expand(len(tokens), -1, tokens.shape[1], -1)
+        if self.record is not None:
+            self.record.append(sides)
+        return sides
+
+    def mask(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Float[Tensor, "one window q k"] | None:
+        """What to add to the scores between patches, the same for all images; None if every window is full."""
+        mask = hard_mask(self(tokens[:1], grid), grid)
+        return None if bool(mask.all()) else _closed(mask)
+
+
+def soft_mask(
+    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float
+) -> Float[Tensor, "*batch patch other"]:
+    """How open each patch is to each query, 0..1: the product of sigmoids over four edges; 1 for the query itself."""
+    left, top, right, bottom = sides.unsqueeze(-1).unbind(-2)
+    down, across = _offsets(grid, sides)
+    open_across = ((left + across + 0.5) / temperature).sigmoid() * ((right - across + 0.5) / temperature).sigmoid()
+    open_down = ((top + down + 0.5) / temperature).sigmoid() * ((bottom - down + 0.5) / temperature).sigmoid()
+    mask = (open_down.unsqueeze(-1) * open_across.unsqueeze(-2)).flatten(-2)
+    return mask.masked_fill(_itself(mask), 1.0)
+
+
+def hard_mask(sides: Float[Tensor, "*batch patch side"], grid: Grid) -> Bool[Tensor, "*batch patch other"]:
+    """Which patches lie in each query's window, sides rounded; the query itself always does."""
+    left, top, right, bottom = rounded(sides).unsqueeze(-1).unbind(-2)
+    down, across = _offsets(grid, sides)
+    open_across = (across >= -left) & (across <= right)
+    open_down = (down >= -top) & (down <= bottom)
+    mask = (open_down.unsqueeze(-1) & open_across.unsqueeze(-2)).flatten(-2)
+    return mask | _itself(mask)
+
+
+def rounded(sides: Float[Tensor, "*batch side"]) -> Float[Tensor, "*batch side"]:
+    """Sides in whole patches; halves go up, which is where a soft edge is more than half open."""
+    return (sides + 0.5).floor()
+
+
+def attention_bias(
+    mask: Float[Tensor, "#image window patch other"] | None, prefix: int, like: Tensor
+) -> Float[Tensor, "#image window query key"] | None:
+    """The addition to scores of all tokens: prefix rows and columns are open; None, as given, for no mask at all."""
+    return None if mask is None else F.pad(mask.to(like.dtype), (prefix, 0, prefix, 0))
+
+
+def longest(grid: Grid, like: Tensor) -> Float[Tensor, "side"]:
+    """The longest sides there are: n - 1 patches each way."""
+    rows, columns = grid
+    return like.new_tensor([columns - 1, rows - 1, columns - 1, rows - 1])
+
+
+def _offsets(grid: Grid, like: Tensor) -> tuple[Float[Tensor, "patch row"], Float[Tensor, "patch column"]]:
+    """How many patches each row lies below, and each column right of, each patch."""
+    rows, columns = torch.arange(grid[0], device=like.device), torch.arange(grid[1], device=like.device)
+    down = (rows - rows[:, None]).repeat_interleave(grid[1], 0)
+    across = (columns - columns[:, None]).repeat(grid[0], 1)
+    return down.to(like.dtype), across.to(like.dtype)
+
+
+def _itself(mask: Tensor) -> Bool[Tensor, "patch other"]:
+    return torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+
+
+def _closed(mask: Bool[Tensor, "*batch patch other"]) -> Float[Tensor, "*batch patch other"]:
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+# --- the transformer -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a WinT looks like; goes into config.json as it is.
+
+    image_px: (rows, columns). windows: "predicted", "fixed" (sides in patches) or "none", a plain ViT. start: for each
+    window of a layer its four sides, one window for all heads or one a head; shares of n - 1 where they are predicted.
+    """
+
+    image_px: tuple[int, int] = (32, 32)
+    patch_px: int = 4
+    n_classes: int = 10
+    width: int = 96
+    depth: int = 6
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    class_token: bool = True
+    dropped_paths: float = 0.0
+    windows: str = "predicted"
+    start: Start = ((0.38, 0.38, 0.38, 0.38),)
+
+    def __post_init__(self) -> None:
+        if self.windows not in ("predicted", "fixed", "none"):
+            raise UsageError(f"windows = {self.windows!r} has no meaning; choose predicted, fixed or none.")
+        if self.width % self.heads:
+            raise UsageError(f"A width of {self.width} cannot be shared between {self.heads} heads; it must divide.")
+        if any(side % self.patch_px for side in self.image_px):
+            raise UsageError(f"Images of {self.image_px} px cannot be cut into patches of {self.patch_px} px.")
+        if self.windows != "none" and len(self.start) not in (1, self.heads):
+            raise UsageError(f"{len(self.start)} windows a layer were asked for; give 1 or {self.heads}, one a head.")
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches."""
+        return self.image_px[0] // self.patch_px, self.image_px[1] // self.patch_px
+
+
+class Attention(nn.Module):
+    """Self-attention of all tokens; patches see each other within their windows."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.num_heads, self.prefix, self.grid = shape.heads, int(shape.class_token), shape.grid
+        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.proj = nn.Linear(shape.width, shape.width)
+        self.windows: WindowHead | FixedWindows | None = None
+        self.kernel: Kernel | None = None
+        """What attends within windows instead of `scaled_dot_product_attention` with a mask (`vitrail.wint.sparse`)."""
+
+    def forward(self, tokens: Float[Tensor, "image token channel"]) -> Float[Tensor, "image token channel"]:
+        """What each token takes from those it may see, after the output projection."""
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.kernel is not None and self.windows is not None:
+            heads = self.kernel(q, k, v, self.windows(tokens[:, self.prefix :], self.grid), self.grid, self.prefix)
+            return self.proj(heads.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        mask = None if self.windows is None else self.windows.mask(tokens[:, self.prefix :], self.grid)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias(mask, self.prefix, q))
+        out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on normalised tokens and added to them."""
+
+    def __init__(self, shape: Shape, dropped: float) -> None:
+        super().__init__()
+        hidden = int(shape.width * shape.mlp_ratio)
+        self.norm1 = nn.LayerNorm(shape.width, eps=1e-6)
+        self.attn = Attention(shape)
+        self.norm2 = nn.LayerNorm(shape.width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(shape.width, hidden), nn.GELU(), nn.Linear(hidden, shape.width))
+        self.dropped = dropped
+
+    def forward(self, tokens: Float[Tensor, "image token channel"]) -> Float[Tensor, "image token channel"]:
+        """The tokens of the next layer."""
+        tokens = tokens + self._kept(self.attn(self.norm1(tokens)))
+        return tokens + self._kept(self.mlp(self.norm2(tokens)))
+
+    def _kept(self, branch: Tensor) -> Tensor:
+        """Stochastic depth: in training a branch is left out for some images, and made up for in the others."""
+        if not self.training or self.dropped == 0:
+            return branch
+        kept = torch.rand((len(branch), 1, 1), device=branch.device) >= self.dropped
+        return branch * kept / (1 - self.dropped)
+
+
+class WinT(nn.Module):
+    """A vision transformer with predicted, fixed or no windows. `shape.windows = "none"` is the plain ViT.
+
+    The window heads are drawn last: models of one seed that differ only in `windows` have the same weights elsewhere.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.img_size, self.num_classes = shape.image_px, shape.n_classes
+        self.patch_embed = nn.Conv2d(3, shape.width, shape.patch_px, shape.patch_px)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width)) if shape.class_token else None
+        n_tokens = int(shape.class_token) + shape.grid[0] * shape.grid[1]
+        self.positions = nn.Parameter(torch.zeros(1, n_tokens, shape.width))
+        drops = torch.linspace(0, shape.dropped_paths, shape.depth).tolist()
+        self.blocks = nn.ModuleList(Block(shape, dropped) for dropped in drops)
+        self.norm = nn.LayerNorm(shape.width, eps=1e-6)
+        self.head = nn.Linear(shape.width, shape.n_classes) if shape.n_classes else nn.Identity()
+        self._drawn()
+        for attention in [module for module in self.modules() if isinstance(module, Attention)]:
+            attention.windows = _windows(shape)
+
+    def forward(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image class"]:
+        """Logits; the pooled feature of a model without classes."""
+        patches = self.patch_embed(images).flatten(2).mT
+        prefix = [] if self.cls_token is None else [self.cls_token.expand(len(patches), -1, -1)]
+        tokens = torch.cat([*prefix, patches], 1) + self.positions
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.norm(tokens)
+        pooled = tokens[:, 0] if self.shape.class_token else tokens.mean(1)
+        logits: Tensor = self.head(pooled)
+        return logits
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that a decay would only push around (timm's optimisers ask for them)."""
+        return {"cls_token", "positions", *(name for name, _ in self.named_parameters() if name.endswith("sides.bias"))}
+
+    def _drawn(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+
+def _windows(shape: Shape) -> WindowHead | FixedWindows | None:
+    if shape.windows == "none":
+        return None
+    return FixedWindows(shape.start) if shape.windows == "fixed" else WindowHead(shape.width, shape.start)
+
+
+# --- the same windows on a timm model --------------------------------------------------------------------------------
+
+
+class WindowedAttention(nn.Module):
+    """A timm attention module, its weights untouched, whose patches see each other within predicted windows."""
+
+    def __init__(self, attn: Any, prefix: int, grid: Grid, start: Start) -> None:
+        super().__init__()
+        self.attn, self.prefix, self.grid = attn, prefix, grid
+        self.windows = WindowHead(attn.qkv.in_features, start)
+
+    def forward(
+        self, tokens: Float[Tensor, "image token channel"], attn_mask: Tensor | None = None, **options: Any
+    ) -> Float[Tensor, "image token channel"]:
+        """What timm's module gives, with the windows added to its mask."""
+        if tokens.shape[1] != self.prefix + self.grid[0] * self.grid[1]:
+            raise Unsupported(
+                f"{tokens.shape[1]} tokens came to windows made for {self.prefix} and a grid of {self.grid}; attach "
+                "the window heads after the model has its image size."
+            )
+        mask = attention_bias(self.windows.mask(tokens[:, self.prefix :], self.grid), self.prefix, tokens)
+        both = attn_mask if mask is None else mask if attn_mask is None else mask + attn_mask
+        out: Tensor = self.attn(tokens, attn_mask=both, **options)
+        return out
+
+
+def attach(model: Any, start: Start = FULL) -> Any:
+    """Gives every block of a plain timm ViT window heads, in place, and returns the model.
+
+    With the default start the model answers as before, bitwise, in evaluation; while training, soft edges change its
+    answers a little. The heads are drawn anew: call `torch.manual_seed` first for a run that can be repeated.
+
+    Raises `Unsupported` for a model that is no plain timm ViT, `UsageError` for a start that fits no head.
+    """
+    from timm.models.vision_transformer import Attention as TimmAttention
+
+    blocks = list(getattr(model, "blocks", ()))
+    if not blocks or not all(isinstance(getattr(block, "attn", None), TimmAttention) for block in blocks):
+        found = sorted({type(getattr(block, "attn", None)).__name__ for block in blocks}) or "no blocks"
+        raise Unsupported(
+            f"Window heads were to go onto {type(model).__name__}, whose blocks hold {found}; they fit timm's "
+            "VisionTransformer (vit_*, deit_*) with its own Attention."
+        )
+    heads = blocks[0].attn.num_heads
+    if len(start) not in (1, heads):
+        raise UsageError(f"{len(start)} windows a layer were asked for; give 1 or {heads}, one a head.")
+    grid = tuple(model.patch_embed.grid_size)
+    weight = next(model.parameters())
+    for block in blocks:
+        windowed = WindowedAttention(block.attn, model.num_prefix_tokens, grid, start)
+        block.attn = windowed.to(weight.device, weight.dtype).train(model.training)
+    return model
+
+
+# --- the windows of a whole model ------------------------------------------------------------------------------------
+
+
+def window_heads(model: nn.Module) -> list[WindowHead | FixedWindows]:
+    """The windows of each layer, first layer first; empty for a plain ViT."""
+    return [module for module in model.modules() if isinstance(module, (WindowHead, FixedWindows))]
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """How soft the edges of windows are: the sigmoid's unit, in patches."""
+    if temperature <= 0:
+        raise UsageError(f"A temperature of {temperature} has no meaning; it is above 0.")
+    for head in window_heads(model):
+        if isinstance(head, WindowHead):
+            head.temperature = temperature
+
+
+@contextmanager
+def recorded_sides(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, the list fills with the sides that each layer predicts as the model runs, gradients and all.
+
+    with recorded_sides(model) as sides:
+        logits = model(images)
+    sides[3]     # layer 3: [image window patch side]
+    """
+    sides: list[Tensor] = []
+    heads = window_heads(model)
+    for head in heads:
+        head.record = sides
+    try:
+        yield sides
+    finally:
+        for head in heads:
+            head.record = None

@@ -1,0 +1,183 @@
+"""Evaluation, comparison with measured windows, block-sparse attention, the commands, and studies of a WinT."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+from typer.testing import CliRunner
+
+from vitrail import open_vit
+from vitrail.cli import app
+from vitrail.errors import DataError, UsageError
+from vitrail.measure import ROOMS
+from vitrail.study.run import run_study
+from vitrail.wint.batches import Images
+from vitrail.wint.evaluate import evaluate, measured_windows, overlap, predicted_windows
+from vitrail.wint.folder import save
+from vitrail.wint.model import Shape, WinT, hard_mask, window_heads
+from vitrail.wint.sparse import block_mask, block_sparse, sparse_attention
+from wint.tiny_runs import packed
+
+GRID = (8, 8)
+
+
+def small(seed=0, **options) -> WinT:
+    torch.manual_seed(seed)
+    shape = {"width": 24, "depth": 2, "heads": 2, "n_classes": 3, "start": ((0.2,) * 4, (0.5,) * 4)}
+    model = WinT(Shape(**shape | options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=1.2 * parameter.shape[1] ** -0.5)
+    return model
+
+
+def pictures(n_images=6) -> Images:
+    rng = np.random.default_rng(0)
+    shown = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(n_images)]
+    labels = torch.arange(n_images) % 3
+    return Images("pictures", [lambda image=image: image for image in shown], labels, ("a", "b", "c"))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_says_what_the_model_itself_says():
+    vit, images = open_vit(small()), pictures()
+    found = evaluate(vit, images, batch_size=4)
+    pixels = vit.prepare([images.image(index) for index in range(len(images))])
+    assert found.accuracy == int((vit.logits(pixels).argmax(1) == images.labels).sum()) / 6
+    areas = [float(hard_mask(layer, GRID).float().mean()) for layer in predicted_windows(vit, pixels)]
+    assert_allclose(found.area, areas, rtol=1e-5)
+    assert found.overlap_teacher == ()
+    assert found.images_per_s > 0
+
+
+def test_a_model_taught_by_itself_agrees_with_itself_more_than_by_chance():
+    """Measured windows lie where attention may look, so they overlap with the predicted ones."""
+    found = evaluate(open_vit(small(start=((0.15,) * 4,))), pictures())
+    for own, chance in zip(found.overlap_own, found.overlap_chance, strict=True):
+        assert own > 2 * chance
+
+
+def test_measured_windows_hold_the_windows_that_the_model_has():
+    """Windows of 3 x 3, measured with boxes of up to 18 patches: a box that holds all interaction holds the window."""
+    vit = open_vit(small(windows="fixed", start=((1.0, 1.0, 1.0, 1.0),)))
+    pixels = vit.prepare([pictures().image(0)])
+    predicted = predicted_windows(vit, pixels)
+    measured = measured_windows(vit, pixels, [layer + 1 for layer in predicted], GRID)
+    for own, other in zip(predicted, measured, strict=True):
+        outside = hard_mask(own, GRID) & ~hard_mask(other, GRID)
+        assert float(outside.sum(-1).float().mean()) < 0.05
+
+
+def test_overlap_in_closed_form():
+    one, two = torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, True, False]])
+    assert_allclose(overlap(one, two), [1 / 3])
+    assert_allclose(overlap(one, one), [1.0])
+
+
+def test_agreement_with_a_teacher_and_what_is_refused():
+    teacher = open_vit(small(1, windows="none"))
+    found = evaluate(open_vit(small()), pictures(), teacher=teacher)
+    assert len(found.overlap_teacher) == 2
+    assert all(0 < value < 1 for value in found.overlap_teacher)
+    assert evaluate(teacher, pictures()).area == ()
+    with pytest.raises(UsageError, match="predicts no windows"):
+        evaluate(teacher, pictures(), teacher=teacher)
+    with pytest.raises(DataError, match="has 3 classes"):
+        evaluate(open_vit(small(n_classes=5)), pictures())
+
+
+# --- block-sparse attention ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("start", [((0.2,) * 4,), ((0.2,) * 4, (0.5,) * 4)], ids=["one for all heads", "one a head"])
+def test_block_sparse_attention_gives_the_same_logits(class_token, start):
+    model = small(class_token=class_token, start=start)
+    images = torch.randn((3, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense = model(images)
+        with block_sparse(model) as sparse:
+            assert_allclose(sparse(images), dense, atol=1e-5)
+        assert torch.equal(model(images), dense)
+
+
+def test_blocks_that_no_query_may_see_are_skipped():
+    sides = torch.full((1, 1, 1024, 4), 1.0)
+    sides[..., 0] = sides[..., 2] = 2.0
+    mask = block_mask(sides, (32, 32), prefix=0)
+    assert mask.sparsity() > 60  # percent of blocks
+    q, k, v = torch.randn((3, 1, 2, 1024, 8), generator=torch.Generator().manual_seed(0)).unbind(0)
+    bias = torch.zeros(1024, 1024).masked_fill(~hard_mask(sides[0, 0], (32, 32)), -torch.inf)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    assert_allclose(sparse_attention(q, k, v, sides, (32, 32), 0), dense, atol=1e-5)
+
+
+def test_block_sparse_attention_is_for_windows_in_evaluation():
+    with pytest.raises(UsageError, match="in evaluation"), block_sparse(small(windows="none")):
+        pass
+    with pytest.raises(UsageError, match="in evaluation"), block_sparse(small().train()):
+        pass
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+RECIPE = """
+title = "tiny"
+expected = "more than chance"
+cost = "a second"
+[data]
+train = "train.npz"
+test = "test.npz"
+classes = 3
+image_px = 16
+border_px = 2
+[model]
+width = 16
+depth = 2
+heads = 2
+[run]
+epochs = 1
+batch_size = 16
+"""
+
+
+def test_the_commands_train_and_evaluate(tmp_path):
+    packed(tmp_path / "train.npz", 48)
+    packed(tmp_path / "test.npz", 16, seed=1)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    runner = CliRunner()
+    made = runner.invoke(app, ["train", str(tmp_path / "tiny.toml"), "-o", str(tmp_path / "run")])
+    assert made.exit_code == 0, made.output
+    assert "expected: more than chance" in made.output
+    seen = runner.invoke(app, ["evaluate", str(tmp_path / "run" / "best"), str(tmp_path / "test.npz")])
+    assert seen.exit_code == 0, seen.output
+    assert "16 images, accuracy" in seen.output
+    assert "L1" in seen.output
+
+
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_study_of_a_wint_has_heads_and_patches_measured(tmp_path, class_token):
+    save(small(class_token=class_token), tmp_path / "model", class_names=["a", "b", "c"])
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(4):
+        pictures().image(index).save(folder / f"{index}.png")
+    vit = open_vit(tmp_path / "model")
+    study = run_study(vit, str(folder), out=tmp_path / "study", measures="heads,patches", batch_size=4)
+    missing = [name for name in (*ROOMS["heads"], *ROOMS["patches"]) if name not in study]
+    assert missing == [] or (not class_token and all("cls" in name for name in missing)), missing
+    pixels = vit.prepare([pictures().image(index) for index in range(4)])
+    strength = study["attention_strength"].to_numpy()
+    widest = [float(layer[:, 0].max()) for layer in predicted_windows(vit, pixels)]
+    for layer, side in enumerate(widest):
+        beyond = int(np.floor(side + 0.5)) + 1
+        assert_array_equal(strength[:, layer, 0, beyond:], 0)
+    assert len(window_heads(vit.model)) == 2

@@ -1,0 +1,355 @@
+"""Windows and masks in closed form, the transformer with and without them, folders, and the rest of Vitrail on it."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import Tensor, nn
+
+from vitrail import open_vit
+from vitrail.errors import UnknownModel, Unsupported, UsageError, WeightsMismatch
+from vitrail.patches import windows as measured
+from vitrail.vit.check import check_vit
+from vitrail.wint.folder import open_model, save
+from vitrail.wint.model import (
+    FLOOR,
+    FULL,
+    Shape,
+    WindowHead,
+    WinT,
+    attach,
+    hard_mask,
+    recorded_sides,
+    rounded,
+    set_temperature,
+    soft_mask,
+    window_heads,
+)
+
+FINAL_TEMPERATURE = 0.15
+
+
+def small(seed=0, **options) -> WinT:
+    """A small random WinT whose windows depend on the tokens, in evaluation mode."""
+    torch.manual_seed(seed)
+    shape = {"image_px": (32, 32), "width": 24, "depth": 3, "heads": 2, "n_classes": 5, "start": ((0.3,) * 4,)}
+    model = WinT(Shape(**shape | options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=1.2 * parameter.shape[1] ** -0.5)
+    return model
+
+
+def small_timm(**options) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", **shape | options).eval()
+
+
+def noise(n_images=4, px=(32, 32), seed=3) -> Tensor:
+    return torch.randn((n_images, 3, *px), generator=torch.Generator().manual_seed(seed))
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hard_mask_holds_exactly_the_patches_of_the_box():
+    sides = torch.zeros(12, 4)
+    sides[5] = torch.tensor([1.0, 0.4, 2.0, 1.0])  # row 1, column 1 of a 3 x 4 grid: columns 0..3, rows 1..2
+    mask = hard_mask(sides, (3, 4))
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[1:3, 0:4] = True
+    assert_array_equal(mask[5].view(3, 4), expected)
+    assert_array_equal(mask[torch.arange(12) != 5], torch.eye(12, dtype=torch.bool)[torch.arange(12) != 5])
+
+
+def test_a_soft_mask_is_the_product_of_four_sigmoids():
+    sides, temperature = torch.tensor([[1.3, 0.7, 0.2, 2.1]] * 12), 0.5
+    mask = soft_mask(sides, (3, 4), temperature)
+    query, key = (1, 2), (2, 0)
+    edges = torch.tensor([1.3 - 2 + 0.5, 0.7 + 1 + 0.5, 0.2 + 2 + 0.5, 2.1 - 1 + 0.5])
+    expected = (edges / temperature).sigmoid().prod()
+    assert_allclose(mask[query[0] * 4 + query[1], key[0] * 4 + key[1]], expected, rtol=1e-6)
+    assert_array_equal(mask.diagonal(), torch.ones(12))
+
+
+sides_strategy = st.lists(st.floats(0, 7, width=32), min_size=4, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides_strategy)
+def test_soft_masks_become_hard_ones_as_the_temperature_falls(sides):
+    """At the final temperature an edge that lies `gap` patches from the middle between two patches is off by at most
+    sigmoid(-gap / T); with four edges the bound is four times that."""
+    given_sides = torch.tensor(sides).expand(64, 4)
+    gap = float((torch.tensor(sides) + 0.5 - (torch.tensor(sides) + 0.5).round()).abs().min())
+    bound = 4 / (1 + np.exp(gap / FINAL_TEMPERATURE))
+    difference = soft_mask(given_sides, (8, 8), FINAL_TEMPERATURE) - hard_mask(given_sides, (8, 8)).float()
+    assert float(difference.abs().max()) <= bound + 1e-6
+
+
+@pytest.mark.parametrize("side", [0.0, 1.0, 3.0])
+def test_at_the_final_temperature_whole_sides_leave_a_mask_within_14_percent_of_the_hard_one(side):
+    sides = torch.full((64, 4), side)
+    difference = (soft_mask(sides, (8, 8), FINAL_TEMPERATURE) - hard_mask(sides, (8, 8)).float()).abs()
+    assert 0.03 < float(difference.max()) < 4 / (1 + np.exp(0.5 / FINAL_TEMPERATURE))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sides_strategy, st.integers(2, 6), st.integers(2, 6))
+def test_masks_of_a_mirrored_grid_are_mirrored(sides, rows, columns):
+    left, top, right, bottom = sides
+    n_patches = rows * columns
+    mask = soft_mask(torch.tensor([sides] * n_patches), (rows, columns), 0.4)
+    mirrored = soft_mask(torch.tensor([[right, top, left, bottom]] * n_patches), (rows, columns), 0.4)
+    both = mask.view(rows, columns, rows, columns).flip(1, 3).reshape(n_patches, n_patches)
+    assert_allclose(mirrored, both, atol=1e-6)
+
+
+def test_hard_masks_are_the_boxes_of_the_patches_room():
+    sides = torch.rand((2, 15, 4), generator=torch.Generator().manual_seed(1)) * 3
+    whole = rounded(sides).long()
+    row, column = torch.arange(15) // 5, torch.arange(15) % 5
+    box = torch.stack(
+        [row - whole[..., 1], column - whole[..., 0], row + whole[..., 3] + 1, column + whole[..., 2] + 1], -1
+    )
+    assert_array_equal(hard_mask(sides, (3, 5)), measured.in_box(box, (3, 5)))
+
+
+# --- window heads ----------------------------------------------------------------------------------------------------
+
+
+def test_windows_start_where_they_are_told_whatever_the_tokens():
+    head = WindowHead(16, ((0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 0.5, 0.5)))
+    sides = head(torch.randn(3, 20, 16), (4, 5))
+    assert sides.shape == (3, 2, 20, 4)
+    longest = torch.tensor([4.0, 3, 4, 3])
+    assert_allclose(sides[1, 0, 7].detach(), torch.tensor([0.1, 0.2, 0.3, 0.4]) * longest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [((0.3,) * 4,), ((0.2,) * 4, (0.6,) * 4)], ids=["one for all heads", "one a head"])
+@pytest.mark.parametrize("temperature", [1.0, FINAL_TEMPERATURE])
+def test_gradients_reach_every_side_in_every_layer(start, temperature):
+    model = small(start=start, class_token=False).train()
+    set_temperature(model, temperature)
+    with recorded_sides(model) as sides:
+        logits = model(noise())
+    for layer in sides:
+        layer.retain_grad()
+    nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 3])).backward()
+    for layer in sides:
+        assert layer.grad is not None
+        assert layer.grad.abs().sum((0, 2)).min() > 0
+    for head in window_heads(model):
+        assert head.hidden.weight.grad is not None
+        assert head.hidden.weight.grad.abs().sum() > 0
+
+
+def test_with_a_class_token_the_last_layer_has_windows_that_nobody_reads():
+    """The class token sees all patches, and the classifier reads nothing else after the last layer."""
+    model = small().train()
+    with recorded_sides(model) as sides:
+        logits = model(noise())
+    before_last, last = torch.autograd.grad(logits.sum(), [sides[-2], sides[-1]])
+    assert float(before_last.abs().max()) > 0
+    assert float(last.abs().max()) == 0
+
+
+def test_soft_and_hard_windows_give_nearly_the_same_logits_at_the_final_temperature():
+    """Sides near a half differ most; over random windows the logits stay within a tenth of their spread."""
+    model, images = small(), noise(16)
+    hard = model(images).detach()
+    for head in window_heads(model):
+        head.hard = False
+    set_temperature(model, FINAL_TEMPERATURE)
+    soft = model(images).detach()
+    set_temperature(model, 1.0)
+    softer = model(images).detach()
+    spread = float(hard.std())
+    error, at_start = (float((logits - hard).square().mean().sqrt()) / spread for logits in (soft, softer))
+    assert error < 0.1
+    assert error < 0.5 * at_start
+
+
+def test_a_start_that_has_no_meaning_is_refused():
+    with pytest.raises(UsageError, match="four shares"):
+        WindowHead(16, ((0.0, 0.5, 0.5, 0.5),))
+    with pytest.raises(UsageError, match="1 or 2, one a head"):
+        small(start=((0.3,) * 4,) * 3)
+    with pytest.raises(UsageError, match="predicted, fixed or none"):
+        small(windows="sliding")
+    with pytest.raises(UsageError, match="temperature"):
+        set_temperature(small(), 0.0)
+
+
+# --- full windows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_with_full_windows_it_is_the_vit_bitwise(class_token):
+    vit = small(windows="none", class_token=class_token)
+    wint = WinT(Shape(**{**vit.shape.__dict__, "windows": "predicted", "start": FULL})).eval()
+    wint.load_state_dict(vit.state_dict(), strict=False)
+    assert torch.equal(wint(noise()), vit(noise()))
+    fixed = WinT(Shape(**{**vit.shape.__dict__, "windows": "fixed", "start": ((7.0,) * 4,)})).eval()
+    fixed.load_state_dict(vit.state_dict())
+    assert torch.equal(fixed(noise()), vit(noise()))
+
+
+def test_models_of_one_seed_share_all_weights_but_the_windows():
+    states = []
+    for windows, start in (("none", FULL), ("predicted", ((0.3,) * 4,)), ("fixed", ((2.0,) * 4,))):
+        torch.manual_seed(4)
+        states.append(WinT(Shape(windows=windows, start=start)).state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
+        assert torch.equal(tensor, states[2][name])
+
+
+def test_windows_change_the_answer_and_the_far_patches_do_not_count():
+    """One layer without class token: the output of a patch does not change when patches outside its window do."""
+    torch.manual_seed(0)
+    model = small(depth=1, class_token=False, windows="fixed", start=((1.0,) * 4,))
+    kept = {}
+    model.blocks[0].register_forward_hook(lambda module, given, out: kept.update(tokens=out))
+    images = noise(1)
+    model(images)
+    before = kept["tokens"].detach()
+    images[..., 12:] += 1.0  # columns 3.. of the 8 x 8 grid
+    model(images)
+    moved = (kept["tokens"].detach() - before).abs().sum(-1).view(8, 8)
+    assert float(moved[:, :2].max()) == 0
+    assert float(moved[:, 2:].min()) > 0
+
+
+def test_a_pretrained_timm_model_starts_unchanged_bitwise():
+    model = small_timm()
+    before = model(noise(px=(64, 64)))
+    assert attach(model) is model
+    assert len(window_heads(model)) == 3
+    assert torch.equal(model(noise(px=(64, 64))), before)
+
+
+def test_soft_full_windows_change_a_pretrained_model_little():
+    """Sides start at 0.982 (n - 1): at temperature 1 the farthest patch is open by 60 %, so training starts near it."""
+    model = small_timm()
+    before = model(noise(px=(64, 64)))
+    attach(model).train()
+    change = (model(noise(px=(64, 64))) - before).detach()
+    assert 0 < float(change.abs().max()) < 0.02 * float(before.std())
+
+
+def test_window_heads_on_timm_act_and_can_be_observed():
+    model = attach(small_timm(), ((0.2,) * 4,) * 3)
+    for head in window_heads(model):
+        nn.init.normal_(head.sides.weight)
+    report = check_vit(open_vit(model))
+    assert report.ok, report.text()
+
+
+def test_models_that_are_no_plain_timm_vit_are_refused():
+    with pytest.raises(Unsupported, match="no blocks"):
+        attach(nn.Linear(3, 3))
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(1, 1), embed_dim=8, num_heads=(1, 1)
+    )
+    with pytest.raises(Unsupported, match="timm's VisionTransformer"):
+        attach(swin)
+    with pytest.raises(UsageError, match="one a head"):
+        attach(small_timm(), ((0.2,) * 4,) * 2)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", ["predicted", "none", "fixed"])
+@pytest.mark.parametrize("class_token", [True, False])
+def test_saved_and_opened_again_it_gives_equal_logits(tmp_path, windows, class_token):
+    model = small(windows=windows, class_token=class_token)
+    save(model, tmp_path, class_names=list("abcde"))
+    vit = open_vit(tmp_path)
+    assert torch.equal(vit.logits(noise()), model(noise()))
+    assert vit.class_names == tuple("abcde")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_timm_model_with_windows_is_saved_and_opened_again(tmp_path):
+    model = attach(small_timm(), ((0.2,) * 4,))
+    made_of = {
+        "name": "vit_tiny_patch16_224",
+        "args": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10},
+        "start": ((0.2,) * 4,),
+    }
+    with pytest.raises(UnknownModel, match="timm_model"):
+        save(model, tmp_path)
+    save(model, tmp_path, timm_model=made_of, mean=(0.4, 0.4, 0.4))
+    vit = open_vit(tmp_path)
+    assert torch.equal(vit.logits(noise(px=(64, 64))), model(noise(px=(64, 64))))
+    assert vit.preprocessing.mean == (0.4, 0.4, 0.4)
+    assert vit.preprocessing.std == (0.5, 0.5, 0.5)
+
+
+def test_it_opens_on_any_other_grid(tmp_path):
+    save(small(), tmp_path)
+    vit = open_vit(tmp_path, image_size=(40, 64))
+    assert vit.anatomy.grid == (10, 16)
+    assert vit.logits(noise(px=(40, 64))).shape == (4, 5)
+    with recorded_sides(vit.model) as sides, torch.no_grad():
+        vit.model(noise(px=(40, 64)))
+    assert float(sides[0][..., 0].max()) <= 15
+    assert float(sides[0][..., 1].max()) <= 9
+
+
+def test_another_class_count_draws_a_new_classifier(tmp_path):
+    save(small(), tmp_path)
+    assert open_vit(tmp_path, n_classes=7).logits(noise()).shape == (4, 7)
+    assert open_vit(tmp_path, n_classes=0).logits(noise()).shape == (4, 24)
+
+
+def test_folders_that_cannot_be_opened_say_why(tmp_path):
+    save(small(), tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"depth": 3', '"depth": 2'))
+    with pytest.raises(WeightsMismatch, match="blocks"):
+        open_vit(tmp_path)
+    (tmp_path / "config.json").write_text(text.replace('"depth": 3', '"deepness": 3'))
+    with pytest.raises(UnknownModel, match="deepness"):
+        open_vit(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsMismatch, match=r"no model\.safetensors"):
+        open_model(tmp_path)
+
+
+# --- the rest of Vitrail on it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_it_opens_in_vitrail_and_every_promise_of_the_tap_holds(class_token):
+    report = check_vit(open_vit(small(class_token=class_token)))
+    assert report.ok, report.text()
+
+
+def test_attention_that_the_tap_reads_lies_in_the_predicted_windows():
+    vit = open_vit(small(start=((0.15,) * 4, (0.4,) * 4)))
+    seen = {}
+    from vitrail import Readers
+
+    with recorded_sides(vit.model) as sides, torch.no_grad():
+        vit.model.eval()(noise())
+    vit.tap().read(noise(), Readers(attention=lambda call: seen.update({call.layer: call.weights()})))
+    for layer, predicted in enumerate(sides):
+        between = seen[layer][:, :, 1:, 1:]
+        open_patches = hard_mask(predicted, (8, 8))
+        assert float(between.masked_fill(open_patches, 0).abs().max()) == 0
+        assert float(between.masked_fill(~open_patches, 1).min()) > 0
+        assert float(seen[layer][:, :, :, 0].min()) > 0
+
+
+def test_the_floor_is_the_cost_of_a_closed_patch():
+    far = (soft_mask(torch.zeros(64, 4), (8, 8), 0.05) + FLOOR).log()
+    assert_allclose(float(far.min()), np.log(FLOOR), rtol=1e-4)

@@ -1,0 +1,437 @@
+"""Training: it learns, goes on to the bit after a kill, gives one curve on one process or two, refuses bad recipes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from vitrail import open_vit
+from vitrail.errors import DamagedStudy, DataError, PlanMismatch, UsageError
+from vitrail.wint.batches import Batches, Images, read_images
+from vitrail.wint.model import hard_mask, recorded_sides
+from vitrail.wint.recipe import read_recipe, recipe_from
+from vitrail.wint.teacher import Teacher, disagreement, guidance
+from vitrail.wint.train import built, temperature, train
+from wint.tiny_runs import described, packed, recipe
+
+TESTS = Path(__file__).resolve().parents[1]
+FOLLOWED = {"checkpoint_steps": 1}
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")]),
+}  # fmt: skip
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoint.safetensors")
+
+
+def same(one: Path, two: Path) -> None:
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run and its data's folder."""
+    folder = tmp_path_factory.mktemp("data")
+    train(recipe(folder, run=FOLLOWED), folder / "whole")
+    return folder
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_what_a_mark_means(tmp_path):
+    results = train(recipe(tmp_path, data={"augmentation": "none"}, run={"epochs": 25, "ema": 0.0}), tmp_path / "run")
+    assert results.accuracy > 0.8
+    losses = [row["loss"] for row in rows(tmp_path / "run" / "steps.csv")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_run_leaves_models_that_open_and_tables(whole):
+    out = whole / "whole"
+    vit = open_vit(out / "best")
+    assert vit.class_names == ("mark 0", "mark 1", "mark 2")
+    assert vit.anatomy.grid == (4, 4)
+    epochs = rows(out / "epochs.csv")
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    assert all(0 <= row["accuracy"] <= 1 and 0 < row["area"] <= 1 for row in epochs)
+    temperatures = [row["temperature"] for row in rows(out / "steps.csv")]
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert temperatures[-1] == pytest.approx(0.15)
+    averaged = {name: tensor for name, tensor in weights(out).items() if name.startswith("average/")}
+    assert torch.equal(open_vit(out / "last").model.head.weight, averaged["average/head.weight"])
+
+
+def test_killed_at_any_time_and_started_again_it_ends_in_the_same_weights(whole, tmp_path):
+    """kill -9 as soon as a checkpoint of some step is there; three kills, then to the end."""
+    command = [
+        sys.executable,
+        "-m",
+        "wint.tiny_runs",
+        str(whole),
+        str(tmp_path / "killed"),
+        json.dumps({"run": FOLLOWED}),
+    ]
+    checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
+    kills = 0
+    for _ in range(2):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+        with subprocess.Popen(command, env=ENVIRONMENT) as process:
+            while process.poll() is None:
+                if checkpoint.is_file() and checkpoint.stat().st_mtime_ns > before:
+                    os.kill(process.pid, signal.SIGKILL)
+                    break
+                time.sleep(0.001)
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 2
+    subprocess.run(command, env=ENVIRONMENT, check=True)
+    same(whole / "whole", tmp_path / "killed")
+    assert torch.equal(
+        open_vit(whole / "whole" / "best").model.head.weight, open_vit(tmp_path / "killed" / "best").model.head.weight
+    )
+    for column in ("loss", "rate", "temperature"):
+        ours = [row[column] for row in rows(tmp_path / "killed" / "steps.csv")]
+        assert ours == [row[column] for row in rows(whole / "whole" / "steps.csv")]
+
+
+def test_interrupted_before_a_checkpoint_is_in_place_the_last_one_holds(whole, tmp_path, monkeypatch):
+    """Every way of stopping within the writing of a checkpoint leaves a folder that goes on to the same weights."""
+    out, replaced, calls = tmp_path / "run", Path.replace, 0
+
+    def stop(self, target):
+        nonlocal calls
+        calls += 1
+        if calls == 23:
+            raise KeyboardInterrupt
+        return replaced(self, target)
+
+    wanted = recipe(whole, run=FOLLOWED)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(wanted, out)
+    assert not list(out.rglob(".*"))
+    train(recipe(whole, run=FOLLOWED), out)
+    same(whole / "whole", out)
+
+
+def test_interrupted_it_keeps_its_step_and_says_where_it_goes_on(whole, tmp_path):
+    def interrupt(what, done, total, word):
+        if what == "training" and done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    wanted = recipe(whole, run=FOLLOWED)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(wanted, tmp_path / "run", progress=interrupt)
+    assert stopped.value.__notes__ == ["The same command goes on at step 4 of 18."]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(wanted, tmp_path / "run")
+    same(whole / "whole", tmp_path / "run")
+
+
+def test_two_processes_give_the_curve_of_one(whole, tmp_path):
+    """The same batches, mixing included, shared by two: losses and weights agree to rounding."""
+    changes = {"run": {"mixup": 0.2, "ema": 0.0, "epochs": 2}, "model": {"dropped_paths": 0.0}}
+    train(recipe(whole, **changes), tmp_path / "one")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+        "wint.tiny_runs", str(whole), str(tmp_path / "two"), json.dumps(changes),
+    ]  # fmt: skip
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    one, two = rows(tmp_path / "one" / "steps.csv"), rows(tmp_path / "two" / "steps.csv")
+    assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
+    assert_allclose(
+        rows(tmp_path / "two" / "epochs.csv")[-1]["accuracy"], rows(tmp_path / "one" / "epochs.csv")[-1]["accuracy"]
+    )
+
+
+def test_gradients_gathered_in_pieces_are_those_of_the_whole_batch(whole, tmp_path):
+    plain = {"model": {"dropped_paths": 0.0}}
+    train(recipe(whole, **plain, run={"epochs": 1}), tmp_path / "whole")
+    train(recipe(whole, **plain, run={"epochs": 1, "accumulate": 4}), tmp_path / "pieces")
+    losses = [[row["loss"] for row in rows(tmp_path / name / "steps.csv")] for name in ("whole", "pieces")]
+    assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+def test_metrics_go_to_tensorboard_too(whole, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra [train] is not installed")
+    train(recipe(whole, run={"epochs": 1, "tensorboard": True}), tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_another_recipe_or_a_broken_checkpoint_is_refused(whole, tmp_path):
+    with pytest.raises(PlanMismatch, match=r"optimiser\.rate was 0\.003, is 0\.1"):
+        train(recipe(whole, run=FOLLOWED, optimiser={"rate": 0.1}), whole / "whole")
+    changes = {"run": {"epochs": 1}}
+    train(recipe(whole, **changes), tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"not tensors at all")
+    with pytest.raises(DamagedStudy, match="no checkpoint"):
+        train(recipe(whole, **changes), tmp_path / "run")
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def control(whole):
+    """A trained plain ViT to teach."""
+    train(recipe(whole, model={"windows": "none"}, run={"epochs": 1}), whole / "control")
+    return whole / "control" / "last"
+
+
+@pytest.mark.parametrize("start", [[[0.4] * 4], [[0.4] * 4] * 2], ids=["one for all heads", "one a head"])
+def test_a_teacher_draws_windows_towards_its_own(whole, control, tmp_path, start):
+    apart = {}
+    for weight in (0.0, 5.0):
+        changes = {
+            "teacher": {"folder": str(control), "weight": weight, "area": 25}, "model": {"start": start},
+            "run": {"epochs": 4, "ema": 0.0}, "windows": {"rate": 20.0},
+        }  # fmt: skip
+        wanted = recipe(whole, **changes)
+        train(wanted, tmp_path / str(weight))
+        student = open_vit(tmp_path / str(weight) / "last").model
+        teacher = Teacher(open_vit(control), 25, 2, len(start), (4, 4))
+        images = Batches(wanted, read_images(wanted.data.test), read_images(wanted.data.test).pixels(16))[0][0]
+        with recorded_sides(student) as sides, torch.no_grad():
+            student(images)
+        apart[weight] = float(disagreement(sides, teacher.sides(images), (4, 4)))
+    assert apart[5.0] < 0.9 * apart[0.0]
+
+
+def test_the_teachers_windows_hold_their_query_and_no_more_than_their_area(whole, control):
+    teacher = Teacher(open_vit(control), 25, 2, 2, (4, 4))
+    sides = teacher.sides(torch.randn(3, 3, 16, 16))
+    assert [tuple(layer.shape) for layer in sides] == [(3, 2, 16, 4)] * 2
+    assert min(float(layer.min()) for layer in sides) == 0
+    smallest = min(float(hard_mask(layer, (4, 4)).sum(-1).min()) for layer in sides)
+    assert smallest >= 1
+    with pytest.raises(UsageError, match="2 layers of"):
+        Teacher(open_vit(control), 25, 3, 2, (4, 4))
+
+
+def test_a_teacher_is_shown_images_as_it_was_trained(whole, control):
+    images = torch.rand(2, 3, 16, 16)
+    plain = Teacher(open_vit(control), 25, 2, 1, (4, 4)).sides((images - 0.5) / 0.5)
+    other = Teacher(open_vit(control), 25, 2, 1, (4, 4), (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.3, 0.4, 0.5), (0.2, 0.3, 0.4)))
+    for one, two in zip(plain, other.sides((images - mean) / std), strict=True):
+        assert_allclose(one, two)
+
+
+def test_guidance_grows_and_ends():
+    teaching = recipe_from(
+        described(Path(), teacher={"folder": "somewhere", "weight": 2.0, "from_share": 0.2, "until": 0.6})
+    ).teacher
+    assert [guidance(teaching, done) for done in (0.0, 0.1, 0.2, 0.5, 0.6)] == [0.0, 1.0, 2.0, 2.0, 0.0]
+
+
+def test_disagreement_in_closed_form():
+    one, two = torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4)
+    two[..., 0], two[..., 1] = 3.0, 1.0  # left by 3 of 3 columns, top by 1 of 2 rows on a 3 x 4 grid
+    assert_allclose(disagreement([one], [two], (3, 4)), (1 + 0.5) / 4)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_processes_share_a_batch_and_keep_partners_together(whole):
+    wanted = recipe(whole, run={"mixup": 0.5})
+    images = read_images(wanted.data.train)
+    pixels = images.pixels(16)
+    one = Batches(wanted, images, pixels)
+    parts = [Batches(wanted, images, pixels, rank, 4) for rank in range(4)]
+    assert sorted(torch.cat([part.mine for part in parts]).tolist()) == list(range(16))
+    for part in parts:
+        assert part.mine.flip(0).tolist() == [15 - place for place in part.mine.tolist()]
+        whole_images, whole_labels = one[3]
+        own_images, own_labels = part[3]
+        assert_allclose(own_images, whole_images[part.mine], rtol=1e-6)
+        assert_allclose(own_labels, whole_labels[part.mine], rtol=1e-6)
+
+
+def test_every_image_is_seen_once_an_epoch_and_in_another_order_the_next(whole):
+    wanted = recipe(whole, data={"augmentation": "none"})
+    images = read_images(wanted.data.train)
+    batches = Batches(wanted, images, images.pixels(16))
+    seen = [torch.cat([batches._chosen(step) for step in range(first, first + 6)]).tolist() for first in (0, 6)]
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(96))
+    assert seen[0] != seen[1]
+
+
+def test_crops_are_parts_of_the_image_with_its_border_reflected(whole):
+    wanted = recipe(whole)
+    images = read_images(wanted.data.train)
+    pixels = images.pixels(16)
+    batches = Batches(wanted, images, pixels)
+    wide = nn.functional.pad(pixels.float(), (2, 2, 2, 2), mode="reflect")
+    batch, _ = batches[0]
+    for shown, index in zip(batch, batches._chosen(0).tolist(), strict=True):
+        original = (shown * 127.5 + 127.5).round()
+        candidates = [wide[index, :, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
+        assert any(torch.equal(original, each) or torch.equal(original.flip(2), each) for each in candidates)
+
+
+def test_timms_augmentation_is_a_function_of_the_step_whatever_is_drawn_between(whole):
+    options = {"auto_augment": "rand-m6-mstd0.5-inc1", "re_prob": 0.5}
+    wanted = recipe(whole, data={"augmentation": "timm", "timm": options})
+    images = read_images(wanted.data.train)
+    first = Batches(wanted, images, None)[2]
+    torch.rand(7)
+    np.random.rand(3)
+    kept = torch.get_rng_state()
+    second = Batches(wanted, images, None)[2]
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(torch.get_rng_state(), kept)
+    assert not torch.equal(first[0], Batches(wanted, images, None)[3][0])
+
+
+def test_workers_prepare_the_same_batches(whole):
+    wanted, parallel = recipe(whole), recipe(whole, data={"workers": 2})
+    images = read_images(wanted.data.train)
+    pixels = images.pixels(16)
+    plain, prepared = (list(Batches(each, images, pixels).from_step(15)) for each in (wanted, parallel))
+    assert len(plain) == 3
+    for one, two in zip(plain, prepared, strict=True):
+        assert torch.equal(one[0], two[0])
+
+
+def test_class_folders_are_read(tmp_path):
+    for label, grey in (("cat", 30), ("dog", 200)):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (20, 12), (grey, grey, grey)).save(tmp_path / label / "one.png")
+    images = read_images(str(tmp_path))
+    assert images.class_names == ("cat", "dog")
+    assert images.labels.tolist() == [0, 1]
+    assert images.pixels(8).float().mean((1, 2, 3)).tolist() == [30, 200]
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optimiser": {"learning_rate": 1.0}}, r"no key 'learning_rate'.*Valid keys: name, rate"),
+        ({"run": {"epoch": 1}}, r"Did you mean 'epochs'"),
+        ({"runs": {}}, r"no key 'runs'. Did you mean 'run'\?"),
+        ({"run": {"epochs": "many"}}, "must be a float"),
+        ({"run": {"batch_size": 16, "accumulate": 3}}, "one divides the other"),
+        ({"data": {"augmentation": "lots"}}, "choose crop_flip, timm or none"),
+        ({"model": {"start": [[1, "a"]]}}, "must be a float"),
+        ({"teacher": {"folder": "x"}, "model": {"windows": "none"}}, 'needs .model. windows = "predicted"'),
+    ],
+)
+def test_recipes_that_cannot_be_run_say_what_can(tmp_path, changes, said):
+    with pytest.raises(UsageError, match=said):
+        recipe_from(described(tmp_path, **changes))
+
+
+def test_a_missing_table_and_a_broken_file_are_named(tmp_path):
+    with pytest.raises(UsageError, match="lacks expected, cost, data"):
+        recipe_from({"title": "x"})
+    (tmp_path / "broken.toml").write_text("title = ")
+    with pytest.raises(UsageError, match=r"broken\.toml is not TOML"):
+        read_recipe(tmp_path / "broken.toml")
+
+
+def test_a_wrong_class_count_is_an_error_that_names_the_classes(whole, tmp_path):
+    with pytest.raises(DataError, match=r"classes = 10, and .*train\.npz has 3 \(mark 0"):
+        train(recipe(whole, data={"classes": 10}), tmp_path)
+
+
+def test_packs_that_are_damaged_are_refused(tmp_path):
+    path = packed(tmp_path / "pack.npz", 4)
+    with np.load(path) as pack:
+        arrays = dict(pack)
+    np.savez(path, **{**arrays, "offset": arrays["offset"][:-1]})
+    with pytest.raises(DataError, match="damaged"):
+        read_images(str(path))
+    path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="cannot be read as packed images"):
+        read_images(str(path))
+
+
+def test_training_can_begin_with_a_saved_vit_and_other_classes(whole, control, tmp_path):
+    packed(tmp_path / "train.npz", 48, n_classes=2)
+    packed(tmp_path / "test.npz", 16, n_classes=2, seed=1)
+    wanted = recipe(tmp_path, data={"classes": 2}, model={"start_from": str(control), "start": [[0.98] * 4]})
+    torch.manual_seed(0)
+    module = built(wanted)
+    before = open_vit(control).model.state_dict()
+    assert torch.equal(module.state_dict()["blocks.1.mlp.0.weight"], before["blocks.1.mlp.0.weight"])
+    assert module.state_dict()["head.weight"].shape == (2, 16)
+    train(wanted, tmp_path / "run")
+
+
+def test_a_timm_model_trains_with_window_heads_and_opens_again(whole, tmp_path):
+    args = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    changes = {
+        "model": {"timm": "vit_tiny_patch16_224", "timm_args": args, "start": [[0.982] * 4]},
+        "run": {"epochs": 1}, "optimiser": {"layer_decay": 0.8},
+    }  # fmt: skip
+    train(recipe(whole, **changes), tmp_path / "run")
+    assert open_vit(tmp_path / "run" / "last").anatomy.grid == (4, 4)
+
+
+def test_the_temperature_falls_geometrically(tmp_path):
+    wanted = recipe_from(described(tmp_path, windows={"first": 1.0, "last": 0.25, "until": 0.5}))
+    assert_allclose([temperature(wanted, done) for done in (0.0, 0.25, 0.5, 1.0)], [1, 0.5, 0.25, 0.25])
+
+
+RECIPES = sorted((TESTS.parent / "examples" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_that_we_ship_are_complete(path):
+    """They read, their models are made, and their window heads fit; weights and data are the user's."""
+    wanted = read_recipe(path)
+    assert wanted.expected
+    assert wanted.cost
+    module = built(replace(wanted, model=replace(wanted.model, start_from="")))
+    assert sum(parameter.numel() for parameter in module.parameters()) > 1e6
+    grey = Image.new("RGB", (wanted.data.image_px,) * 2, "grey")
+    images = Images("grey", [lambda: grey] * 4, torch.arange(4), ("a", "b", "c", "d"))
+    pixels = None if wanted.data.augmentation == "timm" else images.pixels(wanted.data.image_px)
+    seen, labels = Batches(replace(wanted, run=replace(wanted.run, batch_size=4)), images, pixels)[0]
+    assert seen.shape == (4, 3, wanted.data.image_px, wanted.data.image_px)
+    assert labels.shape == (4, wanted.data.classes)  # all of them mix
+
+
+def test_the_imagenet_recipe_runs_on_a_few_images(shared, tmp_path):
+    """Two steps of four photographs: all as it is written but depth, batch, precision and the teacher."""
+    sample = shared / "data" / "imagenet-sample"
+    if not sample.is_dir():
+        pytest.skip("the sample of ImageNet is not here")
+    wanted = read_recipe(next(path for path in RECIPES if path.stem == "imagenet"))
+    small = replace(
+        wanted,
+        data=replace(wanted.data, train=str(sample), test=str(sample), limit=8, test_limit=4, workers=0),
+        model=replace(wanted.model, depth=2),
+        teacher=replace(wanted.teacher, folder=""),
+        run=replace(wanted.run, epochs=1.0, batch_size=4, precision="no", tensorboard=False),
+    )
+    results = train(small, tmp_path / "run")
+    assert len(results.areas) == 2
+    assert [row["step"] for row in rows(tmp_path / "run" / "steps.csv")] == [2]
