@@ -10,7 +10,10 @@ import pytest
 from numpy.testing import assert_allclose
 from tiny_reports import ROOMS, photographs, small_vit
 
+from vitrail import measure
 from vitrail.errors import StudyError, UsageError
+from vitrail.heads.pattern_tables import head_patterns
+from vitrail.heads.why import why_sentences
 from vitrail.report import sections, write_report
 from vitrail.report.page import page
 from vitrail.report.parts import Section, Studied, Table, Text
@@ -81,7 +84,7 @@ def refuses_everything_foreign(read, html):
 
 def test_a_report_of_every_room_is_one_small_file_that_loads_nothing(whole, read):
     refuses_everything_foreign(read, whole.read_text(encoding="utf-8"))
-    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert read.sections == ["findings", "studied", "heads", "why", "patterns", "patches", "neurons", "cite"]
     assert whole.stat().st_size < 3e6
     assert list(whole.parent.iterdir()) == [whole]
     policy = next(attrs for tag, attrs in read.tags if attrs.get("http-equiv") == "Content-Security-Policy")
@@ -157,16 +160,17 @@ def test_a_study_of_one_room_has_its_section_and_says_how_to_have_the_others(roo
     folder = photographs(tmp_path, 3)
     run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures=room, batch_size=3)
     read = reported(tmp_path / "study", tmp_path)
-    assert read.sections == ["findings", "studied", room, "cite"]
+    own = {"heads": ["heads", "why"], "regions": ["why"]}.get(room, [room])
+    assert read.sections == ["findings", "studied", *own, "cite"]
     others = [each for each in ROOMS if each != room]
-    assert f"holds nothing of {' and '.join(others)}" in read.text
-    assert "--measures heads,patches,neurons" in read.text
+    assert f"holds nothing of {' and '.join(each for each in measure.ROOMS if each in others)}" in read.text
+    assert f"--measures {','.join(measure.ROOMS)}" in read.text
 
 
 def test_a_study_of_one_image_has_no_intervals(tmp_path):
     run_study(open_vit("vitrail:photos"), "photos", out=tmp_path / "study", limit=1, measures=",".join(ROOMS))
     read = reported(tmp_path / "study", tmp_path)
-    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert read.sections == ["findings", "studied", "heads", "why", "patterns", "patches", "neurons", "cite"]
     assert "interval" not in read.text.split("How to cite")[0].split("How to read these numbers")[0]
     assert "nan" not in read.text.lower().split()
 
@@ -183,7 +187,7 @@ def test_a_model_without_a_classifier_is_reported_by_what_it_has(tmp_path):
         small_vit(num_classes=0), folder / "photos", out=tmp_path / "study", measures=",".join(ROOMS), batch_size=3
     )
     read = reported(tmp_path / "study", tmp_path)
-    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert read.sections == ["findings", "studied", "heads", "why", "patterns", "patches", "neurons", "cite"]
     assert "Accuracy is not known: the model has no classifier." in read.text
     assert "matters most by Jensen-Shannon divergence" in read.text
 
@@ -203,7 +207,7 @@ def test_a_hierarchy_with_windows_is_reported(tmp_path):
     vit = open_vit(timm.create_model("swin_tiny_patch4_window7_224", **shape).eval(), image_size=32)
     run_study(vit, folder / "photos", out=tmp_path / "study", measures=",".join(ROOMS), batch_size=2)
     read = reported(tmp_path / "study", tmp_path)
-    assert read.sections == ["findings", "studied", "heads", "patches", "neurons", "cite"]
+    assert read.sections == ["findings", "studied", "heads", "why", "patterns", "patches", "neurons", "cite"]
     assert "4 layers of 2 to 3 heads" in read.text
 
 
@@ -271,3 +275,17 @@ def test_large_studies_are_sampled_where_each_patch_has_a_value(crops, monkeypat
     assert study.sample.sizes["image"] == 5
     assert study.sample["image"].to_numpy().tolist() == [study.data["image"].to_numpy()[at] for at in (0, 3, 6, 8, 11)]
     assert study.sample_words == "Of 5 images, evenly spaced over the study."
+
+
+def test_the_most_important_head_is_explained_by_the_study_s_own_numbers(crops, read):
+    study = open_study(crops)
+    order = (study["probability"].mean() - study["head_probability"].mean("image")).stack(at=("layer", "head"))
+    layer, head = (int(order["at"][int(order.argmax())].item()[axis]) for axis in (0, 1))
+    assert f"L{layer}H{head} is 1st of 18 heads" in read.text
+    assert all(sentence in read.text for sentence in why_sentences(study, layer, head))
+
+
+def test_every_head_s_pattern_stands_beside_the_rule_that_names_it(crops, read):
+    for pattern in head_patterns(open_study(crops)):
+        assert pattern.named.label in read.text
+        assert pattern.named.rule in read.text

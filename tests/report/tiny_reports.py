@@ -9,7 +9,7 @@ from PIL import Image
 
 from vitrail.vit.open import open_vit
 
-ROOMS = ("heads", "patches", "neurons")
+ROOMS = ("heads", "regions", "patterns", "patches", "neurons")
 
 
 def small_vit(**options):

@@ -112,7 +112,8 @@ def _numbers(values: Sequence[float]) -> str:
 
 def citations(study: Studied) -> Section:
     """The papers that the methods come from, and how to remake the report."""
-    rows = [[room, PAPERS[room]] for room in PAPERS if study.held(room)] or [list(each) for each in PAPERS.items()]
+    held = {"heads" if room in ("regions", "patterns") else room for room in ROOMS if study.held(room)}
+    rows = [[room, paper] for room, paper in PAPERS.items() if room in held or not held]
     return Section("cite", "How to cite the methods", (), (
         Text("Measures follow these papers; what is our own construction is called so beside each measure. Please "
              "cite the papers of the measures you use, and Vitrail "

@@ -14,10 +14,12 @@ from vitrail.report.opening import citations, main_findings, studied
 from vitrail.report.page import page
 from vitrail.report.parts import Section, Studied
 from vitrail.report.patches import patches
+from vitrail.report.patterns import patterns
+from vitrail.report.why import why
 
 __all__ = ["SECTIONS", "write_report"]
 
-SECTIONS: tuple[Callable[[Studied], Section | None], ...] = (heads, patches, neurons)
+SECTIONS: tuple[Callable[[Studied], Section | None], ...] = (heads, why, patterns, patches, neurons)
 """A section each, or None where the study holds nothing for it. Add a function here and it is in the report."""
 
 
