@@ -219,8 +219,9 @@ def _number_clusters(axes: Any, xy: Float[np.ndarray, "image layer head xy"], cl
     for number in range(int(cluster.max(initial=-1)) + 1):
         inside = xy[cluster == number]
         if len(inside):
+            away = np.linalg.norm(inside - np.median(inside, axis=0), axis=1)
             axes.text(
-                *np.median(inside, axis=0), str(number), fontsize=6.5, color=INK, ha="center", va="center", zorder=4,
+                *inside[away.argmin()], str(number), fontsize=6.5, color=INK, ha="center", va="center", zorder=4,
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": LINE, "linewidth": 0.5},
             )  # fmt: skip
 

@@ -176,7 +176,7 @@ class EstimateCollector:
 class RuleCollector:
     """The numbers that patterns are named from, read off each attention map; `precision` as in `MapSource`."""
 
-    measures = ("pattern_rule",)
+    measures: tuple[str, ...] = ("pattern_rule",)
     replays = False
 
     def __init__(self, anatomy: Anatomy, ground: PatternGround, precision: torch.dtype | None = None) -> None:
@@ -208,7 +208,7 @@ class RuleCollector:
 class RegionCollector:
     """The label's probability without the class part of a head (mode 3) and without its patch part (mode 4)."""
 
-    measures = ("head_region_probability",)
+    measures: tuple[str, ...] = ("head_region_probability",)
     replays = True
 
     def __init__(self, anatomy: Anatomy) -> None:
