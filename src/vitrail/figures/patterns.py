@@ -234,7 +234,7 @@ def _draw_cluster(axes: Any, cluster: Cluster, values: Float[np.ndarray, "query 
     axes.set_title(f"{cluster.number}  {cluster.named.label}", fontsize=7.5)
     heads = ", ".join(f"{head_name(layer, head)} {share:.0%}" for layer, head, share in cluster.heads)
     rule = textwrap.fill(cluster.named.rule, 36, max_lines=3, placeholder=" …")
-    axes.set_xlabel(f"{cluster.size:,} maps: {heads}\n{rule}", fontsize=5.8, loc="left", color=SOFT)
+    axes.set_xlabel(f"{cluster.size:,} maps:\n{heads}\n{rule}", fontsize=5.8, loc="left", color=SOFT)
 
 
 def _name_cell(axes: Any, layer: int, head: int, label: str, colour: str) -> None:
