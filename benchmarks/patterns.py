@@ -40,7 +40,7 @@ MODELS = {"vit_tiny": "vit_tiny_patch16_224", "deit_tiny": "deit_tiny_patch16_22
 
 
 def opened(name: str, data: Path) -> Vit:
-    return open_vit(f"timm:{MODELS[name]}", weights=data / f"models/{MODELS[name]}.safetensors", precision="bfloat16")
+    return open_vit(f"timm:{MODELS[name]}", weights=data / f"models/{MODELS[name]}.safetensors")
 
 
 def photographs(args: argparse.Namespace) -> object:

@@ -189,6 +189,16 @@ def model():
     return fit_patterns(filled(maps), GROUND, held_out(len(maps), 0), seed=0)
 
 
+def test_a_single_map_is_a_model_too():
+    keep = np.ones((1, 1, 1), dtype=bool)
+    sample = SampleOfMaps(BLOCK, keep)
+    sample.take(0, 0, pictures(planted(1)[0][:1]))
+    alone = fit_patterns(sample, GROUND, held_out(1, 0), seed=0)
+    found = place(alone, 0, torch.as_tensor(planted(1, seed=1)[0][:2]))
+    assert_array_equal(found.cluster, 0)
+    assert np.isfinite(found.xy).all()
+
+
 class TestMap:
     def test_clusters_recover_the_planted_families(self, model):
         maps, label = planted(20, seed=1)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
@@ -16,6 +17,7 @@ from vitrail.heads.why import why_sentences
 from vitrail.live import Live
 from vitrail.measure import ROOMS
 from vitrail.study import patterns as stage
+from vitrail.study import planning
 from vitrail.study.run import run_study
 from vitrail.study.store import declared, open_study, verify
 from vitrail.study.writing import StudyFolder
@@ -37,7 +39,9 @@ def vit() -> Vit:
 @pytest.fixture(scope="module")
 def finished(vit: Vit, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "study"
-    run_study(vit, photos, out=out, measures="heads,patterns,regions", batch_size=8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(planning, "PART_IMAGES", 8)
+        run_study(vit, photos, out=out, measures="heads,patterns,regions", batch_size=8)
     return out
 
 
@@ -50,7 +54,7 @@ def test_every_measure_of_patterns_is_there_as_declared(finished: Path) -> None:
     assert np.isfinite(study["pattern_patch_xy"]).all()
     assert np.isfinite(study["image_dependence"]).all()
     assert study.attrs["patterns"]["patch"]["n_held"] == 4 * 5
-    assert verify(finished) == 1
+    assert verify(finished) == 3
 
 
 def test_a_study_of_heads_alone_has_no_patterns(vit: Vit, photos: Path, tmp_path: Path) -> None:
@@ -68,6 +72,7 @@ def test_stopped_at_any_step_and_resumed_it_gives_the_same_bytes(
     moment: str, vit: Vit, photos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "study"
+    monkeypatch.setattr(planning, "PART_IMAGES", 8)
 
     def stop(*_: object, **__: object) -> None:
         raise Killed
@@ -95,8 +100,6 @@ def test_a_training_images_heads_are_placed_where_the_study_has_them(vit: Vit, p
     at = 3
     with Image.open(photos / str(study["image"].values[at])) as image:
         weights = Live(vit).attention(image.convert("RGB"), 1)
-    import torch
-
     found = place(model, 1, torch.as_tensor(weights))
     assert_array_equal(found.cluster, study["pattern_patch_cluster"][at, 1])
     size = float(np.ptp(study["pattern_patch_xy"].values.reshape(-1, 2), axis=0).max())

@@ -219,8 +219,9 @@ def _number_clusters(axes: Any, xy: Float[np.ndarray, "image layer head xy"], cl
     for number in range(int(cluster.max(initial=-1)) + 1):
         inside = xy[cluster == number]
         if len(inside):
+            away = np.linalg.norm(inside - np.median(inside, axis=0), axis=1)
             axes.text(
-                *np.median(inside, axis=0), str(number), fontsize=6.5, color=INK, ha="center", va="center", zorder=4,
+                *inside[away.argmin()], str(number), fontsize=6.5, color=INK, ha="center", va="center", zorder=4,
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": LINE, "linewidth": 0.5},
             )  # fmt: skip
 
@@ -233,7 +234,7 @@ def _draw_cluster(axes: Any, cluster: Cluster, values: Float[np.ndarray, "query 
     axes.set_title(f"{cluster.number}  {cluster.named.label}", fontsize=7.5)
     heads = ", ".join(f"{head_name(layer, head)} {share:.0%}" for layer, head, share in cluster.heads)
     rule = textwrap.fill(cluster.named.rule, 36, max_lines=3, placeholder=" …")
-    axes.set_xlabel(f"{cluster.size:,} maps: {heads}\n{rule}", fontsize=5.8, loc="left", color=SOFT)
+    axes.set_xlabel(f"{cluster.size:,} maps:\n{heads}\n{rule}", fontsize=5.8, loc="left", color=SOFT)
 
 
 def _name_cell(axes: Any, layer: int, head: int, label: str, colour: str) -> None:

@@ -2,8 +2,8 @@
 
 A coder is fitted on a bounded sample of maps, split by image: on the images held out, an autoencoder has to beat PCA
 with as many components clearly, or PCA is what the coder is. After Li et al. 2023, who use two autoencoders.
-Convolutional ones, as there, were far behind PCA on ImageNet models after minutes of training (docs/patterns.md), so
-ours start at PCA and learn what it misses: shapes and referee are our construction.
+A convolutional one was still far behind PCA after minutes of training (docs/patterns.md), so ours start at PCA and
+learn what it misses: shapes and referee are our construction.
 """
 
 import math

@@ -174,7 +174,8 @@ class StudyFolder:
             for key, values in arrays.items():
                 _create_array(group, key, values.shape, len(values), values.dtype)
                 with zarr.config.set({"array.write_empty_chunks": True}):
-                    _array(group, key)[...] = values
+                    array = _array(group, key)
+                array[...] = values
             _consolidate(made)
             _to_disk(made)
             made.rename(place)
@@ -223,11 +224,11 @@ class StudyFolder:
     def _write(self, name: int | str, rows: slice, arrays: Arrays) -> None:
         group = self._arrays(arrays)
         for key, values in arrays.items():
-            array = _array(group, key)
+            with zarr.config.set({"array.write_empty_chunks": True}):  # so that an absent chunk is always a lost one
+                array = _array(group, key)
             assert values.shape[1:] == array.shape[1:], f"{key} has shape {values.shape}, the study {array.shape}"
             assert values.dtype == array.dtype, f"{key} is {values.dtype}, the study {array.dtype}"
-            with zarr.config.set({"array.write_empty_chunks": True}):  # so that an absent chunk is always a lost one
-                array[rows] = values
+            array[rows] = values
             chunk = 0 if isinstance(name, str) else name
             _to_disk(self.folder / ARRAYS / key / "c" / str(chunk))
         self._mark(name, arrays)
