@@ -432,7 +432,7 @@ def _draw(dataset: "xr.Dataset", folder: Path, formats: Sequence[Format]) -> Non
     if made:
         typer.echo(f"{len(made)} figures in {folder}")
     else:
-        typer.echo("No figures: this study holds nothing that is drawn over a whole data set (heads, grouping).")
+        typer.echo("No figures: this study holds nothing that is drawn over a whole data set.")
 
 
 @contextmanager

@@ -7,6 +7,9 @@ import pytest
 
 from vitrail.report import write_report
 
+PATIENCE_MS = 60_000
+"""For a machine that does much else, as in the tests of the page."""
+
 
 @pytest.fixture(scope="module")
 def report(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -18,6 +21,7 @@ def test_a_report_opens_from_its_file_with_all_pictures_and_no_request(
     browser: Any, report: Path, width: int, scheme: str
 ) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
     page, said, asked, failed = context.new_page(), [], [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))

@@ -20,7 +20,7 @@ def study(**arrays: tuple[tuple[str, ...], tuple[int, ...]]) -> xr.Dataset:
     return xr.Dataset(data, coords={"image": [f"i{index}" for index in range(4)]}, attrs={"model": "m"})
 
 
-def test_a_study_of_patches_alone_has_no_figures_and_is_no_error(tmp_path: Path) -> None:
+def test_a_study_with_nothing_to_draw_has_no_figures_and_is_no_error(tmp_path: Path) -> None:
     assert figures_of(study(field_size=(("image", "layer", "patch"), (4, 2, 9))), tmp_path) == []
 
 
@@ -28,6 +28,20 @@ def test_grouping_is_drawn_without_heads(tmp_path: Path) -> None:
     made = figures_of(study(grouping_silhouette=(("image", "layer"), (4, 3))), tmp_path, ("png", "svg"))
     assert [path.name for path in made] == ["grouping_by_layer.png", "grouping_by_layer.svg"]
     assert all(path.stat().st_size > 1000 for path in made)
+
+
+def test_every_room_of_a_study_is_drawn(tmp_path: Path) -> None:
+    per_patch = (4, 2, 9)
+    held = study(
+        window=(("image", "layer", "patch", "side"), (*per_patch, 4)),
+        tendency=(("image", "layer", "patch", "xy"), (*per_patch, 2)),
+        hub=(("image", "layer", "patch"), per_patch),
+        token_norm=(("image", "layer", "token"), (4, 2, 10)),
+        probability=(("image",), (4,)),
+        occlusion_random=(("image", "amount"), (4, 3)),
+    ).assign_attrs(grids=[[3, 3]] * 2, prefixes=[1, 1], class_token=True)
+    names = [path.stem for path in figures_of(held, tmp_path, ("svg",))]
+    assert names == ["window_coverage", "tendency_flow", "hub_map", "norms_by_layer", "survival"]
 
 
 def test_an_unknown_format_is_refused_even_where_nothing_is_drawn(tmp_path: Path) -> None:

@@ -87,9 +87,12 @@ def _of_drops(study: Studied, table: xr.Dataset, order: list[tuple[int, int]]) -
         idle = int(((low <= 0) & (high >= 0)).sum())
         better = int((high < 0).sum())
         yield (
-            f"For {idle} of {len(order)} heads the interval of the mean loss holds zero"
-            + (f", and without {better} of them the label gets likelier." if better else ".")
+            f"For {idle} of {len(order)} heads the interval of the mean loss holds zero: on average they can go."
+            if idle
+            else "No head can go for nothing: the interval of the mean loss holds zero for none."
         )
+        if better:
+            yield f"Without {better} of the heads the label gets likelier on average, beyond its interval."
 
 
 def _of_reach(distance: Float[np.ndarray, "layer head"]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from vitrail.report.parts import Part, Section, Studied, Table, Text, percent
 __all__ = ["citations", "main_findings", "studied"]
 
 SKIPPED_SHOWN = 20
-PER_SECTION = 3
+PER_SECTION = 4
 """Findings of each section that also stand at the head."""
 
 PAPERS = {
