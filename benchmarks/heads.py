@@ -260,14 +260,14 @@ def classes_experiment(options: argparse.Namespace) -> None:
 def estimate_experiment(options: argparse.Namespace) -> None:
     """The estimate on all photographs, corrected by the exact sweep on a sample of them, against the sweep on all."""
     studied = Studied(options.studies[0], options)
-    places = np.sort(np.random.default_rng(2).permutation(len(studied.labels))[: options.images])
+    places = studied.calibration[: options.images]
     gradient = gradients(studied, places).astype(np.float64)
     rough = gradient**2 / 2 - gradient
     exact = studied.data["head_loss_change"].to_numpy()[places].astype(np.float64)
     print(f"\n{studied.name}: change of loss in nats, {len(places)} photographs; rank correlation over heads of the")
     print(f"estimated and the exact means {rank_agreement(rough, exact):.2f}\n")
     rows = []
-    for size in (24, 48, 96):
+    for size in (16, 32, 64):
         found = [correction(rough, exact, size, seed) for seed in range(20)]
         width, plain, covered, error, same = np.mean(found, 0)
         images = size * (plain / width) ** 2
@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-heads")
     parser.add_argument("--limit", type=int, help="only the first images of the study, which may be unfinished")
     parser.add_argument("--estimated", type=int, default=96, help="photographs that the estimates rank on")
-    parser.add_argument("--images", type=int, default=256, help="photographs that the estimate experiment looks at")
+    parser.add_argument("--images", type=int, default=192, help="photographs that the estimate experiment looks at")
     parser.add_argument("--test", type=int, default=96, help="photographs that are tried")
     parser.add_argument("--random-test", type=int, default=32, help="of them, those for orders at random")
     parser.add_argument("--random-orders", type=int, default=20)
