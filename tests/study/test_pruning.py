@@ -57,18 +57,24 @@ def test_accuracy_is_measured_on_images_that_nothing_was_chosen_on(study: Path, 
 
 def test_choosing_sees_only_the_other_half(study: Path, kept: tuple, tmp_path: Path, monkeypatch) -> None:
     asked: list[int] = []
-    real = pruning._Images.right
+    real = pruning._Images.prepared
 
-    def noting(self, places, answer, shown):
-        if not asked or asked[-1] != "measured":
-            asked.extend(places.tolist())
-        return real(self, places, answer, shown)
+    def noting(self, places, vit=None):
+        asked.extend(places)
+        return real(self, places, vit)
 
-    monkeypatch.setattr(pruning._Images, "right", noting)
-    monkeypatch.setattr(pruning, "_with_accuracy", lambda done, *rest: done)
+    def written(vit, chosen, *rest):
+        asked.append(-1)  # what follows is not choosing any more
+        return real_written(vit, chosen, *rest)
+
+    real_written = pruning._written
+    monkeypatch.setattr(pruning._Images, "prepared", noting)
+    monkeypatch.setattr(pruning, "_written", written)
     again = prune_study(study, tmp_path / "again", keep_accuracy=0.8)
     assert again.heads == kept[0].heads
-    assert set(asked) == set(halves(N_PHOTOS).calibration.tolist())
+    choosing, measuring = asked[: asked.index(-1)], asked[asked.index(-1) + 1 :]
+    assert set(choosing) == set(halves(N_PHOTOS).calibration.tolist())
+    assert set(measuring) == set(halves(N_PHOTOS).test.tolist())
 
 
 def test_the_promise_is_kept_with_a_margin_on_the_choosing_half_and_one_head_more_breaks_it(
@@ -84,9 +90,9 @@ def test_the_promise_is_kept_with_a_margin_on_the_choosing_half_and_one_head_mor
     images = vit.prepare([stored_image(manifest, manifest.images[at]) for at in half])
     labels = open_study(study)["label"].values[half]
     right = lambda count: logits_without(vit, images, order[:count]).argmax(-1).numpy() == labels  # noqa: E731
-    share = lambda count: pruning._share_less_one_error(right(0), right(count))  # noqa: E731
-    assert share(len(done.heads)) >= 0.8
-    assert share(len(done.heads) + 1) < 0.8
+    left = lambda count: np.subtract(*pruning._share_and_error(right(0), right(count)))  # noqa: E731
+    assert left(len(done.heads)) >= 0.8
+    assert left(len(done.heads) + 1) < 0.8
 
 
 def test_the_smaller_model_is_smaller_is_the_masked_one_and_is_recorded(kept: tuple) -> None:
@@ -151,7 +157,7 @@ def test_a_folder_with_files_is_refused_before_anything_is_run(study: Path, tmp_
 
 
 def test_where_no_head_can_go_it_is_said(study: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(pruning, "_share_less_one_error", lambda before, after: 0.0)
+    monkeypatch.setattr(pruning, "_share_and_error", lambda before, after: (0.0, 0.0))
     with pytest.raises(UsageError, match="No head can be removed"):
         prune_study(study, tmp_path / "out", keep_accuracy=0.9)
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.ticker import MaxNLocator
 
 from vitrail.errors import UsageError
 from vitrail.figures.style import BAND, COOL, INK, MARK, SOFT, blank, explain, styled
@@ -72,6 +73,7 @@ def _areas(axes: Any, table: dict[str, Area], shown: list[str]) -> None:
     axes.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (2, 3)))
     axes.set_yticks(rows, shown)
     axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel="area between (accuracy)")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_title("What the rankings know")
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)

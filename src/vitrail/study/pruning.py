@@ -8,7 +8,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,9 @@ EQUAL = 1e-5
 RANKINGS = ("flips", "divergence", "probability", "loss", "tokens")
 """What heads are ranked by where nothing else is asked for: the first that the study holds. In the order of the areas
 between their pruning curves (docs/heads.md, section 3)."""
+
+HOPELESS_AFTER, HOPELESS_ERRORS = 64, 4
+"""A number of heads is given up before all images are run where, on so many, so many standard errors do not reach."""
 
 SPEED_IMAGES, SPEED_REPEATS = 16, 25
 RESAMPLES = 5000
@@ -171,14 +174,12 @@ class _Images:
 
     def right(
         self, places: Int[np.ndarray, "image"], answer: Callable[[Sequence[int]], np.ndarray], shown: Progress
-    ) -> Bool[np.ndarray, "*lead image"]:
-        """Which images `answer` (of their positions, predicted classes [.. image]) gets right."""
-        found = []
+    ) -> Iterator[Bool[np.ndarray, "*lead some"]]:
+        """Which images `answer` (of their positions, predicted classes [.. image]) gets right, batch by batch."""
         for start in range(0, len(places), self._batch):
             part = places[start : start + self._batch]
-            found.append(answer(part.tolist()) == self.labels[part])
+            yield answer(part.tolist()) == self.labels[part]
             shown.advance(len(part))
-        return np.concatenate(found, -1)
 
 
 def _chosen(
@@ -196,22 +197,15 @@ def _chosen(
     if ranking not in offered:
         raise UsageError(f"This study does not rank heads by {ranking!r}; it has {', '.join(offered)}.")
     order = orders(offered[ranking])
-    n_steps = 1 + int(np.ceil(np.log2(len(order))))
-    shown.studying(0, n_steps * len(half.calibration), "choosing")
-
-    def right(count: int) -> Bool[np.ndarray, "image"]:
-        sets = [order[:count]]
-        return images.right(
-            half.calibration, lambda places: predictions_without(images.vit, images.prepared(places), sets)[0], shown
-        )
-
-    before = right(0)
+    places = np.random.default_rng(seed).permutation(half.calibration)  # so that the first are a fair sample
+    before = dataset["prediction"].to_numpy()[places] == images.labels[places]
     if not before.any():
         raise UsageError("The model answers no image of the choosing half rightly, so there is no accuracy to keep.")
+    shown.studying(0, int(np.ceil(np.log2(len(order)))) * len(places), "choosing")
     enough, too_many = 0, len(order)
     while too_many - enough > 1:
         count = (enough + too_many) // 2
-        if _share_less_one_error(before, right(count)) >= keep:
+        if _keeps(images, places, before, order[:count], keep, shown):
             enough = count
         else:
             too_many = count
@@ -223,10 +217,27 @@ def _chosen(
     return ranking, order[:enough], half.test
 
 
-def _share_less_one_error(before: Bool[np.ndarray, "image"], after: Bool[np.ndarray, "image"]) -> float:
-    """Accuracy after over before, less one standard error (that of the paired differences)."""
+def _keeps(
+    images: _Images, places: Int[np.ndarray, "image"], before: Bool[np.ndarray, "image"], heads: Order, keep: float,
+    shown: Progress,
+) -> bool:  # fmt: skip
+    """The share is kept without these heads, less one standard error; given up early where it is hopeless."""
+    after = np.zeros(0, dtype=bool)
+    for part in images.right(
+        places, lambda some: predictions_without(images.vit, images.prepared(some), [heads])[0], shown
+    ):
+        after = np.concatenate([after, part])
+        share, error = _share_and_error(before[: len(after)], after)
+        if len(after) >= HOPELESS_AFTER and share + HOPELESS_ERRORS * error < keep:
+            return False
+    return share - error >= keep
+
+
+def _share_and_error(before: Bool[np.ndarray, "image"], after: Bool[np.ndarray, "image"]) -> tuple[float, float]:
+    """Accuracy after over before, and its standard error (that of the paired differences)."""
     lost = before.astype(float) - after
-    return float((after.mean() - lost.std() / np.sqrt(len(lost))) / before.mean())
+    accuracy = max(float(before.mean()), 1e-9)
+    return float(after.mean()) / accuracy, float(lost.std() / np.sqrt(len(lost))) / accuracy
 
 
 def _written(
@@ -299,7 +310,7 @@ def _with_accuracy(
         prepared = images.prepared(some, whole)
         return torch.stack([vit.logits(prepared).argmax(-1) for vit in (whole, smaller)]).cpu().numpy()
 
-    before, after = images.right(places, answers, shown)
+    before, after = np.concatenate(list(images.right(places, answers, shown)), -1)
     share, low, high = _kept_share(before, after)
     kept = Kept(len(places), keep is not None, float(before.mean()), float(after.mean()), share, low, high, keep)
     return replace(done, kept=kept)
