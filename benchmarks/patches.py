@@ -243,7 +243,9 @@ def main() -> None:
         text = EXPERIMENTS[options.experiment](options)
     print(text)
     if options.write:
-        command = f"python benchmarks/patches.py {options.experiment} --model {options.model} --images {options.images}"
+        command = f"python benchmarks/patches.py {options.experiment} --model {options.model}"
+        command += "" if options.experiment == "speed" else f" --images {options.images}"
+        command += "" if options.batch == parser.get_default("batch") else f" --batch {options.batch}"
         file = ROOT / f"docs/patches/{options.experiment}-{options.model}.md"
         file.write_text(f"    {command} --write\n\n{text}\n")
 

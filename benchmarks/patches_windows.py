@@ -292,7 +292,23 @@ def windows_found(options: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def windows_experiment(options: argparse.Namespace) -> str:
-    return conditions_table(options, windows_found(options))
+    found = windows_found(options)
+    return f"{conditions_table(options, found)}\n\nHow far the budget is ahead of all else:\n\n{_ahead(found)}"
+
+
+def _ahead(found: dict[str, np.ndarray]) -> str:
+    """Paired differences between the budget and each other condition of the same area."""
+    rows = []
+    for name, values in found.items():
+        kind, _, share = name.partition("@")
+        if name == "full" or kind == "budget":
+            continue
+        ahead = found[f"budget@{share}"][: len(values)] - values
+        rows.append(
+            [f"{float(share):.0%}", kind, str(len(values)), shown(interval(ahead[:, 0])), shown(interval(ahead[:, 1]))]
+        )
+    rows.sort(key=lambda row: float(row[0][:-1]))
+    return table(["area", "budget less", "photographs", "top-1, points", "p(label) x 100"], rows)
 
 
 def variants_experiment(options: argparse.Namespace) -> str:

@@ -2,8 +2,11 @@
 
 interaction  how much each patch takes from each other: the indicators
 windows      for each query the box of patches that holds most of it
+budget       windows per head, their areas bought where they change the answer most
+verify       what becomes of the answer if patches see only what masks leave open
 hubs         patches that nearly every query keeps
 field        the responsive field: tendency, size, distance, and their nulls
+integral     sums over boxes, which windows and fields are found with
 collect      the above for a study, from the one plain pass (its options and measures need no torch)
 
 All formulas are our construction, after Ma et al. 2022 (arXiv 2203.05922); `docs/patches.md` has the experiments.

@@ -94,7 +94,7 @@ def _over_heads(share: Float[Tensor, "image head patch other"], name: str) -> Fl
 
 
 def _removal(weights: Tensor, prefix: int, v: Tensor, out: Tensor) -> Float[Tensor, "image patch other"]:
-    """Root of the sum over heads of (A / (1 - A))^2 |v_j - out_i|^2; distances are one product of longer vectors."""
+    """Root of the sum over heads of (A / (1 - A))^2 |v_j - out_i|^2, the distances from one product."""
     share = weights[..., prefix:, prefix:]
     v, out = v[:, :, prefix:].to(share), out[:, :, prefix:].to(share)
     one = torch.ones_like(v[..., :1])
