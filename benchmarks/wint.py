@@ -96,9 +96,9 @@ def main() -> None:
         for arm in [arm for arm in ARMS_OF[options.what] if arm in options.only]:
             run_arm(options.what, arm, seed, options.data, options.work)
     text = "\n".join(table(phase, records(phase)) for phase in PHASES if records(phase))
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "arms.md").write_text(text)
-    console.print(text, markup=False)
+    if text:
+        (DOCS / "arms.md").write_text(text)
+    console.print(text or "No run has left a record yet.", markup=False)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

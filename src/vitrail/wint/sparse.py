@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -28,23 +29,28 @@ BLOCK = 128
 def block_mask(
     sides: Float[Tensor, "image window patch side"], grid: Grid, prefix: int, block: int = BLOCK
 ) -> BlockMask:
-    """Which blocks are open, and the rule within them. Prefix tokens see everything and are seen by all."""
-    left, top, right, bottom = (side.contiguous() for side in rounded(sides).int().unbind(-1))
-    columns, n_windows = grid[1], sides.shape[1]
+    """Which blocks are open, and the rule within them. Prefix tokens see everything and are seen by all.
 
-    def may_see(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        patch, other = (query - prefix).clamp(min=0), key - prefix
-        window = head if n_windows > 1 else torch.zeros_like(head)
-        down, across = other // columns - patch // columns, other % columns - patch % columns
-        at = (image, window, patch)
-        inside = (across >= -left[at]) & (across <= right[at]) & (down >= -top[at]) & (down <= bottom[at])
-        return inside | (query < prefix) | (key < prefix) | (query == key)
-
-    n_tokens = prefix + grid[0] * grid[1]
-    heads = n_windows if n_windows > 1 else None
+    The rule is one expression of tensors: FlexAttention traces it, and counts its four arguments.
+    """
+    token = torch.arange(prefix + grid[0] * grid[1], device=sides.device)
+    row, column = (token - prefix) // grid[1], (token - prefix) % grid[1]
+    left, top, right, bottom = F.pad(rounded(sides).int(), (0, 0, prefix, 0), value=max(grid)).unbind(-1)
+    left, right, top, bottom = column - left, column + right, row - top, row + bottom
+    per_head = int(sides.shape[1] > 1)
     return create_block_mask(
-        lambda image, head, query, key: may_see(image, head, query, key),  # its four arguments are counted: no wrapper
-        len(sides), heads, n_tokens, n_tokens, device=sides.device.type, BLOCK_SIZE=block,
+        lambda image, head, query, key: (
+            (query < prefix)
+            | (key < prefix)
+            | (
+                (column[key] >= left[image, head * per_head, query])
+                & (column[key] <= right[image, head * per_head, query])
+                & (row[key] >= top[image, head * per_head, query])
+                & (row[key] <= bottom[image, head * per_head, query])
+            )
+        ),
+        len(sides), sides.shape[1] if per_head else None, len(token), len(token), device=sides.device.type,
+        BLOCK_SIZE=block,
     )  # fmt: skip
 
 
