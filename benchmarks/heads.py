@@ -287,8 +287,8 @@ def estimate_experiment(options: argparse.Namespace) -> None:
     cost = least_cost(rough, exact, guess / sweep)
     low, middle, high = np.quantile(cost, (0, 0.5, 1))
     print(
-        f"\nAn estimate costs {guess / sweep:.2f} of an exact sweep ({guess:.2f} and {sweep:.2f} s an image). Least "
-        f"cost at equal width, over heads: {low:.2f} .. {high:.2f}, median {middle:.2f}; below 1 for "
+        f"\nAn estimate costs {guess / sweep:.2f} of an exact sweep ({guess:.2f} and {sweep:.2f} s an image)."
+        f"\nLeast cost at equal width, over heads: {low:.2f} .. {high:.2f}, median {middle:.2f}; below 1 for "
         f"{(cost < 1).sum()} of {cost.size} heads."
     )
 
