@@ -132,6 +132,7 @@ def pictures_experiment(options: argparse.Namespace) -> str:
 
 
 def _slim(file: Path) -> str:
-    """The picture in 128 colours: a third of the bytes, and no difference to the eye."""
-    Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)
+    """The picture about as wide as a page shows it: a third of the bytes; its colours stay, for they carry meaning."""
+    picture = Image.open(file).convert("RGB")
+    picture.resize((1200, round(1200 * picture.height / picture.width)), Image.Resampling.LANCZOS).save(file)
     return str(file)
