@@ -139,12 +139,13 @@ def _affinities(latents: Float32[np.ndarray, "sample latent"]) -> Any:
 
 
 def _clusters(latents: Float32[np.ndarray, "sample latent"]) -> Int32[np.ndarray, "sample"]:
+    """The leaves of the tree: by excess of mass, what follows the image joins the sinks and the local heads in one."""
     from sklearn.cluster import HDBSCAN
 
     size = max(MIN_MEMBERS, round(MIN_SHARE * len(latents)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a default that is given here all the same
-        found = HDBSCAN(min_cluster_size=size, min_samples=MIN_MEMBERS, copy=True).fit_predict(latents)
+        found = HDBSCAN(size, min_samples=MIN_MEMBERS, cluster_selection_method="leaf", copy=True).fit_predict(latents)
     names, counts = np.unique(found[found != NOISE], return_counts=True)
     rank = {int(name): at for at, name in enumerate(names[np.argsort(-counts, kind="stable")])}
     return np.array([rank.get(int(each), NOISE) for each in found], dtype=np.int32)
