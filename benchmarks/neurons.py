@@ -104,10 +104,8 @@ def save_all(file: Path, asked, correct: np.ndarray, probability: np.ndarray, fo
 
 
 def robustness_command(arguments: argparse.Namespace) -> None:
-    lines = [
-        f"# Robustness, the photographs after the first {arguments.skip}" if arguments.skip else "# Robustness",
-        "",
-    ]
+    rest = ", the photographs that the first table lacks" if arguments.skip else ""
+    lines = [f"# Robustness{rest}", ""]
     for model in arguments.models:
         if arguments.finished:
             files = sorted(arguments.work.glob(f"robustness-{model}-{arguments.precision}-????.npz"))

@@ -341,7 +341,7 @@ def test_attention_that_the_tap_reads_lies_in_the_predicted_windows():
 
     with recorded_sides(vit.model) as sides, torch.no_grad():
         vit.model.eval()(noise())
-    vit.tap().read(noise(), Readers(attention=lambda call: seen.update({call.layer: call.weights()})))
+    vit.tap().read(noise(), Readers(attention=lambda call: seen.update({call.layer: call.weights().detach()})))
     for layer, predicted in enumerate(sides):
         between = seen[layer][:, :, 1:, 1:]
         open_patches = hard_mask(predicted, (8, 8))
