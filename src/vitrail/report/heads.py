@@ -87,7 +87,7 @@ def _of_drops(study: Studied, table: xr.Dataset, order: list[tuple[int, int]]) -
         idle = int(((low <= 0) & (high >= 0)).sum())
         better = int((high < 0).sum())
         yield (
-            f"For {idle} of {len(order)} heads the interval of the mean loss holds zero: on average they can go."
+            f"For {idle} of {len(order)} heads the interval of the mean loss holds zero: on average each alone can go."
             if idle
             else "No head can go for nothing: the interval of the mean loss holds zero for none."
         )
