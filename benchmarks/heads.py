@@ -373,7 +373,11 @@ def interval(values: Sequence[float]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
+    lines = [
+        " | ".join(head),
+        " | ".join("---" for _ in head),
+        *(" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows),
+    ]
     return "\n".join(f"| {line} |" for line in lines)
 
 
