@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,23 @@ def rows(path: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
+def command(data: Path, out: Path, changes: dict[str, dict[str, object]]) -> list[str]:
+    """A tiny run in a process of its own."""
+    return [sys.executable, "-m", "wint.tiny_runs", str(data), str(out), json.dumps(changes)]
+
+
+def killed_once(run: list[str], checkpoint: Path) -> None:
+    """Starts a run and kills it as soon as it has written another checkpoint."""
+    before = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+    with subprocess.Popen(run, env=ENVIRONMENT) as process:
+        while process.poll() is None:
+            if checkpoint.is_file() and checkpoint.stat().st_mtime_ns > before:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.001)
+    assert process.returncode == -signal.SIGKILL
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run and its data's folder."""
@@ -85,28 +103,11 @@ def test_a_run_leaves_models_that_open_and_tables(whole):
 
 
 def test_killed_at_any_time_and_started_again_it_ends_in_the_same_weights(whole, tmp_path):
-    """kill -9 as soon as a checkpoint of some step is there; three kills, then to the end."""
-    command = [
-        sys.executable,
-        "-m",
-        "wint.tiny_runs",
-        str(whole),
-        str(tmp_path / "killed"),
-        json.dumps({"run": FOLLOWED}),
-    ]
-    checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
-    kills = 0
+    """kill -9 as soon as a checkpoint of some step is there; two kills, then to the end."""
+    again = command(whole, tmp_path / "killed", {"run": FOLLOWED})
     for _ in range(2):
-        before = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
-        with subprocess.Popen(command, env=ENVIRONMENT) as process:
-            while process.poll() is None:
-                if checkpoint.is_file() and checkpoint.stat().st_mtime_ns > before:
-                    os.kill(process.pid, signal.SIGKILL)
-                    break
-                time.sleep(0.001)
-        kills += process.returncode == -signal.SIGKILL
-    assert kills == 2
-    subprocess.run(command, env=ENVIRONMENT, check=True)
+        killed_once(again, tmp_path / "killed" / "checkpoint.safetensors")
+    subprocess.run(again, env=ENVIRONMENT, check=True)
     same(whole / "whole", tmp_path / "killed")
     assert torch.equal(
         open_vit(whole / "whole" / "best").model.head.weight, open_vit(tmp_path / "killed" / "best").model.head.weight
@@ -149,6 +150,18 @@ def test_interrupted_it_keeps_its_step_and_says_where_it_goes_on(whole, tmp_path
     assert signal.getsignal(signal.SIGINT) == before
     train(wanted, tmp_path / "run")
     same(whole / "whole", tmp_path / "run")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_it_learns_the_same_and_ends_in_the_same_weights_after_a_kill(whole, tmp_path):
+    """In processes of their own, for operations cannot be fused while the tests check shapes."""
+    changes = {"model": {"dropped_paths": 0.0}, "run": {**FOLLOWED, "compile": True}}
+    train(recipe(whole, model=changes["model"], run=FOLLOWED), tmp_path / "plain")
+    subprocess.run(command(whole, tmp_path / "fused", changes), env=ENVIRONMENT, check=True)
+    assert_allclose(*([row["loss"] for row in rows(tmp_path / run / "steps.csv")] for run in ("fused", "plain")), 1e-4)
+    killed_once(command(whole, tmp_path / "killed", changes), tmp_path / "killed" / "checkpoint.safetensors")
+    subprocess.run(command(whole, tmp_path / "killed", changes), env=ENVIRONMENT, check=True)
+    same(tmp_path / "fused", tmp_path / "killed")
 
 
 def test_two_processes_give_the_curve_of_one(whole, tmp_path):

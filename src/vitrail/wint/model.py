@@ -76,7 +76,8 @@ class WindowHead(nn.Module):
         nn.init.zeros_(self.sides.weight)
         with torch.no_grad():
             self.sides.bias.copy_(share.logit().flatten())
-        self.temperature = 1.0
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(()), persistent=False)
         self.hard: bool | None = None
         """Whether edges are hard; None: in evaluation only."""
         self.record: list[Tensor] | None = None
@@ -121,12 +122,14 @@ class FixedWindows(nn.Module):
 
     def mask(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Float[Tensor, "one window q k"] | None:
         """What to add to the scores between patches, the same for all images; None if every window is full."""
-        mask = hard_mask(self(tokens[:1], grid), grid)
-        return None if bool(mask.all()) else _closed(mask)
+        sides = self(tokens[:1], grid)
+        rows, columns = grid
+        full = all(side + 0.5 >= most - 1 for window in self.sides for side, most in zip(window, 2 * (columns, rows)))
+        return None if full else _closed(hard_mask(sides, grid))
 
 
 def soft_mask(
-    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float
+    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""]
 ) -> Float[Tensor, "*batch patch other"]:
     """How open each patch is to each query, 0..1: the product of sigmoids over four edges; 1 for the query itself."""
     left, top, right, bottom = sides.unsqueeze(-1).unbind(-2)
@@ -391,7 +394,7 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
         raise UsageError(f"A temperature of {temperature} has no meaning; it is above 0.")
     for head in window_heads(model):
         if isinstance(head, WindowHead):
-            head.temperature = temperature
+            head.temperature.fill_(temperature)
 
 
 @contextmanager

@@ -114,7 +114,8 @@ class Run:
     """batch_size: images a step over all devices together; each takes its part in `accumulate` pieces.
 
     precision: "no" (float32), "bf16", "fp16", as Accelerate names them. ema: decay of the averaged weights that are
-    evaluated and exported; 0: none. A checkpoint is written after every epoch, and every `checkpoint_steps` if above 0.
+    evaluated and exported; 0: none. compile: whether torch.compile fuses the model's operations, which takes up to a
+    minute at first and needs a C++ compiler on a CPU. A checkpoint is written after every epoch, and every `checkpoint_steps` if above 0.
     """
 
     epochs: float = 10
@@ -122,6 +123,7 @@ class Run:
     accumulate: int = 1
     seed: int = 0
     precision: str = "no"
+    compile: bool = False
     ema: float = 0.0
     label_smoothing: float = 0.1
     mixup: float = 0.0

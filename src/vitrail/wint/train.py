@@ -63,7 +63,10 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
     """
     run, out = recipe.run, Path(out)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=run.precision, gradient_accumulation_steps=run.accumulate)
+    accelerator = Accelerator(
+        mixed_precision=run.precision, gradient_accumulation_steps=run.accumulate,
+        dynamo_backend="inductor" if run.compile else None,
+    )  # fmt: skip
     if accelerator.is_main_process:
         _begun(out, recipe)
     torch.manual_seed(run.seed)
