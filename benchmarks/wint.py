@@ -171,7 +171,8 @@ def described(phase: str, arm: str, seed: int) -> dict[str, Any]:
     return {
         "title": f"{PHASES[phase]}: {ARMS[arm]}", "expected": "see docs/wint.md",
         "cost": "at most twelve minutes of one core",
-        "data": ANIMALS if phase == "transfer" else CIFAR, "model": model, "windows": WINDOWS[phase], "teacher": teacher,
+        "data": ANIMALS if phase == "transfer" else CIFAR, "model": model, "windows": WINDOWS[phase],
+        "teacher": teacher,
         "optimiser": OPTIMISER if phase == "scratch" else TUNING,
         "run": {**RUN, "epochs": EPOCHS[phase], "evaluate_epochs": EPOCHS[phase], "seed": seed},
     }  # fmt: skip

@@ -111,7 +111,8 @@ def study(
     ],
     out: Out,
     measures: Annotated[
-        str, typer.Option(help="Rooms (heads, patterns, regions, patches, neurons) or measures, comma-separated.")
+        str,
+        typer.Option(help="Rooms (heads, patterns, regions, patches, neurons, windows) or measures, comma-separated."),
     ] = "heads",
     masks: Annotated[
         Path | None, typer.Option(help="Folder of PNGs with instance ids, named like the images.", metavar="DIR")
@@ -191,7 +192,7 @@ def look(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more image files.")],
     out: Out = Path("look"),
-    rooms: Annotated[str, typer.Option(help="What to draw, comma-separated.")] = "heads,patches,neurons",
+    rooms: Annotated[str, typer.Option(help="What to draw, comma-separated.")] = "heads,patches,windows,neurons",
     patch: Annotated[
         str | None,
         typer.Option(help="The patch to look at; default: the one the answer rests on.", metavar="ROW,COLUMN"),
@@ -457,11 +458,15 @@ def _print_windows(found: Any) -> None:
     if not found.area:
         typer.echo("This model has no windows of its own.")
         return
-    typer.echo("layer  area   overlap with measured  (by chance)  with the teacher")
+    typer.echo(
+        "Overlap of the windows (intersection over union) with those measured in the model's own attention, with"
+    )
+    typer.echo("those its queries would have without the windows, with the latter moved at random, with the teacher's:")
+    typer.echo("layer   area   measured   open   moved   teacher")
     for layer, area in enumerate(found.area):
         taught = f"{found.overlap_teacher[layer]:.2f}" if found.overlap_teacher else "-"
-        own, chance = found.overlap_own[layer], found.overlap_chance[layer]
-        typer.echo(f"L{layer:<5} {area:5.1%}  {own:8.2f} {chance:18.2f}   {taught:>12}")
+        own, free, moved = (each[layer] for each in (found.overlap_own, found.overlap_open, found.overlap_chance))
+        typer.echo(f"L{layer:<5} {area:5.1%} {own:10.2f} {free:6.2f} {moved:7.2f} {taught:>9}")
 
 
 def _announce(address: str) -> None:

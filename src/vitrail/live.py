@@ -197,6 +197,7 @@ def look_figures(
                that head looks from the class token and from the patch that the other tokens look at most
     patches    windows of `patch` (row, column; by default the one the answer rests on most) and the sum of all windows,
                tendencies as arrows and flow, patches that everybody keeps
+    windows    of a WinT: the windows of `patch` that each head predicts in each layer, and their sum over layers
     neurons    tokens as colours, lengths and likeness, relevance with deletion and insertion, filters, views of one
                neuron (`channel`), what survives lost and displaced patches; t-SNE by object with a `mask` of ids
 
@@ -211,7 +212,8 @@ def look_figures(
     for measure, why in rooms.skipped(vit, measures).items():
         reasons.setdefault(why, []).append(measure)
     for why, names in reasons.items():
-        if not all(each.startswith("grouping_") for each in names):  # its pictures come with a mask
+        expected = ("grouping_", "predicted_") if len(of_rooms) > 1 else ("grouping_",)
+        if not all(each.startswith(expected) for each in names):  # come with a mask, and with a WinT
             left_out(f"{', '.join(names)}: {why}")
     live = Live(vit, measures)
     step("measuring")

@@ -305,6 +305,42 @@ _REGIONS = (
     ),
 )  # fmt: skip
 
+WINDOW_LIMITS = "Of patches alone: class tokens and registers see everything."
+
+_WINDOWS = (
+    Measure(
+        "predicted_window", "window that a patch may see", ("image", "layer", "head", "patch", "side"),
+        "patches left, top, right, bottom of the query", "0: the window ends at the patch",
+        "the window reaches far on this side", f"WinT, {OURS_AFTER_MA}: sides in evaluation, cut at the border",
+        WINDOW_LIMITS, "windows", frozenset({"grid"}), "int16",
+    ),
+    Measure(
+        "predicted_area", "area of windows", ("image", "layer", "head"), "share of the grid",
+        "patches see their neighbourhood", "1: full attention", f"WinT, {OURS_AFTER_MA}: mean over patches", WINDOW_LIMITS,
+        "windows", frozenset({"grid"}),
+    ),
+    Measure(
+        "predicted_overlap", "predicted windows against the head's attention", ("image", "layer", "head"),
+        "intersection over union", "0: attention lies elsewhere", "1: windows are where the attention lies",
+        "our construction: against boxes of the same mean area that hold most of the attention",
+        "The mask all but forces it: nothing outside can be attended to. Compare predicted_overlap_open.", "windows",
+        frozenset({"grid"}),
+    ),
+    Measure(
+        "predicted_overlap_open", "predicted windows against open attention", ("image", "layer", "head"),
+        "intersection over union", "0: queries would look elsewhere", "1: windows are where queries would look anyway",
+        "our construction: as predicted_overlap, of the layer's queries and keys without the mask",
+        "Compare with predicted_overlap_moved. Windows that forbid what queries ask for lower it, and may be useful.", "windows",
+        frozenset({"grid"}),
+    ),
+    Measure(
+        "predicted_overlap_moved", "the same, with the measured windows moved", ("image", "layer", "head"),
+        "intersection over union", "what chance gives", "windows are so large that any place will do",
+        "our construction: boxes of predicted_overlap_open given to other queries at random", WINDOW_LIMITS, "windows",
+        frozenset({"grid"}),
+    ),
+)  # fmt: skip
+
 MAP_LIMITS = (
     "A layout: near means alike; distances between far groups and sizes of groups mean nothing. Every head is placed "
     "by the same rule on a map fitted to a bounded sample."
@@ -348,7 +384,7 @@ _PATTERNS = (
 )  # fmt: skip
 
 MEASURES: dict[str, Measure] = {
-    measure.name: measure for measure in (*_BASE, *_HEADS, *_PATCHES, *_NEURONS, *_REGIONS, *_PATTERNS)
+    measure.name: measure for measure in (*_BASE, *_HEADS, *_PATCHES, *_NEURONS, *_REGIONS, *_PATTERNS, *_WINDOWS)
 }
 """Every measure by its name in the store. These names are the public contract: add, don't rename."""
 
@@ -358,6 +394,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "neurons": tuple(measure.name for measure in _NEURONS),
     "regions": tuple(measure.name for measure in _REGIONS),
     "patterns": tuple(measure.name for measure in _PATTERNS),
+    "windows": tuple(measure.name for measure in _WINDOWS),
 }
 """The measures that a room's name stands for in `--measures`."""
 

@@ -10,10 +10,15 @@ from typer.testing import CliRunner
 from vitrail import open_vit
 from vitrail.cli import app
 from vitrail.errors import DataError, UsageError
+from vitrail.live import look_figures
 from vitrail.measure import ROOMS
+from vitrail.report import write_report
+from vitrail.study import rooms
 from vitrail.study.run import run_study
+from vitrail.vit.tap import Readers
 from vitrail.wint.batches import Images
-from vitrail.wint.evaluate import evaluate, measured_windows, overlap, predicted_windows
+from vitrail.wint.collect import WindowCollector, measured_sides, overlap, sides_of_mask
+from vitrail.wint.evaluate import evaluate, predicted_windows
 from vitrail.wint.folder import save
 from vitrail.wint.model import Shape, WinT, hard_mask, window_heads
 from vitrail.wint.sparse import block_mask, block_sparse, sparse_attention
@@ -65,11 +70,48 @@ def test_measured_windows_hold_the_windows_that_the_model_has():
     """Windows of 3 x 3, measured with boxes of up to 18 patches: a box that holds all interaction holds the window."""
     vit = open_vit(small(windows="fixed", start=((1.0, 1.0, 1.0, 1.0),)))
     pixels = vit.prepare([pictures().image(0)])
+    found = {}
+
+    def read(attention):
+        wider = predicted[attention.layer] + 1
+        found[attention.layer] = measured_sides(attention.weights(), attention.prefix, wider, GRID)
+
     predicted = predicted_windows(vit, pixels)
-    measured = measured_windows(vit, pixels, [layer + 1 for layer in predicted], GRID)
-    for own, other in zip(predicted, measured, strict=True):
-        outside = hard_mask(own, GRID) & ~hard_mask(other, GRID)
+    vit.tap().read(pixels, Readers(attention=read))
+    for layer, own in enumerate(predicted):
+        outside = hard_mask(own, GRID) & ~hard_mask(found[layer], GRID)
         assert float(outside.sum(-1).float().mean()) < 0.05
+
+
+def test_sides_are_read_off_any_mask():
+    sides = torch.randint(-1, 5, (2, 3, 64, 4), generator=torch.Generator().manual_seed(0)).clamp(min=0).float()
+    inside = hard_mask(sides, GRID)
+    bias = torch.zeros(inside.shape).masked_fill(~inside, -torch.inf)
+    for mask in (inside, bias, torch.nn.functional.pad(bias, (2, 0, 2, 0))):
+        read = sides_of_mask(mask, 2, GRID)
+        assert torch.equal(hard_mask(read, GRID), inside)
+        row, column = torch.arange(64) // 8, torch.arange(64) % 8
+        assert bool((read <= torch.stack([column, row, 7 - column, 7 - row], -1)).all())  # cut at the border
+    assert torch.equal(hard_mask(sides_of_mask(None, 2, GRID), GRID), torch.ones(2, 1, 64, 64, dtype=torch.bool))
+
+
+def test_open_attention_is_that_of_the_same_weights_without_windows():
+    """In the first layer, which sees the same tokens either way: where queries would look, whatever their windows."""
+    windowed = open_vit(small(3))
+    plain = open_vit(small(3, windows="none"))
+    state = windowed.model.state_dict()
+    plain.model.load_state_dict({name: state[name] for name in plain.model.state_dict()})
+    pixels = windowed.prepare([pictures().image(index) for index in range(2)])
+    predicted = predicted_windows(windowed, pixels)[0]
+    weights = {}
+    plain.tap().read(pixels, Readers(attention=lambda seen: weights.setdefault(seen.layer, seen.weights())))
+    measured = measured_sides(weights[0], windowed.anatomy.blocks[0].prefix, predicted, GRID)
+    wanted = overlap(hard_mask(predicted, GRID), hard_mask(measured, GRID)).mean(-1)
+    collector = WindowCollector(windowed, ("predicted_overlap_open", "predicted_overlap"))
+    windowed.tap().read(pixels, collector.readers())
+    found = collector.collected()
+    assert_allclose(found["predicted_overlap_open"][:, 0], wanted, atol=1e-6)
+    assert (found["predicted_overlap"] > found["predicted_overlap_open"]).all()
 
 
 def test_overlap_in_closed_form():
@@ -181,3 +223,31 @@ def test_a_study_of_a_wint_has_heads_and_patches_measured(tmp_path, class_token)
         beyond = int(np.floor(side + 0.5)) + 1
         assert_array_equal(strength[:, layer, 0, beyond:], 0)
     assert len(window_heads(vit.model)) == 2
+
+
+def test_a_study_of_a_wint_holds_its_windows_which_the_report_and_a_look_show(tmp_path):
+    save(small(class_token=False), tmp_path / "model", class_names=["a", "b", "c"])
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(4):
+        pictures().image(index).save(folder / f"{index}.png")
+    vit = open_vit(tmp_path / "model")
+    study = run_study(vit, str(folder), out=tmp_path / "study", measures="windows", batch_size=2)
+    assert [name for name in ROOMS["windows"] if name not in study] == []
+    pixels = vit.prepare([pictures().image(index) for index in range(4)])
+    sides = torch.from_numpy(study["predicted_window"].to_numpy()).float()
+    for layer, predicted in enumerate(predicted_windows(vit, pixels)):
+        assert torch.equal(hard_mask(sides[:, layer], GRID), hard_mask(predicted, GRID))
+    found = evaluate(vit, pictures(4))
+    assert_allclose(study["predicted_area"].mean(("image", "head")), found.area, rtol=1e-5)
+    assert_allclose(study["predicted_overlap_open"].mean(("image", "head")), found.overlap_open, rtol=1e-5)
+    page = write_report(tmp_path / "study").read_text()
+    assert f"A patch may see {100 * np.mean(found.area):.0f} % of the image on average" in page
+    drawn = {path.stem for path in look_figures(vit, pictures().image(0), tmp_path / "look", of_rooms=["windows"])}
+    assert drawn == {"predicted_windows", "predicted_windows_summed"}
+
+
+def test_a_plain_vit_has_no_windows_and_says_so():
+    vit = open_vit(small(windows="none"))
+    assert set(rooms.skipped(vit, ROOMS["windows"]).values()) == {"the model has no windows of its own (a WinT has)"}
+    assert rooms.collectors(vit, ROOMS["windows"]) == []

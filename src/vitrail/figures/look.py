@@ -10,7 +10,7 @@ import xarray as xr
 from jaxtyping import Float32
 from PIL import Image
 
-from vitrail.figures import neurons, patches
+from vitrail.figures import neurons, patches, wint
 from vitrail.figures.attention import attention_over_photo, most_attended_patch
 from vitrail.figures.heads import (
     entropy_by_layer,
@@ -48,7 +48,7 @@ def look_at(seen: LookedAt, folder: str | Path, formats: Sequence[str] = ("png",
     """
     refuse_formats(formats)
     written: list[Path] = []
-    for name, figure in (*_head_figures(seen), *_patch_figures(seen), *_survival(seen)):
+    for name, figure in (*_head_figures(seen), *_patch_figures(seen), *_windows(seen), *_survival(seen)):
         written.extend(save(figure, Path(folder) / f"{name}.{kind}") for kind in formats)
     return written
 
@@ -68,6 +68,16 @@ def _patch_figures(seen: LookedAt) -> Iterator[tuple[str, Any]]:
         yield "tendency_flow", patches.tendency_flow(study, 0, seen.view)
     if "hub" in study:
         yield "hub_map", patches.hub_map(study, 0, seen.view)
+
+
+def _windows(seen: LookedAt) -> Iterator[tuple[str, Any]]:
+    if "predicted_window" not in seen.study:
+        return
+    grid = tuple(seen.study.attrs["grids"][0])
+    sides = seen.study["predicted_window"].to_numpy()[0].astype(np.float64)
+    row, column = seen.patch or (grid[0] // 2, grid[1] // 2)
+    yield "predicted_windows", wint.windows_by_layer(sides, grid, row * grid[1] + column, seen.view)
+    yield "predicted_windows_summed", wint.summed_masks(sides, grid, wint.spread_patches(grid), seen.view)
 
 
 def _survival(seen: LookedAt) -> Iterator[tuple[str, Any]]:

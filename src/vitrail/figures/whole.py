@@ -6,7 +6,7 @@ from typing import Any
 
 import xarray as xr
 
-from vitrail.figures import heads, neurons, patches, patterns
+from vitrail.figures import heads, neurons, patches, patterns, wint
 from vitrail.figures.style import save
 from vitrail.measure import ROOMS
 
@@ -26,7 +26,7 @@ def figures_of(study: xr.Dataset, folder: str | Path, formats: Sequence[str] = (
     if set(ROOMS["heads"]) & set(map(str, study)):
         written += heads.figures_of(study, folder, formats)
     written += patterns.figures_of(study, folder, formats)
-    for name, figure in (*_of_patches(study), *_of_neurons(study)):
+    for name, figure in (*_of_patches(study), *wint.figures_of(study), *_of_neurons(study)):
         written += [save(figure, Path(folder) / f"{name}.{kind}") for kind in formats]
     return written
 

@@ -5,10 +5,11 @@ All take plain arrays: sides [layer, window, patch, side] in patches left, top, 
 is one a head. Heads are told apart by the dashes of their frames as well as by colour.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Bool, Float
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -20,7 +21,15 @@ from vitrail.errors import UsageError
 from vitrail.figures.patches import COVER, PANEL_INCHES, PER_ROW, _extent, _ground
 from vitrail.figures.style import COOL, INK, LINE, MARK, SOFT, blank, explain, number, styled
 
-__all__ = ["area_by_layer", "hard_masks", "overlap_by_layer", "summed_masks", "windows_by_layer"]
+__all__ = [
+    "area_by_layer",
+    "figures_of",
+    "hard_masks",
+    "overlap_by_layer",
+    "spread_patches",
+    "summed_masks",
+    "windows_by_layer",
+]
 
 Sides = Float[np.ndarray, "layer window patch side"]
 Grid = tuple[int, int]
@@ -30,6 +39,12 @@ FRAMES = (
     ("#3d7a52", (0, (7, 2))), ("#9a7b00", (0, (2.5, 2.5))),
 )  # fmt: skip
 """Colour and dashes of the windows of each head; more heads begin again."""
+
+AGREEMENT = {
+    "queries and keys without the mask": "predicted_overlap_open", "its attention": "predicted_overlap",
+    "moved at random": "predicted_overlap_moved",
+}  # fmt: skip
+"""What predicted windows are compared with, and the measure of a study that tells."""
 
 OURS = "Our construction, after Ma et al. 2022."
 
@@ -134,6 +149,27 @@ def hard_masks(
     itself = (down == 0)[..., :, None] & (across == 0)[..., None, :]
     masks: Bool[np.ndarray, "layer window query patch"] = (inside | itself).reshape(*sides.shape[:3], -1)
     return masks
+
+
+def figures_of(study: xr.Dataset) -> Iterator[tuple[str, Any]]:
+    """Area and agreement of a WinT's windows over the images of a study, by their file names; none of other models."""
+    for name, measures, draw in (
+        ("window_area", {"this model": "predicted_area"}, area_by_layer),
+        ("window_agreement", AGREEMENT, overlap_by_layer),
+    ):
+        lines = {
+            words: study[measure].mean(("image", "head")).to_numpy()
+            for words, measure in measures.items()
+            if measure in study
+        }
+        if lines:
+            yield name, draw(lines)
+
+
+def spread_patches(grid: Grid) -> list[int]:
+    """Four queries spread over the grid, for `summed_masks`."""
+    rows, columns = ((size // 4, size - 1 - size // 4) for size in grid)
+    return [row * grid[1] + column for row in rows for column in columns]
 
 
 # --- panels ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ parts       what a section is made of: sentences, tables, drawings, photographs
 page        the parts as HTML, and everything around them
 sections    the sections in their order; a new one is one function more in its list
 opening     what was studied, what was left out, how to cite the methods
-heads, why, patterns, patches, neurons   a section each
+heads, why, patterns, patches, windows, neurons   a section each
 """
 
 from vitrail.report.sections import write_report

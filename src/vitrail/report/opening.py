@@ -15,6 +15,12 @@ SKIPPED_SHOWN = 20
 PER_SECTION = 4
 """Findings of each section that also stand at the head."""
 
+HOME = {"regions": "heads", "patterns": "heads", "windows": "patches"}
+"""The room whose paper is behind another's."""
+
+OF_ANY_VIT = tuple(room for room in ROOMS if room != "windows")
+"""Windows of its own only a WinT has."""
+
 PAPERS = {
     "heads": (
         "Yiran Li, Junpeng Wang, Xin Dai, Liang Wang, Chin-Chia Michael Yeh, Yan Zheng, Wei Zhang, Kwan-Liu Ma: How "
@@ -90,7 +96,7 @@ def _facts(study: Studied) -> Iterator[Part]:
             [[each.id, each.reason] for each in shown],
             f"And {more:,} more, all in the study's images.json." if more else "", words=(0, 1),
         )  # fmt: skip
-    missing = [room for room in ROOMS if not study.held(room)]
+    missing = [room for room in OF_ANY_VIT if not study.held(room)]
     if missing:
         yield Text(
             f"This study holds nothing of {' and '.join(missing)}. To have everything, study the same images again:"
@@ -103,7 +109,7 @@ def _facts(study: Studied) -> Iterator[Part]:
 
 def _command(study: Studied) -> str:
     precision = "" if study.plan.precision == "float32" else f" --precision {study.plan.precision}"
-    return f"vitrail study {study.plan.model} IMAGES --measures {','.join(ROOMS)}{precision} --out NEW_FOLDER"
+    return f"vitrail study {study.plan.model} IMAGES --measures {','.join(OF_ANY_VIT)}{precision} --out NEW_FOLDER"
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -112,7 +118,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 def citations(study: Studied) -> Section:
     """The papers that the methods come from, and how to remake the report."""
-    held = {"heads" if room in ("regions", "patterns") else room for room in ROOMS if study.held(room)}
+    held = {HOME.get(room, room) for room in ROOMS if study.held(room)}
     rows = [[room, paper] for room, paper in PAPERS.items() if room in held or not held]
     return Section("cite", "How to cite the methods", (), (
         Text("Measures follow these papers; what is our own construction is called so beside each measure. Please "

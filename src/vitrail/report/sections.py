@@ -16,10 +16,11 @@ from vitrail.report.parts import Section, Studied
 from vitrail.report.patches import patches
 from vitrail.report.patterns import patterns
 from vitrail.report.why import why
+from vitrail.report.windows import windows
 
 __all__ = ["SECTIONS", "write_report"]
 
-SECTIONS: tuple[Callable[[Studied], Section | None], ...] = (heads, why, patterns, patches, neurons)
+SECTIONS: tuple[Callable[[Studied], Section | None], ...] = (heads, why, patterns, patches, windows, neurons)
 """A section each, or None where the study holds nothing for it. Add a function here and it is in the report."""
 
 

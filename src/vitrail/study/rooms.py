@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Surveys", "TakesMasks", "collectors", "options_of_rooms", "skipped"]
 
-PACKAGES = ("vitrail.heads", "vitrail.patches", "vitrail.neurons")
+PACKAGES = ("vitrail.heads", "vitrail.patches", "vitrail.neurons", "vitrail.wint")
 """Every room with measures of a study; its torch is loaded when it is asked for something."""
 
 

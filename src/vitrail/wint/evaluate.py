@@ -2,25 +2,28 @@
 windows that its own attention shows, and its speed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.errors import DataError, UsageError
-from vitrail.patches import windows
-from vitrail.patches.interaction import indicator
 from vitrail.vit.open import Vit
-from vitrail.vit.tap import LayerAttention, Readers
 from vitrail.wint.batches import Images
+from vitrail.wint.collect import WindowCollector, overlap
 from vitrail.wint.model import hard_mask, recorded_sides, window_heads
 from vitrail.wint.teacher import Teacher
 
-__all__ = ["Evaluation", "evaluate", "measured_windows", "overlap", "predicted_windows"]
+__all__ = ["Evaluation", "evaluate", "predicted_windows"]
 
-Sides = Sequence[Float[Tensor, "image window patch side"]]
+OF_LAYERS = {
+    "area": "predicted_area", "overlap_own": "predicted_overlap", "overlap_open": "predicted_overlap_open",
+    "overlap_chance": "predicted_overlap_moved",
+}  # fmt: skip
+"""Numbers of an evaluation that are measures of the windows room."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class Evaluation:
     """Numbers over all images; those by layer are empty for a model without windows.
 
     accuracy: share of right answers. area: mean share of the grid within a window. overlap_teacher: mean intersection
-    over union with the teacher's windows; overlap_own: the same with the windows measured in the model's own attention,
-    boxes of the predicted mean area; overlap_chance: with those windows moved to other queries at random.
+    over union with the teacher's windows; overlap_own: with the windows measured in the model's own attention, boxes of
+    the predicted mean area, which its mask all but forces; overlap_open: with those that its queries and keys would
+    have without the mask; overlap_chance: with the latter moved to other queries at random.
     """
 
     n_images: int
@@ -38,6 +42,7 @@ class Evaluation:
     area: tuple[float, ...] = ()
     overlap_teacher: tuple[float, ...] = ()
     overlap_own: tuple[float, ...] = ()
+    overlap_open: tuple[float, ...] = ()
     overlap_chance: tuple[float, ...] = ()
 
 
@@ -65,7 +70,8 @@ def evaluate(
             raise UsageError(f"{vit.name} predicts no windows that could be compared with a teacher's.")
         shown = vit.preprocessing
         guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, shown.mean, shown.std)
-    right, spent, totals = 0, 0.0, _Totals()
+    right, spent, sums = 0, 0.0, dict[str, np.ndarray]()
+    reader = WindowCollector(vit, tuple(OF_LAYERS.values()))
     for start in range(0, len(images), batch_size):
         some = range(start, min(start + batch_size, len(images)))
         pixels = vit.prepare([images.image(index) for index in some])
@@ -74,19 +80,21 @@ def evaluate(
         spent += time.perf_counter() - began
         right += int((logits.argmax(1).cpu() == images.labels[some.start : some.stop]).sum())
         if heads and grid is not None:
-            predicted = predicted_windows(vit, pixels)
-            measured = measured_windows(vit, pixels, predicted, grid)
-            totals.add("area", [hard_mask(layer, grid).float().mean() for layer in predicted], len(some))
-            totals.add("own", _overlaps(predicted, measured, grid), len(some))
-            totals.add("chance", _overlaps(predicted, _moved(measured, grid), grid), len(some))
+            vit.tap().read(pixels, reader.readers())
+            found = {name: values.mean(2) for name, values in reader.collected().items()}
             if guide is not None:
-                totals.add("teacher", _overlaps(predicted, guide.sides(pixels), grid), len(some))
+                pairs = zip(predicted_windows(vit, pixels), guide.sides(pixels), strict=True)
+                found["teacher"] = np.stack([_overlap(own, other, grid) for own, other in pairs], 1)
+            for name, values in found.items():
+                sums[name] = sums.get(name, 0) + values.sum(0, dtype=np.float64)
         if progress is not None:
             progress(some.stop, len(images))
-    return Evaluation(
-        len(images), right / len(images), len(images) / spent, totals.mean("area", len(images)),
-        totals.mean("teacher", len(images)), totals.mean("own", len(images)), totals.mean("chance", len(images)),
-    )  # fmt: skip
+    layers = {
+        field: tuple((sums[name] / len(images)).tolist())
+        for field, name in {**OF_LAYERS, "overlap_teacher": "teacher"}.items()
+        if name in sums
+    }
+    return Evaluation(len(images), right / len(images), len(images) / spent, **layers)
 
 
 @torch.no_grad()
@@ -100,59 +108,5 @@ def predicted_windows(vit: Vit, images: Float[Tensor, "image channel row column"
     return list(sides)
 
 
-@torch.no_grad()
-def measured_windows(
-    vit: Vit, images: Float[Tensor, "image channel row column"], predicted: Sides, grid: tuple[int, int]
-) -> list[Tensor]:
-    """For each layer the boxes that hold most of the model's own interactions, of the predicted mean area.
-
-    Measured as the patches room does; one box a head where the model predicts one a head. Sides may be negative.
-    """
-    found: dict[int, Tensor] = {}
-
-    def read(attention: LayerAttention) -> None:
-        own = predicted[attention.layer]
-        n_patches = max(1, round(float(hard_mask(own, grid).float().sum(-1).mean())))
-        weights = attention.weights()
-        groups = weights.unsqueeze(2).unbind(1) if own.shape[1] > 1 else (weights,)
-        matrix = torch.stack([indicator(group, attention.prefix) for group in groups], 1)
-        found[attention.layer] = windows.sides(windows.best_boxes(matrix, grid, n_patches)[0], grid).float()
-
-    vit.tap().read(images, Readers(attention=read))
-    return [found[layer] for layer in sorted(found)]
-
-
-def overlap(
-    one: Bool[Tensor, "*batch patch other"], two: Bool[Tensor, "*batch patch other"]
-) -> Float[Tensor, "*batch patch"]:
-    """Intersection over union of two windows of each query, 0 apart to 1 the same."""
-    return (one & two).sum(-1) / (one | two).sum(-1).clamp(min=1)
-
-
-def _overlaps(one: Sides, two: Sides, grid: tuple[int, int]) -> list[Tensor]:
-    pairs = zip(one, two, strict=True)
-    return [overlap(hard_mask(own, grid), hard_mask(other, grid)).mean() for own, other in pairs]
-
-
-def _moved(sides: Sides, grid: tuple[int, int]) -> list[Tensor]:
-    """The same boxes, each given to another query of its image, fixed at random."""
-    order = torch.randperm(grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
-    place = torch.stack([order % grid[1], order // grid[1]], -1)
-    own = torch.arange(len(order))
-    shift = place - torch.stack([own % grid[1], own // grid[1]], -1)  # how far right and down the box's old query lies
-    away = torch.cat([-shift, shift], -1)
-    return [layer[:, :, order] + away.to(layer) for layer in sides]
-
-
-class _Totals:
-    """Sums by layer, weighted by images."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-
-    def add(self, name: str, layers: Sequence[Tensor], n_images: int) -> None:
-        before = self._sums.get(name, [0.0] * len(layers))
-        self._sums[name] = [total + float(layer) * n_images for total, layer in zip(before, layers, strict=True)]
-
-    def mean(self, name: str, n_images: int) -> tuple[float, ...]:
-        return tuple(total / n_images for total in self._sums.get(name, ()))
+def _overlap(one: Tensor, two: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    return overlap(hard_mask(one, grid), hard_mask(two, grid)).mean((1, 2)).cpu().numpy()

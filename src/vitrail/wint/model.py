@@ -123,8 +123,8 @@ class FixedWindows(nn.Module):
     def mask(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Float[Tensor, "one window q k"] | None:
         """What to add to the scores between patches, the same for all images; None if every window is full."""
         sides = self(tokens[:1], grid)
-        rows, columns = grid
-        full = all(side + 0.5 >= most - 1 for window in self.sides for side, most in zip(window, 2 * (columns, rows)))
+        most = (grid[1] - 1, grid[0] - 1)
+        full = all(side + 0.5 >= most[place % 2] for window in self.sides for place, side in enumerate(window))
         return None if full else _closed(hard_mask(sides, grid))
 
 

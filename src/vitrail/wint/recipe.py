@@ -113,9 +113,10 @@ class Optimiser:
 class Run:
     """batch_size: images a step over all devices together; each takes its part in `accumulate` pieces.
 
-    precision: "no" (float32), "bf16", "fp16", as Accelerate names them. ema: decay of the averaged weights that are
-    evaluated and exported; 0: none. compile: whether torch.compile fuses the model's operations, which takes up to a
-    minute at first and needs a C++ compiler on a CPU. A checkpoint is written after every epoch, and every `checkpoint_steps` if above 0.
+    precision: "no" (float32), "bf16", "fp16", as Accelerate names them. compile: torch.compile fuses the model's
+    operations, which takes up to a minute at first and, on a CPU, a C++ compiler. ema: decay of the averaged weights
+    that are evaluated and exported; 0: none. A checkpoint is written after every epoch, and every `checkpoint_steps`
+    if above 0.
     """
 
     epochs: float = 10
