@@ -5,7 +5,8 @@
     python benchmarks/wint.py transfer the control and WinT go on to 25 look-alike animals
     python benchmarks/wint.py table    docs/wint/arms.md from the records, without training
     python benchmarks/wint.py sparse   docs/wint/sparse.md: dense, masked and block-sparse attention on this machine
-    python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on scikit-image's photographs
+    python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on scikit-image's photographs; and
+                                   docs/wint/agreement.md: predicted against measured windows
 
 Each run is resumable (kill it, call again) and leaves a small record under docs/wint/runs, from which the table is
 made; models stay in --work.
@@ -21,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from rich.console import Console
@@ -32,7 +34,7 @@ from vitrail.figures import wint as figures
 from vitrail.figures.style import save
 from vitrail.vit.open import open_vit
 from vitrail.wint.batches import read_images
-from vitrail.wint.evaluate import evaluate, predicted_windows
+from vitrail.wint.evaluate import Evaluation, evaluate, predicted_windows
 from vitrail.wint.folder import as_text, open_model, written
 from vitrail.wint.model import hard_mask
 from vitrail.wint.recipe import Recipe, recipe_from
@@ -77,6 +79,12 @@ PHASES = {
     "transfer": "Transfer to 25 look-alike animals",
 }
 ARMS_OF = {"scratch": tuple(ARMS), "tuned": tuple(ARMS)[:5], "transfer": ("control", "wint")}
+
+AGREEMENT = {
+    "its queries and keys without the mask": "overlap_open", "its attention": "overlap_own",
+    "its teacher": "overlap_teacher", "moved at random": "overlap_chance",
+}  # fmt: skip
+"""What predicted windows are compared with, and the number of an evaluation that tells."""
 
 console = Console()
 
@@ -277,16 +285,29 @@ def draw(data: Path, work: Path) -> None:
             DOCS / f"{name}-windows.png",
         )
         save(figures.summed_masks(sides, GRID, [patch, 18, 45, 60], photo), DOCS / f"{name}-summed.png")
-    found = evaluate(
-        student, read_images(str(data / CIFAR["test"])).some(1000), teacher=teacher, teacher_area=TEACHING["area"]
+    shown, areas = read_images(str(data / CIFAR["test"])).some(1000), {}
+    for arm in ("wint", "wint-free", "wint-shuffled"):
+        if (RUNS / f"scratch-{arm}-0.json").is_file():
+            areas[ARMS[arm].split(",")[0]] = np.array(json.loads((RUNS / f"scratch-{arm}-0.json").read_text())["areas"])
+    save(figures.area_by_layer(areas), DOCS / "area.png")
+    found = evaluate(student, shown, teacher=teacher, teacher_area=TEACHING["area"])
+    save(
+        figures.overlap_by_layer({words: np.array(getattr(found, field)) for words, field in AGREEMENT.items()}),
+        DOCS / "overlap.png",
     )
-    layers = {
-        name: torch.tensor(getattr(found, name)).numpy()
-        for name in ("area", "overlap_teacher", "overlap_own", "overlap_chance")
-    }
-    save(figures.area_by_layer({"WinT": layers["area"]}), DOCS / "area.png")
-    names = {"measured in itself": "overlap_own", "its teacher": "overlap_teacher", "moved at random": "overlap_chance"}
-    save(figures.overlap_by_layer({name: layers[key] for name, key in names.items()}), DOCS / "overlap.png")
+    (DOCS / "agreement.md").write_text(agreement(found))
+
+
+def agreement(found: Evaluation) -> str:
+    """Predicted against measured windows, layer by layer."""
+    lines = [
+        f"{found.n_images:,} test images, intersection over union of windows, seed 0; accuracy {found.accuracy:.3f}\n",
+        f"| layer | area, % | {' | '.join(AGREEMENT)} |", f"| {' | '.join(['---'] * (2 + len(AGREEMENT)))} |",
+    ]  # fmt: skip
+    for layer, area in enumerate(found.area):
+        cells = " | ".join(f"{getattr(found, field)[layer]:.2f}" for field in AGREEMENT.values())
+        lines.append(f"| L{layer} | {100 * area:.1f} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def stacked(layers: list[Tensor]) -> Any:

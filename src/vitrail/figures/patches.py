@@ -75,7 +75,7 @@ def tendency_flow(study: xr.Dataset, image: Which = None, photo: Image.Image | N
         pull = pulls[layer, : grid[0] * grid[1]].reshape(*grid, 2)
         colours = flow_colours(pull, radius)
         over = np.dstack([colours, np.full(grid, 0.8 if photo is not None else 1.0)])
-        axes.imshow(over, extent=_extent(grid), interpolation="nearest")
+        axes.imshow(over, extent=grid_extent(grid), interpolation="nearest")
         _ticks(axes, pull, radius)
 
     figure = _layers(
@@ -143,7 +143,7 @@ def window_coverage(study: xr.Dataset, image: Which = 0, photo: Image.Image | No
     }
 
     def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
-        axes.imshow(covered[layer], extent=_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(covered[layer], extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
 
     def most(layer: int) -> str:
         return f"most {covered[layer].max():.0%}"
@@ -167,7 +167,7 @@ def hub_map(study: xr.Dataset, image: Which = 0, photo: Image.Image | None = Non
         share = found[layer, : grid[0] * grid[1]].reshape(grid)
         if not one:
             top = max(0.05, float(np.nanmax(found)))
-            axes.imshow(share, extent=_extent(grid), cmap=COVER, vmin=0, vmax=top, interpolation="nearest")
+            axes.imshow(share, extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=top, interpolation="nearest")
             return
         for row, column in np.argwhere(share > 0):
             for colour, width in (("white", 2.4), (MARK, 1.3)):
@@ -233,7 +233,7 @@ def _layers(
         grid = grids[layer]
         assert grid is not None
         axes = figure.add_subplot(places[divmod(index, columns)])
-        _ground(axes, grid, photo)
+        ground(axes, grid, photo)
         draw(axes, layer, grid)
         axes.set_title(f"L{layer}", fontweight="bold", pad=3)
         axes.set_title(note(layer), loc="right", fontsize=7, color=SOFT, pad=3)
@@ -242,17 +242,17 @@ def _layers(
     return figure
 
 
-def _ground(axes: Any, grid: tuple[int, int], photo: Image.Image | None) -> None:
+def ground(axes: Any, grid: tuple[int, int], photo: Image.Image | None) -> None:
     if photo is None:
         axes.set_facecolor("#f7f6f2")
     else:
-        axes.imshow(_pale(photo), extent=_extent(grid), interpolation="lanczos", aspect="auto")
+        axes.imshow(_pale(photo), extent=grid_extent(grid), interpolation="lanczos", aspect="auto")
     axes.set(xlim=(-0.5, grid[1] - 0.5), ylim=(grid[0] - 0.5, -0.5), xticks=[], yticks=[])
     axes.set_aspect("equal")
     axes.spines[:].set_visible(False)
 
 
-def _extent(grid: tuple[int, int]) -> tuple[float, float, float, float]:
+def grid_extent(grid: tuple[int, int]) -> tuple[float, float, float, float]:
     return (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
 
 

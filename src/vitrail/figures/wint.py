@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from vitrail.errors import UsageError
-from vitrail.figures.patches import COVER, PANEL_INCHES, PER_ROW, _extent, _ground
+from vitrail.figures.patches import COVER, PANEL_INCHES, PER_ROW, grid_extent, ground
 from vitrail.figures.style import COOL, INK, LINE, MARK, SOFT, blank, explain, number, styled
 
 __all__ = [
@@ -68,7 +68,7 @@ def windows_by_layer(
         masks = hard_masks(shown[:, :, patch : patch + 1], grid, patch)
         for layer in range(n_layers):
             axes = figure.add_subplot(places[block * per_set + layer // columns, layer % columns])
-            _ground(axes, grid, photo)
+            ground(axes, grid, photo)
             for window in range(n_windows):
                 _frame(axes, shown[layer, window, patch], grid, (row, column), window)
             for colour, size in (("white", 6.0), (INK, 4.0)):
@@ -100,9 +100,9 @@ def summed_masks(sides: Sides, grid: Grid, patches: Sequence[int], photo: Image.
     places = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [0.75])
     for index, patch in enumerate(patches):
         axes = figure.add_subplot(places[divmod(index, columns)])
-        _ground(axes, grid, photo)
+        ground(axes, grid, photo)
         summed = hard_masks(sides[:, :, patch : patch + 1], grid, patch).mean((0, 1, 2)).reshape(grid)
-        axes.imshow(summed, extent=_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(summed, extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
         row, column = divmod(patch, grid[1])
         for colour, size in (("white", 6.0), (INK, 4.0)):
             axes.plot([column], [row], "s", color=colour, markersize=size, markeredgewidth=0)
