@@ -5,7 +5,7 @@
     python benchmarks/wint.py transfer the control and WinT go on to 25 look-alike animals
     python benchmarks/wint.py table    docs/wint/arms.md from the records, without training
     python benchmarks/wint.py sparse   docs/wint/sparse.md: dense, masked and block-sparse attention on this machine
-    python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on scikit-image's photographs; and
+    python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on three photographs; and
                                    docs/wint/agreement.md: predicted against measured windows
 
 Each run is resumable (kill it, call again) and leaves a small record under docs/wint/runs, from which the table is
