@@ -175,6 +175,23 @@ def test_soft_and_hard_windows_give_nearly_the_same_logits_at_the_final_temperat
     assert error < 0.5 * at_start
 
 
+def test_hard_windows_in_training_are_those_of_evaluation_and_still_learn():
+    """The last part of training: logits as in evaluation, but for the floor below closed patches; gradients as soft."""
+    model, images = small(), noise()
+    wanted = model(images).detach()
+    model.train()
+    set_temperature(model, 1.0)
+    soft = model(images).detach()
+    set_temperature(model, 1.0, hard=True)
+    with recorded_sides(model) as sides:
+        hard = model(images)
+    assert float((hard.detach() - wanted).abs().max()) < 0.02 * float((soft - wanted).abs().max())
+    (gradient,) = torch.autograd.grad(hard.square().sum(), [sides[0]])
+    assert float(gradient.abs().max()) > 0
+    set_temperature(model, 1.0, hard=False)
+    assert_allclose(model(images).detach(), soft)
+
+
 def test_a_start_that_has_no_meaning_is_refused():
     with pytest.raises(UsageError, match="four shares"):
         WindowHead(16, ((0.0, 0.5, 0.5, 0.5),))

@@ -5,7 +5,7 @@ Read it from the top: tokens -> sides of windows -> mask -> attention -> block -
 
 A window reaches `sides` = (left, top, right, bottom) patches from its query; it always holds the query, and prefix
 tokens (class token, registers) see everything and are seen by all. While training, windows have soft edges, so that
-gradients reach their sides; in evaluation sides are rounded and edges are hard.
+gradients reach their sides; in evaluation, and towards the end of training, sides are rounded and edges are hard.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +79,7 @@ class WindowHead(nn.Module):
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()), persistent=False)
         self.hard: bool | None = None
-        """Whether edges are hard; None: in evaluation only."""
+        """Whether edges are hard; None: in evaluation only. While training, hard windows keep the soft ones' gradient."""
         self.record: list[Tensor] | None = None
 
     def forward(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Sides:
@@ -97,10 +97,12 @@ class WindowHead(nn.Module):
     ) -> Float[Tensor, "image window q k"] | None:
         """What to add to the scores between patches; None if every window is full."""
         sides = self(tokens, grid)
-        if not (self.hard if self.hard is not None else not self.training):
-            return (soft_mask(sides, grid, self.temperature) + FLOOR).log()
-        mask = hard_mask(sides, grid)
-        return None if bool(mask.all()) else _closed(mask)
+        hard = not self.training if self.hard is None else self.hard
+        if not self.training and hard:
+            mask = hard_mask(sides, grid)
+            return None if bool(mask.all()) else _closed(mask)
+        soft = (soft_mask(sides, grid, self.temperature) + FLOOR).log()
+        return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if hard else soft
 
 
 class FixedWindows(nn.Module):
@@ -388,13 +390,16 @@ def window_heads(model: nn.Module) -> list[WindowHead | FixedWindows]:
     return [module for module in model.modules() if isinstance(module, (WindowHead, FixedWindows))]
 
 
-def set_temperature(model: nn.Module, temperature: float) -> None:
-    """How soft the edges of windows are: the sigmoid's unit, in patches."""
+def set_temperature(model: nn.Module, temperature: float, *, hard: bool | None = None) -> None:
+    """How soft the edges of windows are while training: the sigmoid's unit, in patches. With `hard` they are hard as in
+    evaluation, and the soft ones only give the gradient (straight through); None leaves that as it is."""
     if temperature <= 0:
         raise UsageError(f"A temperature of {temperature} has no meaning; it is above 0.")
     for head in window_heads(model):
         if isinstance(head, WindowHead):
             head.temperature.fill_(temperature)
+            if hard is not None:
+                head.hard = hard or None
 
 
 @contextmanager

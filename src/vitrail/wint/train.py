@@ -225,7 +225,7 @@ class _Session:
         """One step of the optimiser; what it saw."""
         recipe, accelerator, run = self.recipe, self.accelerator, self.recipe.run
         done = self.step / len(self.batches)
-        set_temperature(self.module, temperature(recipe, done))
+        set_temperature(self.module, temperature(recipe, done), hard=done >= recipe.windows.hard_from)
         torch.manual_seed(derived_seed(run.seed, DROPS, self.step, accelerator.process_index))
         self.schedule.step_update(self.step)
         weight, totals = guidance(recipe.teacher, done), dict[str, Any](loss=0.0, taught=0.0)
