@@ -34,7 +34,8 @@ from vitrail.figures import wint as figures
 from vitrail.figures.style import save
 from vitrail.vit.open import open_vit
 from vitrail.wint.batches import read_images
-from vitrail.wint.evaluate import Evaluation, evaluate, predicted_windows
+from vitrail.wint.collect import predicted_windows
+from vitrail.wint.evaluate import Evaluation, evaluate
 from vitrail.wint.folder import as_text, open_model, written
 from vitrail.wint.model import hard_mask
 from vitrail.wint.recipe import Recipe, recipe_from

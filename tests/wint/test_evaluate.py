@@ -17,8 +17,8 @@ from vitrail.study import rooms
 from vitrail.study.run import run_study
 from vitrail.vit.tap import Readers
 from vitrail.wint.batches import Images
-from vitrail.wint.collect import WindowCollector, measured_sides, overlap, sides_of_mask
-from vitrail.wint.evaluate import evaluate, predicted_windows
+from vitrail.wint.collect import WindowCollector, measured_sides, overlap, predicted_windows
+from vitrail.wint.evaluate import evaluate
 from vitrail.wint.folder import save
 from vitrail.wint.model import Shape, WinT, hard_mask, window_heads
 from vitrail.wint.sparse import block_mask, block_sparse, sparse_attention
@@ -83,18 +83,6 @@ def test_measured_windows_hold_the_windows_that_the_model_has():
         assert float(outside.sum(-1).float().mean()) < 0.05
 
 
-def test_sides_are_read_off_any_mask():
-    sides = torch.randint(-1, 5, (2, 3, 64, 4), generator=torch.Generator().manual_seed(0)).clamp(min=0).float()
-    inside = hard_mask(sides, GRID)
-    bias = torch.zeros(inside.shape).masked_fill(~inside, -torch.inf)
-    for mask in (inside, bias, torch.nn.functional.pad(bias, (2, 0, 2, 0))):
-        read = sides_of_mask(mask, 2, GRID)
-        assert torch.equal(hard_mask(read, GRID), inside)
-        row, column = torch.arange(64) // 8, torch.arange(64) % 8
-        assert bool((read <= torch.stack([column, row, 7 - column, 7 - row], -1)).all())  # cut at the border
-    assert torch.equal(hard_mask(sides_of_mask(None, 2, GRID), GRID), torch.ones(2, 1, 64, 64, dtype=torch.bool))
-
-
 def test_open_attention_is_that_of_the_same_weights_without_windows():
     """In the first layer, which sees the same tokens either way: where queries would look, whatever their windows."""
     windowed = open_vit(small(3))
@@ -108,8 +96,7 @@ def test_open_attention_is_that_of_the_same_weights_without_windows():
     measured = measured_sides(weights[0], windowed.anatomy.blocks[0].prefix, predicted, GRID)
     wanted = overlap(hard_mask(predicted, GRID), hard_mask(measured, GRID)).mean(-1)
     collector = WindowCollector(windowed, ("predicted_overlap_open", "predicted_overlap"))
-    windowed.tap().read(pixels, collector.readers())
-    found = collector.collected()
+    found = collector.of(pixels)
     assert_allclose(found["predicted_overlap_open"][:, 0], wanted, atol=1e-6)
     assert (found["predicted_overlap"] > found["predicted_overlap_open"]).all()
 
@@ -162,6 +149,8 @@ def test_block_sparse_attention_is_for_windows_in_evaluation():
     with pytest.raises(UsageError, match="in evaluation"), block_sparse(small(windows="none")):
         pass
     with pytest.raises(UsageError, match="in evaluation"), block_sparse(small().train()):
+        pass
+    with pytest.raises(UsageError, match="hard edges"), block_sparse(small(edges=0.15)):
         pass
 
 
@@ -238,6 +227,8 @@ def test_a_study_of_a_wint_holds_its_windows_which_the_report_and_a_look_show(tm
     sides = torch.from_numpy(study["predicted_window"].to_numpy()).float()
     for layer, predicted in enumerate(predicted_windows(vit, pixels)):
         assert torch.equal(hard_mask(sides[:, layer], GRID), hard_mask(predicted, GRID))
+    row, column = torch.arange(64) // 8, torch.arange(64) % 8
+    assert bool((sides <= torch.stack([column, row, 7 - column, 7 - row], -1)).all())  # cut at the border
     found = evaluate(vit, pictures(4))
     assert_allclose(study["predicted_area"].mean(("image", "head")), found.area, rtol=1e-5)
     assert_allclose(study["predicted_overlap_open"].mean(("image", "head")), found.overlap_open, rtol=1e-5)

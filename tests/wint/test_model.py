@@ -192,6 +192,25 @@ def test_hard_windows_in_training_are_those_of_evaluation_and_still_learn():
     assert_allclose(model(images).detach(), soft)
 
 
+@torch.no_grad()
+def test_soft_edges_are_kept_in_evaluation_and_in_a_folder(tmp_path):
+    """`edges` is the temperature that a model answers with for good."""
+    soft, images = small(edges=FINAL_TEMPERATURE), noise()
+    other = small()
+    wanted = soft(images)
+    for head in window_heads(other):
+        head.hard = False
+    set_temperature(other, FINAL_TEMPERATURE)
+    assert torch.equal(other(images), wanted)
+    set_temperature(soft, 1.0)  # of training
+    assert torch.equal(soft(images), wanted)
+    save(soft, tmp_path / "model")
+    assert torch.equal(open_vit(tmp_path / "model").logits(images), wanted)
+    for head in window_heads(soft):
+        head.hard = True
+    assert torch.equal(soft(images), small()(images))
+
+
 def test_a_start_that_has_no_meaning_is_refused():
     with pytest.raises(UsageError, match="four shares"):
         WindowHead(16, ((0.0, 0.5, 0.5, 0.5),))

@@ -12,87 +12,79 @@ from vitrail.patches import windows
 from vitrail.patches.interaction import indicator
 from vitrail.vit.open import Vit
 from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
-from vitrail.wint.model import hard_mask
+from vitrail.wint.model import hard_mask, recorded_sides, rounded
 
-__all__ = ["WindowCollector", "measured_sides", "overlap", "sides_of_mask"]
+__all__ = ["WindowCollector", "measured_sides", "overlap", "predicted_windows"]
 
 Grid = tuple[int, int]
 Sides = Float[Tensor, "image window patch side"]
 
 
 class WindowCollector:
-    """Reads predicted windows off the mask of each attention call of the plain pass, and compares them with windows of
-    the same area that are measured, as the patches room does, in each head's attention."""
+    """Compares the sides that a model predicts with windows of the same area that are measured, as the patches room
+    does, in each head's attention. Two passes of its own: the sides, then the attention."""
 
     replays = False
 
     def __init__(self, vit: Vit, measures: Sequence[str]) -> None:
         self.measures = tuple(measures)
-        self._n_layers, self._n_heads = vit.n_layers, max(vit.n_heads)
-        self._found: dict[int, dict[str, Tensor]] = {}
+        self._vit = vit
 
     def readers(self) -> Readers:
-        """Reads the attention of every layer."""
-        return Readers(attention=self._read)
+        """Nothing of the common pass."""
+        return Readers()
 
     def finish(
         self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
     ) -> dict[str, np.ndarray]:
-        """Arrays [image, layer, head, ..]; NaN (windows: -1) where a layer has no grid."""
-        return self.collected()
+        """Arrays [image, layer, head, ..]; NaN (windows: -1) for heads that a layer lacks."""
+        return self.of(replay.images)
 
-    def collected(self) -> dict[str, np.ndarray]:
-        """The arrays of the pass that was read, once."""
-        arrays = {}
+    def of(self, images: Float[Tensor, "image channel row column"]) -> dict[str, np.ndarray]:
+        """The same of any prepared images."""
+        predicted, found = predicted_windows(self._vit, images), dict[int, dict[str, Tensor]]()
+
+        def read(attention: LayerAttention) -> None:
+            if attention.call == 0:
+                found[attention.layer] = self._of_layer(attention, predicted[attention.layer])
+
+        self._vit.tap().read(images, Readers(attention=read))
+        arrays, n_heads = {}, max(self._vit.n_heads)
         for name in self.measures:
-            first = next(iter(self._found.values()))[name]
             whole = MEASURES[name].dtype == "int16"
-            shape = (len(first), self._n_layers, self._n_heads, *first.shape[2:])
+            shape = (len(images), len(predicted), n_heads, *found[0][name].shape[2:])
             array = np.full(shape, -1 if whole else np.nan, dtype=MEASURES[name].dtype)
-            for layer, found in self._found.items():
-                array[:, layer, : found[name].shape[1]] = found[name].cpu().numpy()
+            for layer, values in found.items():
+                array[:, layer, : values[name].shape[1]] = values[name].cpu().numpy()
             arrays[name] = array
-        self._found.clear()
         return arrays
 
-    def _read(self, attention: LayerAttention) -> None:
-        if attention.call != 0 or attention.grid is None:
-            return
-        weights, grid, prefix = attention.weights(), attention.grid, attention.prefix
-        predicted = sides_of_mask(attention.mask, len(weights), grid)
-        masks = hard_mask(predicted, grid)
-        found = {"predicted_window": predicted, "predicted_area": masks.float().mean((-1, -2))}
+    def _of_layer(self, attention: LayerAttention, sides: Sides) -> dict[str, Tensor]:
+        grid, prefix = attention.grid, attention.prefix
+        assert grid is not None, "a layer with windows has a grid"
+        sides = rounded(sides).clamp(min=0).minimum(_to_border(grid).to(sides))
+        masks = hard_mask(sides, grid)
+        found = {"predicted_window": sides, "predicted_area": masks.float().mean((-1, -2))}
         if "predicted_overlap" in self.measures:
-            found["predicted_overlap"] = _agreement(masks, measured_sides(weights, prefix, predicted, grid), grid)
+            found["predicted_overlap"] = _agreement(
+                masks, measured_sides(attention.weights(), prefix, sides, grid), grid
+            )
         if {"predicted_overlap_open", "predicted_overlap_moved"} & set(self.measures):
-            measured = measured_sides(_open_weights(attention), prefix, predicted, grid)
+            measured = measured_sides(_open_weights(attention), prefix, sides, grid)
             found["predicted_overlap_open"] = _agreement(masks, measured, grid)
             found["predicted_overlap_moved"] = _agreement(masks, _moved(measured, grid), grid)
-        self._found[attention.layer] = {
-            name: found[name].expand(-1, attention.heads, *found[name].shape[2:]) for name in self.measures
-        }
+        return {name: found[name].expand(-1, attention.heads, *found[name].shape[2:]) for name in self.measures}
 
 
-def sides_of_mask(mask: Tensor | None, n_images: int, grid: Grid) -> Sides:
-    """The windows that a mask of attention leaves open between patches, as sides, cut at the grid's border.
-
-    `mask`: additive or bool, broadcastable to [image head query key], patches last among queries and keys; None: open.
-    """
-    n_patches = grid[0] * grid[1]
-    if mask is None:
-        seen = torch.ones((1, 1, n_patches, n_patches), dtype=torch.bool)
-    else:
-        seen = mask[..., -n_patches:, -n_patches:]
-        seen = (seen if seen.dtype == torch.bool else seen > -torch.inf).expand(-1, -1, n_patches, -1)
-    cells = seen.unflatten(-1, grid)
-    reached = []
-    for axis, own in ((-1, _columns(grid)), (-2, _rows(grid))):
-        held = cells.any(-1 if axis == -2 else -2).float()
-        first, last = held.argmax(-1), held.shape[-1] - 1 - held.flip(-1).argmax(-1)
-        reached.append((own.to(first.device) - first, last - own.to(first.device)))
-    (left, right), (top, bottom) = reached
-    sides = torch.stack([left, top, right, bottom], -1).float()
-    return sides.expand(n_images, -1, -1, -1)
+@torch.no_grad()
+def predicted_windows(vit: Vit, images: Float[Tensor, "image channel row column"]) -> list[Sides]:
+    """For each layer the sides that the model predicts, in patches, not rounded."""
+    training = vit.model.training
+    vit.model.eval()
+    with recorded_sides(vit.model) as sides:
+        vit.model(images)
+    vit.model.train(training)
+    return list(sides)
 
 
 @torch.no_grad()
@@ -133,6 +125,12 @@ def _moved(sides: Sides, grid: Grid) -> Sides:
     row, column = _rows(grid), _columns(grid)
     right, down = column[order] - column, row[order] - row  # where the box's old query lies, seen from the new one
     return sides[:, :, order] + torch.stack([-right, -down, right, down], -1).to(sides)
+
+
+def _to_border(grid: Grid) -> Int[Tensor, "patch side"]:
+    """The sides that reach the border of the grid."""
+    row, column = _rows(grid), _columns(grid)
+    return torch.stack([column, row, grid[1] - 1 - column, grid[0] - 1 - row], -1)
 
 
 def _rows(grid: Grid) -> Int[Tensor, "patch"]:

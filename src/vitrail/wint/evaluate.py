@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.errors import DataError, UsageError
 from vitrail.vit.open import Vit
 from vitrail.wint.batches import Images
-from vitrail.wint.collect import WindowCollector, overlap
-from vitrail.wint.model import hard_mask, recorded_sides, window_heads
+from vitrail.wint.collect import WindowCollector, overlap, predicted_windows
+from vitrail.wint.model import hard_mask, window_heads
 from vitrail.wint.teacher import Teacher
 
-__all__ = ["Evaluation", "evaluate", "predicted_windows"]
+__all__ = ["Evaluation", "evaluate"]
 
 OF_LAYERS = {
     "area": "predicted_area", "overlap_own": "predicted_overlap", "overlap_open": "predicted_overlap_open",
@@ -80,8 +78,7 @@ def evaluate(
         spent += time.perf_counter() - began
         right += int((logits.argmax(1).cpu() == images.labels[some.start : some.stop]).sum())
         if heads and grid is not None:
-            vit.tap().read(pixels, reader.readers())
-            found = {name: values.mean(2) for name, values in reader.collected().items()}
+            found = {name: values.mean(2) for name, values in reader.of(pixels).items()}
             if guide is not None:
                 pairs = zip(predicted_windows(vit, pixels), guide.sides(pixels), strict=True)
                 found["teacher"] = np.stack([_overlap(own, other, grid) for own, other in pairs], 1)
@@ -95,17 +92,6 @@ def evaluate(
         if name in sums
     }
     return Evaluation(len(images), right / len(images), len(images) / spent, **layers)
-
-
-@torch.no_grad()
-def predicted_windows(vit: Vit, images: Float[Tensor, "image channel row column"]) -> list[Tensor]:
-    """For each layer the sides that the model predicts, [image window patch side]."""
-    training = vit.model.training
-    vit.model.eval()
-    with recorded_sides(vit.model) as sides:
-        vit.model(images)
-    vit.model.train(training)
-    return list(sides)
 
 
 def _overlap(one: Tensor, two: Tensor, grid: tuple[int, int]) -> np.ndarray:

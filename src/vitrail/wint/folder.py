@@ -193,7 +193,9 @@ def _timm_module(made_of: Mapping[str, Any], request: Request) -> nn.Module:
     if request.n_classes is not None:
         options["num_classes"] = request.n_classes
     try:
-        module: nn.Module = attach(timm.create_model(made_of["name"], **options), made_of["start"])
+        module: nn.Module = attach(
+            timm.create_model(made_of["name"], **options), made_of["start"], made_of.get("edges", 0.0)
+        )
     except (KeyError, RuntimeError, TypeError) as error:
         raise UnknownModel(f"config.json describes a timm model that cannot be made: {error}.") from error
     return module

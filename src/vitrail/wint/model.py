@@ -5,7 +5,8 @@ Read it from the top: tokens -> sides of windows -> mask -> attention -> block -
 
 A window reaches `sides` = (left, top, right, bottom) patches from its query; it always holds the query, and prefix
 tokens (class token, registers) see everything and are seen by all. While training, windows have soft edges, so that
-gradients reach their sides; in evaluation, and towards the end of training, sides are rounded and edges are hard.
+gradients reach their sides; in evaluation, and towards the end of training, sides are rounded and edges are hard,
+unless the model is asked to keep soft ones (`edges`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ class WindowHead(nn.Module):
     W2 begins at zero, so that at first all patches have the windows `start` and content counts as far as it helps.
     """
 
-    def __init__(self, width: int, start: Start = FULL) -> None:
+    def __init__(self, width: int, start: Start = FULL, edges: float = 0.0) -> None:
         super().__init__()
         share = torch.tensor([list(sides) for sides in start], dtype=torch.float32)
         if share.ndim != 2 or share.shape[1] != 4 or not bool(((share > 0) & (share < 1)).all()):
@@ -78,8 +79,11 @@ class WindowHead(nn.Module):
             self.sides.bias.copy_(share.logit().flatten())
         self.temperature: Tensor
         self.register_buffer("temperature", torch.ones(()), persistent=False)
+        self.edges = edges
+        """The temperature of edges in evaluation; 0: hard."""
         self.hard: bool | None = None
-        """Whether edges are hard; None: in evaluation only. While training, hard windows keep the soft ones' gradient."""
+        """Whether edges are hard; None: in evaluation, unless `edges` says otherwise. While training, hard windows keep
+        the soft ones' gradient."""
         self.record: list[Tensor] | None = None
 
     def forward(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Sides:
@@ -97,11 +101,12 @@ class WindowHead(nn.Module):
     ) -> Float[Tensor, "image window q k"] | None:
         """What to add to the scores between patches; None if every window is full."""
         sides = self(tokens, grid)
-        hard = not self.training if self.hard is None else self.hard
+        hard = not self.training and not self.edges if self.hard is None else self.hard
         if not self.training and hard:
             mask = hard_mask(sides, grid)
             return None if bool(mask.all()) else _closed(mask)
-        soft = (soft_mask(sides, grid, self.temperature) + FLOOR).log()
+        temperature = self.temperature if self.training or not self.edges else self.edges
+        soft = (soft_mask(sides, grid, temperature) + FLOOR).log()
         return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if hard else soft
 
 
@@ -195,6 +200,7 @@ class Shape:
 
     image_px: (rows, columns). windows: "predicted", "fixed" (sides in patches) or "none", a plain ViT. start: for each
     window of a layer its four sides, one window for all heads or one a head; shares of n - 1 where they are predicted.
+    edges: the temperature of predicted windows' edges in evaluation, in patches; 0: rounded, with hard edges.
     """
 
     image_px: tuple[int, int] = (32, 32)
@@ -208,6 +214,7 @@ class Shape:
     dropped_paths: float = 0.0
     windows: str = "predicted"
     start: Start = ((0.38, 0.38, 0.38, 0.38),)
+    edges: float = 0.0
 
     def __post_init__(self) -> None:
         if self.windows not in ("predicted", "fixed", "none"):
@@ -325,7 +332,7 @@ class WinT(nn.Module):
 def _windows(shape: Shape) -> WindowHead | FixedWindows | None:
     if shape.windows == "none":
         return None
-    return FixedWindows(shape.start) if shape.windows == "fixed" else WindowHead(shape.width, shape.start)
+    return FixedWindows(shape.start) if shape.windows == "fixed" else WindowHead(shape.width, shape.start, shape.edges)
 
 
 # --- the same windows on a timm model --------------------------------------------------------------------------------
@@ -334,10 +341,10 @@ def _windows(shape: Shape) -> WindowHead | FixedWindows | None:
 class WindowedAttention(nn.Module):
     """A timm attention module, its weights untouched, whose patches see each other within predicted windows."""
 
-    def __init__(self, attn: Any, prefix: int, grid: Grid, start: Start) -> None:
+    def __init__(self, attn: Any, prefix: int, grid: Grid, start: Start, edges: float = 0.0) -> None:
         super().__init__()
         self.attn, self.prefix, self.grid = attn, prefix, grid
-        self.windows = WindowHead(attn.qkv.in_features, start)
+        self.windows = WindowHead(attn.qkv.in_features, start, edges)
 
     def forward(
         self, tokens: Float[Tensor, "image token channel"], attn_mask: Tensor | None = None, **options: Any
@@ -354,8 +361,8 @@ class WindowedAttention(nn.Module):
         return out
 
 
-def attach(model: Any, start: Start = FULL) -> Any:
-    """Gives every block of a plain timm ViT window heads, in place, and returns the model.
+def attach(model: Any, start: Start = FULL, edges: float = 0.0) -> Any:
+    """Gives every block of a plain timm ViT window heads, in place; returns the model. `start`, `edges`: as in `Shape`.
 
     With the default start the model answers as before, bitwise, in evaluation; while training, soft edges change its
     answers a little. The heads are drawn anew: call `torch.manual_seed` first for a run that can be repeated.
@@ -377,7 +384,7 @@ def attach(model: Any, start: Start = FULL) -> Any:
     grid = tuple(model.patch_embed.grid_size)
     weight = next(model.parameters())
     for block in blocks:
-        windowed = WindowedAttention(block.attn, model.num_prefix_tokens, grid, start)
+        windowed = WindowedAttention(block.attn, model.num_prefix_tokens, grid, start, edges)
         block.attn = windowed.to(weight.device, weight.dtype).train(model.training)
     return model
 

@@ -70,13 +70,14 @@ class Model:
 @dataclass(frozen=True)
 class Windows:
     """How windows are trained. The temperature falls from `first` to `last` (a geometric path) over the share `until`
-    of training. hard_from: the share after which edges are hard as in evaluation, with the soft ones' gradient, so that
-    the rest of the model learns with the windows that it will have; 1: never. rate: learning rate of the window heads
-    relative to the rest."""
+    of training. edges: "hard": sides are rounded in evaluation, and in training after the share `hard_from`, with the
+    soft windows' gradient; "soft": edges keep the temperature `last` for good, which needs a dense mask. rate: learning
+    rate of the window heads relative to the rest."""
 
     first: float = 1.0
     last: float = 0.15
     until: float = 0.7
+    edges: str = "hard"
     hard_from: float = 0.7
     rate: float = 1.0
 
@@ -232,6 +233,7 @@ def _checked(recipe: Recipe) -> None:
         f"[windows] first = {windows.first}, last = {windows.last}; both are above 0": min(windows.first, windows.last)
         > 0,
         f"[windows] until = {windows.until}; give a share above 0, at most 1": 0 < windows.until <= 1,
+        f"[windows] edges = {windows.edges!r}; choose hard or soft": windows.edges in ("hard", "soft"),
         f"[windows] hard_from = {windows.hard_from}; give a share": 0 <= windows.hard_from <= 1,
         f"[teacher] area = {teacher.area} percent; give 1 to 100": 1 <= teacher.area <= 100,
         f"[teacher] share = {teacher.share}; give a share above 0, at most 1": 0 < teacher.share <= 1,

@@ -77,6 +77,8 @@ def block_sparse(model: nn.Module) -> Iterator[nn.Module]:
     layers = [module for module in model.modules() if isinstance(module, Attention) and module.windows is not None]
     if not layers or model.training:
         raise UsageError("Block-sparse attention is for a WinT with windows, in evaluation: call model.eval().")
+    if any(getattr(layer.windows, "edges", 0.0) for layer in layers):
+        raise UsageError("Block-sparse attention is for windows with hard edges; this model's are soft (edges).")
     for layer in layers:
         layer.kernel = sparse_attention
     try:

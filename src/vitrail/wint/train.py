@@ -95,15 +95,23 @@ def built(recipe: Recipe) -> nn.Module:
         made = timm.create_model(
             model.timm, pretrained=model.timm_weights, num_classes=classes, img_size=size, **model.timm_args
         )
-        return made if model.windows == "none" else attach(made, start)  # type: ignore[no-any-return]
+        return made if model.windows == "none" else attach(made, start, edges(recipe))  # type: ignore[no-any-return]
     keys = ("patch_px", "width", "depth", "heads", "mlp_ratio", "class_token", "dropped_paths", "windows")
-    shape = Shape(image_px=(size, size), n_classes=classes, start=start, **{key: getattr(model, key) for key in keys})
+    shape = Shape(
+        image_px=(size, size), n_classes=classes, start=start, edges=edges(recipe),
+        **{key: getattr(model, key) for key in keys},
+    )  # fmt: skip
     module = WinT(shape)
     if model.start_from:
         state = weights_of(model.start_from)
         same_classes = shape_of(model.start_from).n_classes == classes
         module.load_state_dict(fitted(state, module, new_head=not same_classes, new_windows=not model.keep_windows))
     return module
+
+
+def edges(recipe: Recipe) -> float:
+    """The temperature of windows' edges in evaluation; 0: hard."""
+    return recipe.windows.last if recipe.windows.edges == "soft" else 0.0
 
 
 def temperature(recipe: Recipe, done: float) -> float:
@@ -225,7 +233,9 @@ class _Session:
         """One step of the optimiser; what it saw."""
         recipe, accelerator, run = self.recipe, self.accelerator, self.recipe.run
         done = self.step / len(self.batches)
-        set_temperature(self.module, temperature(recipe, done), hard=done >= recipe.windows.hard_from)
+        set_temperature(
+            self.module, temperature(recipe, done), hard=done >= recipe.windows.hard_from and not edges(recipe)
+        )
         torch.manual_seed(derived_seed(run.seed, DROPS, self.step, accelerator.process_index))
         self.schedule.step_update(self.step)
         weight, totals = guidance(recipe.teacher, done), dict[str, Any](loss=0.0, taught=0.0)
@@ -473,7 +483,7 @@ def _timm_model(recipe: Recipe) -> dict[str, Any] | None:
     if not model.timm:
         return None
     args = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
-    return {"name": model.timm, "args": args, "start": model.start}
+    return {"name": model.timm, "args": args, "start": model.start, "edges": edges(recipe)}
 
 
 def _cut(path: Path, step: int) -> None:
