@@ -15,6 +15,7 @@ made; models stay in --work.
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -33,11 +34,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitrail.figures import wint as figures
 from vitrail.figures.style import save
 from vitrail.vit.open import open_vit
-from vitrail.wint.batches import read_images
+from vitrail.wint.batches import normalised, read_images
 from vitrail.wint.collect import predicted_windows
 from vitrail.wint.evaluate import Evaluation, evaluate
 from vitrail.wint.folder import as_text, open_model, written
-from vitrail.wint.model import hard_mask
+from vitrail.wint.model import WindowHead, hard_mask, window_heads
 from vitrail.wint.recipe import Recipe, recipe_from
 from vitrail.wint.sparse import BLOCK, block_mask, sparse_attention
 from vitrail.wint.teacher import Teacher
@@ -70,7 +71,7 @@ ARMS = {
     "wint-free": "3 WinT, no teacher (lambda = 0)",
     "wint-shuffled": "4 WinT, the teacher's boxes shuffled between images",
     "fixed-local": "5 fixed local window of the same mean area, one for all heads",
-    "fixed-start": "6 fixed windows where WinT's begin, one a head",
+    "frozen": "6 windows that stay where WinT's begin, one a head",
 }
 """In the order in which they are run: later arms need what earlier ones leave."""
 
@@ -133,8 +134,11 @@ def run_arm(phase: str, arm: str, seed: int, data: Path, work: Path) -> None:
     finally:
         if out.is_dir():
             spent.write_text(str(before + time.process_time() - began))
+    rounded = (
+        {} if not windowed(out) else {"accuracy_rounded": accuracy_rounded(out, data / description["data"]["test"])}
+    )
     kept = {
-        "phase": phase, "arm": arm, "seed": seed, "recipe": digest, **asdict(results), "steps": steps(out),
+        "phase": phase, "arm": arm, "seed": seed, "recipe": digest, **asdict(results), **rounded, "steps": steps(out),
         "core_s": round(float(spent.read_text()), 1),
         "parameters": sum(parameter.numel() for parameter in open_model(out / "last").parameters()),
         "torch": torch.__version__,
@@ -155,6 +159,23 @@ def shown(title: str, wanted: Recipe, out: Path) -> Any:
         return train(wanted, out, progress=progress)
 
 
+def windowed(out: Path) -> bool:
+    """Whether a finished run's patches predict windows."""
+    return any(isinstance(head, WindowHead) for head in window_heads(open_model(out / "last")))
+
+
+@torch.no_grad()
+def accuracy_rounded(out: Path, test: Path) -> float:
+    """Test accuracy if sides are rounded and edges hard."""
+    model, images = open_model(out / "last").eval(), read_images(str(test))
+    for head in window_heads(model):
+        head.hard = True
+    pixels = images.pixels(GRID[0] * SHAPE["patch_px"])
+    parts = [slice(start, start + 250) for start in range(0, len(images), 250)]
+    right = [int((model(normalised(pixels[part])).argmax(1) == images.labels[part]).sum()) for part in parts]
+    return sum(right) / len(images)
+
+
 def steps(out: Path) -> int:
     """Steps of the optimiser that a run took."""
     return int((out / "epochs.csv").read_text().splitlines()[-1].split(",")[0])
@@ -173,14 +194,15 @@ def described(phase: str, arm: str, seed: int) -> dict[str, Any]:
         model |= {"windows": "none", "start": [[0.5] * 4]}
     if arm == "fixed-local":
         model |= {"windows": "fixed", "start": [closest_window(mean_area(f"{phase}-wint-{seed}"))]}
-    if arm == "fixed-start":
-        model |= {"windows": "fixed", "start": [[float(side) for side in window] for window in START_PATCHES]}
+    windows = WINDOWS[phase] | ({"edges": "soft"} if arm not in ("control", "fixed-local") else {})
+    if arm == "frozen":
+        windows |= {"rate": 0.0}
     if arm in ("wint", "wint-shuffled") and phase != "transfer":
         teacher = {**TEACHING, "folder": f"scratch-control-{seed}/last", "shuffled": arm == "wint-shuffled"}
     return {
         "title": f"{PHASES[phase]}: {ARMS[arm]}", "expected": "see docs/wint.md",
         "cost": "at most twelve minutes of one core",
-        "data": ANIMALS if phase == "transfer" else CIFAR, "model": model, "windows": WINDOWS[phase],
+        "data": ANIMALS if phase == "transfer" else CIFAR, "model": model, "windows": windows,
         "teacher": teacher,
         "optimiser": OPTIMISER if phase == "scratch" else TUNING,
         "run": {**RUN, "epochs": EPOCHS[phase], "evaluate_epochs": EPOCHS[phase], "seed": seed},
@@ -231,8 +253,8 @@ def table(phase: str, found: list[dict[str, Any]]) -> str:
         by_arm[each["arm"]][each["seed"]] = each
     lines = [
         f"{PHASES[phase]}\n",
-        "| arm | seeds | top-1, % | minus control | minus fixed local window | area, % | steps | core seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| arm | seeds | top-1, % | minus control | minus fixed local window | rounded, % | area, % | steps | core s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in ARMS_OF[phase]:
         runs = by_arm[arm]
@@ -240,7 +262,7 @@ def table(phase: str, found: list[dict[str, Any]]) -> str:
             lines.append(
                 f"| {ARMS[arm]} | {len(runs)} | {spread([100 * run['accuracy'] for run in runs.values()])} "
                 f"| {paired(runs, by_arm['control'])} | {paired(runs, by_arm['fixed-local'])} "
-                f"| {over(runs, lambda run: 100 * statistics.fmean(run['areas'] or [1.0]))} "
+                f"| {rounded(runs)} | {over(runs, lambda run: 100 * statistics.fmean(run['areas'] or [1.0]))} "
                 f"| {next(iter(runs.values()))['steps']:,} | {over(runs, lambda run: run['core_s'])} |"
             )
     return "\n".join(lines) + "\n"
@@ -250,6 +272,11 @@ def spread(values: list[float], sign: str = "") -> str:
     """Mean and sample standard deviation."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.2f}{deviation}"
+
+
+def rounded(runs: dict[int, dict[str, Any]]) -> str:
+    """Accuracy with hard edges, where windows are predicted."""
+    return spread([100 * run["accuracy_rounded"] for run in runs.values() if "accuracy_rounded" in run] or [math.nan])
 
 
 def paired(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> str:
