@@ -15,7 +15,6 @@ made; models stay in --work.
 import argparse
 import hashlib
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -276,7 +275,8 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def rounded(runs: dict[int, dict[str, Any]]) -> str:
     """Accuracy with hard edges, where windows are predicted."""
-    return spread([100 * run["accuracy_rounded"] for run in runs.values() if "accuracy_rounded" in run] or [math.nan])
+    found = [100 * run["accuracy_rounded"] for run in runs.values() if "accuracy_rounded" in run]
+    return spread(found) if found else ""
 
 
 def paired(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> str:
