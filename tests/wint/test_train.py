@@ -22,10 +22,11 @@ from torch import nn
 from vitrail import open_vit
 from vitrail.errors import DamagedStudy, DataError, PlanMismatch, UsageError
 from vitrail.wint.batches import Batches, Images, read_images
+from vitrail.wint.building import built, temperature
 from vitrail.wint.model import hard_mask, recorded_sides
 from vitrail.wint.recipe import read_recipe, recipe_from
 from vitrail.wint.teacher import Teacher, disagreement, guidance
-from vitrail.wint.train import built, temperature, train
+from vitrail.wint.train import train
 from wint.tiny_runs import described, packed, recipe
 
 TESTS = Path(__file__).resolve().parents[1]

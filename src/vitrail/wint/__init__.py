@@ -5,6 +5,7 @@ folder      saved as config.json and model.safetensors; opened by `open_vit`
 teacher     the windows of a trained ViT on the view that the student sees
 recipe      what a training run is, as a TOML file with its expected result and cost
 batches     images, augmentation and order as a function of seed and step
+building    what a recipe asks for: model, teacher, optimiser, schedule
 train       the loop: resumable to the bit, on one device or several
 evaluate    accuracy, area of the windows, agreement with a teacher, speed
 collect     the windows room: predicted windows in a study, compared with measured ones (its measures need no torch)

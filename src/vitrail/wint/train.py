@@ -23,24 +23,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import DataError, PlanMismatch, UsageError
-from vitrail.vit.open import open_vit
 from vitrail.wint import checkpoint
 from vitrail.wint.batches import DROPS, Batches, Images, derived_seed, normalised, read_images
-from vitrail.wint.folder import as_text, fitted, save, shape_of, weights_of, written
-from vitrail.wint.model import (
-    Shape,
-    WindowHead,
-    WinT,
-    attach,
-    hard_mask,
-    recorded_sides,
-    set_temperature,
-    window_heads,
+from vitrail.wint.building import (
+    average_of,
+    built,
+    edges,
+    grid_of,
+    optimiser_of,
+    schedule_of,
+    teacher_of,
+    temperature,
+    timm_model,
 )
+from vitrail.wint.folder import as_text, save, written
+from vitrail.wint.model import hard_mask, recorded_sides, set_temperature
 from vitrail.wint.recipe import Data, Recipe
-from vitrail.wint.teacher import Teacher, disagreement, guidance
+from vitrail.wint.teacher import disagreement, guidance
 
-__all__ = ["Results", "built", "results_of", "temperature", "train"]
+__all__ = ["Results", "results_of", "train"]
 
 EVALUATED_AT_ONCE = 250
 Progress = Callable[[str, int, int, str], None]
@@ -78,46 +79,6 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
     finally:
         session.close()
     return session.results
-
-
-def built(recipe: Recipe) -> nn.Module:
-    """The model of a recipe with the weights it begins with; draws from torch's global generator.
-
-    Raises `UsageError` or `WeightsMismatch` if `start_from` does not fit.
-    """
-    model, classes, size = recipe.model, recipe.data.classes, recipe.data.image_px
-    start = tuple(tuple(sides) for sides in model.start)
-    if model.timm:
-        import timm
-
-        if not timm.is_model(model.timm):
-            raise UsageError(f"[model] timm = {model.timm!r} is no model of timm.")
-        made = timm.create_model(
-            model.timm, pretrained=model.timm_weights, num_classes=classes, img_size=size, **model.timm_args
-        )
-        return made if model.windows == "none" else attach(made, start, edges(recipe))  # type: ignore[no-any-return]
-    keys = ("patch_px", "width", "depth", "heads", "mlp_ratio", "class_token", "dropped_paths", "windows")
-    shape = Shape(
-        image_px=(size, size), n_classes=classes, start=start, edges=edges(recipe),
-        **{key: getattr(model, key) for key in keys},
-    )  # fmt: skip
-    module = WinT(shape)
-    if model.start_from:
-        state = weights_of(model.start_from)
-        same_classes = shape_of(model.start_from).n_classes == classes
-        module.load_state_dict(fitted(state, module, new_head=not same_classes, new_windows=not model.keep_windows))
-    return module
-
-
-def edges(recipe: Recipe) -> float:
-    """The temperature of windows' edges in evaluation; 0: hard."""
-    return recipe.windows.last if recipe.windows.edges == "soft" else 0.0
-
-
-def temperature(recipe: Recipe, done: float) -> float:
-    """How soft windows are when the share `done` of training is over."""
-    windows = recipe.windows
-    return float(windows.first * (windows.last / windows.first) ** min(1.0, done / windows.until))
 
 
 @torch.no_grad()
@@ -165,14 +126,14 @@ class _Session:
     def __post_init__(self) -> None:
         recipe, accelerator, run = self.recipe, self.accelerator, self.recipe.run
         self.module = built(recipe).to(accelerator.device)
-        self.grid = _grid(self.module)
-        self.teacher = _teacher(recipe, self.module, self.grid, str(accelerator.device))
+        self.grid = grid_of(self.module)
+        self.teacher = teacher_of(recipe, self.module, self.grid, str(accelerator.device))
         whole = None if recipe.data.augmentation == "timm" else self._decoded(self.images, "reading images")
         self.batches = Batches(recipe, self.images, whole, accelerator.process_index, accelerator.num_processes)
         self.test_pixels = self._decoded(self.tested, "reading test images")
-        self.optimiser = _optimiser(recipe, self.module)
-        self.schedule = _schedule(recipe, self.optimiser, self.batches)
-        self.average = _average(run.ema, self.module)
+        self.optimiser = optimiser_of(recipe, self.module)
+        self.schedule = schedule_of(recipe, self.optimiser, self.batches)
+        self.average = average_of(run.ema, self.module)
         self.model = accelerator.prepare_model(self.module.train())
         self.prepared = accelerator.prepare_optimizer(self.optimiser)
         self._board = _board(self.out, run.tensorboard) if accelerator.is_main_process else None
@@ -319,7 +280,7 @@ class _Session:
         if self.accelerator.is_main_process:
             shown = self.average.module if self.average is not None else self.module
             data, names = self.recipe.data, self.images.class_names
-            save(shown, self.out / name, names, _timm_model(self.recipe), data.mean, data.std)
+            save(shown, self.out / name, names, timm_model(self.recipe), data.mean, data.std)
 
     def _row(self, table: str, row: Mapping[str, Any]) -> None:
         if not self.accelerator.is_main_process:
@@ -405,69 +366,6 @@ def _data(recipe: Recipe) -> tuple[Images, Images]:
     return images.some(data.limit), tested.some(data.test_limit)
 
 
-def _grid(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, WinT):
-        return module.shape.grid
-    rows, columns = module.patch_embed.grid_size  # type: ignore[union-attr, misc]
-    return int(rows), int(columns)
-
-
-def _teacher(recipe: Recipe, module: nn.Module, grid: tuple[int, int], device: str) -> Teacher | None:
-    heads = [head for head in window_heads(module) if isinstance(head, WindowHead)]
-    if not recipe.teacher.folder or not heads:
-        return None
-    data, teaching = recipe.data, recipe.teacher
-    vit = open_vit(teaching.folder, device=device)
-    return Teacher(vit, teaching.area, len(heads), heads[0].n_windows, grid, data.mean, data.std)
-
-
-def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """timm's, with the window heads at their own rate."""
-    from timm.optim import create_optimizer_v2
-    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
-
-    chosen = recipe.optimiser
-    spared: set[str] = getattr(module, "no_weight_decay", set)()
-    own = {id(parameter) for head in window_heads(module) for parameter in head.parameters()}
-
-    def groups(_: nn.Module) -> list[dict[str, Any]]:
-        if chosen.layer_decay is None:
-            made = param_groups_weight_decay(module, chosen.weight_decay, no_weight_decay_list=spared)
-        else:
-            made = param_groups_layer_decay(
-                module, chosen.weight_decay, no_weight_decay_list=spared, layer_decay=chosen.layer_decay
-            )
-        split = []
-        for group in made:
-            for is_window, scale in ((False, 1.0), (True, recipe.windows.rate)):
-                members = [parameter for parameter in group["params"] if (id(parameter) in own) is is_window]
-                if members:
-                    split.append({**group, "params": members, "lr_scale": group.get("lr_scale", 1.0) * scale})
-        return split
-
-    optimiser: torch.optim.Optimizer = create_optimizer_v2(
-        module, opt=chosen.name, lr=chosen.rate, weight_decay=chosen.weight_decay, param_group_fn=groups
-    )
-    return optimiser
-
-
-def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, batches: Batches) -> Any:
-    """timm's cosine by step: a function of the step, so it needs no state of its own."""
-    from timm.scheduler import CosineLRScheduler
-
-    warm_up = min(len(batches) - 1, round(recipe.optimiser.warm_up_epochs * batches.per_epoch))
-    return CosineLRScheduler(
-        optimiser, t_initial=len(batches), lr_min=recipe.optimiser.last_rate, warmup_t=warm_up,
-        warmup_lr_init=recipe.optimiser.last_rate, t_in_epochs=False,
-    )  # fmt: skip
-
-
-def _average(decay: float, module: nn.Module) -> Any:
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(module, decay=decay, use_warmup=True) if decay else None
-
-
 def _board(out: Path, wanted: bool) -> Any:
     if not wanted:
         return None
@@ -476,14 +374,6 @@ def _board(out: Path, wanted: bool) -> Any:
     except ImportError as error:
         raise UsageError("[run] tensorboard = true needs its writer: pip install 'vitrail[train]'.") from error
     return SummaryWriter(out / "tensorboard")
-
-
-def _timm_model(recipe: Recipe) -> dict[str, Any] | None:
-    model, data = recipe.model, recipe.data
-    if not model.timm:
-        return None
-    args = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
-    return {"name": model.timm, "args": args, "start": model.start, "edges": edges(recipe)}
 
 
 def _cut(path: Path, step: int) -> None:
