@@ -34,7 +34,7 @@ from vitrail.vit.tap import LayerAttention, Readers, Replay
 
 __all__ = ["Live", "look_figures"]
 
-OF_ONE_IMAGE = tuple(name for name in MEASURES if name not in ROOMS["regions"])
+OF_ONE_IMAGE = tuple(name for name in MEASURES if name not in {*ROOMS["regions"], *ROOMS["windows"]})
 """What `look` gives unless told otherwise; `Live.modes` has the regions of a head, on demand."""
 
 REMEMBERED = 4

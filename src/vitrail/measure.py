@@ -305,7 +305,7 @@ _REGIONS = (
     ),
 )  # fmt: skip
 
-WINDOW_LIMITS = "Of patches alone: class tokens and registers see everything."
+WINDOW_LIMITS = "Between patches only: class tokens and registers see everything and are seen by all."
 
 _WINDOWS = (
     Measure(
@@ -330,13 +330,14 @@ _WINDOWS = (
         "predicted_overlap_open", "predicted windows against open attention", ("image", "layer", "head"),
         "intersection over union", "0: queries would look elsewhere", "1: windows are where queries would look anyway",
         "our construction: as predicted_overlap, of the layer's queries and keys without the mask",
-        "Compare with predicted_overlap_moved. Windows that forbid what queries ask for lower it, and may be useful.", "windows",
+        "Whether a window that forbids what its query asks for helps. Compare with predicted_overlap_moved.", "windows",
         frozenset({"grid"}),
     ),
     Measure(
         "predicted_overlap_moved", "the same, with the measured windows moved", ("image", "layer", "head"),
         "intersection over union", "what chance gives", "windows are so large that any place will do",
-        "our construction: boxes of predicted_overlap_open given to other queries at random", WINDOW_LIMITS, "windows",
+        "our construction: boxes of predicted_overlap_open given to other queries at random",
+        "Anything of the model alone; it is what predicted_overlap_open is compared with.", "windows",
         frozenset({"grid"}),
     ),
 )  # fmt: skip
