@@ -56,7 +56,7 @@ down."""
 SHAPE = {"patch_px": 4, "width": 128, "depth": 6, "heads": 4, "mlp_ratio": 3.0, "class_token": False}
 RUN = {"batch_size": 64, "label_smoothing": 0.1, "log_steps": 71, "checkpoint_steps": 200, "precision": "bf16",
        "compile": True}  # fmt: skip
-EPOCHS = {"scratch": 2, "tuned": 1, "transfer": 4}
+EPOCHS = {"scratch": 2, "tuned": 0.6, "transfer": 3}
 OPTIMISER = {"rate": 6e-4, "weight_decay": 0.05, "warm_up_epochs": 0.3}
 TUNING = {"rate": 3e-4, "weight_decay": 0.05, "warm_up_epochs": 0.1}
 TEACHING = {"weight": 0.5, "area": 15, "share": 0.25, "until": 0.6}
