@@ -204,7 +204,7 @@ def described(phase: str, arm: str, seed: int) -> dict[str, Any]:
         "data": ANIMALS if phase == "transfer" else CIFAR, "model": model, "windows": windows,
         "teacher": teacher,
         "optimiser": OPTIMISER if phase == "scratch" else TUNING,
-        "run": {**RUN, "epochs": EPOCHS[phase], "evaluate_epochs": EPOCHS[phase], "seed": seed},
+        "run": {**RUN, "epochs": EPOCHS[phase], "evaluate_epochs": max(1, round(EPOCHS[phase])), "seed": seed},
     }  # fmt: skip
 
 
