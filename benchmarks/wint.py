@@ -60,7 +60,7 @@ EPOCHS = {"scratch": 2, "tuned": 0.6, "transfer": 3}
 OPTIMISER = {"rate": 6e-4, "weight_decay": 0.05, "warm_up_epochs": 0.3}
 TUNING = {"rate": 3e-4, "weight_decay": 0.05, "warm_up_epochs": 0.1}
 TEACHING = {"weight": 0.5, "area": 15, "share": 0.25, "until": 0.6}
-WINDOWS = {"scratch": {"rate": 3.0}, "tuned": {"rate": 20.0}, "transfer": {"rate": 1.0}}
+WINDOWS = {"scratch": {"rate": 3.0}, "tuned": {"rate": 20.0}, "transfer": {"rate": 1.0, "first": 0.15}}
 CIFAR = {"train": "cifar10/train.npz", "test": "cifar10/test.npz", "classes": 10}
 ANIMALS = {"train": "fine-animals/train.npz", "test": "fine-animals/val.npz", "classes": 25}
 
