@@ -7,6 +7,7 @@
     python benchmarks/wint.py sparse   docs/wint/sparse.md: dense, masked and block-sparse attention on this machine
     python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on three photographs; and
                                    docs/wint/agreement.md: predicted against measured windows
+    python benchmarks/wint.py beside   docs/wint/beside.md: studies of a trained WinT and of its ViT
 
 Each run is resumable (kill it, call again) and leaves a small record under docs/wint/runs, from which the table is
 made; models stay in --work.
@@ -32,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitrail.figures import wint as figures
 from vitrail.figures.style import save
+from vitrail.study.run import run_study
 from vitrail.vit.open import open_vit
 from vitrail.wint.batches import normalised, read_images
 from vitrail.wint.collect import predicted_windows
@@ -81,6 +83,17 @@ PHASES = {
 }
 ARMS_OF = {"scratch": tuple(ARMS), "tuned": tuple(ARMS)[:5], "transfer": ("control", "wint")}
 
+BESIDE = {
+    "p lost": "probability lost without the layer's most important head",
+    "attention_distance": "mean attention distance, patches", "strength_entropy": "entropy of attention strength",
+    "interaction_distance": "mean distance of interactions, patches", "field_size": "responsive field, share of grid",
+    "tendency": "length of the tendency, patches", "hub": "hubs, share of patches",
+    "predicted_area": "windows, share of grid",
+    "predicted_overlap": "predicted against measured windows", "predicted_overlap_open": "the same without the mask",
+    "predicted_overlap_moved": "the same, moved at random",
+}  # fmt: skip
+"""What is measured in a trained WinT and its ViT."""
+
 AGREEMENT = {
     "its queries and keys without the mask": "overlap_open", "its attention": "overlap_own",
     "its teacher": "overlap_teacher", "moved at random": "overlap_chance",
@@ -92,7 +105,7 @@ console = Console()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*PHASES, "table", "sparse", "pictures"])
+    parser.add_argument("what", choices=[*PHASES, "table", "sparse", "pictures", "beside"])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / ".build" / "wint")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -101,6 +114,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.what == "sparse":
         (DOCS / "sparse.md").write_text(crossover())
+        return
+    if options.what == "beside":
+        (DOCS / "beside.md").write_text(beside(options.data, options.work))
         return
     if options.what == "pictures":
         draw(options.data, options.work)
@@ -324,6 +340,43 @@ def draw(data: Path, work: Path) -> None:
         DOCS / "overlap.png",
     )
     (DOCS / "agreement.md").write_text(agreement(found))
+
+
+def beside(data: Path, work: Path) -> str:
+    """A trained WinT next to its ViT, both studied on the same photographs, layer by layer."""
+    images, photos = read_images(str(data / CIFAR["test"])).some(300), work / "test-photos"
+    for index, label in enumerate(images.labels.tolist()):
+        folder = photos / images.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        images.image(index).save(folder / f"{index:03}.png")
+    studies = {
+        name: run_study(
+            open_vit(work / f"scratch-{arm}-0" / "last"), str(photos), out=work / f"study-{arm}",
+            measures="heads,patches,windows",
+        )
+        for name, arm in (("WinT", "wint"), ("ViT", "control"))
+    }  # fmt: skip
+    lines = [
+        f"{len(images)} test images, seed 0; means over images, heads and patches\n",
+        f"| measure | model | {' | '.join(f'L{layer}' for layer in range(SHAPE['depth']))} |",
+        f"| --- | --- | {' | '.join(['---'] * SHAPE['depth'])} |",
+    ]
+    for measure, words in BESIDE.items():
+        for name, study in studies.items():
+            values = by_layer(study, measure)
+            if values is not None:
+                lines.append(f"| {words} | {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def by_layer(study: Any, measure: str) -> Any:
+    """Means of each layer; of a layer's heads the one that matters most."""
+    if measure == "p lost":
+        return (study["probability"] - study["head_probability"]).mean("image").max("head").to_numpy()
+    if measure not in study:
+        return None
+    values = np.abs(study[measure]) if measure != "tendency" else (study[measure] ** 2).sum("xy") ** 0.5
+    return values.mean([dim for dim in values.dims if dim != "layer"]).to_numpy()
 
 
 def agreement(found: Evaluation) -> str:

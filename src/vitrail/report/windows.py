@@ -67,11 +67,11 @@ def _parts(study: Studied, held: list[str]) -> Iterator[Part]:
         yield Drawing(figure)
     if "predicted_window" in held:
         grid = _grid(study)
-        for index in range(min(N_PICTURES, study.n_images)):
+        for index in np.unique(np.linspace(0, study.n_images - 1, N_PICTURES + 2).astype(int)[1:-1]).tolist():
             image = study.data.isel(image=index)
             photo = Image.fromarray(image["thumbnail"].to_numpy())
             sides = image["predicted_window"].to_numpy().astype(np.float64)
             middle = (grid[0] // 2) * grid[1] + grid[1] // 2
-            yield Drawing(figures.windows_by_layer(sides, grid, middle, photo), study.manifest.images[index].id)
+            yield Drawing(figures.windows_by_layer(sides, grid, middle, photo), f"{study.manifest.images[index].id}.")
             yield Drawing(figures.summed_masks(sides, grid, figures.spread_patches(grid), photo))
     yield readings(study, held)
