@@ -61,7 +61,7 @@ def windows_by_layer(
     per_set = -(-n_layers // columns)
     n_rows = per_set * len(rows)
     row, column = divmod(patch, grid[1])
-    title = f"Windows of the patch in row {row}, column {column}"
+    title = f"Predicted windows of the patch in row {row}, column {column}"
     figure = blank(columns * PANEL_INCHES + 0.3, n_rows * (PANEL_INCHES + 0.18) + 1.0, title)
     places = figure.add_gridspec(n_rows, columns)
     for block, (name, shown) in enumerate(rows.items()):
