@@ -5,7 +5,7 @@
     python benchmarks/wint.py transfer the control and WinT go on to 25 look-alike animals
     python benchmarks/wint.py table    docs/wint/arms.md from the records, without training
     python benchmarks/wint.py sparse   docs/wint/sparse.md: dense, masked and block-sparse attention on this machine
-    python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on three photographs; and
+    python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on a photograph; and
                                    docs/wint/agreement.md: predicted against measured windows
     python benchmarks/wint.py beside   docs/wint/beside.md: studies of a trained WinT and of its ViT
 
@@ -311,28 +311,25 @@ def over(runs: dict[int, dict[str, Any]], number: Callable[[dict[str, Any]], flo
 
 
 def draw(data: Path, work: Path) -> None:
-    """A trained WinT of seed 0, its teacher, and three photographs."""
+    """A trained WinT of seed 0 and its teacher on a photograph; how its windows agree with others."""
     from PIL import Image
     from skimage import data as photographs
 
     student, teacher = (open_vit(work / f"scratch-{arm}-0" / "last") for arm in ("wint", "control"))
     guide = Teacher(teacher, TEACHING["area"], student.n_layers, len(START_PATCHES), GRID)
-    for name in ("astronaut", "chelsea", "coffee"):
-        view = Image.fromarray(getattr(photographs, name)())
-        short = min(view.size)
-        photo = view.crop(((view.width - short) // 2, 0, (view.width + short) // 2, short))
-        pixels = student.prepare([photo])
-        sides = stacked(predicted_windows(student, pixels))
-        patch = 3 * GRID[1] + 3
-        save(
-            figures.windows_by_layer(sides, GRID, patch, photo, stacked(guide.sides(pixels))),
-            DOCS / f"{name}-windows.png",
-        )
-        save(figures.summed_masks(sides, GRID, [patch, 18, 45, 60], photo), DOCS / f"{name}-summed.png")
+    view = Image.fromarray(photographs.chelsea())
+    short = min(view.size)
+    photo = view.crop(((view.width - short) // 2, 0, (view.width + short) // 2, short))
+    pixels = student.prepare([photo])
+    sides, patch = stacked(predicted_windows(student, pixels)), 3 * GRID[1] + 3
+    save(
+        figures.windows_by_layer(sides, GRID, patch, photo, stacked(guide.sides(pixels))), DOCS / "chelsea-windows.png"
+    )
+    save(figures.summed_masks(sides, GRID, [patch, 18, 45, 60], photo), DOCS / "chelsea-summed.png")
     shown, areas = read_images(str(data / CIFAR["test"])).some(1000), {}
-    for arm in ("wint", "wint-free", "wint-shuffled"):
+    for arm, words in (("wint", "WinT"), ("wint-free", "no teacher"), ("wint-shuffled", "shuffled boxes")):
         if (RUNS / f"scratch-{arm}-0.json").is_file():
-            areas[ARMS[arm].split(",")[0]] = np.array(json.loads((RUNS / f"scratch-{arm}-0.json").read_text())["areas"])
+            areas[words] = np.array(json.loads((RUNS / f"scratch-{arm}-0.json").read_text())["areas"])
     save(figures.area_by_layer(areas), DOCS / "area.png")
     found = evaluate(student, shown, teacher=teacher, teacher_area=TEACHING["area"])
     save(

@@ -121,7 +121,10 @@ def summed_masks(sides: Sides, grid: Grid, patches: Sequence[int], photo: Image.
 def area_by_layer(areas: Mapping[str, Float[np.ndarray, "layer"]]) -> Any:
     """Mean area of windows against the layer, a line for each model; the first is drawn strongest."""
     return _by_layer(
-        areas, "Area of windows by layer", "share of the image within a window", "Full attention would be at 1."
+        areas,
+        "Area of windows by layer",
+        "share of the image",
+        "Mean share of the image that a patch may see; full attention would be at 1.",
     )
 
 
