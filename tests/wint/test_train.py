@@ -21,9 +21,10 @@ from torch import nn
 
 from vitrail import open_vit
 from vitrail.errors import DamagedStudy, DataError, PlanMismatch, UsageError
+from vitrail.vit.tap import Readers
 from vitrail.wint.batches import Batches, Images, read_images
 from vitrail.wint.building import built, temperature
-from vitrail.wint.model import hard_mask, recorded_sides
+from vitrail.wint.model import hard_mask, recorded_sides, window_heads
 from vitrail.wint.recipe import read_recipe, recipe_from
 from vitrail.wint.teacher import Teacher, disagreement, guidance
 from vitrail.wint.train import train
@@ -234,6 +235,18 @@ def test_a_teacher_draws_windows_towards_its_own(whole, control, tmp_path, start
     assert apart[5.0] < 0.9 * apart[0.0]
 
 
+@pytest.mark.parametrize(("edges", "kept"), [("soft", 0.3), ("hard", 0.0)])
+def test_edges_are_exported_as_they_were_asked_for(whole, tmp_path, edges, kept):
+    """Soft edges keep their last temperature in the exported model; hard ones are those of the last steps."""
+    train(recipe(whole, windows={"last": 0.3, "edges": edges, "hard_from": 0.5}, run={"epochs": 1}), tmp_path / "run")
+    vit = open_vit(tmp_path / "run" / "last")
+    assert [head.edges for head in window_heads(vit.model)] == [kept, kept]
+    images = torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    masks = []
+    vit.tap().read(images, Readers(attention=lambda seen: masks.append(seen.mask)))
+    assert all(bool(mask.isfinite().all()) is (edges == "soft") for mask in masks)
+
+
 def test_the_teachers_windows_hold_their_query_and_no_more_than_their_area(whole, control):
     teacher = Teacher(open_vit(control), 25, 2, 2, (4, 4))
     sides = teacher.sides(torch.randn(3, 3, 16, 16))
@@ -354,6 +367,8 @@ def test_class_folders_are_read(tmp_path):
         ({"run": {"batch_size": 16, "accumulate": 3}}, "one divides the other"),
         ({"data": {"augmentation": "lots"}}, "choose crop_flip, timm or none"),
         ({"model": {"start": [[1, "a"]]}}, "must be a float"),
+        ({"windows": {"edges": "round"}}, "choose hard or soft"),
+        ({"windows": {"hard_from": 1.5}}, "hard_from = 1.5; give a share"),
         ({"teacher": {"folder": "x"}, "model": {"windows": "none"}}, 'needs .model. windows = "predicted"'),
     ],
 )
