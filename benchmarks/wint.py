@@ -2,7 +2,7 @@
 
     python benchmarks/wint.py scratch  [--data ../shared/data] [--seeds 0 1 2] [--only ARM ...]    six arms, CIFAR-10
     python benchmarks/wint.py tuned    the same, all begun from the trained control of their seed
-    python benchmarks/wint.py transfer the control and WinT go on to 25 look-alike animals
+    python benchmarks/wint.py transfer the control and WinT go on to 25 look-alike animals; `longer`: twice as long
     python benchmarks/wint.py table    docs/wint/arms.md from the records, without training
     python benchmarks/wint.py sparse   docs/wint/sparse.md: dense, masked and block-sparse attention on this machine
     python benchmarks/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on a photograph; and
@@ -58,11 +58,12 @@ down."""
 SHAPE = {"patch_px": 4, "width": 128, "depth": 6, "heads": 4, "mlp_ratio": 3.0, "class_token": False}
 RUN = {"batch_size": 64, "label_smoothing": 0.1, "log_steps": 71, "checkpoint_steps": 200, "precision": "bf16",
        "compile": True}  # fmt: skip
-EPOCHS = {"scratch": 2, "tuned": 0.6, "transfer": 3}
+EPOCHS = {"scratch": 2, "tuned": 0.6, "transfer": 3, "longer": 6}
 OPTIMISER = {"rate": 6e-4, "weight_decay": 0.05, "warm_up_epochs": 0.3}
 TUNING = {"rate": 3e-4, "weight_decay": 0.05, "warm_up_epochs": 0.1}
 TEACHING = {"weight": 0.5, "area": 15, "share": 0.25, "until": 0.6}
 WINDOWS = {"scratch": {"rate": 3.0}, "tuned": {"rate": 20.0}, "transfer": {"rate": 1.0, "first": 0.15}}
+WINDOWS["longer"] = WINDOWS["transfer"]
 CIFAR = {"train": "cifar10/train.npz", "test": "cifar10/test.npz", "classes": 10}
 ANIMALS = {"train": "fine-animals/train.npz", "test": "fine-animals/val.npz", "classes": 25}
 
@@ -80,8 +81,11 @@ PHASES = {
     "scratch": "From scratch, CIFAR-10",
     "tuned": "Fine-tuned from the trained ViT, CIFAR-10",
     "transfer": "Transfer to 25 look-alike animals",
+    "longer": "The same transfer, twice as long",
 }
 ARMS_OF = {"scratch": tuple(ARMS), "tuned": tuple(ARMS)[:5], "transfer": ("control", "wint")}
+ARMS_OF["longer"] = ARMS_OF["transfer"]
+TRANSFERS = ("transfer", "longer")
 
 BESIDE = {
     "p lost": "probability lost without the layer's most important head",
@@ -203,7 +207,7 @@ def described(phase: str, arm: str, seed: int) -> dict[str, Any]:
     teacher: dict[str, Any] = {}
     if phase == "tuned":
         model |= {"start": [[0.982] * 4] * 4, "start_from": f"scratch-control-{seed}/last"}
-    if phase == "transfer":
+    if phase in TRANSFERS:
         model |= {"start_from": f"scratch-{arm}-{seed}/last", "keep_windows": True}
     if arm == "control":
         model |= {"windows": "none", "start": [[0.5] * 4]}
@@ -212,12 +216,12 @@ def described(phase: str, arm: str, seed: int) -> dict[str, Any]:
     windows = WINDOWS[phase] | ({"edges": "soft"} if arm not in ("control", "fixed-local") else {})
     if arm == "frozen":
         windows |= {"rate": 0.0}
-    if arm in ("wint", "wint-shuffled") and phase != "transfer":
+    if arm in ("wint", "wint-shuffled") and phase not in TRANSFERS:
         teacher = {**TEACHING, "folder": f"scratch-control-{seed}/last", "shuffled": arm == "wint-shuffled"}
     return {
         "title": f"{PHASES[phase]}: {ARMS[arm]}", "expected": "see docs/wint.md",
         "cost": "at most twelve minutes of one core",
-        "data": ANIMALS if phase == "transfer" else CIFAR, "model": model, "windows": windows,
+        "data": ANIMALS if phase in TRANSFERS else CIFAR, "model": model, "windows": windows,
         "teacher": teacher,
         "optimiser": OPTIMISER if phase == "scratch" else TUNING,
         "run": {**RUN, "epochs": EPOCHS[phase], "evaluate_epochs": max(1, round(EPOCHS[phase])), "seed": seed},
