@@ -22,15 +22,17 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from peers import PEERS, four_measures, plain_model
 from torch import Tensor, nn
 
-from vitrail import heads
-from vitrail.heads.summary import spearman
-from vitrail.vit.open import Vit, open_vit
-from vitrail.vit.tap import Readers
+from vitrail.analysis import analyses, make_collectors, unavailable
+from vitrail.models.open import Vit, open_vit
+from vitrail.stats import spearman
+from vitrail.tap.tap import Readers
 
 TINY, BASE = "vit_tiny_patch16_224", "vit_base_patch16_224"
 REACH = ["attention_strength", "strength_entropy", "attention_distance", "prefix_share"]
+LONG = "long sequences"
 MODEL = ["head_probability", "head_divergence", "head_loss_change", "head_flip"]
 
 
@@ -104,8 +106,8 @@ def collected(
     vit: Vit, images: Tensor, names: list[str], labels: np.ndarray | None = None, **options: str
 ) -> dict[str, np.ndarray]:
     """The measures `names` of one batch as a study computes them; the label is the model's own answer if not given."""
-    each = heads.collectors(vit, names, options)
-    readers = Readers.joined([one.readers() for one in each])
+    each = make_collectors(vit, names, options)
+    readers = Readers.join([one.readers() for one in each])
     replay, logits = vit.tap().record(images, readers, keep=any(one.replays for one in each))
     labels = logits.argmax(-1).cpu().numpy().astype(np.int64) if labels is None else labels
     found: dict[str, np.ndarray] = {}
@@ -138,7 +140,7 @@ def sweep_rows(name: str, weights: str | None, n_images: int, repeats: int, ever
 
 
 def _sweep_errors(vit: Vit, half: Vit, images: Tensor, sampled: list[tuple[int, int]]) -> dict[str, str]:
-    from vitrail.vit.edits import Edit
+    from vitrail.tap.edits import Edit
 
     reference = naive(vit.model, images, sampled)
     largest = float(reference.abs().max())
@@ -192,7 +194,9 @@ def child(kind: str, n_images: int) -> None:
     run = CHILDREN[kind]()
     run(16)
     before = time.perf_counter()
-    for _ in range(n_images // 16):
+    if kind == LONG:
+        run(n_images)
+    for _ in range(n_images // 16 if kind != LONG else 0):
         run(16)
     taken = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -214,82 +218,60 @@ def _sweep() -> Callable[[int], object]:
     return lambda n_images: collected(vit, batch(n_images, vit), MODEL)
 
 
-def _timm_maps() -> Callable[[int], object]:
-    """timm's own way: fused attention off, all maps kept."""
-    from timm.utils import AttentionExtract
+def _peer(peer: str) -> Callable[[], Callable[[int], object]]:
+    """Another's maps of a batch, then the same four measures of them; nothing is kept."""
 
-    model = timm.create_model(TINY).eval()
-    for block in model.blocks:
-        block.attn.fused_attn = False
-    extract = AttentionExtract(model, method="hook", hook_type="forward")
-    kept: list[object] = []
+    def make() -> Callable[[int], object]:
+        model = plain_model(TINY)
+        measure = four_measures(peer, model)
+        return lambda n_images: measure(torch.randn(n_images, 3, 224, 224))
 
-    @torch.no_grad()
-    def run(n_images: int) -> object:
-        found = extract(torch.randn(n_images, 3, 224, 224))
-        assert len(found) == 12, f"timm returned {len(found)} maps"
-        kept.append({name: value.clone() for name, value in found.items()})
-        return found
-
-    return run
+    return make
 
 
-def _transformers_maps() -> Callable[[int], object]:
-    """transformers' own way: eager attention, output_attentions, all maps kept."""
-    from transformers import ViTConfig, ViTForImageClassification
+def _long() -> Callable[[int], object]:
+    """Two images of 3,137 tokens: the bare model's plain pass if asked for 16, heads and patches if for more."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 448, "patch_size": 8, "depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 3}
+    model = timm.create_model(TINY, **sizes).eval()
 
-    config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000)
-    config._attn_implementation = "eager"
-    model = ViTForImageClassification(config).eval()
-    kept: list[object] = []
+    def measure() -> object:
+        vit = open_vit(model, weights="random")
+        both = [name for each in ("heads", "patches") for name in analyses()[each].measure_names]
+        return collected(vit, batch(2, vit), [name for name in both if not unavailable(vit, [name], {})])
 
-    @torch.no_grad()
-    def run(n_images: int) -> object:
-        found = model(torch.randn(n_images, 3, 224, 224), output_attentions=True).attentions
-        assert len(found) == 12, f"transformers returned {len(found)} maps"
-        kept.append(found)
-        return found
+    def plain() -> object:
+        with torch.no_grad():
+            return model(torch.randn(2, 3, 448, 448))
 
-    return run
-
-
-def _nnsight_maps() -> Callable[[int], object]:
-    """nnsight: a trace that saves each block's map; with fused attention there is none to save."""
-    from nnsight import NNsight
-
-    model = timm.create_model(TINY).eval()
-    for block in model.blocks:
-        block.attn.fused_attn = False
-    wrapped = NNsight(model)
-    kept: list[object] = []
-
-    @torch.no_grad()
-    def run(n_images: int) -> object:
-        found: list[Tensor] = []
-        with wrapped.trace(torch.randn(n_images, 3, 224, 224)):
-            for block in wrapped.blocks:
-                found.append(block.attn.attn_drop.output.save())
-        assert len(found) == 12, f"nnsight returned {len(found)} maps"
-        kept.append(found)
-        return found
-
-    return run
+    return lambda n_images: measure() if n_images > 16 else plain()
 
 
 CHILDREN: dict[str, Callable[[], Callable[[int], object]]] = {
+    LONG: _long,
     "plain pass": _plain,
     "Vitrail: strength, entropy, distance, prefix share": _reach,
     "Vitrail: exact importance of all heads": _sweep,
-    "timm: AttentionExtract, fused off, maps kept": _timm_maps,
-    "transformers: eager, output_attentions, maps kept": _transformers_maps,
-    "nnsight: fused off, maps kept": _nnsight_maps,
+    **{f"{peer}, then the same 4 measures": _peer(peer) for peer in PEERS},
 }
+
+
+def long_rows() -> list[list[str]]:
+    """Peak memory of opening and measuring with thousands of tokens, above the plain pass of the bare model."""
+    peaks = []
+    for n_images in (16, 17):
+        command = [sys.executable, __file__, "--child", LONG, "--images", str(n_images)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+    return [
+        ["2 images of 3,137 tokens, 2 layers of 3 heads: opening, heads and patches", f"{peaks[1] - peaks[0]:+.0f} MiB"]
+    ]
 
 
 def memory_rows(sizes: tuple[int, ...]) -> list[list[str]]:
     """Time and peak memory of each way, each in a process of its own, as difference to the plain pass."""
     rows, plain = [], {}
-    for kind in CHILDREN:
+    for kind in (each for each in CHILDREN if each != LONG):
         cells = []
         for size in sizes if "importance" not in kind else sizes[:1]:
             done = subprocess.run(
@@ -362,14 +344,16 @@ def main() -> None:
     parser.add_argument("--weights", help="safetensors of ViT-Tiny/16")
     parser.add_argument("--photographs", help="a folder of labelled photographs, for the rank correlation")
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--part", choices=["sweep", "base", "reach", "memory", "import", "rank"], action="append")
+    parser.add_argument(
+        "--part", choices=["sweep", "base", "reach", "memory", "long", "import", "rank"], action="append"
+    )
     parser.add_argument("--child", choices=list(CHILDREN))
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     if asked.child:
         child(asked.child, asked.images)
         return
-    parts = asked.part or ["sweep", "base", "reach", "memory", "import", "rank"]
+    parts = asked.part or ["sweep", "base", "reach", "memory", "long", "import", "rank"]
     columns = ["model", "way", "heads", "times faster than naive float32", "against naive"]
     if "sweep" in parts:
         table("Importance, ViT-Tiny/16", columns, sweep_rows(TINY, asked.weights, 16, 3, 1))
@@ -380,6 +364,8 @@ def main() -> None:
         table("Reading attention in passing", ["model", "precision", "time / plain pass", "relative error"], rows)
     if "memory" in parts:
         table("Time and peak memory over the plain pass", ["way", "64 images", "256 images"], memory_rows((64, 256)))
+    if "long" in parts:
+        table("Long sequences", ["what", "peak memory over the plain pass"], long_rows())
     if "import" in parts:
         table("Coming up", ["what", "time"], import_rows())
     if "rank" in parts and asked.weights and asked.photographs:

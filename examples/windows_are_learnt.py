@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vitrail.figures.style import save
 from vitrail.figures.wint import windows_by_layer
-from vitrail.wint.model import FULL, Shape, WinT, recorded_sides, set_temperature
+from vitrail.windows.window_maps import windows_as_study
+from vitrail.wint.model import FULL, Shape, WinT, record_sides, set_temperature
 
 SIDE, N_STEPS, BATCH = 8, 200, 64
 COLOURS = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1]])
@@ -26,10 +27,11 @@ def main() -> None:
     without, _ = learnt(windows="none", start=FULL)
     print(f"accuracy with windows {with_windows:.3f}, without {without:.3f}")
     images, _ = pictures(1, torch.Generator().manual_seed(3))
-    with recorded_sides(model) as sides, torch.no_grad():
+    with record_sides(model) as sides, torch.no_grad():
         model(images)
     white = int(images[0, :, ::2, ::2].sum(0).flatten().argmax())
-    figure = windows_by_layer(torch.stack([layer[0] for layer in sides]).numpy(), (SIDE, SIDE), white)
+    study = windows_as_study(torch.stack([layer[0] for layer in sides]).numpy(), (SIDE, SIDE))
+    figure = windows_by_layer(study, white)
     print(save(figure, sys.argv[1] if len(sys.argv) > 1 else "windows_are_learnt.png"))
 
 
@@ -54,7 +56,7 @@ def learnt(seed: int = 0, **windows: Any) -> tuple[float, WinT]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     shape: dict[str, Any] = {"patch_px": 2, "n_classes": 3, "width": 32, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
-    model = WinT(Shape((2 * SIDE, 2 * SIDE), **shape, class_token=False, **windows)).train()
+    model = WinT(Shape(image_px=(2 * SIDE, 2 * SIDE), **shape, class_token=False, **windows)).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(N_STEPS):
         set_temperature(model, 0.15 ** min(1.0, step / N_STEPS / 0.7))

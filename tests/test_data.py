@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from vitrail import data
+from vitrail.data import scanning
 from vitrail.data.sources import natural_key
 from vitrail.errors import BadImage, DataError, NoImages, UsageError
 
@@ -117,6 +118,35 @@ class TestSources:
         assert [entry.id for entry in manifest.images] == ["caf\\xe9.png"]
         assert data.load_image(source, manifest.images[0]).size == (24, 16)
 
+    def test_folders_that_link_to_each_other_are_read_once_each(self, tmp_path: Path) -> None:
+        """Read along every order of the links, nine folders would be listed a million times."""
+        names = [f"f{number}" for number in range(9)]
+        for name in names:
+            folder_of(tmp_path, {f"{name}/a.png": encoded(picture())})
+            for other in names:
+                if other != name:
+                    (tmp_path / name / other).symlink_to(tmp_path / other)
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        source = data.open_images(tmp_path)
+        assert ids(source) == [f"{name}/a.png" for name in names]
+        reasons = [each.reason for each in source.skipped]
+        assert reasons.count("a link to a folder that is read already") == 9 * 8
+        assert [each.reason for each in source.skipped if each.id == "loop"] == ["a link that leads nowhere"]
+
+    def test_folders_deeper_than_the_stack_and_than_a_path_may_be_are_no_traceback(self, tmp_path: Path) -> None:
+        folder_of(tmp_path, {"top.png": encoded(picture())})
+        here = os.open(tmp_path, os.O_RDONLY)
+        for _ in range(2200):
+            os.mkdir("d", dir_fd=here)
+            below = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        os.close(here)
+        source = data.open_images(tmp_path)
+        assert ids(source) == ["top.png"]
+        assert [each.reason for each in source.skipped] == ["the folder cannot be listed: File name too long"]
+        subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
+
     def test_links_are_followed_and_a_circle_of_links_ends(self, tmp_path: Path) -> None:
         elsewhere = folder_of(tmp_path / "elsewhere", {"a.png": encoded(picture())})
         folder = tmp_path / "set"
@@ -128,7 +158,7 @@ class TestSources:
         source = data.open_images(folder)
         assert ids(source) == ["linked/a.png", "one.png"]
         assert {each.id: each.reason for each in source.skipped} == {
-            "circle": "a link back to a folder that holds it",
+            "circle": "a link to a folder that is read already",
             "dead.png": "a link that leads nowhere",
         }
 
@@ -439,6 +469,28 @@ class TestManifest:
         changed = data.scan(data.open_images(folder_of(tmp_path / "changed", {**files, "2.png": files["0.png"]})))
         assert here.digest == there.digest
         assert here.digest != changed.digest
+
+    def test_a_later_scan_reads_only_files_that_are_newer_or_have_another_size(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = {f"{name}.png": encoded(picture(seed=seed)) for seed, name in enumerate("abcd")}
+        source = data.open_images(folder_of(tmp_path, files))
+        first = data.scan(source)
+        (tmp_path / "b.png").write_bytes(encoded(picture(size=(30, 20))))
+        os.utime(tmp_path / "c.png", (4e9, 4e9))
+        read: list[str] = []
+        file_bytes = scanning.file_bytes
+        monkeypatch.setattr(
+            scanning, "file_bytes", lambda path, most: (read.append(path.name), file_bytes(path, most))[1]
+        )
+        soon = os.stat(tmp_path / "d.png").st_mtime + 60
+        second = data.scan(source, earlier=data.EarlierScan(first, soon))
+        assert sorted(read) == ["b.png", "c.png"]
+        assert second == data.scan(source)
+        assert second.digest != first.digest
+        read.clear()
+        data.scan(source, earlier=data.EarlierScan(first, soon - 60))  # as new as the files, by a clock of seconds
+        assert len(read) == 4
 
     def test_progress_counts_to_the_end(self, opened: tuple[data.ImageSource, data.Manifest]) -> None:
         seen: list[tuple[int, int]] = []

@@ -9,12 +9,13 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+import vitrail
 from vitrail import live as live_module
-from vitrail.errors import Unsupported, UsageError
+from vitrail.errors import DataError, Unsupported, UsageError
 from vitrail.heads.regions import region_modes
-from vitrail.live import Live, look_figures
-from vitrail.vit.open import open_vit
-from vitrail.vit.tap import Readers
+from vitrail.live import LiveModel
+from vitrail.models.open import open_vit
+from vitrail.tap.tap import Readers
 
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 
@@ -47,50 +48,61 @@ def test_attention_is_what_a_reader_of_the_plain_pass_sees(vit):
 
     with torch.no_grad():
         vit.tap().read(vit.prepare([photo()]), Readers(attention=read))
-    live = Live(vit)
+    live = LiveModel(vit)
     for layer in (2, 0, 1):
-        found = live.attention(photo(), layer)
-        assert found.shape == (3, 13, 13)
-        assert found.dtype == np.float32
-        assert_allclose(found, seen[layer], atol=1e-6)
-        assert_allclose(found.sum(-1), 1, atol=1e-5)
+        weights = live.attention(photo(), layer)
+        assert weights.shape == (3, 13, 13)
+        assert weights.dtype == np.float32
+        assert_allclose(weights, seen[layer], atol=1e-6)
+        assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+def test_head_maps_are_the_class_tokens_rows_or_the_mean_over_patches_without_one(vit):
+    maps = LiveModel(vit).head_maps(photo())
+    assert maps.shape == (3, 3, 12)
+    for layer in range(3):
+        assert_allclose(maps[layer], LiveModel(vit).attention(photo(), layer)[:, 0, 1:], atol=1e-6)
+    plain = LiveModel(small_vit(class_token=False, global_pool="avg"))
+    assert_allclose(plain.head_maps(photo())[1], plain.attention(photo(), 1).mean(1), atol=1e-6)
 
 
 def test_modes_are_the_region_modes_as_probabilities(vit):
-    found = Live(vit).modes(photo(), 1, 2)
+    probabilities = LiveModel(vit).modes(photo(), 1, 2)
     with torch.no_grad():
         expected = region_modes(vit.tap(), vit.anatomy, vit.prepare([photo()]), 1, 2).logits[:, 0].softmax(-1)
-    assert found.shape == (6, 7)
-    assert_allclose(found, expected.numpy(), atol=1e-6)
-    assert_allclose(found.sum(1), 1, atol=1e-5)
+    assert probabilities.shape == (6, 7)
+    assert_allclose(probabilities, expected.numpy(), atol=1e-6)
+    assert_allclose(probabilities.sum(1), 1, atol=1e-5)
 
 
 def test_without_a_class_token_there_are_three_modes():
-    found = Live(small_vit(class_token=False, global_pool="avg")).modes(photo(), 0, 1)
-    assert found.shape == (3, 7)
-    assert_allclose(found[1], found[2], atol=1e-6)  # with no prefix the patch block is the whole map
+    probabilities = LiveModel(small_vit(class_token=False, global_pool="avg")).modes(photo(), 0, 1)
+    assert probabilities.shape == (3, 7)
+    assert_allclose(probabilities[1], probabilities[2], atol=1e-6)  # with no prefix the patch block is the whole map
 
 
-def test_look_holds_every_measure_and_agrees_with_the_modes(vit):
-    live = Live(vit)
-    found = live.look(photo())
-    assert found["head_probability"].shape == (3, 3)
-    assert found["attention_strength"].shape == (3, 3, 4)
-    assert_allclose(found["probabilities"].sum(), 1, atol=1e-5)
-    label = int(found["label"])
-    assert label == found["prediction"] == found["top_class"][0] == found["probabilities"].argmax()
-    assert_allclose(found["probability"], found["probabilities"][label])
+def looked(vit, names="heads"):
+    """One image as the library has it, without the image dimension."""
+    return vitrail.look(vit, photo(), measures=names).isel(image=0)
+
+
+def test_modes_agree_with_the_measures_of_the_image(vit):
+    live, of_image = LiveModel(vit), looked(vit)
+    label = int(of_image["label"])
     for layer, head in ((0, 0), (2, 1)):
-        without = live.modes(photo(), layer, head)[1, label]
-        assert_allclose(found["head_probability"][layer, head], without, atol=1e-6)
+        modes = live.modes(photo(), layer, head)
+        assert label == of_image["prediction"] == of_image["top_class"][0] == modes[0].argmax()
+        assert_allclose(modes[0].sum(), 1, atol=1e-5)
+        assert_allclose(of_image["probability"], modes[0, label], atol=1e-6)
+        assert_allclose(of_image["head_probability"][layer, head], modes[1, label], atol=1e-6)
 
 
 def test_a_model_without_classifier_is_looked_at_and_says_why_it_has_no_modes():
-    live = Live(small_vit(num_classes=0))
-    found = live.look(photo())
-    assert {"head_divergence", "head_cls_shift", "strength_entropy"} <= set(found)
-    assert not {"probability", "probabilities", "head_probability"} & set(found)
-    assert found["label"] == -1
+    live = LiveModel(small_vit(num_classes=0))
+    of_image = looked(live.vit)
+    assert {"head_output_shift", "head_cls_shift", "strength_entropy"} <= set(of_image)
+    assert not {"probability", "head_probability"} & set(of_image)
+    assert of_image["label"] == -1
     with pytest.raises(Unsupported, match="has no classifier"):
         live.modes(photo(), 0, 0)
 
@@ -98,16 +110,16 @@ def test_a_model_without_classifier_is_looked_at_and_says_why_it_has_no_modes():
 def test_windowed_attention_is_put_back_on_the_image_grid():
     torch.manual_seed(0)
     shape = {"img_size": 32, "window_size": 2, "depths": (1, 2), "embed_dim": 24, "num_heads": (2, 3), "num_classes": 4}
-    live = Live(open_vit(timm.create_model("swin_tiny_patch4_window7_224", **shape).eval()))
-    found = live.attention(photo(), 0)
-    assert found.shape == (2, 64, 64)
-    assert_allclose(found.sum(-1), 1, atol=1e-5)
-    assert_array_equal((found > 0).sum(-1), 4)
-    assert live.look(photo())["head_probability"].shape == (3, 3)
+    live = LiveModel(open_vit(timm.create_model("swin_tiny_patch4_window7_224", **shape).eval()))
+    weights = live.attention(photo(), 0)
+    assert weights.shape == (2, 64, 64)
+    assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    assert_array_equal((weights > 0).sum(-1), 4)
+    assert looked(live.vit)["head_probability"].shape == (3, 3)
 
 
 def test_the_same_image_is_run_once_and_old_ones_are_let_go(vit, monkeypatch):
-    live, tap = Live(vit), vit.tap()
+    live, tap = LiveModel(vit), vit.tap()
     recorded = []
     plain = tap.record
     monkeypatch.setattr(tap, "record", lambda *args, **kwargs: recorded.append(1) or plain(*args, **kwargs))
@@ -115,19 +127,19 @@ def test_the_same_image_is_run_once_and_old_ones_are_let_go(vit, monkeypatch):
     live.attention(photo(), 2)
     live.modes(photo(), 1, 1)
     assert len(recorded) == 1
-    for seed in range(1, live_module.REMEMBERED + 1):
+    for seed in range(1, live_module.MAX_RECORDED_IMAGES + 1):
         live.attention(photo(seed), 0)
-    live.attention(photo(live_module.REMEMBERED), 1)
-    assert len(recorded) == 1 + live_module.REMEMBERED
+    live.attention(photo(live_module.MAX_RECORDED_IMAGES), 1)
+    assert len(recorded) == 1 + live_module.MAX_RECORDED_IMAGES
     live.attention(photo(), 0)
-    assert len(recorded) == 2 + live_module.REMEMBERED
+    assert len(recorded) == 2 + live_module.MAX_RECORDED_IMAGES
 
 
 def test_threads_get_the_answers_that_one_thread_gets(vit):
-    live = Live(vit)
+    live = LiveModel(vit)
     asked = [(seed, layer) for seed in range(3) for layer in range(3)]
     alone = [live.attention(photo(seed), layer) for seed, layer in asked]
-    live = Live(vit)
+    live = LiveModel(vit)
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda pair: live.attention(photo(pair[0]), pair[1]), asked))
     for one, other in zip(alone, together, strict=True):
@@ -145,26 +157,19 @@ def test_threads_get_the_answers_that_one_thread_gets(vit):
 )
 def test_what_is_not_there_is_refused_with_what_is(vit, ask, words):
     with pytest.raises(UsageError, match=words):
-        ask(Live(vit))
+        ask(LiveModel(vit))
 
 
-def test_a_look_is_a_study_of_one_image(vit):
-    study = Live(vit).study_of(photo(), "cat.png")
-    assert study.sizes["image"] == 1
-    assert study["head_probability"].attrs["unit"] == "1"
-    assert study.attrs["grids"] == [[3, 4]] * 3
-    assert study["image"].to_numpy().tolist() == ["cat.png"]
-
-
-@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}, {"num_classes": 0}])
-def test_all_figures_of_one_image_are_drawn_in_one_call(options, tmp_path):
-    written = look_figures(small_vit(**options), photo(), tmp_path, ("svg",), name="cat.png")
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
-    stems = [path.stem for path in written]
-    assert {"overview", "importance_map", "importance_line", "entropy_by_layer"} <= set(stems)
-    assert sum(stem.startswith("attention_") for stem in stems) == (1 if "class_token" in options else 2)
-
-
-def test_figures_in_an_unknown_format_are_refused_before_the_model_runs(vit, tmp_path):
-    with pytest.raises(UsageError, match="choose from png, svg, pdf"):
-        look_figures(vit, photo(), tmp_path, ("jpg",))
+def test_a_mask_says_which_object_each_patch_lies_on_and_decides_no_other_image(vit):
+    # 48 x 64 pixels in 3 x 4 patches: the left half of the photograph is one object, the right half the ground.
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    mask = np.zeros((48, 64), np.int32)
+    mask[:, :32] = 7
+    live, part = LiveModel(vit), ("token_xy", "patch_object")
+    laid_out = live.look_part(image, "tokens", part, mask=mask)
+    covered = live.vit.view(Image.fromarray(mask.astype(np.uint8) * 30)).resize((4, 3), Image.Resampling.BOX)
+    assert_array_equal(laid_out.patch_object > 0, np.asarray(covered.convert("L")).ravel() > 0.4 * 210)
+    assert np.isfinite(laid_out.token_xy.isel(layer=0)).all()
+    assert "patch_object" not in live.look_part(image, "tokens", part)
+    with pytest.raises(DataError, match="48 x 63"):
+        live.look_part(image, "tokens", part, mask=mask[:, 1:])

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import vitrail
-from vitrail.measure import MEASURES, ROOMS
+from vitrail.analysis import analyses, measures
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,9 +41,9 @@ def test_the_page_of_measures_is_what_the_declarations_say() -> None:
     )
 
 
-def test_every_measure_has_a_room_a_source_and_a_limit() -> None:
-    for measure in MEASURES.values():
-        assert measure.room == "base" or measure.name in ROOMS[measure.room], measure.name
+def test_every_measure_has_an_analysis_a_source_and_a_limit() -> None:
+    for measure in measures().values():
+        assert measure in analyses()[measure.analysis].measures, measure.name
         assert measure.source, measure.name
         assert measure.limits, measure.name
         assert measure.unit, measure.name
@@ -64,6 +64,16 @@ def test_every_measure_has_a_room_a_source_and_a_limit() -> None:
 def test_what_reads_a_study_never_loads_torch(module: str, tmp_path: Path) -> None:
     loaded = run(f"import {module}, sys; print(*(name for name in sys.modules if name in ('torch', 'timm')))", tmp_path)
     assert loaded.split() == []
+
+
+def test_no_module_imports_what_one_system_alone_has() -> None:
+    """Windows lacks these; a module that tries to import them must go on without."""
+    systems = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "msvcrt", "winreg"}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # those inside `try` or a function may
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not systems & {name.partition(".")[0] for name in names}, path
 
 
 def test_importing_every_module_prints_nothing(tmp_path: Path) -> None:
@@ -93,6 +103,10 @@ def test_every_file_and_command_that_the_documentation_names_is_there() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
         for command in re.findall(r"^    vitrail (\w+)", text, re.MULTILINE):
             assert command in commands, f"{page.name} names the command {command}"
+
+
+def test_what_a_base_installation_brings_may_be_used_freely(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("licences").main([]) == 0, capsys.readouterr().out
 
 
 def test_no_tracked_file_names_a_registry_or_a_path_of_a_machine() -> None:

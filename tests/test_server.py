@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -10,10 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from starlette.applications import Starlette
@@ -21,12 +24,15 @@ from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
 from synthetic_study import CLASSES, N_HEADS, N_LAYERS, SIZE, PlantedLive, photograph, write_study
-from vitrail.app import create_app
-from vitrail.app.desk import Desk
-from vitrail.app.guard import is_loopback
-from vitrail.app.pictures import seen_by_model
-from vitrail.app.shelf import Shelf
-from vitrail.app.summary import STATISTICS, evenly_spaced, summary
+from vitrail.analysis import analyses
+from vitrail.app import create_app, look, server, study_arrays
+from vitrail.app.answers import binary
+from vitrail.app.live_queue import LiveQueue
+from vitrail.app.lru_cache import LRUCache
+from vitrail.app.middleware import is_loopback
+from vitrail.app.pictures import Upload, Uploads, model_view
+from vitrail.app.study_arrays import StudyArrays
+from vitrail.app.summary import STATISTICS, evenly_spaced, summarise
 from vitrail.errors import StudyError
 from vitrail.study.store import open_study
 
@@ -65,26 +71,26 @@ def refusal(answer: httpx.Response, status: int) -> str:
 
 
 def jpeg(size: tuple[int, int] = (90, 60)) -> bytes:
-    held = io.BytesIO()
-    photograph(3, 0).resize(size).save(held, "JPEG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    photograph(3, 0).resize(size).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 # --- the study ---
 
 
 def test_the_study_tells_its_sizes_measures_and_accuracy(client: TestClient, study: Path) -> None:
-    told = client.get("/api/study").json()
+    description = client.get("/api/study").json()
     dataset = open_study(study)
-    assert told["sizes"]["image"] == N_IMAGES
-    assert told["n_heads"] == [N_HEADS] * N_LAYERS
-    assert told["class_names"] == [name.split(",")[0] for name in CLASSES]
-    right = float((dataset.prediction == dataset.label).mean())
-    assert_allclose(told["accuracy"]["value"], right, atol=1e-6)
-    assert told["accuracy"]["low"] < right < told["accuracy"]["high"]
-    assert told["measures"]["strength_entropy"]["unit"] == "nats"
-    assert "class_names" not in told["measures"]
-    assert "thumbnail" not in told["measures"]
+    assert description["sizes"]["image"] == N_IMAGES
+    assert description["n_heads"] == [N_HEADS] * N_LAYERS
+    assert description["class_names"] == [name.split(",")[0] for name in CLASSES]
+    share_correct = float((dataset.prediction == dataset.label).mean())
+    assert_allclose(description["accuracy"]["value"], share_correct, atol=1e-6)
+    assert description["accuracy"]["low"] < share_correct < description["accuracy"]["high"]
+    assert description["measures"]["strength_entropy"]["unit"] == "nats"
+    assert "class_names" not in description["measures"]
+    assert "thumbnail" not in description["measures"]
 
 
 def test_arrays_arrive_as_they_are_stored(client: TestClient, study: Path) -> None:
@@ -110,12 +116,36 @@ def test_a_summary_is_the_mean_with_an_interval_and_quantiles(client: TestClient
     assert np.all(mean < high)
 
 
+def test_a_cost_is_the_baseline_less_the_measure_image_by_image(client: TestClient, study: Path) -> None:
+    dataset = open_study(study)
+    lost = dataset.probability.values[:, None, None] - dataset.head_probability.values
+    mean, low, high = array(client.get("/api/summary/head_probability?cost=1"))[:3]
+    assert_allclose(mean, lost.mean(axis=0), atol=1e-6)
+    assert_allclose((low + high)[11, 0] / 2, mean[11, 0], atol=0.02)
+    of_some = array(client.post("/api/summary/head_probability?cost=1&layer=0&head=1", json={"images": [0, 6, 12]}))
+    assert_allclose(of_some[0], lost[[0, 6, 12], 0, 1].mean(), atol=1e-6)
+    assert "has no cost" in refusal(client.get("/api/summary/strength_entropy?cost=1"), 404)
+
+
+def test_the_page_opens_on_the_head_that_matters_most_and_the_image_that_needs_it_most(
+    client: TestClient, study: Path
+) -> None:
+    dataset = open_study(study)
+    lost = dataset.probability.values[:, None, None] - dataset.head_probability.values
+    layer, head = np.unravel_index(lost.mean(0).argmax(), lost.shape[1:])
+    start = {"layer": int(layer), "head": int(head), "image": int(lost[:, layer, head].argmax())}
+    description = client.get("/api/study").json()
+    assert description["start"] == start
+    assert description["measures"]["head_probability"]["baseline"] == "probability"
+    assert description["measures"]["strength_entropy"]["baseline"] == ""
+
+
 def test_a_summary_of_some_images_is_of_those_only(client: TestClient, study: Path) -> None:
-    chosen = [3, 10, 11, 40]
-    answer = client.post("/api/summary/strength_entropy?over=head", json={"images": chosen})
+    images = [3, 10, 11, 40]
+    answer = client.post("/api/summary/strength_entropy?over=head", json={"images": images})
     assert answer.headers["x-dims"] == "statistic,layer"
     assert answer.headers["x-images"] == "4"
-    expected = open_study(study).strength_entropy.values[chosen].mean(axis=2)
+    expected = open_study(study).strength_entropy.values[images].mean(axis=2)
     assert_allclose(array(answer)[0], expected.mean(axis=0), rtol=1e-5)
 
 
@@ -125,20 +155,58 @@ def test_a_summary_of_one_head_is_a_slice_of_the_whole(client: TestClient) -> No
     assert_array_equal(part, whole[:, 4, 2])
 
 
+def test_one_head_of_a_large_array_is_summarised_alone_with_the_same_numbers(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = StudyArrays(open_study(study)).summary("attention_strength", None, False, {"layer": 1, "head": 2})
+    monkeypatch.setattr(study_arrays, "PIECEWISE_BYTES", 0)
+    arrays = StudyArrays(open_study(study))
+    monkeypatch.setattr(arrays, "summary_of_all", None)
+    for _ in range(2):
+        dims, piece = arrays.summary("attention_strength", None, False, {"layer": 1, "head": 2})
+        assert dims == whole[0]
+        assert_allclose(piece.values, whole[1].values, rtol=1e-6)
+        assert piece.interval == whole[1].interval
+        assert (piece.n_images, piece.quantiles_of) == (whole[1].n_images, whole[1].quantiles_of)
+
+
 def test_an_array_too_large_to_keep_gives_the_same_summary(
     study: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = array(client.get("/api/summary/attention_strength"))
-    monkeypatch.setattr("vitrail.app.reader.WHOLE_BYTES", 0)
+    monkeypatch.setattr("vitrail.app.study_arrays.WHOLE_BYTES", 0)
     with TestClient(create_app(study), base_url=HOME) as bare:
         streamed = array(bare.get("/api/summary/attention_strength"))
         some = array(bare.post("/api/summary/attention_strength", json={"images": [1, 2]}))
         column = array(bare.get("/api/array/attention_strength?layer=0&head=0"))
+        layer = array(bare.get("/api/array/attention_strength?layer=2"))
+        assert bare.get("/api/study").json()["start"] == client.get("/api/study").json()["start"]
     assert_allclose(streamed[[0, 3, 4, 5]], kept[[0, 3, 4, 5]], rtol=1e-5)
-    assert_allclose(streamed[1:3], kept[1:3], rtol=0.1)  # normal against bootstrap
+    assert_allclose(streamed[1:3], kept[1:3], rtol=1e-5)
     strength = open_study(study).attention_strength
     assert_allclose(some[0], strength.values[1:3].mean(axis=0), rtol=1e-5)
     assert_array_equal(column, strength.values[:, 0, 0])
+    assert_array_equal(layer, strength.values[:, 2])
+
+
+@pytest.mark.parametrize("n_bytes", [2**30, 0, None])
+def test_one_head_of_an_array_too_large_to_keep_is_read_from_the_study_once_where_there_is_room(
+    n_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(1).random((60, 3, 2)).astype(np.float32)
+    arrays = StudyArrays(xr.Dataset({"attention_distance": (("image", "layer", "head"), values)}))
+    monkeypatch.setattr("vitrail.app.study_arrays.WHOLE_BYTES", 0)
+    if n_bytes is None:
+        monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    else:
+        monkeypatch.setattr("vitrail.app.columns.MAX_BYTES", n_bytes)
+    blocks, read = StudyArrays._blocks, []
+    monkeypatch.setattr(StudyArrays, "_blocks", lambda self, array: (read.append(1), blocks(self, array))[1])
+    for layer in range(3):
+        dims, column = arrays.read_slice("attention_distance", {"layer": str(layer), "head": "1"})
+        assert dims == ("image",)
+        assert_array_equal(column, values[:, layer, 1])
+    assert len(read) == bool(n_bytes)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +277,9 @@ def test_a_set_that_is_not_json_or_too_large_is_refused(client: TestClient) -> N
 
 
 def test_a_thumbnail_is_the_one_in_the_store(client: TestClient, study: Path) -> None:
-    shown = Image.open(io.BytesIO(client.get("/thumb/12").content))
+    thumbnail = Image.open(io.BytesIO(client.get("/thumb/12").content))
     stored = open_study(study).thumbnail.values[12].astype(float)
-    assert np.abs(np.asarray(shown, dtype=float) - stored).mean() < 6  # JPEG
+    assert np.abs(np.asarray(thumbnail, dtype=float) - stored).mean() < 6  # JPEG
 
 
 def test_a_photograph_is_shown_as_the_model_sees_it(client: TestClient) -> None:
@@ -231,13 +299,13 @@ def test_a_photograph_that_has_gone_is_404_and_the_rest_goes_on(tmp_path: Path) 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(60, 60), (48, 80)])
 def test_the_model_sees_what_its_own_preprocessing_shows(mode: str, size: tuple[int, int]) -> None:
-    preprocessing = pytest.importorskip("vitrail.vit.preprocessing")
+    preprocessing = pytest.importorskip("vitrail.models.preprocessing")
     picture = photograph(5, 2).resize((150, 101))
-    meant = preprocessing.Preprocessing(size, (0.5,), (0.5,), "bicubic", 0.875, mode)
-    shown = seen_by_model(picture, meant.as_dict())
-    expected = meant.view(picture)
-    assert shown.size == expected.size
-    apart = np.abs(np.asarray(shown, dtype=float) - np.asarray(expected, dtype=float))
+    reference = preprocessing.Preprocessing(size, (0.5,), (0.5,), "bicubic", 0.875, mode)
+    view = model_view(picture, reference.as_dict())
+    expected = reference.view(picture)
+    assert view.size == expected.size
+    apart = np.abs(np.asarray(view, dtype=float) - np.asarray(expected, dtype=float))
     if mode != "border":  # which pads with another colour than ours, outside the photograph
         assert apart.mean() < 1.5
 
@@ -248,9 +316,9 @@ def test_the_model_sees_what_its_own_preprocessing_shows(mode: str, size: tuple[
 def test_live_attention_is_that_of_the_chosen_head(client: TestClient) -> None:
     answer = client.get("/api/live/attention/6?layer=3&head=2")
     assert answer.headers["x-dims"] == "query,key"
-    told = array(answer)
-    assert_allclose(told.sum(axis=1), 1, rtol=1e-5)
-    assert not np.allclose(told, array(client.get("/api/live/attention/6?layer=3&head=1")))
+    weights = array(answer)
+    assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
+    assert not np.allclose(weights, array(client.get("/api/live/attention/6?layer=3&head=1")))
 
 
 def test_live_modes_have_a_row_for_each_mode(client: TestClient) -> None:
@@ -261,32 +329,70 @@ def test_without_a_model_live_answers_say_what_to_do(study: Path) -> None:
     with TestClient(create_app(study), base_url=HOME) as client:
         for answer in (
             client.get("/api/live/attention/0?layer=0&head=0"),
-            client.post("/api/live/look", content=jpeg()),
+            client.post("/api/look", content=jpeg()),
         ):
             assert "vitrail open" in refusal(answer, 503)
-        assert client.get("/api/study").json()["live"] is False
+        assert client.get("/api/study").json()["live"]["state"] == "none"
         assert client.get("/api/array/label").status_code == 200
 
 
+def test_the_stored_study_is_served_while_the_model_is_opened(study: Path) -> None:
+    opening, opened = threading.Event(), threading.Event()
+
+    def open_model() -> PlantedLive:
+        opening.set()
+        assert opened.wait(30)
+        return PlantedLive()
+
+    with TestClient(create_app(study, open_model), base_url=HOME) as client:
+        assert opening.wait(30)
+        assert client.get("/api/live").json()["state"] == "loading"
+        assert "being opened" in refusal(client.get("/api/live/attention/0?layer=0&head=0"), 503)
+        assert client.get("/api/array/label").status_code == 200
+        opened.set()
+        deadline = time.monotonic() + 30
+        while client.get("/api/live").json()["state"] == "loading" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.get("/api/live").json() == {"state": "ready", "reason": ""}
+        assert array(client.get("/api/live/attention/0?layer=0&head=0")).shape == (197, 197)
+
+
+@pytest.mark.parametrize("failure", [StudyError("The weights have moved. Name them with --weights."), OSError("gone")])
+def test_a_model_that_cannot_be_opened_leaves_the_stored_study_and_the_reason(study: Path, failure: Exception) -> None:
+    def open_model() -> PlantedLive:
+        raise failure
+
+    queue = LiveQueue(open_model)
+    queue.open_model()
+    status = queue.status()
+    assert status["state"] == "failed"
+    assert ("--weights" in status["reason"]) == isinstance(failure, StudyError)
+    with pytest.raises(HTTPException, match=r"weights|log says where"):
+        queue.refuse_without_model()
+    queue.close()
+
+
 def test_an_uploaded_photograph_is_read_like_a_stored_one(client: TestClient, study: Path) -> None:
-    name = client.post("/api/live/look", content=jpeg()).json()["image"]
+    name = client.post("/api/look", content=jpeg()).json()["image"]
     assert name.startswith("u")
     assert len(name) > 12
+    assert client.get(f"/api/look/{name}/stream?analyses=heads").status_code == 200
     entropy = array(client.get(f"/api/array/strength_entropy?image={name}"))
     assert entropy.shape == (N_LAYERS, N_HEADS)
     one = array(client.get(f"/api/array/strength_entropy?image={name}&layer=4&head=2"))
     assert_array_equal(one, entropy[4, 2])
-    xy = array(client.get(f"/api/array/image_xy?image={name}"))
+    xy = array(client.get(f"/api/maps/importance-tsne?image={name}"))
     lows, highs = open_study(study).image_xy.values.min(0), open_study(study).image_xy.values.max(0)
     assert np.all(xy >= lows)
     assert np.all(xy <= highs)
     for path in (f"/thumb/{name}", f"/photo/{name}"):
         assert Image.open(io.BytesIO(client.get(path).content)).format == "JPEG"
+    assert max(Image.open(io.BytesIO(client.get(f"/thumb/{name}").content)).size) == 64
     assert array(client.get(f"/api/live/attention/{name}?layer=0&head=0")).shape == (197, 197)
 
 
 def test_only_the_last_few_uploads_are_kept(client: TestClient) -> None:
-    names = [client.post("/api/live/look", content=jpeg()).json()["image"] for _ in range(9)]
+    names = [client.post("/api/look", content=jpeg()).json()["image"] for _ in range(9)]
     assert len(set(names)) == 9
     refusal(client.get(f"/photo/{names[0]}"), 404)
     assert client.get(f"/photo/{names[-1]}").status_code == 200
@@ -294,7 +400,7 @@ def test_only_the_last_few_uploads_are_kept(client: TestClient) -> None:
 
 def test_an_upload_leaves_nothing_on_the_disk(client: TestClient, study: Path) -> None:
     before = sorted(study.rglob("*"))
-    client.post("/api/live/look", content=jpeg())
+    client.post("/api/look", content=jpeg())
     assert sorted(study.rglob("*")) == before
 
 
@@ -302,21 +408,21 @@ def test_an_upload_leaves_nothing_on_the_disk(client: TestClient, study: Path) -
     "content", [b"", b"GIF89a", b"not an image at all", jpeg()[:200], b"\x89PNG\r\n\x1a\n" + b"\0" * 40]
 )
 def test_an_upload_that_is_no_image_is_refused_with_the_reason(client: TestClient, content: bytes) -> None:
-    answer = client.post("/api/live/look", content=content)
+    answer = client.post("/api/look", content=content)
     assert answer.status_code == 422
     assert answer.json()["error"]
 
 
 def test_uploads_too_large_in_bytes_or_pixels_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusal(client.post("/api/live/look", content=b"\0" * (32 * 2**20 + 1)), 413)
+    refusal(client.post("/api/look", content=b"\0" * (32 * 2**20 + 1)), 413)
 
     def drops() -> Iterator[bytes]:  # no content-length: counted as it comes
         for _ in range(40):
             yield b"\0" * 2**20
 
-    refusal(client.post("/api/live/look", content=drops()), 413)
-    monkeypatch.setattr("vitrail.app.server.MAX_PIXELS", 1000)
-    assert "pixels" in client.post("/api/live/look", content=jpeg()).json()["error"]
+    refusal(client.post("/api/look", content=drops()), 413)
+    monkeypatch.setattr("vitrail.app.look.MAX_PIXELS", 1000)
+    assert "pixels" in client.post("/api/look", content=jpeg()).json()["error"]
 
 
 def test_a_failure_of_the_model_reaches_the_page_as_a_sentence(study: Path) -> None:
@@ -325,13 +431,13 @@ def test_a_failure_of_the_model_reaches_the_page_as_a_sentence(study: Path) -> N
             raise RuntimeError("out of something")
 
     with TestClient(create_app(study, Failing()), base_url=HOME, raise_server_exceptions=False) as client:
-        told = refusal(client.get("/api/live/attention/0?layer=0&head=0"), 500)
-        assert "out of something" not in told  # the log has it, the page need not
+        sentence = refusal(client.get("/api/live/attention/0?layer=0&head=0"), 500)
+        assert "out of something" not in sentence  # the log has it, the page need not
         assert array(client.get("/api/live/modes/0?layer=0&head=0")).shape[0] == 6
 
 
 class Request:
-    """As much of a request as the desk asks for."""
+    """The part of a request that the queue uses."""
 
     def __init__(self) -> None:
         self.left = False
@@ -344,26 +450,26 @@ def test_live_work_is_bounded_and_dropped_when_the_page_leaves() -> None:
     gate, done = threading.Event(), []
 
     async def scene() -> None:
-        desk = Desk(PlantedLive(), waiting=2)
+        queue = LiveQueue(PlantedLive(), max_waiting=2)
         staying, leaving = Request(), Request()
 
         def work(name: str) -> object:
             return lambda _live: (gate.wait(10), done.append(name))
 
-        first = asyncio.create_task(desk.ask(staying, work("first")))  # type: ignore[arg-type]
+        first = asyncio.create_task(queue.run(staying, work("first")))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
-        second = asyncio.create_task(desk.ask(leaving, work("second")))  # type: ignore[arg-type]
-        third = asyncio.create_task(desk.ask(staying, work("third")))  # type: ignore[arg-type]
+        second = asyncio.create_task(queue.run(leaving, work("second")))  # type: ignore[arg-type]
+        third = asyncio.create_task(queue.run(staying, work("third")))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         with pytest.raises(HTTPException, match="busy") as full:
-            await desk.ask(staying, work("fourth"))  # type: ignore[arg-type]
+            await queue.run(staying, work("fourth"))  # type: ignore[arg-type]
         assert full.value.status_code == 503
         leaving.left = True
         with pytest.raises(HTTPException, match="left"):
             await second
         gate.set()
         await asyncio.gather(first, third)
-        desk.close()
+        queue.close()
 
     with ThreadPoolExecutor(1) as thread:  # a loop of its own: browser tests leave theirs running in this thread
         thread.submit(asyncio.run, scene()).result()
@@ -395,7 +501,7 @@ def test_the_names_of_this_machine_are_answered(client: TestClient, host: str) -
     ],
 )
 def test_another_site_is_refused(client: TestClient, headers: dict[str, str]) -> None:
-    refusal(client.post("/api/live/look", content=jpeg(), headers=headers), 403)
+    refusal(client.post("/api/look", content=jpeg(), headers=headers), 403)
     refusal(client.get("/api/study", headers=headers), 403)
 
 
@@ -462,64 +568,354 @@ def test_serve_answers_over_a_socket_until_it_is_interrupted(study: Path) -> Non
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                told = httpx.get(address + "api/study", timeout=5).json()
-                break
-            except httpx.ConnectError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        assert told["sizes"]["image"] == N_IMAGES
+        description = httpx.get(address + "api/study", timeout=60).json()  # it listens before it says where
+        assert description["sizes"]["image"] == N_IMAGES
     finally:
         process.terminate()
         process.wait(10)
         process.stdout.close()  # type: ignore[union-attr]
 
 
+def test_an_address_that_was_announced_can_be_connected_to(study: Path) -> None:
+    class Connected(Exception):
+        pass
+
+    def connect(address: str) -> None:
+        with socket.create_connection(("127.0.0.1", httpx.URL(address).port or 0), timeout=10):
+            raise Connected
+
+    with pytest.raises(Connected):
+        server.serve(study, port=0, open_browser=False, announce=connect)
+
+
 # --- the small parts ---
 
 
-def test_an_interval_of_many_images_covers_like_the_bootstrap() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.gamma(2, 1, (2_000, 3)).astype(np.float32)
-    few, many = summary(values), summary(np.concatenate([values, values[:1]]))
-    assert few.interval.startswith("bootstrap")
-    assert many.interval == "normal"
-    assert_allclose(few.values[1:3], many.values[1:3], rtol=0.01)
+def test_a_share_has_the_interval_of_a_share_and_too_few_images_have_none() -> None:
+    share = summarise(np.zeros((8, 1), dtype=np.float32), is_share=True)
+    assert_allclose(share.values[1:3, 0], [0, 1 - 0.025 ** (1 / 8)], rtol=1e-6)
+    few = summarise(np.arange(10, dtype=np.float32).reshape(5, 2))
+    assert np.isnan(few.values[1:3]).all()
+    assert "too few images" in few.interval
+
+
+def test_sums_over_more_images_than_fit_in_memory_give_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).gamma(2, 1, (6_000, 3)).astype(np.float32)
+    arrays = StudyArrays(xr.Dataset({"attention_distance": (("image", "layer"), values)}))
+    monkeypatch.setattr("vitrail.app.study_arrays.WHOLE_BYTES", 0)
+    streamed = arrays.summary_of_all("attention_distance")
+    assert streamed.interval == "skew-corrected"
+    assert_allclose(streamed.values[:3], summarise(values).values[:3], rtol=1e-6)
+
+
+def test_a_summary_that_is_there_waits_for_none_that_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    names = ("attention_distance", "strength_entropy")
+    arrays = StudyArrays(xr.Dataset(dict.fromkeys(names, (("image", "layer"), values))))
+    ready, begun, end = arrays.summary_of_all(names[0]), threading.Event(), threading.Event()
+    make = study_arrays._summarise
+
+    def slowly(*given: Any) -> Any:
+        begun.set()
+        assert end.wait(60)
+        return make(*given)
+
+    monkeypatch.setattr(study_arrays, "_summarise", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(arrays.summary_of_all, names[1])
+        assert begun.wait(60)
+        again = pool.submit(arrays.summary_of_all, names[0])
+        try:
+            assert again.result(timeout=60) is ready
+            assert not other.done()
+        finally:
+            end.set()
+        assert_array_equal(other.result().values, ready.values)
+
+
+def test_very_many_images_have_the_interval_of_their_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).gamma(2, 1, (6_000, 3)).astype(np.float32)
+    resampled = summarise(values)
+    monkeypatch.setattr("vitrail.app.summary.MOMENTS_FROM", 5_000)
+    of_moments = summarise(values)
+    assert (resampled.interval, of_moments.interval) == ("studentised bootstrap", "skew-corrected")
+    assert summarise(values, limits=(0.0, 99.0)).interval == "studentised bootstrap"
+    assert_allclose(of_moments.values, resampled.values, rtol=1e-5)
+    mean, error = values.mean(0), values.std(0) / np.sqrt(6_000)
+    assert_allclose((of_moments.values[1:3] - mean) / error, [[-1.96] * 3, [1.96] * 3], atol=0.06)
 
 
 def test_padding_stays_nan_in_a_summary() -> None:
     values = np.ones((5, 2, 2), dtype=np.float32)
     values[:, 0, 1] = np.nan
-    made = summary(values).values
-    assert np.isnan(made[:, 0, 1]).all()
-    assert_allclose(made[:, 1, 1], 1)
+    statistics = summarise(values).values
+    assert np.isnan(statistics[:, 0, 1]).all()
+    assert_allclose(statistics[[0, 3, 4, 5], 1, 1], 1)
+    assert np.isnan(statistics[1:3, 1, 1]).all()  # the same in five images: no interval
 
 
 def test_evenly_spaced_indices_have_both_ends_and_no_doubles() -> None:
     assert_array_equal(evenly_spaced(3, 10), [0, 1, 2])
-    chosen = evenly_spaced(50_000, 5_000)
-    assert len(chosen) == 5_000
-    assert chosen[0] == 0
-    assert chosen[-1] == 49_999
+    indices = evenly_spaced(50_000, 5_000)
+    assert len(indices) == 5_000
+    assert indices[0] == 0
+    assert indices[-1] == 49_999
 
 
-def test_a_shelf_makes_an_array_once_and_forgets_the_oldest() -> None:
-    made = []
+def test_the_cache_makes_an_array_once_and_forgets_the_oldest() -> None:
+    calls = []
 
     def make(name: str) -> np.ndarray:
-        made.append(name)
+        calls.append(name)
         return np.zeros(100, np.uint8)
 
-    shelf = Shelf(250)
+    cache = LRUCache(250)
     for name in ("a", "b", "a", "c", "a", "b"):
-        shelf.take(name, lambda name=name: make(name))
-    assert made == ["a", "b", "c", "b"]
+        cache.get_or_create(name, lambda name=name: make(name))
+    assert calls == ["a", "b", "c", "b"]
     with pytest.raises(ValueError, match="no"):
-        shelf.take("bad", lambda: (_ for _ in ()).throw(ValueError("no")))
-    assert not shelf.holds("bad")
+        cache.get_or_create("bad", lambda: (_ for _ in ()).throw(ValueError("no")))
+    assert "bad" not in cache
 
 
 def test_json_of_the_study_has_no_nan(client: TestClient) -> None:
     json.loads(client.get("/api/study").text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+# --- the register on the page ---
+
+
+def test_the_description_lists_every_analysis_with_what_the_store_holds_of_it(client: TestClient, study: Path) -> None:
+    dataset = open_study(study)
+    described = client.get("/api/study").json()["analyses"]
+    assert [each["name"] for each in described] == list(analyses())
+    for each in described:
+        declared = [measure.name for measure in analyses()[each["name"]].measures]
+        assert each["measures"] == declared
+        assert each["stored"] == [name for name in declared if name in dataset.data_vars]
+        model = "MODEL" if analyses()[each["name"]].only_for else "planted:vit_of_shapes"
+        assert each["command"].startswith(f"vitrail study {model} IMAGES")
+    assert {name for each in described for name in each["stored"]} == set(client.get("/api/study").json()["measures"])
+    assert next(each for each in described if each["name"] == "patches")["command"].endswith(
+        f"--measures patches --out {study.name}"
+    )
+
+
+def test_a_measure_of_a_package_that_is_not_installed_is_listed_from_the_store() -> None:
+    attributes = {"title": "contrast", "unit": "1", "analysis": "contrast_of_elsewhere"}
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    dataset = xr.Dataset(
+        {"contrast": (("image", "layer"), values, attributes), "label": ("image", np.zeros(3, np.int32))}
+    )
+    arrays = StudyArrays(dataset)
+    assert arrays.measures == ["label", "contrast"]
+    assert arrays.undeclared == ["contrast"]
+
+
+# --- hostile requests ---
+
+
+@pytest.mark.parametrize("name", ["class_names", "image", "modes"])
+def test_text_is_no_array_of_numbers(study: Path, name: str) -> None:
+    dataset = open_study(study).assign(modes=("image", np.full(N_IMAGES, "x")))
+    arrays = StudyArrays(dataset)
+    for ask in (lambda: arrays.read_slice(name, {}), lambda: arrays.summary(name, None, False, {})):
+        with pytest.raises(HTTPException, match="no numbers called"):
+            ask()
+
+
+def test_a_mean_over_images_is_refused_for_an_array_without_images() -> None:
+    arrays = StudyArrays(xr.Dataset({"of_study": (("layer", "head"), np.ones((2, 3))), "label": ("image", np.ones(3))}))
+    with pytest.raises(HTTPException, match="no value for each image"):
+        arrays.summary("of_study", None, False, {})
+
+
+def test_numbers_that_need_more_than_32_bits_are_refused_and_not_wrapped() -> None:
+    assert np.frombuffer(binary(("image",), np.array([300, 65535], np.uint16)).body, "<i4").tolist() == [300, 65535]
+    assert np.frombuffer(binary(("image",), np.array([-5, 2**31 - 1])).body, "<i4").tolist() == [-5, 2**31 - 1]
+    for values in (np.array([2**31]), np.array([2**63], np.uint64), np.array([-(2**40)])):
+        with pytest.raises(HTTPException, match="32 bits"):
+            binary(("image",), values)
+
+
+def test_more_than_one_answer_holds_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitrail.app.study_arrays.MAX_ANSWER_BYTES", 1000)
+    assert "ask for one image" in refusal(client.get("/api/array/attention_strength"), 413)
+    assert client.get("/api/array/attention_strength?image=0&layer=0").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 200_000, b'{"images":' * 100_000, b'{"images": [' + b"9" * 5000 + b"]}", b'{"images": [1e400]}']
+)
+def test_deep_json_and_endless_numbers_are_refused(client: TestClient, content: bytes) -> None:
+    refusal(client.post("/api/summary/strength_entropy", content=content), 422)
+
+
+def test_half_a_character_in_a_request_comes_back_in_the_refusal(client: TestClient) -> None:
+    answer = client.post("/api/what_if", content=b'{"image": "0", "\\ud800": 1}')
+    assert answer.status_code == 422
+    assert "Unknown: \\ud800" in answer.text
+
+
+def test_an_index_beyond_64_bits_is_refused(client: TestClient) -> None:
+    refusal(client.post("/api/summary/strength_entropy", json={"images": [2**70]}), 404)
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "//", "http://127.0.0.1:99999999", "\x7f"])
+def test_an_odd_origin_is_another_site(client: TestClient, origin: str) -> None:
+    refusal(client.get("/api/study", headers={"origin": origin}), 403)
+
+
+@pytest.mark.parametrize("length", [b"\xb2", b"-1", b"9" * 5000, b"1e3"])
+def test_an_odd_content_length_is_refused(client: TestClient, length: bytes) -> None:
+    request = client.build_request("POST", "/api/look", content=b"x")
+    request.headers = httpx.Headers([(b"host", b"127.0.0.1:8765"), (b"content-length", length)])
+    refusal(client.send(request), 413)
+
+
+def test_an_answer_of_500_carries_the_security_headers_too(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("vitrail.app.server.describe_study", fail)
+    with TestClient(create_app(study), base_url=HOME, raise_server_exceptions=False) as bare:
+        answer = bare.get("/api/study")
+        assert "log says where" in refusal(answer, 500)
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_body_that_does_not_come_is_refused_and_its_place_freed(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitrail.app.answers.BODY_S", 0.2)
+    monkeypatch.setattr("vitrail.app.server.UPLOADS_AT_ONCE", 1)
+    app = create_app(study, PlantedLive())
+    stalled, answers = {"first": True}, []
+
+    async def receive() -> dict[str, object]:
+        if stalled.pop("first", False):
+            return {"type": "http.request", "body": b"\xff\xd8", "more_body": True}
+        await asyncio.sleep(30)
+        raise AssertionError("the server waited for a body that does not come")
+
+    async def send(message: dict[str, object]) -> None:
+        answers.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/api/look", "raw_path": b"/api/look", "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1:8765")], "http_version": "1.1", "scheme": "http", "root_path": "",
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, app(scope, receive, send)).result(10)  # type: ignore[arg-type]
+    assert answers[0]["status"] == 408
+    with TestClient(app, base_url=HOME) as client:
+        assert client.post("/api/look", content=jpeg()).status_code == 200
+
+
+def test_uploads_in_parallel_are_decoded_one_at_a_time_and_too_many_are_refused(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, most, gate = [], [], threading.Event()
+    decode = look.decode_image
+
+    def slow_decode(content: bytes, **limits: int) -> Image.Image:
+        decoding.append(1)
+        most.append(len(decoding))
+        gate.wait(5)
+        decoding.pop()
+        return decode(content, **limits)
+
+    monkeypatch.setattr(look, "decode_image", slow_decode)
+    with TestClient(create_app(study, PlantedLive()), base_url=HOME) as client, ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(client.post, "/api/look", content=jpeg()) for _ in range(6)]
+        deadline = time.monotonic() + 20
+        while sum(answer.done() for answer in answers) < 6 - server.UPLOADS_AT_ONCE and time.monotonic() < deadline:
+            time.sleep(0.02)
+        gate.set()
+        statuses = sorted(answer.result().status_code for answer in answers)
+    assert statuses == [200] * server.UPLOADS_AT_ONCE + [503] * (6 - server.UPLOADS_AT_ONCE)
+    assert max(most) == 1
+
+
+def test_large_uploads_leave_before_small_ones_would() -> None:
+    uploads = Uploads(max_uploads=8, max_bytes=4 * 100 * 100 * 2)
+    names = [uploads.add(Upload(Image.new("RGB", (100, 100)), {})) for _ in range(3)]
+    assert uploads.n_bytes == 4 * 100 * 100 * 2  # Pillow keeps RGB as four bytes a pixel
+    with pytest.raises(HTTPException, match="no longer here"):
+        uploads.get(names[0])
+    large = uploads.add(Upload(Image.new("RGB", (500, 500)), {}))
+    assert uploads.get(large).photograph.size == (500, 500)
+    with pytest.raises(HTTPException, match="no longer here"):
+        uploads.get(names[2])
+
+
+def test_a_hundred_summaries_are_bounded_and_other_routes_go_on(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, running, most = threading.Event(), [], []
+    summary = StudyArrays.summary
+
+    def slow_summary(self: StudyArrays, *arguments: object, **_options: object) -> object:
+        running.append(1)
+        most.append(len(running))
+        gate.wait(20)
+        running.pop()
+        return summary(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StudyArrays, "summary", slow_summary)
+    room_for = server.SUMMARIES_AT_ONCE + server.SUMMARIES_WAITING
+    with TestClient(create_app(study), base_url=HOME) as client, ThreadPoolExecutor(100) as threads:
+        answers = [threads.submit(client.get, "/api/summary/head_probability") for _ in range(100)]
+        deadline = time.monotonic() + 30
+        while sum(answer.done() for answer in answers) < 100 - room_for and time.monotonic() < deadline:
+            time.sleep(0.05)
+        good = client.get("/api/array/label")  # while all summaries stand still
+        gate.set()
+        statuses = sorted(answer.result().status_code for answer in answers)
+    assert good.status_code == 200
+    assert statuses == [200] * room_for + [503] * (100 - room_for)
+    assert max(most) <= server.SUMMARIES_AT_ONCE
+
+
+def test_sigterm_during_a_live_request_ends_the_server_soon(study: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from synthetic_study import PlantedLive\n"
+        "from vitrail.app import serve\n"
+        "class Slow(PlantedLive):\n"
+        "    def attention(self, image, layer):\n"
+        "        print('computing', flush=True)\n"
+        "        time.sleep(120)\n"
+        f"serve({str(study)!r}, Slow(), port=0, open_browser=False)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process, ThreadPoolExecutor(1) as thread:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            answer = thread.submit(_ask_until_closed, address + "api/live/attention/0?layer=0&head=0")
+            assert process.stdout.readline().strip() == "computing"
+            start = time.monotonic()
+            process.terminate()
+            process.wait(30)  # the model's call alone would last two minutes
+            assert time.monotonic() - start < 25
+            assert process.stderr is not None
+            assert "Traceback" not in process.stderr.read()
+            assert answer.result(10) in (None, 503)
+        finally:
+            process.kill()
+
+
+def _ask_until_closed(address: str) -> int | None:
+    """The status of an answer, or None where the connection was closed without one."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return httpx.get(address, timeout=60).status_code
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        except httpx.TransportError:
+            return None

@@ -1,5 +1,5 @@
 import { svelte } from "@sveltejs/vite-plugin-svelte";
-import { defineConfig } from "vite";
+import { defineConfig } from "vitest/config";
 
 // The page is served from the package itself, so it is built into it; the folder is ignored by git.
 export default defineConfig({
@@ -14,5 +14,6 @@ export default defineConfig({
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
   },
+  test: { include: ["tests/**/*.test.ts"], environment: "node" },
   server: { proxy: Object.fromEntries(["/api", "/thumb", "/photo"].map((path) => [path, "http://127.0.0.1:8765"])) },
 });

@@ -13,6 +13,7 @@
     ├── StudyError            a study folder cannot be used
     │   ├── PlanMismatch      the folder holds another plan; the message names the difference
     │   └── DamagedStudy      a part does not read back as it was written
+    ├── MissingLibrary        a model is to be opened where only finished studies can be read
     └── UsageError            an argument has no meaning here; the message lists those that have
 
 A message says what was asked, what was found and what to do.
@@ -22,6 +23,7 @@ __all__ = [
     "BadImage",
     "DamagedStudy",
     "DataError",
+    "MissingLibrary",
     "ModelError",
     "NoAttention",
     "NoImages",
@@ -33,6 +35,7 @@ __all__ = [
     "UsageError",
     "VitrailError",
     "WeightsMismatch",
+    "explain_missing_library",
 ]
 
 
@@ -90,3 +93,30 @@ class DamagedStudy(StudyError):
 
 class UsageError(VitrailError):
     """An argument that has no meaning here."""
+
+
+class MissingLibrary(VitrailError, ImportError):
+    """A library that running models needs is not installed; finished studies open without it."""
+
+
+_OF_MODELS = frozenset({"accelerate", "openTSNE", "safetensors", "skimage", "sklearn", "timm", "torch", "torchvision"})
+"""Modules that come with the extra `models`."""
+
+
+def explain_missing_library(error: ModuleNotFoundError) -> MissingLibrary | None:
+    """Says what to install where a model's library is missing.
+
+    Args:
+        error: What an import raised.
+
+    Returns:
+        The error to raise in its place, or None where the module is none of those that models need.
+    """
+    name = (error.name or "").partition(".")[0]
+    if name not in _OF_MODELS:
+        return None
+    return MissingLibrary(
+        f"This needs {name}, which is not installed here: pip install 'vitrail[models]'. "
+        "Finished studies are opened, reported and compared without it.",
+        name=name,
+    )

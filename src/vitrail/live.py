@@ -1,170 +1,255 @@
-"""One image at a time through an open model: what the page and `vitrail look` compute on the spot.
+"""One image at a time through an open model, for the page and notebooks.
 
-live = Live(open_vit("timm:vit_tiny_patch16_224"))
+live = LiveModel(open_vit("timm:vit_tiny_patch16_224"))
 live.attention(image, layer=3)        # the maps of one layer's heads
-live.look(image)                      # every measure that a study would hold for this image
+live.parts("tokens")                  # what the analysis of tokens has of one image, in parts,
+live.look_part(image, part, patch=90) # each computed when it is asked for
 """
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from threading import RLock
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float32, Int
 from PIL import Image
-from torch import Tensor
 
+from vitrail.analysis import Analysis, analyses, unavailable
 from vitrail.errors import Unsupported, UsageError
-from vitrail.figures.heads import refuse_formats
-from vitrail.figures.look import LookedAt, look_at
-from vitrail.figures.style import save
-from vitrail.heads.collect import Collector
-from vitrail.heads.regions import mode_edit, modes_offered
-from vitrail.measure import MEASURES, ROOMS
-from vitrail.neuron_look import CloseUp, neuron_figures
-from vitrail.study import rooms
-from vitrail.study.store import N_TOP, declared
-from vitrail.vit.open import Vit
-from vitrail.vit.tap import LayerAttention, Readers, Replay
+from vitrail.heads.regions import mode_edits, modes_offered
+from vitrail.models.open import Vit
+from vitrail.models.token_grid import token_grids
+from vitrail.one_image import LookPart, OneImage, parts_of, record_image
+from vitrail.tap.layer_maps import LayerMaps
+from vitrail.tap.tap import LayerAttention, Readers
 
-__all__ = ["Live", "look_figures"]
+__all__ = ["AnalysisParts", "LiveModel"]
 
-OF_ONE_IMAGE = tuple(name for name in MEASURES if name not in {*ROOMS["regions"], *ROOMS["windows"]})
-"""What `look` gives unless told otherwise; `Live.modes` has the regions of a head, on demand."""
-
-REMEMBERED = 4
+MAX_RECORDED_IMAGES = 4
 """Images whose recorded pass is kept, so that the next layer or head of the same image starts in the middle."""
 
-
-@dataclass(eq=False)
-class _Seen:
-    """One image's plain pass."""
-
-    replay: Replay
-    logits: Float[Tensor, "image class"]
+STRIP_ROWS = 256
+"""Rows of a photograph whose bytes are made at a time: a few megabytes."""
 
 
-class Live:
-    """A model that answers questions on single images; any number of threads may ask, one at a time is served.
+class AnalysisParts(NamedTuple):
+    """What an analysis computes of one image.
 
-    The same image asked about again is recognised by its pixels. All numbers are exact; a study made with
+    Attributes:
+        names: of the arrays of each part, in the order in which they are best asked for.
+        left_out: the reason by the name of each measure that this model does not have.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    left_out: Mapping[str, str]
+
+
+class LiveModel:
+    """A model that computes measures of single images; any number of threads may call it, one at a time is served.
+
+    An image that comes again is recognised by its pixels. All numbers are exact; a study made with
     `importance="estimate"` holds estimates instead, and pruned heads are zero also where a study put their mean.
     """
 
-    def __init__(self, vit: Vit, measures: Sequence[str] = OF_ONE_IMAGE) -> None:
+    def __init__(self, vit: Vit) -> None:
+        """Wrap an open model.
+
+        Args:
+            vit: The model.
+        """
         self.vit = vit
-        self._measures = tuple(measures)
         self._lock = RLock()
-        self._seen: OrderedDict[str, _Seen] = OrderedDict()
-        self._collectors: list[Collector] | None = None
+        self._images: OrderedDict[str, OneImage] = OrderedDict()
+        self._parts: dict[str, tuple[LookPart, ...]] = {}
 
     def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
-        """Attention after the softmax of every head of a layer (its first attention call), over all its tokens.
+        """Attention after the softmax of every head of a layer, over all its tokens.
 
-        Windowed attention is put back on the image grid, zero between windows. Raises `UsageError` for a layer that is
-        not there, `Unsupported` where the layer has no map from tokens to the same tokens.
+        Windowed attention is put back on the image grid, zero between windows. Of a layer with several attention calls
+        the heads of all that join the same tokens; NaN for the others.
+
+        Args:
+            image: Any size and mode; prepared as the model asks.
+            layer: Counted from 0.
+
+        Returns:
+            Weights [head, query token, key token]; rows sum to 1 where the layer has no windows.
+
+        Raises:
+            UsageError: For a layer that the model does not have.
+            Unsupported: Where the layer has no map from tokens to the same tokens.
         """
         self._check_layer(layer)
-        maps: list[Tensor] = []
+        with self._lock:
+            recorded, tap = self._record(image), self.vit.tap()
+            maps = LayerMaps(tap, layer)
+            tap.run_from(layer, recorded.replay, readers=Readers(attention=maps.read))
+        return maps.joined().numpy()
+
+    def head_maps(self, image: Image.Image) -> Float32[np.ndarray, "layer head patch"]:
+        """What every head gives each patch: the class token's attention, or without one the mean over all patches.
+
+        Args:
+            image: Any size and mode; prepared as the model asks.
+
+        Returns:
+            Attention weights [layer, head, patch]; NaN for heads and patches that a layer lacks, and for layers whose
+            maps lie on no grid.
+
+        Raises:
+            Unsupported: Where no layer has a map between the patches of one grid.
+        """
+        grids, refused = token_grids(self.vit)
+        if not grids:
+            reason = next(iter(refused.values()))
+            raise Unsupported(f"{self.vit.name} has no layer with a map between patches of one grid: {reason}")
+        shape = (self.vit.n_layers, max(self.vit.n_heads), max(grid.n_patches for grid in grids.values()))
+        maps = np.full(shape, np.nan, np.float32)
 
         def read(attention: LayerAttention) -> None:
-            if attention.layer == layer and attention.call == 0:
-                maps.append(attention.weights_on_grid()[0])
+            tokens = grids.get((attention.layer, attention.call))
+            if tokens is None:
+                return
+            weights = attention.weights_on_grid()[0].float()
+            index = self.vit.anatomy.class_index(attention.layer)
+            rows = weights[:, index] if index is not None else weights[:, tokens.n_prefix :].mean(1)
+            maps[attention.layer, tokens.heads, : tokens.n_patches] = rows[:, tokens.n_prefix :].cpu().numpy()
 
-        with self._lock:
-            seen, tap = self._recorded(image), self.vit.tap()
-            if self.vit.anatomy.blocks[layer].kind == "window":
-                tap.window_slots(layer)  # measured by passes of its own, which cannot run inside a reader
-            tap.run_from(layer, seen.replay, readers=Readers(attention=read))
-        if maps[0].shape[-1] != maps[0].shape[-2]:
-            raise Unsupported(
-                f"L{layer} has {maps[0].shape[-2]} queries and {maps[0].shape[-1]} keys (kind "
-                f"{self.vit.anatomy.blocks[layer].kind!r}), so its map does not join tokens with the same tokens. "
-                "Its heads can still be pruned."
-            )
-        return maps[0].float().cpu().numpy()
+        with self._lock, torch.no_grad():
+            recorded, tap = self._record(image), self.vit.tap()
+            tap.run_from(0, recorded.replay, readers=Readers(attention=read))
+        return maps
 
     def modes(self, image: Image.Image, layer: int, head: int) -> Float32[np.ndarray, "mode class"]:
-        """Class probabilities with parts of one head's map set to zero, a row per mode that this layer has.
+        """Class probabilities with parts of one head's map set to zero (modes of `heads.regions`).
 
-        Six rows where it has a class token; modes 1, 2, 4 without; modes 1 and 2 where it has no map on a grid
-        (`heads.regions`). Raises `UsageError` for a head that is not there, `Unsupported` without a classifier.
+        Args:
+            image: Any size and mode.
+            layer: Counted from 0.
+            head: Counted from 0 within the layer.
+
+        Returns:
+            Probabilities [mode, class]: six rows where the layer has a class token; modes 1, 2, 4 without; modes 1 and
+            2 where it has no map on a grid.
+
+        Raises:
+            UsageError: For a head that the model does not have.
+            Unsupported: Without a classifier.
         """
         self._check_head(layer, head)
         if self.vit.n_classes is None:
             raise Unsupported(
-                f"Probabilities were asked for; {self.vit.name} has no classifier, its output is a feature vector. "
-                "Its heads can be compared by head_divergence and the layer metrics."
+                f"Probabilities were asked for of {self.vit.name}: {self.vit.task.without('a classifier')}. "
+                "Its heads can be compared by head_output_shift or head_value_change, and the layer metrics."
             )
         anatomy = self.vit.anatomy
-        modes = modes_offered(anatomy, layer)
-        edits = [mode_edit(anatomy, layer, head, mode, copy) for copy, mode in enumerate(modes[1:])]
+        modes = modes_offered(anatomy, layer, head)
+        edits = mode_edits(anatomy, layer, head, modes[1:])
         with self._lock:
-            seen = self._recorded(image)
-            rows = self.vit.tap().run_from(layer, seen.replay, edits=edits, copies=len(edits))
-        return _probabilities(torch.cat([seen.logits, rows]))
+            recorded = self._record(image)
+            rows = self.vit.tap().run_from(layer, recorded.replay, edits=edits, copies=len(modes) - 1)
+        return self.vit.task.probabilities(torch.cat([recorded.logits, rows])).cpu().numpy()
 
-    def look(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """Every measure that was asked for and that this model has, for one image, by the names of a study; without the
-        image dimension.
+    def parts(self, analysis: str) -> AnalysisParts:
+        """What an analysis computes of one image, in parts that `look_part` takes.
 
-        The label is the model's own top-1. With a classifier `probabilities` [class] comes along. Takes one recorded
-        pass and the exact sweep over all heads.
+        Args:
+            analysis: The name of a registered analysis.
+
+        Returns:
+            The names of the arrays by part; what a study has of each image first, what is of one image only then.
+
+        Raises:
+            UsageError: There is no such analysis.
+        """
+        declared = _analysis(analysis)
+        with self._lock:
+            parts = self._parts_of(declared)
+        measures = [measure.name for measure in declared.measures if not measure.derived]
+        return AnalysisParts(tuple(part.names for part in parts), unavailable(self.vit, measures))
+
+    def look_part(
+        self,
+        image: Image.Image,
+        analysis: str,
+        part: Sequence[str],
+        patch: int | None = None,
+        channel: int | None = None,
+        mask: Int[np.ndarray, "row column"] | None = None,
+    ) -> xr.Dataset:
+        """Some arrays of one image, as `vitrail.look` has them.
+
+        Args:
+            image: Any size and mode.
+            analysis: The name of a registered analysis.
+            part: Names of arrays that are computed together, one of `parts(analysis).names`.
+            patch: The patch to look at, row by row on the first layer's grid; None for the one that the prediction
+                rests on most.
+            channel: The neuron to look at; None for the filter through which salient patches stand out most.
+            mask: [row column] instance ids of the photograph's objects, as large as the photograph, 0 for background;
+                None without any.
+
+        Returns:
+            The arrays with the attributes of their declarations, the image dimension of size 1. `attrs["left_out"]` has
+            the reason by the name of each array that this model does not have.
+
+        Raises:
+            UsageError: There is no such analysis, part, patch or channel.
+            DataError: The mask has another size than the image.
         """
         with self._lock:
-            if self._collectors is None:
-                self._collectors = rooms.collectors(self.vit, self._measures)
-            tap, collectors = self.vit.tap(), self._collectors
-            joined = Readers.joined([collector.readers() for collector in collectors])
-            replay, logits = tap.record(self.vit.prepare([image]), joined)
-            self._remember(_digest(image), _Seen(replay, logits))
-            with_classes = self.vit.n_classes is not None
-            label = logits.argmax(-1).cpu().numpy().astype(np.int64) if with_classes else np.array([-1])
-            arrays = _answers(logits) if with_classes else {"label": label.astype(np.int32)}
-            for collector in collectors:
-                arrays |= collector.finish(tap, replay, logits, label)
-        return {name: np.asarray(values[0]) for name, values in arrays.items()}
+            together = next((each for each in self._parts_of(_analysis(analysis)) if each.names == tuple(part)), None)
+            if together is None:
+                raise UsageError(f"{analysis} computes no part {', '.join(part)} of an image.")
+            one = self._record(image, mask)
+            # the copy shares what was computed once, and has a patch of its own
+            one = replace(one, asked_patch=self._place(patch), asked_channel=channel, left_out={})
+            return together.compute(one)
 
-    def study_of(self, image: Image.Image, name: str = "image") -> xr.Dataset:
-        """What `look` gives, as a study of one image: the same arrays, attributes and plan as `open_study` gives."""
-        arrays = {}
-        for key, values in self.look(image).items():
-            if key != "probabilities":
-                measure = declared(key)
-                arrays[key] = xr.DataArray(values[None], dims=measure.dims, attrs=measure.attributes())
-        anatomy = self.vit.anatomy
-        return xr.Dataset(
-            arrays,
-            coords={"image": np.array([name])},
-            attrs={
-                "model": self.vit.name,
-                "n_heads": list(self.vit.n_heads),
-                "grids": [None if block.grid is None else list(block.grid) for block in anatomy.blocks],
-                "prefixes": [block.prefix for block in anatomy.blocks],
-                "class_token": anatomy.class_token,
-                "class_names": None if self.vit.class_names is None else list(self.vit.class_names),
-                "labels_from": "the model's own top-1",
-            },
-        )
+    def what_if(self, image: Image.Image, **changes: Any) -> xr.Dataset:
+        """What the answer becomes if something is changed, as `vitrail.what_if.what_if`.
 
-    def _recorded(self, image: Image.Image) -> _Seen:
-        """The plain pass of an image, from memory if it is one of the last."""
-        key = _digest(image)
-        if key not in self._seen:
-            self._remember(key, _Seen(*self.vit.tap().record(self.vit.prepare([image]))))
-        self._seen.move_to_end(key)
-        return self._seen[key]
+        Args:
+            image: Any size and mode.
+            changes: The keyword arguments of `vitrail.what_if.what_if`.
 
-    def _remember(self, key: str, seen: _Seen) -> None:
-        self._seen[key] = seen
-        self._seen.move_to_end(key)
-        while len(self._seen) > REMEMBERED:
-            self._seen.popitem(last=False)
+        Returns:
+            Its dataset.
+
+        Raises:
+            UsageError: A change has no meaning for this model.
+            Unsupported: The model cannot be changed that way.
+        """
+        with self._lock:
+            return self.vit.what_if(image, **changes)
+
+    def _parts_of(self, analysis: Analysis) -> tuple[LookPart, ...]:
+        if analysis.name not in self._parts:
+            self._parts[analysis.name] = parts_of(self.vit, analysis)
+        return self._parts[analysis.name]
+
+    def _place(self, patch: int | None) -> tuple[int, int] | None:
+        grid = self.vit.anatomy.blocks[0].grid
+        if patch is None:
+            return None
+        if grid is None or not 0 <= patch < grid[0] * grid[1]:
+            raise UsageError(f"Patch {patch} was asked for; the first layer's grid is {grid} (rows, columns).")
+        return divmod(patch, grid[1])
+
+    def _record(self, image: Image.Image, mask: Int[np.ndarray, "row column"] | None = None) -> OneImage:
+        """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
+        key = _digest(image) + ("" if mask is None else _digest(Image.fromarray(mask.astype(np.int32))))
+        if key not in self._images:
+            self._images[key] = record_image(self.vit, image, mask=mask)
+        self._images.move_to_end(key)
+        while len(self._images) > MAX_RECORDED_IMAGES:
+            self._images.popitem(last=False)
+        return self._images[key]
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.vit.n_layers:
@@ -177,88 +262,15 @@ class Live:
             raise UsageError(f"L{layer}H{head} was asked for; L{layer} has heads 0 to {n_heads - 1}.")
 
 
-def look_figures(
-    vit: Vit,
-    image: Image.Image,
-    folder: str | Path,
-    formats: Sequence[str] = ("png",),
-    name: str = "image",
-    *,
-    of_rooms: Sequence[str] = tuple(ROOMS),
-    mask: Int[np.ndarray, "row column"] | None = None,
-    patch: tuple[int, int] | None = None,
-    channel: int | None = None,
-    step: Callable[[str], None] = lambda _: None,
-    left_out: Callable[[str], None] = lambda _: None,
-) -> list[Path]:
-    """Draws what the model does with one image into `folder`; the files written.
-
-    heads      an overview, importance as map and line, entropy by layer, strength of the most important head, and where
-               that head looks from the class token and from the patch that the other tokens look at most
-    patches    windows of `patch` (row, column; by default the one the answer rests on most) and the sum of all windows,
-               tendencies as arrows and flow, patches that everybody keeps
-    windows    of a WinT: the windows of `patch` that each head predicts in each layer, and their sum over layers
-    neurons    tokens as colours, lengths and likeness, relevance with deletion and insertion, filters, views of one
-               neuron (`channel`), what survives lost and displaced patches; t-SNE by object with a `mask` of ids
-
-    `name` stands in the titles. `step` is told what is being done, `left_out` what this model does not have, and why.
-    Raises `UsageError` for an unknown format or room, or a patch or channel that is not there; `DataError` for a mask
-    of another size.
-    """
-    refuse_formats(formats)
-    measures = _measures_of(of_rooms)
-    close = CloseUp.of(vit, image, name, patch, channel, mask)
-    reasons: dict[str, list[str]] = {}
-    for measure, why in rooms.skipped(vit, measures).items():
-        reasons.setdefault(why, []).append(measure)
-    for why, names in reasons.items():
-        expected = ("grouping_", "predicted_") if len(of_rooms) > 1 else ("grouping_",)
-        if not all(each.startswith(expected) for each in names):  # come with a mask, and with a WinT
-            left_out(f"{', '.join(names)}: {why}")
-    live = Live(vit, measures)
-    step("measuring")
-    on_grid = vit.anatomy.blocks[0].grid is not None and "patches" in of_rooms
-    seen = LookedAt(
-        live.study_of(image, name), close.view, lambda layer: live.attention(image, layer),
-        close.patch if on_grid else None,
-    )  # fmt: skip
-    step("drawing")
-    written = look_at(seen, folder, formats)
-    for stem, draw in neuron_figures(close) if "neurons" in of_rooms else ():
-        step(stem)
-        try:
-            figure = draw()
-        except Unsupported as reason:
-            left_out(f"{stem}: {reason}")
-            continue
-        written += [save(figure, Path(folder) / f"{stem}.{kind}") for kind in formats]
-    return written
-
-
-def _measures_of(of_rooms: Sequence[str]) -> tuple[str, ...]:
-    unknown = [room for room in of_rooms if room not in ROOMS]
-    if unknown or not of_rooms:
-        raise UsageError(f"There is no room {', '.join(unknown) or 'asked for'}; choose from {', '.join(ROOMS)}.")
-    base = [name for name, measure in MEASURES.items() if measure.room == "base"]
-    return (*base, *(name for room in of_rooms for name in ROOMS[room]))
-
-
-def _answers(logits: Float[Tensor, "image class"]) -> dict[str, np.ndarray]:
-    probabilities = _probabilities(logits)
-    best = np.argsort(-logits.detach().float().cpu().numpy(), axis=-1, kind="stable")[:, :N_TOP]
-    return {
-        "label": best[:, 0].astype(np.int32),
-        "prediction": best[:, 0].astype(np.int32),
-        "probability": np.take_along_axis(probabilities, best[:, :1], axis=-1)[:, 0],
-        "top_class": best.astype(np.int32),
-        "top_probability": np.take_along_axis(probabilities, best, axis=-1),
-        "probabilities": probabilities,
-    }
-
-
-def _probabilities(logits: Float[Tensor, "row class"]) -> Float32[np.ndarray, "row class"]:
-    return logits.detach().float().softmax(dim=-1).cpu().numpy()
+def _analysis(name: str) -> Analysis:
+    if name not in analyses():
+        raise UsageError(f"There is no analysis {name!r}; choose from {', '.join(analyses())}.")
+    return analyses()[name]
 
 
 def _digest(image: Image.Image) -> str:
-    return hashlib.blake2b(f"{image.mode} {image.size} ".encode() + image.tobytes(), digest_size=16).hexdigest()
+    """Read in strips: the bytes of a large photograph at once would be two more of it."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
+    for top in range(0, image.height, STRIP_ROWS):
+        digest.update(image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height))).tobytes())
+    return digest.hexdigest()

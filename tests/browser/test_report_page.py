@@ -33,6 +33,10 @@ def test_a_report_opens_from_its_file_with_all_pictures_and_no_request(
     sizes = pictures.evaluate_all("all => all.map(each => each.complete ? each.naturalWidth : 0)")
     assert min(sizes) > 0
     assert page.evaluate("document.documentElement.scrollWidth") == width  # no sideways scrolling of the page
+    facts = page.locator("table.facts")
+    widths = facts.evaluate_all("all => all.map(each => [each.scrollWidth, each.parentElement.clientWidth])")
+    if width > 1000:
+        assert [own for own, room in widths if own > room] == []  # names and reasons stand beside each other
     assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
     assert (said, failed) == ([], [])
     context.close()

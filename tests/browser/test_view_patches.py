@@ -1,72 +1,87 @@
-"""Views D2 and D5: which patches a head joins."""
-
-from pathlib import Path
+"""The tab of patches: what the study says of the chosen patch, and what the answer rests on."""
 
 import numpy as np
 from numpy.testing import assert_allclose
 from playwright.sync_api import expect
-from served import Site, Visit, becomes, held, photograph, value
+from served import Site, Visit, held, photograph, value
 
-# --- D: patches ---
-
-
-def test_d2_shows_where_a_patch_looks_and_who_looks_at_it(visit: Visit, site: Site, study: Path) -> None:
-    page = visit("?image=4&layer=2&head=1&token=20")
-    page.wait_for_selector("[data-map=looks] rect[data-weight]")
-    weights = np.asarray(site.live.attention(photograph(study, 4), 2))[1]
-    for patch in (0, 19, 40, 63):
-        assert_allclose(
-            value(page, f"[data-map=looks] rect[data-patch='{patch}']", "data-weight"),
-            weights[20, 1 + patch],
-            rtol=1e-4,
-        )
-        assert_allclose(
-            value(page, f"[data-map=seen] rect[data-patch='{patch}']", "data-weight"), weights[1 + patch, 20], rtol=1e-4
-        )
-    expect(page.locator("[data-map=looks] [data-query]")).to_have_attribute("data-query", "19")
+CHOSEN, N_PREFIX = 19, 1
+LINK = f"?tab=patches&image=4&layer=2&token={N_PREFIX + CHOSEN}"
 
 
-def test_d2_click_and_arrow_keys_move_the_query_patch(visit: Visit) -> None:
-    page = visit("?image=4&layer=2&head=1&token=20")
-    page.locator("[data-map=looks] rect[data-patch='10']").click()
-    assert held(page, "token") == "11"
-    photograph = page.locator("[data-map=looks] svg")
-    photograph.focus()
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowRight")
-    expect(page.locator("[data-map=seen] [data-query]")).to_have_attribute("data-query", str(10 + 8 + 1))
-    assert (held(page, "layer"), held(page, "head")) == ("2", "1")  # the heads' arrows rest meanwhile
+def test_reach_is_of_the_chosen_patch_beside_the_same_place_in_all_images(visit: Visit, site: Site) -> None:
+    page = visit(LINK)
+    page.wait_for_selector("[data-view=field] circle[data-step]")
+    page.get_by_label("Reach as").select_option("interaction_distance")
+    assert held(page, "measure") == "interaction_distance"
+    distance = site.dataset.interaction_distance.values
+    expect(page.locator("[data-view=field] .reading")).to_contain_text("mean distance of interactions")
+    page.wait_for_function(
+        "wanted => Math.abs(document.querySelector(\"[data-view=field] circle[data-line='this patch']\")"
+        ".dataset.value - wanted) < 1e-4",
+        arg=float(distance[4, 0, CHOSEN]),
+    )
+    for layer in range(distance.shape[1]):
+        at = f"[data-view=field] circle[data-step='{layer}']"
+        assert_allclose(value(page, f"{at}[data-line='this patch']"), distance[4, layer, CHOSEN], rtol=1e-5)
+        assert_allclose(value(page, f"{at}[data-line='all patches']"), distance[4, layer].mean(), rtol=1e-5)
+        assert_allclose(value(page, f"{at}[data-line='other images']"), distance[:, layer, CHOSEN].mean(), rtol=1e-4)
+    page.locator("[data-view=field]").get_by_role("button", name="over the photograph").click()
+    assert held(page, "overlay") == "interaction_distance"
 
 
-def test_d2_takes_the_class_token_as_query(visit: Visit, site: Site, study: Path) -> None:
-    page = visit("?image=4&layer=5&head=0&token=20")
-    page.get_by_role("button", name="class token").click()
-    weights = np.asarray(site.live.attention(photograph(study, 4), 5))[0]
-    becomes(page, '[data-map=looks] rect[data-patch="30"]', float(weights[0, 31]), 1e-5, "weight")
-    assert held(page, "token") == "0"
-    expect(page.locator("[data-map=looks] [data-query]")).to_have_count(0)
+def test_pull_is_the_tendency_of_each_layer_and_chooses_layers(visit: Visit, site: Site) -> None:
+    page = visit(LINK)
+    page.wait_for_selector("[data-view=pull] g[data-layer]")
+    for layer, length in enumerate(np.hypot(*site.dataset.tendency.values[4, :, CHOSEN].T)):
+        assert_allclose(value(page, f"[data-view=pull] g[data-layer='{layer}']"), length, rtol=1e-5)
+    page.locator("[data-view=pull] g[data-layer='5'] rect.hit").click()
+    assert held(page, "layer") == "5"
+    page.locator("[data-view=pull]").get_by_role("button", name="as a flow").click()
+    expect(page.locator("#photograph .hero svg")).to_have_attribute("data-overlay", "tints")
+    longest = np.hypot(*site.dataset.tendency.values[4, 5].T).max()
+    assert_allclose(value(page, "#photograph [data-wheel]", "data-wheel"), longest, rtol=1e-5)
 
 
-def test_d5_keeps_exactly_the_share_of_cells_that_the_threshold_says(visit: Visit, site: Site, study: Path) -> None:
-    page = visit("?image=4&layer=2&head=1&token=20&threshold=0.1")
-    page.wait_for_selector("[data-view=D5] rect[data-bin]")
-    weights = np.asarray(site.live.attention(photograph(study, 4), 2))[1]
-    n = int(0.1 * weights.size)
-    expect(page.locator("[data-view=D5] .reading")).to_contain_text(f"{n} cells are kept")
-    cut = np.sort(weights.ravel())[-n]
-    shown = page.locator("[data-map=looks] rect.strong").count()
-    assert shown == int((weights[20, 1:] >= cut).sum())
-    bars = page.locator("[data-view=D5] rect[data-bin]").all()
-    assert sum(int(bar.get_attribute("data-count") or 0) for bar in bars) == weights.size
+def test_hubs_and_sinks_are_shares_of_all_images_or_of_this_one(visit: Visit, site: Site) -> None:
+    page = visit(f"{LINK}&scope=set")
+    page.wait_for_selector("[data-view=hubs] circle[data-step]")
+    last = "[data-view=hubs] circle[data-step='5']"
+    assert_allclose(value(page, f"{last}[data-line='are hubs']"), site.dataset.hub.values[:, 5].mean(), atol=1e-5)
+    assert_allclose(
+        value(page, f"{last}[data-line='taken by sinks']"), site.dataset.sink_share.values[:, 5].mean(), 1e-4
+    )
+    page.locator("[data-view=hubs]").get_by_role("button", name="this image").click()
+    expect(page.locator("[data-view=hubs] .reading")).to_contain_text("This image")
+    page.wait_for_function(
+        "wanted => Math.abs(document.querySelector(\"[data-view=hubs] circle[data-step='5'][data-line='are sinks']\")"
+        ".dataset.value - wanted) < 1e-5",
+        arg=float(site.dataset.sink.values[4, 5].mean()),
+    )
 
 
-def test_d5_click_and_slider_set_the_threshold_of_d2(visit: Visit) -> None:
-    page = visit("?image=4&layer=2&head=1&token=20")
-    page.wait_for_selector("[data-view=D5] rect[data-bin]")
-    page.locator("[data-view=D5] rect.hit").nth(5).click(force=True)
-    assert float(held(page, "threshold")) > 0.5
-    few = page.locator("[data-map=looks] rect.strong").count()
-    page.get_by_label("strongest").focus()
-    page.keyboard.press("Home")
-    page.wait_for_function("() => +new URLSearchParams(location.search).get('threshold') === 0.0001")
-    assert page.locator("[data-map=looks] rect.strong").count() < few
+def test_what_the_answer_rests_on_is_the_relevance_of_the_look_with_its_curves(visit: Visit, site: Site, study) -> None:
+    page = visit(LINK)
+    page.wait_for_selector("[data-view=rests] circle[data-step]")
+    parts = site.live.parts("tokens").names
+    looked = [
+        site.live.look_part(photograph(study, 4), "tokens", next(part for part in parts if name in part), None)
+        for name in ("relevance", "relevance_deletion")
+    ]
+    scores = looked[0].relevance.sel(relevance_method="gradient").values
+    best = int(scores.argmax())
+    assert_allclose(value(page, f"[data-view=rests] button[data-patch='{best}']"), scores[best], rtol=1e-4)
+    methods = list(looked[0].relevance_method.values)
+    gone = looked[1].relevance_deletion.values
+    at = "[data-view=rests] circle[data-step='3']"
+    assert_allclose(value(page, f"{at}[data-line=gradient]"), gone[methods.index("gradient"), 3], atol=1e-5)
+    random = [row for row, name in enumerate(methods) if name.startswith("random")]
+    assert_allclose(value(page, f"{at}[data-line=random]"), gone[random, 3].mean(), atol=1e-5)
+    page.locator("[data-view=rests]").get_by_role("button", name="insertion").click()
+    came = looked[1].relevance_insertion.values[methods.index("rollout"), 3]
+    page.wait_for_function(
+        "wanted => Math.abs(document.querySelector(\"[data-view=rests] circle[data-step='3'][data-line=rollout]\")"
+        ".dataset.value - wanted) < 1e-5",
+        arg=float(came),
+    )
+    expect(page.locator("[data-view=lost][data-missing]")).to_contain_text("--measures tokens")

@@ -6,8 +6,9 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 from vitrail.errors import UsageError
-from vitrail.figures.attention import attention_over_photo, most_attended_patch
+from vitrail.figures.attention import attention_over_photo
 from vitrail.figures.style import save
+from vitrail.heads.query_maps import query_maps
 
 GRID, PREFIX = (3, 4), 2
 
@@ -17,6 +18,10 @@ def a_map(seed=0):
     return weights / weights.sum(1, keepdims=True)
 
 
+def of_query(weights, query):
+    return query_maps(weights[query], weights[:, query], GRID, PREFIX)
+
+
 def a_photo():
     return Image.fromarray(np.random.default_rng(1).integers(0, 255, (48, 64, 3), dtype=np.uint8))
 
@@ -24,7 +29,7 @@ def a_photo():
 @pytest.mark.parametrize("query", [0, 1, 2, 9, 13])
 def test_the_maps_are_the_row_and_the_column_of_the_query_on_one_scale(query):
     weights = a_map()
-    figure = attention_over_photo(a_photo(), weights, GRID, PREFIX, query, "L0H0")
+    figure = attention_over_photo(a_photo(), of_query(weights, query), GRID, PREFIX, query, "L0H0")
     looks, looked_at = figure.axes[1].images[1], figure.axes[2].images[1]
     assert_allclose(looks.get_array(), weights[query, 2:].reshape(GRID))
     assert_allclose(looked_at.get_array(), weights[2:, query].reshape(GRID))
@@ -33,10 +38,10 @@ def test_the_maps_are_the_row_and_the_column_of_the_query_on_one_scale(query):
 
 
 def test_the_query_patch_is_framed_in_every_picture_and_a_class_token_in_none():
-    framed = attention_over_photo(a_photo(), a_map(), GRID, PREFIX, 2 + 6, "L0H0")
+    framed = attention_over_photo(a_photo(), of_query(a_map(), 2 + 6), GRID, PREFIX, 2 + 6, "L0H0")
     frames = [axes.patches[0].get_xy() for axes in framed.axes[:3]]
     assert_allclose(frames, np.tile([2 - 0.5, 1 - 0.5], (3, 1)))
-    token = attention_over_photo(a_photo(), a_map(), GRID, PREFIX, 0, "L0H0")
+    token = attention_over_photo(a_photo(), of_query(a_map(), 0), GRID, PREFIX, 0, "L0H0")
     assert sum(len(axes.patches) for axes in token.axes[:3]) == 0
     assert "class token" in token.axes[0].get_title(loc="left")
 
@@ -44,7 +49,7 @@ def test_the_query_patch_is_framed_in_every_picture_and_a_class_token_in_none():
 def test_the_scale_and_the_even_weight_are_stated_and_bytes_repeat(tmp_path):
     written = []
     for name in "ab":
-        figure = attention_over_photo(a_photo(), a_map(), GRID, PREFIX, 5, "L0H0")
+        figure = attention_over_photo(a_photo(), of_query(a_map(), 5), GRID, PREFIX, 5, "L0H0")
         written.append(save(figure, tmp_path / f"{name}.svg").read_bytes())
     assert written[0] == written[1]
     below = " ".join(figure.get_supxlabel().split())
@@ -52,17 +57,6 @@ def test_the_scale_and_the_even_weight_are_stated_and_bytes_repeat(tmp_path):
     assert "Even attention to all tokens would be 0.0714" in below
 
 
-def test_the_most_attended_patch_does_not_count_its_look_at_itself():
-    weights = np.full((14, 14), 0.01)
-    weights[:, 5] = 0.2
-    weights[7, 7] = 9.0
-    assert most_attended_patch(weights, GRID, PREFIX) == 5
-
-
-@pytest.mark.parametrize(
-    ("grid", "query", "words"),
-    [((4, 4), 0, "18 x 18 tokens"), (GRID, 14, "tokens 0 to 13"), (GRID, -1, "patches from 2")],
-)
-def test_a_map_or_a_query_that_does_not_fit_is_refused(grid, query, words):
-    with pytest.raises(UsageError, match=words):
-        attention_over_photo(a_photo(), a_map(), grid, PREFIX, query, "L0H0")
+def test_a_map_that_does_not_fit_is_refused():
+    with pytest.raises(UsageError, match="a row and a column of 18 tokens"):
+        query_maps(a_map()[0], a_map()[:, 0], (4, 4), PREFIX)

@@ -13,8 +13,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from vitrail.errors import UsageError
 from vitrail.figures import heads
 from vitrail.figures.style import save
-from vitrail.figures.values import head_values, hops_of_layers, main_metric
-from vitrail.heads.summary import bootstrap_interval
+from vitrail.figures.whole import draw_figures
+from vitrail.heads.head_values import head_values, hops_of_layers, main_metric
+from vitrail.stats import mean_interval
 
 
 def axis_labels(figure):
@@ -45,11 +46,11 @@ def test_an_image_is_found_by_position_and_by_id(image):
     assert_allclose(shown, study["head_divergence"].to_numpy()[2], rtol=1e-6)
 
 
-def test_whiskers_are_the_bootstrap_interval_of_the_mean():
+def test_whiskers_are_the_interval_of_the_mean():
     study = planted(n_images=12, fewer=(0,))
     shown = head_values(study, "head_probability")
     there = ~np.isnan(shown.values)
-    low, high = bootstrap_interval(study["head_probability"].to_numpy().astype(float)[:, there])
+    low, high, _ = mean_interval(study["head_probability"].to_numpy().astype(float)[:, there], limits=(0.0, 1.0))
     assert_allclose(shown.low[there], low, rtol=1e-12)
     assert_allclose(shown.high[there], high, rtol=1e-12)
     assert np.isnan(shown.low[~there]).all()
@@ -170,7 +171,7 @@ def test_the_whole_set_is_written_in_every_format(tmp_path):
     study = planted(
         n_layers=2, only=["label", "probability", "head_probability", "attention_strength", "strength_entropy"]
     )
-    written = heads.figures_of(study, tmp_path, ("svg", "png"))
+    written = draw_figures(study, tmp_path, ("svg", "png"))
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
     stems = {path.stem for path in written}
     assert {
@@ -178,7 +179,7 @@ def test_the_whole_set_is_written_in_every_format(tmp_path):
         "importance_map_head_probability",
         "importance_line",
         "entropy_by_layer",
-        "strength_L0H1",
+        "strength_of_top_heads",
     } <= stems
     assert len(written) == 2 * len(stems)
 
@@ -191,7 +192,7 @@ def test_settings_of_the_session_are_left_alone(tmp_path):
 
 def test_no_torch_and_no_pyplot_is_loaded():
     code = (
-        "import sys, vitrail.figures.heads, vitrail.figures.look;"
+        "import sys, vitrail.figures.heads, vitrail.figures.one_image;"
         "sys.exit(', '.join(n for n in ('torch', 'timm', 'matplotlib.pyplot') if n in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
@@ -215,8 +216,8 @@ def _environment():
         (lambda s, _: heads.strength_over_hops(s, 0, 2), "the head is not there"),
         (lambda s, _: heads.strength_over_hops(s.drop_vars("attention_strength"), 0, 0), "does not hold attention_str"),
         (lambda s, _: heads.importance_map(s.isel(image=slice(0))), "holds no images"),
-        (lambda s, t: heads.figures_of(s, t, ("jpg",)), "as jpg; choose from png, svg, pdf"),
-        (lambda s, t: heads.figures_of(s, t, ()), "choose from png, svg, pdf"),
+        (lambda s, t: draw_figures(s, t, ("jpg",)), "as jpg; choose from png, svg, pdf"),
+        (lambda s, t: draw_figures(s, t, ()), "choose from png, svg, pdf"),
         (lambda s, t: save(heads.importance_map(s), t / "map.gif"), "it can be png, svg, pdf"),
     ],
 )

@@ -7,9 +7,11 @@ from drawn_studies import planted
 from numpy.testing import assert_allclose
 
 from vitrail.errors import UsageError
-from vitrail.figures.layers import OverLayers, heads_by_layer, over_layers, per_image
+from vitrail.figures.heads import heads_by_layer
+from vitrail.figures.layers import quantities_over_layers
 from vitrail.figures.style import picture
-from vitrail.heads.summary import bootstrap_interval
+from vitrail.layer_summary import LayerQuantity, layer_quantity
+from vitrail.stats import mean_interval
 
 
 def values(n_images=9, n_layers=4):
@@ -21,26 +23,26 @@ def values(n_images=9, n_layers=4):
 
 def test_the_line_is_the_mean_over_the_images_that_have_a_value_and_skips_layers_without():
     given = values()
-    axes = over_layers([OverLayers("a", "patches", given)], "title").axes[0]
+    axes = quantities_over_layers([LayerQuantity("a", "patches", given)], "title").axes[0]
     line = axes.lines[0]
     assert line.get_xdata().tolist() == [0, 2, 3]
     assert_allclose(line.get_ydata(), [given[:, 0].mean(), np.nanmean(given[:, 2]), given[:, 3].mean()])
     assert axes.get_ylabel() == "patches"
 
 
-def test_the_band_is_the_bootstrap_interval_of_the_mean():
+def test_the_band_is_the_interval_of_the_mean():
     given = values()
-    axes = over_layers([OverLayers("a", "1", given)], "title").axes[0]
+    axes = quantities_over_layers([LayerQuantity("a", "1", given)], "title").axes[0]
     band = next(
         each for each in axes.collections if type(each).__name__ in ("PolyCollection", "FillBetweenPolyCollection")
     )
-    low, high = bootstrap_interval(given[:, 3:])
+    low, high, _ = mean_interval(given[:, 3:])
     ends = [y for x, y in band.get_paths()[0].vertices if x == 3]
     assert_allclose([min(ends), max(ends)], [low[0], high[0]])
 
 
 def test_one_image_has_a_line_and_no_interval():
-    figure = over_layers([OverLayers("a", "1", values(1))], "title")
+    figure = quantities_over_layers([LayerQuantity("a", "1", values(1))], "title")
     assert len(figure.axes[0].collections) == 0
     assert "interval" not in figure.get_supxlabel()
 
@@ -49,7 +51,7 @@ def test_a_measure_is_averaged_over_what_else_it_has_dimensions_for():
     given = np.random.default_rng(0).random((3, 2, 5, 2))
     given[:, 1, 4] = np.nan
     study = xr.Dataset({"a": (("image", "layer", "patch", "xy"), given, {"title": "of a", "unit": "1"})})
-    found = per_image(study, "a")
+    found = layer_quantity(study, "a")
     assert_allclose(found.values, np.nanmean(given, axis=(2, 3)))
     assert (found.title, found.unit) == ("of a", "0 to 1")
 
@@ -65,7 +67,7 @@ def test_every_head_is_a_dot_at_its_mean():
 
 
 def test_a_bare_picture_has_lost_its_title_and_its_line():
-    figure = over_layers([OverLayers("a", "1", values())], "A title", "How to read.")
+    figure = quantities_over_layers([LayerQuantity("a", "1", values())], "A title", "How to read.")
     framed, bare = picture(figure, "png"), picture(figure, "png", bare=True)
     assert framed.startswith(b"\x89PNG")
     assert bare.startswith(b"\x89PNG")

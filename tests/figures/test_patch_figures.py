@@ -7,10 +7,11 @@ from matplotlib.patches import Rectangle
 from numpy.testing import assert_allclose
 from PIL import Image
 
+from vitrail.analysis import declaration
 from vitrail.errors import UsageError
 from vitrail.figures import patches as figures
 from vitrail.figures.style import save
-from vitrail.measure import MEASURES
+from vitrail.patches.layer_maps import coverage
 
 GRID = (4, 5)
 
@@ -27,8 +28,13 @@ def study():
     window[:, 2], tendency[:, 2] = np.nan, np.nan
     hub = np.zeros((3, 3, n_patches), dtype=bool)
     hub[0, 1, [3, 7]] = True
+    on_objects = random.random((3, 3, n_patches)).astype(np.float32)
+    covered = np.repeat(np.arange(3)[:, None] == 0, n_patches, axis=1).astype(np.float32)
+    covered[1, :5] = 1
+    on_objects[:, 2] = np.nan
     arrays = {"window": window, "tendency": tendency, "hub": hub}
-    held = {name: xr.DataArray(array, dims=MEASURES[name].dims) for name, array in arrays.items()}
+    arrays |= {"window_object_share": on_objects, "object_share": covered}
+    held = {name: xr.DataArray(array, dims=declaration(name).dims) for name, array in arrays.items()}
     grids = [list(GRID), list(GRID), None]
     return xr.Dataset(held, coords={"image": ["a.png", "b.png", "c.png"]}, attrs={"grids": grids})
 
@@ -43,6 +49,7 @@ DRAWINGS = {
     "flow": figures.tendency_flow,
     "coverage": figures.window_coverage,
     "hubs": figures.hub_map,
+    "objects": figures.window_object_map,
     "windows": lambda study, image=0, photo=None: figures.windows_of_patch(study, 7, image, photo),
 }
 
@@ -57,7 +64,7 @@ def test_each_layer_with_a_grid_has_a_panel(study, photo, name, over_photo, tmp_
     assert save(figure, tmp_path / "figure.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("name", ["arrows", "flow", "hubs"])
+@pytest.mark.parametrize("name", ["arrows", "flow", "hubs", "objects"])
 def test_over_all_images_the_mean_is_drawn(study, name):
     assert "mean over 3 images" in DRAWINGS[name](study, None).get_suptitle().replace("\n", " ")
 
@@ -75,8 +82,18 @@ def test_hubs_are_framed_and_counted(study):
     assert axes.get_title("right") == "2"
 
 
+def test_windows_on_objects_are_drawn_of_a_study_and_over_the_photograph_of_one_image(study, photo):
+    ((_, draw),) = figures.BOTH
+    assert "mean over 3 images" in draw(study).get_suptitle().replace("\n", " ")
+    looked = study.isel(image=[1]).assign(view=(("row", "column", "channel"), np.asarray(photo)))
+    panel = draw(looked).axes[0]
+    assert_allclose(panel.images[-1].get_array().ravel(), study["window_object_share"][1, 0])
+    assert len(panel.collections) == 1  # the line around the object
+    assert draw(study.drop_vars("window_object_share")) is None
+
+
 def test_coverage_of_windows_that_are_the_whole_grid_is_one_everywhere(study):
-    assert_allclose(figures.coverage(study["window"].values[0, 0].astype(float), GRID), np.ones(GRID))
+    assert_allclose(coverage(study["window"].values[0, 0].astype(float), GRID), np.ones(GRID))
 
 
 def test_flow_is_paper_without_length_and_another_colour_for_each_direction():

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from vitrail.analysis import declaration
 from vitrail.errors import UsageError
-from vitrail.figures.patterns import cluster_maps, figures_of, pattern_map, patterns_by_head
-from vitrail.heads.pattern_names import NAMES, RULES
-from vitrail.measure import MEASURES
-from vitrail.study.store import declared
+from vitrail.figures.patterns import cluster_maps, pattern_map, patterns_by_head
+from vitrail.figures.whole import draw_figures
+from vitrail.patterns.names import NAMES, RULES
 
 GRID = (4, 5)
 N_IMAGES, N_LAYERS, N_HEADS = 30, 4, 3
@@ -40,7 +40,7 @@ def planted_study() -> xr.Dataset:
     fit = {"method": "pca", "why": "PCA, as it describes held-out images as well", "n_latents": 8}
     errors = {"autoencoder_error": 0.41, "pca_error": 0.4, "n_train": 100, "n_held": 20, "n_clusters": 2}
     return xr.Dataset(
-        {name: (declared(name).dims, values, declared(name).attributes()) for name, values in arrays.items()},
+        {name: (declaration(name).dims, values, declaration(name).attributes()) for name, values in arrays.items()},
         coords={"image": [f"{at}.png" for at in range(N_IMAGES)]},
         attrs={
             "n_heads": [3, 3, 3, 2],
@@ -93,11 +93,11 @@ def test_every_head_has_its_name_in_its_cell(study: xr.Dataset) -> None:
 
 
 def test_the_whole_set_is_written_and_what_is_not_there_is_left_out(study: xr.Dataset, tmp_path) -> None:
-    made = [path.name for path in figures_of(study, tmp_path, ("svg",))]
+    made = [path.name for path in draw_figures(study, tmp_path, ("svg",), only=["patterns"])]
     assert made == ["patterns_by_head.svg", "pattern_map_patch.svg", "pattern_clusters.svg"]
     few = study.drop_vars(["pattern_patch_xy", "pattern_patch_cluster", "patch_cluster_map", "image_dependence"])
-    assert [path.name for path in figures_of(few, tmp_path)] == ["patterns_by_head.png"]
-    assert figures_of(xr.Dataset(), tmp_path) == []
+    assert [path.name for path in draw_figures(few, tmp_path)] == ["patterns_by_head.png"]
+    assert draw_figures(xr.Dataset(), tmp_path) == []
 
 
 def test_a_map_that_the_study_lacks_is_refused_with_the_reason(study: xr.Dataset) -> None:
@@ -115,4 +115,4 @@ def test_every_name_has_a_colour_and_the_measures_are_declared() -> None:
     from vitrail.figures.patterns import COLOURS
 
     assert set(COLOURS) == set(NAMES)
-    assert MEASURES["pattern_patch_cluster"].dtype == "int32"
+    assert declaration("pattern_patch_cluster").dtype == "int32"

@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 from vitrail.errors import UsageError
 from vitrail.figures.pruning import pruning_curves
 from vitrail.figures.style import save
-from vitrail.heads.ranking import Curves, area_table
+from vitrail.pruning.ranking import Curves, area_table
 
 
 def curves(*names):

@@ -24,8 +24,23 @@ def study(labels=(0,) * 30 + (1,) * 20 + (2,), **attrs):
             "probability": ("image", np.full(len(label), 0.9)),
             "head_probability": (("image", "layer", "head"), 0.9 - drop),
         },
-        attrs={"class_names": ["cat", "dog", "owl"], "labels_from": "the names of the class folders", **attrs},
-    )  # fmt: skip
+        attrs={"class_names": ["cat", "dog", "owl"], "labels": "given", **attrs},
+    )
+
+
+def simulated_study(seed, n_classes=13, n_of_class=6, planted=0.0):
+    """Skewed losses that do not depend on the class, but for L1H2 in class 5 where an effect is planted."""
+    rng = np.random.default_rng(seed)
+    label = np.repeat(np.arange(n_classes), n_of_class)
+    drop = np.minimum(0.02 * rng.exponential(size=(len(label), 2, 4)), 0.5)
+    drop[label == 5, 1, 2] += planted
+    return xr.Dataset(
+        {
+            "label": ("image", label),
+            "probability": ("image", np.full(len(label), 0.9)),
+            "head_probability": (("image", "layer", "head"), 0.9 - drop),
+        }
+    )
 
 
 def test_each_class_has_the_head_it_needs_first_with_an_interval_that_other_classes_lie_below():
@@ -76,7 +91,7 @@ def test_one_class_alone_has_nothing_to_compare_with_and_says_so():
 
 
 def test_without_labels_classes_are_the_models_predictions_and_the_note_says_so():
-    found = heads_by_class(study(labels_from="the model's own top-1 prediction, as there are no class folders"))
+    found = heads_by_class(study().assign_attrs(labels="predicted"))
     assert all("no labels" in each.note for each in found)
 
 
@@ -92,3 +107,22 @@ def test_what_cannot_be_answered_is_refused_with_what_to_do():
         heads_by_class(study().drop_vars(["head_probability", "probability"]))
     with pytest.raises(UsageError, match="no images"):
         heads_by_class(study().isel(image=slice(0)))
+
+
+def test_where_classes_do_not_matter_no_head_is_starred_in_19_of_20_studies():
+    n_studies = 60
+    starred = sum(
+        any(head.is_own for each in heads_by_class(simulated_study(seed)) for head in each.heads)
+        for seed in range(n_studies)
+    )
+    assert starred <= 0.07 * n_studies
+
+
+def test_a_planted_head_is_starred_in_its_class_and_in_no_other():
+    starred = [
+        (each.label, head.layer, head.head)
+        for each in heads_by_class(simulated_study(0, planted=0.2))
+        for head in each.heads
+        if head.is_own
+    ]
+    assert starred == [(5, 1, 2)]

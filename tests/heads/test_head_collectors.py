@@ -11,16 +11,17 @@ from head_models import timm_swin, timm_vit
 from numpy.testing import assert_allclose
 
 from vitrail import Readers, open_vit
+from vitrail.analysis import analyses, is_of_other_models, make_collectors, unavailable
 from vitrail.errors import UsageError
-from vitrail.heads import collectors, maps, skipped
-from vitrail.heads.strength import Layout, reach
-from vitrail.measure import MEASURES, ROOMS
+from vitrail.heads.strength import reach
+from vitrail.models.token_grid import TokenGrid
+from vitrail.tap import maps
 
 REACH = ("attention_strength", "strength_entropy", "attention_distance", "prefix_share")
 
 
 def read_reach(vit, images, **options):
-    (collector,) = collectors(vit, REACH, options)
+    (collector,) = make_collectors(vit, REACH, options)
     tap = vit.tap()
     replay, logits = tap.record(images, collector.readers())
     return collector.finish(tap, replay, logits, np.zeros(len(images), dtype=np.int64))
@@ -44,22 +45,24 @@ def images():
     return torch.randn(4, 3, 48, 80, generator=torch.Generator().manual_seed(0))
 
 
-def test_importing_the_room_and_its_tables_loads_no_torch():
+def test_importing_the_package_and_its_tables_loads_no_torch():
     code = "import sys, vitrail.heads, vitrail.heads.summary, vitrail.heads.why; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_every_measure_of_the_room_is_computed_for_a_classifier_with_class_token(vit):
-    found = [name for collector in collectors(vit, list(MEASURES), {}) for name in collector.measures]
-    assert sorted(found) == sorted([*ROOMS["heads"], *ROOMS["regions"], "pattern_rule"])
-    assert skipped(vit, list(MEASURES)) == {}
+def test_every_measure_of_heads_is_computed_for_a_classifier_with_class_token(vit):
+    names = [name for each in ("heads", "regions", "patterns") for name in analyses()[each].measure_names]
+    found = [name for collector in make_collectors(vit, names) for name in collector.measures]
+    of_classifiers = [name for name in analyses()["heads"].measure_names if not is_of_other_models(name)]
+    assert sorted(found) == sorted([*of_classifiers, *analyses()["regions"].measure_names, "pattern_rule"])
+    assert unavailable(vit, found) == {}
 
 
 def test_reach_of_a_batch_is_reach_of_each_layers_maps(vit, images):
     found, maps = read_reach(vit, images), maps_of(vit, images)
     assert found["attention_strength"].shape == (4, 3, 3, 5)
     for layer, weights in maps.items():
-        expected = reach(weights, Layout((3, 5), 1))
+        expected = reach(weights, TokenGrid((3, 5), 1))
         assert_allclose(found["attention_strength"][:, layer], expected.strength, rtol=1e-5)
         assert_allclose(found["strength_entropy"][:, layer], expected.entropy, rtol=1e-5)
         assert_allclose(found["attention_distance"][:, layer], expected.distance, rtol=1e-5)
@@ -85,7 +88,7 @@ def test_attention_with_a_bias_before_the_softmax_is_read_as_the_model_computes_
     vit = open_vit(timm_vit("vit_relpos_small_patch16_224"), image_size=(48, 80))
     found, expected = read_reach(vit, images), maps_of(vit, images)
     for layer, weights in expected.items():
-        assert_allclose(found["attention_strength"][:, layer], reach(weights, Layout((3, 5))).strength, rtol=1e-5)
+        assert_allclose(found["attention_strength"][:, layer], reach(weights, TokenGrid((3, 5))).strength, rtol=1e-5)
 
 
 def test_permuting_images_permutes_rows(vit, images):
@@ -109,27 +112,27 @@ def test_swin_is_read_on_the_image_grid_with_layers_padded():
 
 def test_measures_that_a_model_cannot_give_are_named_with_the_reason():
     features = open_vit(timm_vit("vit_base_patch16_siglip_gap_224", num_classes=0), image_size=(48, 80))
-    reasons = skipped(features, list(ROOMS["heads"]))
+    reasons = unavailable(features, list(analyses()["heads"].measure_names))
     assert "no classifier" in reasons["head_probability"]
     assert "no class token" in reasons["head_cls_shift"]
     assert "head_token_shift" not in reasons
 
 
 def test_the_estimate_says_what_it_does_not_offer(vit):
-    reasons = skipped(vit, list(ROOMS["heads"]), {"importance": "estimate"})
+    reasons = unavailable(vit, list(analyses()["heads"].measure_names), {"importance": "estimate"})
     assert 'use importance="exact"' in reasons["head_divergence"]
     assert "head_loss_change" not in reasons
 
 
 def test_an_unknown_option_is_refused_with_those_that_exist(vit):
     with pytest.raises(UsageError, match="exact, estimate"):
-        collectors(vit, ["head_flip"], {"importance": "guess"})
+        make_collectors(vit, ["head_flip"], {"importance": "guess"})
 
 
 def test_parts_of_heads_are_what_the_region_modes_say(vit, images):
     from vitrail.heads.regions import Mode, region_modes
 
-    (collector,) = collectors(vit, ["head_region_probability"])
+    (collector,) = make_collectors(vit, ["head_region_probability"])
     tap = vit.tap()
     replay, logits = tap.record(images, collector.readers())
     labels = logits.argmax(-1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.testing import assert_close
 
-from vitrail.heads.metrics import flips, jensen_shannon, label_log_probability, one_minus_cosine, relative_l2, shift
+from vitrail.heads.metrics import flips, jensen_shannon, one_minus_cosine, relative_l2, shift
 
 logits = hnp.arrays(np.float32, (7,), elements=st.floats(-60, 60, width=32)).map(torch.from_numpy)
 
@@ -75,12 +75,6 @@ def test_shift_broadcasts_one_baseline_over_many_copies():
     cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
     assert_close(found.one_minus_cosine, 1 - cosine, rtol=1e-4, atol=1e-6)
     assert_close(found.relative_l2, (after - before).norm(dim=-1) / before.norm(dim=-1))
-
-
-def test_log_probability_of_the_label_is_the_cross_entropy_with_its_sign_turned():
-    logits, labels = torch.randn(5, 9), torch.tensor([0, 8, 3, 3, 1])
-    expected = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    assert_close(label_log_probability(logits, labels), expected)
 
 
 def test_a_flip_is_another_most_probable_class():

@@ -10,19 +10,20 @@ from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
 from vitrail import open_vit
-from vitrail.heads import collectors, estimate, importance
+from vitrail.analysis import analyses, make_collectors, unavailable
+from vitrail.heads import estimate, importance
 from vitrail.heads.estimate import loss_gradients
+from vitrail.heads.importance import LAYER_METRICS
 from vitrail.heads.metrics import jensen_shannon, shift
 from vitrail.heads.summary import rank_agreement
-from vitrail.measure import ROOMS
 
-SWEPT = tuple(name for name in ROOMS["heads"] if name.startswith("head_"))
+SWEPT = tuple(name for name in analyses()["heads"].measure_names if name.startswith("head_"))
 
 
 def study_batch(vit, images, labels, names=SWEPT, **options):
     """What a study does with one batch."""
     tap, arrays = vit.tap(), {}
-    found = collectors(vit, names, options)
+    found = make_collectors(vit, names, options)
     readers = [collector.readers() for collector in found]
     for collector, reader in zip(found, readers, strict=True):
         replay, logits = tap.record(images, reader)
@@ -95,9 +96,9 @@ def test_the_sweep_equals_naive_leave_one_out(model, images, labels, swept, laye
 
 
 def test_a_sweep_with_one_head_at_a_time_gives_the_same(model, images, labels, swept, monkeypatch):
-    monkeypatch.setitem(importance.STACK_BYTES, "cpu", 1)
+    monkeypatch.setattr(importance, "BATCH_BYTES", 1)
     one_by_one = study_batch(open_vit(model, image_size=(48, 80)), images, labels)
-    for name in SWEPT:
+    for name in swept:
         assert_allclose(one_by_one[name], swept[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
@@ -125,7 +126,7 @@ def test_the_planted_head_ranks_first_in_every_model_metric_and_in_the_estimate(
 def test_the_estimate_is_the_derivative_by_the_gate(model, images, labels):
     vit = open_vit(model, image_size=(48, 80))
     tap, target, step = vit.tap(), torch.from_numpy(labels), 1e-2
-    gradients = loss_gradients(tap, vit.anatomy, images, target)
+    gradients = loss_gradients(tap, vit.anatomy, images, target, vit.task)
 
     def loss_with(factor, layer, head):
         scaled = copy.deepcopy(model)
@@ -166,7 +167,7 @@ def test_the_estimate_of_one_image_at_a_time_is_the_same(model, images, labels, 
 def test_layer_metrics_are_exact_under_the_estimate_too(model, images, labels, swept):
     guess = study_batch(open_vit(model, image_size=(48, 80)), images, labels, importance="estimate")
     for name in SWEPT:
-        if "shift" in name:
+        if name in LAYER_METRICS:
             assert_allclose(guess[name], swept[name], rtol=1e-3, atol=1e-7, err_msg=name)
 
 
@@ -180,10 +181,10 @@ def test_a_model_without_classifier_has_layer_metrics_and_the_cosine_of_its_outp
     features = timm_vit(num_classes=0)
     vit = open_vit(features, image_size=(48, 80))
     found = study_batch(vit, images, np.zeros(5, dtype=np.int64))
-    assert set(found) == {"head_divergence", *(name for name in SWEPT if "shift" in name)}
+    assert set(found) == {"head_output_shift", *LAYER_METRICS}
     with torch.no_grad():
         cosine = torch.nn.functional.cosine_similarity(features(images), without_head(features, 1, 0)(images), dim=-1)
-    assert_allclose(found["head_divergence"][:, 1, 0], 1 - cosine, rtol=1e-3, atol=1e-6)
+    assert_allclose(found["head_output_shift"][:, 1, 0], 1 - cosine, rtol=1e-3, atol=1e-6)
 
 
 def test_where_a_native_kernel_hides_the_residual_a_spare_copy_shows_it():
@@ -217,6 +218,7 @@ def test_blocks_that_never_show_the_residual_have_no_layer_metrics_and_keep_the_
     images, labels = bright_and_dark_images()
     vit = open_vit(PlantedViT(StackedBlock).eval(), image_size=(16, 16))
     found = study_batch(vit, images, labels, importance=how)
-    assert np.isnan(found["head_token_shift"]).all()
+    assert "head_token_shift" not in found
+    assert "add its attention" in unavailable(vit, ["head_token_shift"])["head_token_shift"]
     drop = -found["head_probability"].mean(0)
     assert np.unravel_index(drop.argmax(), drop.shape) == PLANTED

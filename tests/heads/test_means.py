@@ -8,19 +8,19 @@ from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
 from vitrail import Readers, open_vit
-from vitrail.heads import collectors, skipped
+from vitrail.analysis import make_collectors, unavailable
 from vitrail.heads.importance import model_metrics
 from vitrail.heads.means import MeanOutputs
-from vitrail.vit.edits import Edit
+from vitrail.tap.edits import Edit
 
 MEASURES = ("head_probability", "head_divergence", "head_token_shift")
 
 
 def swept(vit, images, ablation):
-    (collector,) = collectors(vit, MEASURES, {"ablation": ablation})
+    (collector,) = make_collectors(vit, MEASURES, {"ablation": ablation})
     if ablation == "mean":
-        collector.survey(vit.tap(), images, len(images))
-        collector.take_survey(collector.surveyed())
+        collector.calibrate(vit.tap(), images, len(images))
+        collector.load_calibration(collector.calibration_statistics())
     replay, logits = vit.tap().record(images, collector.readers())
     return collector.finish(vit.tap(), replay, logits, logits.argmax(-1).numpy())
 
@@ -66,7 +66,7 @@ def test_the_mean_is_put_before_the_output_projection_as_a_hook_would_do_it():
 
     handle = projection.register_forward_pre_hook(put_mean)
     with torch.no_grad():
-        expected = model_metrics(plain, model(images)[None], plain.argmax(-1))
+        expected = model_metrics(plain, model(images)[None], plain.argmax(-1), vit.task)
     handle.remove()
     found = swept(vit, images, "mean")
     assert_allclose(found["head_probability"][:, 1, 2], expected["head_probability"][0], rtol=1e-4)
@@ -76,9 +76,9 @@ def test_the_mean_is_put_before_the_output_projection_as_a_hook_would_do_it():
 def test_batches_and_padding_do_not_change_the_mean():
     vit, images = open_vit(timm_vit(), image_size=(48, 80)), noise(5, (48, 80))
     whole, parts = MeanOutputs(vit.anatomy), MeanOutputs(vit.anatomy)
-    whole.see(vit.tap(), images, 5)
-    parts.see(vit.tap(), images[:3], 3)
-    parts.see(vit.tap(), torch.cat([images[3:], images[-1:]]), 2)  # padded with the last image
+    whole.add(vit.tap(), images, 5)
+    parts.add(vit.tap(), images[:3], 3)
+    parts.add(vit.tap(), torch.cat([images[3:], images[-1:]]), 2)  # padded with the last image
     for name, values in whole.arrays().items():
         assert values.shape == (1, 3, 16, 16)
         assert_allclose(parts.arrays()[name], values, atol=1e-5)
@@ -98,6 +98,6 @@ def test_a_fill_of_zeros_is_pruning_and_touches_no_other_head():
 
 def test_the_estimate_does_not_offer_means_and_says_so():
     vit = open_vit(timm_vit(), image_size=(48, 80))
-    reasons = skipped(vit, ["head_loss_change", "head_token_shift"], {"importance": "estimate", "ablation": "mean"})
+    reasons = unavailable(vit, ["head_loss_change", "head_token_shift"], {"importance": "estimate", "ablation": "mean"})
     assert 'ablation="zero"' in reasons["head_loss_change"]
     assert "head_token_shift" not in reasons

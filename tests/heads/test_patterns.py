@@ -13,18 +13,33 @@ from planted_patterns import FAMILIES, GRID, N_PATCHES, local, many_patterns, pl
 from sklearn.metrics import adjusted_rand_score
 
 from vitrail import open_vit
+from vitrail.analysis import analyses, make_collectors, measures, unavailable
 from vitrail.errors import StudyError, UsageError
-from vitrail.heads import collectors, skipped
-from vitrail.heads.pattern_coders import Shape, fit_coder, inputs, principal_axes
-from vitrail.heads.pattern_map import NOISE, standing_map
-from vitrail.heads.pattern_maps import PatternGround, Pictures, pattern_ground, pooled
-from vitrail.heads.pattern_names import NAMES, RULES, common_grid, even_attention, pattern_name, pattern_names, typical
-from vitrail.heads.pattern_rules import rule_values, step_mass
-from vitrail.heads.patterns import PatternModel, Placing, SampleOfMaps, drawn, fit_patterns, held_out, place
-from vitrail.measure import MEASURES, ROOMS
+from vitrail.patterns.coders import Shape, coder_inputs, fit_coder, principal_axes
+from vitrail.patterns.layout import NOISE, fit_layout
+from vitrail.patterns.maps import ComparableLayers, PatternMaps, comparable_layers, pool_block
+from vitrail.patterns.model import (
+    MapSample,
+    PatternModel,
+    PatternStatistics,
+    draw_held_out,
+    draw_sample,
+    fit_patterns,
+    place_heads,
+)
+from vitrail.patterns.names import (
+    NAMES,
+    RULES,
+    common_grid,
+    even_attention,
+    name_pattern,
+    pattern_indices,
+    typical_values,
+)
+from vitrail.patterns.rules import rule_values, step_mass
 
 BLOCK = Shape("patch", GRID, N_PATCHES**2, 128)
-GROUND = PatternGround(GRID, {0: (GRID, 0)}, None, {})
+GROUND = ComparableLayers(GRID, {0: (GRID, 0)}, None, {})
 
 
 def numbers_of(maps, grid=GRID):
@@ -33,17 +48,17 @@ def numbers_of(maps, grid=GRID):
 
 def pictures(maps, images=slice(0, 1)):
     """One image whose heads are these maps."""
-    return Pictures(images, torch.as_tensor(maps)[None], None, None)
+    return PatternMaps(images, torch.as_tensor(maps)[None], None, None)
 
 
 class TestRules:
     @pytest.mark.parametrize("label", FAMILIES)
     def test_each_planted_family_takes_its_own_name(self, label):
-        assert pattern_name(numbers_of(FAMILIES[label]), GRID).label == label
+        assert name_pattern(numbers_of(FAMILIES[label]), GRID).label == label
 
     def test_families_keep_their_names_under_noise(self):
         maps, label = planted(12)
-        names = [pattern_name(values, GRID).label for values in numbers_of(maps)]
+        names = [name_pattern(values, GRID).label for values in numbers_of(maps)]
         assert names == [list(FAMILIES)[at] for at in label]
 
     def test_even_attention_has_the_numbers_that_are_said_of_it(self):
@@ -58,7 +73,7 @@ class TestRules:
         assert_allclose(numbers_of(maps * 0.3), numbers_of(maps), rtol=1e-4, atol=1e-6)
 
     def test_a_map_of_zeros_is_none_and_a_row_of_zeros_gives_nothing(self):
-        assert pattern_name(numbers_of(np.zeros((N_PATCHES, N_PATCHES))), GRID).name == "none"
+        assert name_pattern(numbers_of(np.zeros((N_PATCHES, N_PATCHES))), GRID).name == "none"
         half = np.eye(N_PATCHES)
         half[::2] = 0
         assert_allclose(numbers_of(half)[RULES.index("self")], 0.5)
@@ -90,27 +105,27 @@ class TestRules:
 
     def test_naming_many_is_naming_each(self):
         values = numbers_of(planted(2)[0])
-        assert [NAMES[at] for at in pattern_names(values, GRID)] == [pattern_name(v, GRID).name for v in values]
+        assert [NAMES[at] for at in pattern_indices(values, GRID)] == [name_pattern(v, GRID).name for v in values]
 
     def test_what_is_typical_takes_the_commonest_step(self):
         values = numbers_of([FAMILIES["shift (+1, 0)"], FAMILIES["shift (-1, 0)"], FAMILIES["shift (+1, 0)"]])
-        assert pattern_name(typical(values), GRID).label == "shift (+1, 0)"
-        assert np.isnan(typical(values[:0])).all()
+        assert name_pattern(typical_values(values), GRID).label == "shift (+1, 0)"
+        assert np.isnan(typical_values(values[:0])).all()
 
     def test_another_number_of_values_is_refused(self):
         with pytest.raises(UsageError, match=f"named from {len(RULES)} numbers"):
-            pattern_name(np.zeros(3), GRID)
+            name_pattern(np.zeros(3), GRID)
 
 
 class TestGround:
     def test_maps_of_more_than_400_patches_are_pooled_and_that_is_said(self):
         assert common_grid([(24, 32)]) == (12, 16)
-        ground = PatternGround((12, 16), {0: ((24, 32), 1)}, 0, {})
+        ground = ComparableLayers((12, 16), {0: ((24, 32), 1)}, 0, {})
         assert ground.note == "maps on grids of 24 x 32 were pooled to 12 x 16 patches"
 
     def test_pooling_keeps_what_a_patch_gives_in_all(self):
         block = torch.rand(3, 35, 35, generator=torch.Generator().manual_seed(0))
-        coarse = pooled(block, (5, 7), (2, 3))
+        coarse = pool_block(block, (5, 7), (2, 3))
         assert coarse.shape == (3, 6, 6)
         first = [0, 1, 2, 7, 8, 9, 14, 15, 16]  # rows 0 to 2, columns 0 to 2 fall into the first cell
         assert_allclose(coarse[:, 0].sum(-1), block[:, first].sum(-1).mean(-1), rtol=1e-5)
@@ -118,24 +133,24 @@ class TestGround:
     def test_pooling_a_shift_by_whole_cells_is_a_shift(self):
         from planted_patterns import shift
 
-        coarse = pooled(torch.as_tensor(shift(2, 0), dtype=torch.float32), GRID, (4, 4))
-        assert pattern_name(numbers_of(coarse, (4, 4)), (4, 4)).label == "shift (+1, 0)"
+        coarse = pool_block(torch.as_tensor(shift(2, 0), dtype=torch.float32), GRID, (4, 4))
+        assert name_pattern(numbers_of(coarse, (4, 4)), (4, 4)).label == "shift (+1, 0)"
 
     def test_attention_within_windows_has_no_patterns_and_says_so(self):
         vit = open_vit(timm_swin())
-        left_out = skipped(vit, ROOMS["patterns"])
-        assert set(left_out) == set(ROOMS["patterns"])
+        left_out = unavailable(vit, analyses()["patterns"].measure_names)
+        assert set(left_out) == set(analyses()["patterns"].measure_names)
         assert "within windows" in left_out["pattern_patch_xy"]
 
     def test_without_a_class_token_there_are_patch_patterns_alone(self):
         vit = open_vit(timm_vit(class_token=False, global_pool="avg"), image_size=(48, 80))
-        left_out = skipped(vit, ROOMS["patterns"])
+        left_out = unavailable(vit, analyses()["patterns"].measure_names)
         assert left_out == dict.fromkeys(["pattern_cls_xy", "pattern_cls_cluster"], "the model has no class token")
-        assert pattern_ground(vit).class_index is None
+        assert comparable_layers(vit).class_index is None
 
     def test_rules_of_a_batch_are_rules_of_each_map(self):
         vit, images = open_vit(timm_vit(), image_size=(48, 80)), torch.randn(3, 3, 48, 80)
-        (collector,) = collectors(vit, list(ROOMS["patterns"]))
+        (collector,) = make_collectors(vit, list(analyses()["patterns"].measure_names))
         tap, kept = vit.tap(), {}
         replay, logits = tap.record(images, collector.readers())
         found = collector.finish(tap, replay, logits, np.zeros(3, dtype=np.int64))["pattern_rule"]
@@ -151,10 +166,10 @@ class TestCoder:
     def test_an_autoencoder_beats_pca_where_there_are_more_patterns_than_components(self):
         maps = torch.as_tensor(many_patterns(1200))
         held = torch.arange(len(maps)) % 5 == 0
-        coder = fit_coder(inputs(maps, BLOCK).half(), held, BLOCK)
+        coder = fit_coder(coder_inputs(maps, BLOCK).half(), held, BLOCK)
         assert coder.method == "autoencoder"
         assert coder.fit.autoencoder_error < 0.95 * coder.fit.pca_error
-        x = inputs(maps[held], BLOCK).clamp(max=coder.clip)  # the errors are what decoding shows
+        x = coder_inputs(maps[held], BLOCK).clamp(max=coder.clip)  # the errors are what decoding shows
         rest = (x - coder.decode(coder.encode(maps[held]))).square().sum() / (x - coder.mean).square().sum()
         assert_allclose(rest, coder.fit.autoencoder_error, rtol=0.02)
 
@@ -172,12 +187,12 @@ class TestCoder:
         assert_allclose((axes.T.double() @ expected[:5].T).diagonal().abs(), 1.0, atol=1e-3)
 
     def test_one_image_and_constant_maps_are_coded_by_pca_that_nothing_judges(self):
-        one = fit_coder(inputs(torch.as_tensor(planted(1)[0]), BLOCK), torch.zeros(10, dtype=torch.bool), BLOCK)
+        one = fit_coder(coder_inputs(torch.as_tensor(planted(1)[0]), BLOCK), torch.zeros(10, dtype=torch.bool), BLOCK)
         assert one.method == "pca"
         assert one.fit.why == "PCA, unjudged: there is no second image to hold out"
         assert math.isnan(one.fit.pca_error)
         same = torch.as_tensor(uniform(), dtype=torch.float32).expand(20, -1, -1)
-        flat = fit_coder(inputs(same, BLOCK), torch.arange(20) < 4, BLOCK)
+        flat = fit_coder(coder_inputs(same, BLOCK), torch.arange(20) < 4, BLOCK)
         assert "do not differ from the mean map" in flat.fit.why
         assert_allclose(flat.encode(same), 0.0, atol=1e-5)
 
@@ -186,15 +201,15 @@ class TestCoder:
 def model():
     """Fitted on 40 maps of each planted family."""
     maps, _ = planted(40)
-    return fit_patterns(filled(maps), GROUND, held_out(len(maps), 0), seed=0)
+    return fit_patterns(filled(maps), GROUND, draw_held_out(len(maps), 0), seed=0)
 
 
 def test_a_single_map_is_a_model_too():
     keep = np.ones((1, 1, 1), dtype=bool)
-    sample = SampleOfMaps(BLOCK, keep)
-    sample.take(0, 0, pictures(planted(1)[0][:1]))
-    alone = fit_patterns(sample, GROUND, held_out(1, 0), seed=0)
-    found = place(alone, 0, torch.as_tensor(planted(1, seed=1)[0][:2]))
+    sample = MapSample(BLOCK, keep)
+    sample.add(0, 0, pictures(planted(1)[0][:1]))
+    alone = fit_patterns(sample, GROUND, draw_held_out(1, 0), seed=0)
+    found = place_heads(alone, 0, torch.as_tensor(planted(1, seed=1)[0][:2]))
     assert_array_equal(found.cluster, 0)
     assert np.isfinite(found.xy).all()
 
@@ -202,19 +217,19 @@ def test_a_single_map_is_a_model_too():
 class TestMap:
     def test_clusters_recover_the_planted_families(self, model):
         maps, label = planted(20, seed=1)
-        cluster = model.map.place(model.coder.encode(torch.as_tensor(maps)).numpy())[1]
+        cluster = model.layout.place(model.coder.encode(torch.as_tensor(maps)).numpy())[1]
         assert adjusted_rand_score(label, cluster) > 0.9
         assert (cluster != NOISE).mean() > 0.9
 
     def test_heads_of_the_sample_land_at_their_spot_again(self, model):
-        xy, _ = model.map.place(model.map.latents)
-        size = np.ptp(model.map.xy, axis=0).max()
-        assert np.quantile(np.linalg.norm(xy - model.map.xy, axis=1), 0.95) < 0.05 * size
+        xy, _ = model.layout.place(model.layout.latents)
+        size = np.ptp(model.layout.xy, axis=0).max()
+        assert np.quantile(np.linalg.norm(xy - model.layout.xy, axis=1), 0.95) < 0.05 * size
 
     def test_a_heads_place_does_not_depend_on_what_else_is_placed(self, model):
-        together = model.map.place(model.map.latents[:50])[0]
-        alone = model.map.place(model.map.latents[7:8])[0]
-        assert_allclose(alone[0], together[7], atol=1e-3 * np.ptp(model.map.xy))
+        together = model.layout.place(model.layout.latents[:50])[0]
+        alone = model.layout.place(model.layout.latents[7:8])[0]
+        assert_allclose(alone[0], together[7], atol=1e-3 * np.ptp(model.layout.xy))
 
     def test_a_model_reads_back_as_it_was_written(self, model, tmp_path):
         (tmp_path / "patch.safetensors").write_bytes(model.to_bytes())
@@ -222,71 +237,71 @@ class TestMap:
         maps = torch.as_tensor(planted(1, seed=2)[0])
         assert again.to_bytes() == model.to_bytes()
         assert_array_equal(again.coder.encode(maps), model.coder.encode(maps))
-        found, expected = place(again, 0, maps), place(model, 0, maps)
+        found, expected = place_heads(again, 0, maps), place_heads(model, 0, maps)
         assert_array_equal(found.cluster, expected.cluster)
         assert_allclose(found.xy, expected.xy, atol=1e-4)
 
     def test_what_cannot_be_placed_is_refused_with_a_reason(self, model, tmp_path):
         with pytest.raises(UsageError, match="L3 were to be placed"):
-            place(model, 3, torch.as_tensor(planted(1)[0]))
+            place_heads(model, 3, torch.as_tensor(planted(1)[0]))
         with pytest.raises(UsageError, match=r"got \(1, 5, 5\)"):
-            place(model, 0, torch.zeros(1, 5, 5))
+            place_heads(model, 0, torch.zeros(1, 5, 5))
         with pytest.raises(StudyError, match="holds no fitted patterns"):
             PatternModel.load(tmp_path / "none.safetensors")
 
     def test_few_heads_lie_on_their_principal_plane_in_one_cluster(self):
-        few = standing_map(np.eye(4, 6))
+        few = fit_layout(np.eye(4, 6))
         assert few.xy.shape == (4, 2)
         assert_array_equal(few.cluster, 0)
         xy, cluster = few.place(np.eye(4, 6))
         assert_array_equal(xy, few.xy)
         assert_array_equal(cluster, 0)
-        assert standing_map(np.zeros((30, 5))).n_clusters == 1
+        assert fit_layout(np.zeros((30, 5))).n_clusters == 1
 
 
 def filled(maps):
     """A sample in which each map is an image with one head."""
-    sample = SampleOfMaps(BLOCK, np.ones((len(maps), 1, 1), dtype=bool))
+    sample = MapSample(BLOCK, np.ones((len(maps), 1, 1), dtype=bool))
     for image, each in enumerate(maps):
-        sample.take(image, 0, pictures(each[None]))
+        sample.add(image, 0, pictures(each[None]))
     return sample
 
 
 class TestSample:
     def test_images_are_held_out_whole(self):
-        held = held_out(50, 3)
+        held = draw_held_out(50, 3)
         assert held.sum() == 10
-        assert_array_equal(held, held_out(50, 3))
-        assert not held_out(1, 0).any()
-        assert held_out(2, 0).sum() == 1
+        assert_array_equal(held, draw_held_out(50, 3))
+        assert not draw_held_out(1, 0).any()
+        assert draw_held_out(2, 0).sum() == 1
 
     def test_the_sample_is_bounded_and_leaves_out_heads_that_are_not_there(self, monkeypatch):
-        ground = PatternGround(GRID, {0: (GRID, 1), 2: (GRID, 1)}, 0, {})
-        every = drawn("patch", ground, [2, 3, 1], 10, 0)
+        ground = ComparableLayers(GRID, {0: (GRID, 1), 2: (GRID, 1)}, 0, {})
+        every = draw_sample("patch", ground, [2, 3, 1], 10, 0)
         assert every.sum() == 10 * (2 + 1)
         assert not every[:, 1].any()
         assert not every[:, 2, 1:].any()
-        monkeypatch.setattr("vitrail.heads.patterns.MAX_SAMPLE", 7)
-        assert drawn("patch", ground, [2, 3, 1], 10, 0).sum() == 7
+        monkeypatch.setattr("vitrail.patterns.model.MAX_SAMPLE", 7)
+        assert draw_sample("patch", ground, [2, 3, 1], 10, 0).sum() == 7
 
     def test_batches_and_padding_do_not_change_the_sample(self):
         maps = planted(2)[0].reshape(5, 4, N_PATCHES, N_PATCHES)
         keep = np.random.default_rng(0).random((5, 1, 4)) < 0.6
-        whole, pieces = SampleOfMaps(BLOCK, keep), SampleOfMaps(BLOCK, keep)
-        whole.take(0, 0, Pictures(slice(0, 5), torch.as_tensor(maps), None, None))
+        whole, pieces = MapSample(BLOCK, keep), MapSample(BLOCK, keep)
+        whole.add(0, 0, PatternMaps(slice(0, 5), torch.as_tensor(maps), None, None))
         for first in (0, 3):
             batch = torch.as_tensor(np.concatenate([maps, maps[-1:]])[first : first + 3])
-            pieces.take(first, 0, Pictures(slice(0, 2), batch[:2], None, None))
-            pieces.take(first, 0, Pictures(slice(2, 3), batch[2:], None, None))
+            pieces.add(first, 0, PatternMaps(slice(0, 2), batch[:2], None, None))
+            pieces.add(first, 0, PatternMaps(slice(2, 3), batch[2:], None, None))
         assert_array_equal(whole.x, pieces.x)
 
 
 class TestImageDependence:
     def placing(self, maps):
         """Over images whose one head has these maps."""
-        placing = Placing([], GROUND, [1], len(maps))
+        placing = PatternStatistics([], GROUND, [1], len(maps))
         for image, each in enumerate(maps):
-            placing.take(image, 0, pictures(each[None].astype(np.float32)))
+            placing.add(image, 0, pictures(each[None].astype(np.float32)))
         return placing.image_dependence()[0, 0]
 
     def test_it_is_one_less_the_mean_correlation_of_all_pairs(self):
@@ -310,4 +325,4 @@ class TestImageDependence:
 
 
 def test_every_derived_measure_is_one_of_patterns():
-    assert {name for name, measure in MEASURES.items() if measure.derived} < set(ROOMS["patterns"])
+    assert {name for name, measure in measures().items() if measure.derived} < set(analyses()["patterns"].measure_names)

@@ -1,6 +1,7 @@
 """The six region modes of a head's map."""
 
 import pytest
+import timm
 import torch
 from head_models import timm_vit
 from torch.testing import assert_close
@@ -124,3 +125,13 @@ def test_a_head_that_is_not_there_is_refused_with_the_heads_that_are(vit, images
 
 def test_a_full_set_of_modes_has_no_reason_to_give(vit):
     assert why_not_all_modes(vit.anatomy, 0) == ""
+
+
+def test_heads_within_the_pixels_of_a_patch_have_no_modes_of_patches():
+    shape = {"img_size": 64, "depth": 1, "embed_dim": 48, "inner_dim": 12, "num_heads_outer": 3, "num_heads_inner": 2}
+    torch.manual_seed(0)
+    vit = open_vit(timm.create_model("tnt_s_patch16_224", num_classes=5, **shape).eval(), image_size=64)
+    assert modes_offered(vit.anatomy, 0, 0) == (Mode.NOTHING, Mode.EVERYTHING)
+    assert modes_offered(vit.anatomy, 0, 2) == tuple(Mode)
+    images = torch.randn((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    assert region_modes(vit.tap(), vit.anatomy, images, 0, 0).modes == (Mode.NOTHING, Mode.EVERYTHING)

@@ -11,16 +11,16 @@ from torch.testing import assert_close
 from vitrail.errors import Unsupported
 from vitrail.heads import strength as module
 from vitrail.heads.strength import (
-    Layout,
     attention_strength,
     distance_px,
+    entropy_share,
     hop_distance,
     neighbours_per_hop,
-    normalised_entropy,
     pair_mean_strength,
     reach,
     strength_entropy,
 )
+from vitrail.models.token_grid import TokenGrid
 
 # Strength over hops of two heads as printed in the interface figure of Li et al. 2023 (heads.md, section 2).
 PUBLISHED_L0H9 = (
@@ -68,15 +68,15 @@ def slow_reach(weights, grid, prefix):
 
 def test_uniform_attention_has_the_same_strength_at_every_hop_and_the_largest_entropy():
     n_tokens = 2 + 15
-    found = reach(torch.full((1, 1, n_tokens, n_tokens), 1 / n_tokens), Layout((3, 5), 2))
+    found = reach(torch.full((1, 1, n_tokens, n_tokens), 1 / n_tokens), TokenGrid((3, 5), 2))
     assert_close(found.strength, torch.full((1, 1, 5), 1 / n_tokens), rtol=1e-6, atol=0)
     assert_close(found.entropy, torch.full((1, 1), math.log(5)), rtol=1e-6, atol=0)
-    assert_close(normalised_entropy(found.entropy, 5), torch.ones(1, 1), rtol=1e-6, atol=0)
+    assert_close(entropy_share(found.entropy, 5), torch.ones(1, 1), rtol=1e-6, atol=0)
     assert_close(found.prefix_share, torch.full((1, 1), 2 / n_tokens), rtol=1e-6, atol=0)
 
 
 def test_identity_has_all_strength_at_hop_zero_and_no_entropy_and_no_distance():
-    found = reach(embed(torch.eye(15), 1), Layout((3, 5), 1))
+    found = reach(embed(torch.eye(15), 1), TokenGrid((3, 5), 1))
     assert_close(found.strength[0, 0], torch.tensor([1.0, 0, 0, 0, 0]), rtol=1e-6, atol=0)
     assert_close(found.entropy, torch.zeros(1, 1), rtol=0, atol=1e-6)
     assert_close(found.distance, torch.zeros(1, 1), rtol=0, atol=0)
@@ -88,7 +88,7 @@ def test_looking_at_the_right_neighbour_gives_strength_at_hop_one_only():
     inner = patch[patch % 5 < 4]
     shift = torch.zeros(15, 15)
     shift[inner, inner + 1] = 1.0
-    found = reach(embed(shift), Layout((3, 5)))
+    found = reach(embed(shift), TokenGrid((3, 5)))
     counts = neighbours_per_hop((3, 5))[inner, 1]
     assert_close(found.strength[0, 0, 1], (1 / counts).sum() / 15, rtol=1e-6, atol=0)
     assert_close(found.strength[0, 0, [0, 2, 3, 4]], torch.zeros(4), rtol=0, atol=0)
@@ -110,7 +110,7 @@ def test_entropy_is_unknown_where_a_mixed_head_has_negative_strength():
 @pytest.mark.parametrize(("grid", "prefix"), [((3, 5), 2), ((4, 2), 0), ((1, 1), 1)])
 def test_all_measures_agree_with_a_reference_that_visits_every_weight(grid, prefix):
     weights = random_maps(2, 3, prefix + grid[0] * grid[1])
-    found = reach(weights, Layout(grid, prefix))
+    found = reach(weights, TokenGrid(grid, prefix))
     for image in range(2):
         for head in range(3):
             expected = slow_reach(weights[image, head], grid, prefix)
@@ -119,17 +119,17 @@ def test_all_measures_agree_with_a_reference_that_visits_every_weight(grid, pref
 
 
 def test_pair_means_times_pairs_sum_to_the_attention_between_patches():
-    weights, layout = random_maps(2, 3, 2 + 15), Layout((3, 5), 2)
+    weights, tokens = random_maps(2, 3, 2 + 15), TokenGrid((3, 5), 2)
     n_pairs = neighbours_per_hop((3, 5)).sum(0)
-    total = (pair_mean_strength(weights, layout) * n_pairs).sum(-1)
+    total = (pair_mean_strength(weights, tokens) * n_pairs).sum(-1)
     assert_close(total, weights[:, :, 2:, 2:].sum((-1, -2)), rtol=1e-5, atol=0)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(range(4)), st.integers(0, 10_000))
 def test_permuting_the_images_permutes_the_results(order, seed):
-    weights, layout = random_maps(4, 2, 1 + 6, seed), Layout((2, 3), 1)
-    for permuted, straight in zip(reach(weights[order], layout), reach(weights, layout), strict=True):
+    weights, tokens = random_maps(4, 2, 1 + 6, seed), TokenGrid((2, 3), 1)
+    for permuted, straight in zip(reach(weights[order], tokens), reach(weights, tokens), strict=True):
         assert_close(permuted, straight[list(order)], rtol=1e-5, atol=1e-7)
 
 
@@ -139,17 +139,17 @@ def test_flipping_the_image_leaves_every_measure_as_it_is(grid, prefix, axes):
     n_patches = grid[0] * grid[1]
     flipped = torch.arange(n_patches).view(grid).flip(axes).flatten() + prefix
     order = torch.cat([torch.arange(prefix), flipped])
-    weights, layout = random_maps(1, 2, prefix + n_patches), Layout(grid, prefix)
-    for before, after in zip(reach(weights, layout), reach(weights[:, :, order][..., order], layout), strict=True):
+    weights, tokens = random_maps(1, 2, prefix + n_patches), TokenGrid(grid, prefix)
+    for before, after in zip(reach(weights, tokens), reach(weights[:, :, order][..., order], tokens), strict=True):
         assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
 def test_a_matrix_too_large_to_keep_is_built_in_pieces_with_the_same_result(monkeypatch):
-    weights, layout = random_maps(2, 3, 2 + 15), Layout((3, 5), 2)
-    whole = reach(weights, layout)
+    weights, tokens = random_maps(2, 3, 2 + 15), TokenGrid((3, 5), 2)
+    whole = reach(weights, tokens)
     monkeypatch.setattr(module, "CACHED_BYTES", 0)
     monkeypatch.setattr(module, "PIECE_BYTES", 3 * 17 * 8 * 4)
-    for piecewise, at_once in zip(reach(weights, layout), whole, strict=True):
+    for piecewise, at_once in zip(reach(weights, tokens), whole, strict=True):
         assert_close(piecewise, at_once, rtol=1e-5, atol=1e-7)
 
 
@@ -162,14 +162,14 @@ def test_windows_read_the_map_on_the_image_grid_with_zeros_outside_the_window():
     for image in range(2):
         for window, slots in enumerate(windows):
             full[image][:, slots[:, None], slots] = weights[image * 6 + window]
-    found = reach(weights, Layout(grid, 0, tuple(map(tuple, windows.tolist()))))
-    for windowed, whole in zip(found, reach(full, Layout(grid)), strict=True):
+    found = reach(weights, TokenGrid(grid, 0, windows))
+    for windowed, whole in zip(found, reach(full, TokenGrid(grid)), strict=True):
         assert_close(windowed, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_to_padding_slots_counts_for_no_distance():
     windows = ((0, 1, 2, -1), (3, 4, 5, -1))
-    found = reach(torch.full((2, 1, 4, 4), 0.25), Layout((2, 3), 0, windows))
+    found = reach(torch.full((2, 1, 4, 4), 0.25), TokenGrid((2, 3), 0, torch.tensor(windows)))
     assert_close(found.patch_mass, torch.full((1, 1), 0.75), rtol=1e-6, atol=0)
     assert_close(found.strength[0, 0, 0], torch.tensor(0.25), rtol=1e-6, atol=0)
 
@@ -182,13 +182,13 @@ def test_hop_distance_is_the_larger_of_row_and_column_steps():
 
 
 def test_strength_alone_is_the_strength_of_reach():
-    weights, layout = random_maps(1, 2, 7), Layout((2, 3), 1)
-    assert_close(attention_strength(weights, layout), reach(weights, layout).strength, rtol=0, atol=0)
+    weights, tokens = random_maps(1, 2, 7), TokenGrid((2, 3), 1)
+    assert_close(attention_strength(weights, tokens), reach(weights, tokens).strength, rtol=0, atol=0)
 
 
 def test_bfloat16_maps_stay_within_a_percent():
-    weights, layout = random_maps(2, 3, 1 + 49), Layout((7, 7), 1)
-    assert_close(reach(weights.bfloat16(), layout).strength, reach(weights, layout).strength, rtol=1e-2, atol=0)
+    weights, tokens = random_maps(2, 3, 1 + 49), TokenGrid((7, 7), 1)
+    assert_close(reach(weights.bfloat16(), tokens).strength, reach(weights, tokens).strength, rtol=1e-2, atol=0)
 
 
 def test_distance_in_pixels_needs_square_patches():

@@ -1,5 +1,7 @@
 """Why a head is important: the table and the sentences, from planted studies."""
 
+import re
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -7,8 +9,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from planted_patterns import FAMILIES, GRID
 
 from vitrail.errors import UsageError
-from vitrail.heads.pattern_names import RULES
-from vitrail.heads.why import missing, why_sentences, why_table
+from vitrail.heads.summary import head_table, pruning_table
+from vitrail.heads.why import extreme_images, missing, why_sentences, why_table
+from vitrail.patterns.names import RULES
 
 N_IMAGES, N_LAYERS, N_HEADS = 40, 3, 2
 SHAPE = (N_IMAGES, N_LAYERS, N_HEADS)
@@ -18,7 +21,7 @@ IMPORTANT = (1, 0)
 def rules_of(family: str) -> np.ndarray:
     import torch
 
-    from vitrail.heads.pattern_rules import rule_values
+    from vitrail.patterns.rules import rule_values
 
     return rule_values(torch.as_tensor(FAMILIES[family], dtype=torch.float32), GRID).numpy()
 
@@ -56,7 +59,7 @@ def study() -> xr.Dataset:
             "image_dependence": (("layer", "head"), np.full((N_LAYERS, N_HEADS), 0.1)),
         },
         coords={"image": [f"photo {at}.png" for at in range(N_IMAGES)]},
-        attrs={"n_heads": [2, 2, 2], "grids": [list(GRID)] * 3, "labels_from": "the names of the class folders"},
+        attrs={"n_heads": [2, 2, 2], "grids": [list(GRID)] * 3, "labels": "given"},
     )
 
 
@@ -66,11 +69,27 @@ def test_the_planted_head_is_first_and_its_part_and_images_are_found(study: xr.D
     assert_array_equal(np.sort(table["rank"].values.ravel()), np.arange(1, 7))
     assert_allclose(table["drop_patch_part"][IMPORTANT], 0.3, rtol=1e-6)
     assert_allclose(table["drop_class_part"][IMPORTANT], 0.0, atol=1e-9)
-    assert table["most"][IMPORTANT][0] == 7
+    most, least = extreme_images(study, *IMPORTANT)
+    assert most[0] == 7
+    drop = (study["probability"] - study["head_probability"][:, 1, 0]).to_numpy()
+    assert_array_equal(drop[least], np.sort(drop)[:3])
     assert_allclose(table["strength_entropy_percentile"].values.ravel(), [0, 20, 40, 60, 80, 100])
     assert table["pattern"][IMPORTANT] == "shift (+1, 0)"
     assert_allclose(table["pattern_share"][IMPORTANT], 0.75)
     assert_allclose(table["rule_shift_mass"][IMPORTANT], 0.75 + 0.25 * rules_of("sink")[RULES.index("shift_mass")])
+
+
+def test_one_head_alone_has_the_numbers_that_it_has_among_all(study: xr.Dataset) -> None:
+    table = head_table(study)
+    means = why_table(study)
+    for at in np.ndindex(N_LAYERS, N_HEADS):
+        alone = pruning_table(study, *at)
+        assert {"drop_mean", "drop_low", "drop_q95", "flip_share", "accuracy_high"} <= set(alone)
+        for name in alone:
+            assert_array_equal(alone[name], table[name][at], err_msg=name)
+    for name in ("drop_mean", "head_divergence_mean", "strength_entropy_mean"):
+        assert_allclose(means[name], table[name], rtol=1e-12)
+    assert alone.attrs["accuracy"] == table.attrs["accuracy"]
 
 
 def test_the_sentences_carry_the_numbers(study: xr.Dataset) -> None:
@@ -100,7 +119,7 @@ def test_what_a_study_lacks_is_said_with_the_command_that_adds_it(study: xr.Data
 
 
 def test_without_labels_or_classifier_nothing_is_said_of_accuracy_or_probability(study: xr.Dataset) -> None:
-    own = study.assign_attrs(labels_from="the model's own top-1 prediction, as ...")
+    own = study.assign_attrs(labels="predicted")
     assert "accuracy" not in " ".join(why_sentences(own, *IMPORTANT))
     features = study.drop_vars(
         ["label", "prediction", "probability", "head_probability", "head_flip", "head_prediction"]
@@ -114,6 +133,20 @@ def test_one_image_is_told_without_intervals(study: xr.Dataset) -> None:
     assert "in this image" in told[0]
     assert "interval" not in " ".join(told)
     assert "matters most for" not in " ".join(told)
+
+
+def test_a_reason_stands_in_the_place_of_an_interval_that_cannot_be_trusted(study: xr.Dataset) -> None:
+    values = study["head_probability"].values.copy()
+    values[1:, *IMPORTANT] = np.nan
+    lone = study.assign(head_probability=(study["head_probability"].dims, values))
+    table = head_table(lone)
+    assert np.isnan(table["drop_low"][IMPORTANT])
+    text = " ".join(why_sentences(lone, *IMPORTANT))
+    drop = float(study["probability"][0]) / 2
+    assert f"loses {drop:.3f} of its probability" in text
+    assert f"on average (no 95 % interval: {table.attrs['no_interval']}), and more than 0.1" in text
+    assert not re.search(r"\bnan\b", text)
+    assert [images.tolist() for images in extreme_images(lone, *IMPORTANT)] == [[0], [0]]
 
 
 def test_a_head_that_is_not_there_is_refused(study: xr.Dataset) -> None:
@@ -134,6 +167,6 @@ def test_heads_that_a_layer_lacks_have_no_row(study: xr.Dataset) -> None:
     table = why_table(narrow)
     assert np.isnan(table["rank"][2, 1])
     assert table["pattern"][2, 1] == ""
-    assert (table["most"][2, 1] == -1).all()
+    assert [len(images) for images in extreme_images(narrow, 2, 1)] == [0, 0]
     with pytest.raises(UsageError, match="L2H1"):
         why_sentences(narrow, 2, 1)

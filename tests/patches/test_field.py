@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,8 +11,8 @@ from torch.testing import assert_close
 
 from patches.planted import attention_in, planted_boxes
 from vitrail.patches import field, windows
-from vitrail.patches.hubs import hubs, without_hubs
-from vitrail.patches.interaction import indicator, normalised
+from vitrail.patches.hubs import find_hubs, without_hubs
+from vitrail.patches.interaction import indicator, normalise_rows
 
 GRID = (6, 8)
 N = GRID[0] * GRID[1]
@@ -19,7 +20,7 @@ OPEN = torch.ones((N, N), dtype=torch.bool)
 
 
 def any_indicator(seed: int) -> Tensor:
-    return normalised(torch.rand((2, N, N), generator=torch.Generator().manual_seed(seed)) ** 4)
+    return normalise_rows(torch.rand((2, N, N), generator=torch.Generator().manual_seed(seed)) ** 4)
 
 
 def flipped(matrix: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def test_tendency_points_at_a_planted_window() -> None:
     found, _ = windows.best_boxes(matrix, grid, 25)
     tendency = field.tendency(matrix, windows.masks(found, grid), grid)
     centre = torch.stack([(boxes[..., 1] + boxes[..., 3] - 1) / 2, (boxes[..., 0] + boxes[..., 2] - 1) / 2], -1)
-    known = centre - field.positions(grid)
+    known = centre - field.xy_positions(grid)
     cosine = torch.nn.functional.cosine_similarity(tendency, known, dim=-1)
     apart = torch.linalg.vector_norm(known, dim=-1) >= 1  # a window around its query pulls nowhere
     assert float(cosine[apart].mean()) >= 0.9
@@ -68,9 +69,28 @@ def test_tendency_sees_only_what_lies_in_the_window() -> None:
     assert_close(field.tendency(matrix, mask, GRID)[0], torch.tensor([1.0, 0.0]))
 
 
-def test_field_size_is_a_share_of_the_grid() -> None:
-    assert_close(field.field_size(OPEN), torch.ones(N))
-    assert_close(field.field_size(torch.eye(N, dtype=torch.bool)), torch.full((N,), 1 / N))
+def test_the_strongest_patches_are_as_many_as_it_takes_to_hold_the_share() -> None:
+    matrix = any_indicator(0)
+    share = field.strongest_share(matrix, 0.5)
+    for image, query in ((0, 0), (1, 7), (1, N - 1)):
+        row, total, count = sorted(matrix[image, query].tolist(), reverse=True), 0.0, 0
+        while total < 0.5 * sum(row):
+            total, count = total + row[count], count + 1
+        assert float(share[image, query]) == pytest.approx(count / N)
+
+
+def test_far_sinks_make_a_large_box_of_few_patches() -> None:
+    matrix = torch.full((1, N), 0.3 / N)
+    matrix[0, [0, 7, N - 8, N - 1]] += 0.175  # the four corners
+    assert_close(field.strongest_share(matrix, 0.5), torch.tensor([3 / N]))
+    two_corners_and_half_of_the_rest = torch.tensor([N / 2])
+    assert_close(windows.smallest_areas(matrix, GRID, 0.5), two_corners_and_half_of_the_rest)
+
+
+def test_rows_without_mass_have_no_field() -> None:
+    empty = torch.zeros((1, N))
+    assert torch.isnan(field.strongest_share(empty, 0.5)).all()
+    assert torch.isnan(windows.smallest_areas(empty, GRID, 0.5)).all()
 
 
 def test_interaction_distance_is_euclidean() -> None:
@@ -99,7 +119,7 @@ def test_interior_leaves_the_border_out() -> None:
 
 def test_a_shuffled_indicator_has_the_same_values_in_each_row() -> None:
     matrix = any_indicator(0)
-    null = field.shuffled(matrix, torch.Generator().manual_seed(0))
+    null = field.shuffle_rows(matrix, torch.Generator().manual_seed(0))
     assert_close(null.sort(-1).values, matrix.sort(-1).values)
     assert_close(null.diagonal(dim1=-2, dim2=-1), torch.zeros(2, N))
     assert float((null != matrix).float().mean()) > 0.9
@@ -113,10 +133,10 @@ def test_hubs_draw_tendencies_and_taking_them_away_gives_the_windows_back() -> N
     hub = torch.tensor([0, 1, 14, 15])  # one corner
     scores[..., hub] += 6
     matrix = indicator(scores.softmax(-1)[:, None], prefix=0)
-    found = hubs(matrix).found
+    found = find_hubs(matrix).hubs
     assert torch.equal(found.nonzero()[:, 1], hub.repeat(2))
     centre = torch.stack([(boxes[..., 1] + boxes[..., 3] - 1) / 2, (boxes[..., 0] + boxes[..., 2] - 1) / 2], -1)
-    known = centre - field.positions(grid)
+    known = centre - field.xy_positions(grid)
     apart = torch.linalg.vector_norm(known, dim=-1) >= 2
     cosine = []
     for each in (matrix, without_hubs(matrix, found)):

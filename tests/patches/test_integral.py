@@ -20,7 +20,7 @@ def test_the_centre_of_a_box_is_that_of_the_patches_in_it(rows: int, columns: in
     )
     centre = Integral(matrix, (rows, columns)).centre(boxes)
     expected = field.tendency(matrix, windows.in_box(boxes, (rows, columns)), (rows, columns))
-    assert_close(centre - field.positions((rows, columns)), expected, atol=1e-4, rtol=0)
+    assert_close(centre - field.xy_positions((rows, columns)), expected, atol=1e-4, rtol=0)
 
 
 def test_a_box_that_holds_nothing_has_no_centre() -> None:

@@ -12,20 +12,29 @@ from PIL import Image
 
 from heads.head_models import drawn_wide, timm_swin, timm_vit
 from vitrail import Readers, open_vit
+from vitrail.analysis import analyses, declaration, make_collectors, unavailable
 from vitrail.errors import UsageError
 from vitrail.figures.patches import tendency_flow
-from vitrail.measure import MEASURES, ROOMS
-from vitrail.patches import collectors, field, skipped, windows
-from vitrail.patches.hubs import hubs
+from vitrail.patches import field, windows
+from vitrail.patches.hubs import find_hubs
 from vitrail.patches.interaction import indicator
 from vitrail.study.run import run_study
-from vitrail.vit.edits import Edit
+from vitrail.tap.edits import Edit
 
-ROOM = ROOMS["patches"]
+ROOM = analyses()["patches"].measure_names
+
+
+def instance_ids(n_images, rows, columns):
+    """One object in each image, each elsewhere; none in the last of several."""
+    masks = [np.zeros((rows, columns), dtype=np.int64) for _ in range(n_images)]
+    for number, mask in enumerate(masks[:-1] or masks):
+        mask[7 * number : 7 * number + 21, 10 : 10 + 23 * (number + 1)] = 3
+    return masks
 
 
 def collected(vit, images, names=ROOM, options=None):
-    (collector,) = collectors(vit, names, options)
+    (collector,) = make_collectors(vit, names, {"masks": "given", **(options or {})})
+    collector.take_masks(instance_ids(len(images), *images.shape[2:]))
     tap = vit.tap()
     replay, logits = tap.record(images, collector.readers())
     return collector.finish(tap, replay, logits, np.zeros(len(images), dtype=np.int64))
@@ -55,9 +64,9 @@ def test_a_study_of_the_room_declares_what_it_computes(vit):
     found = collected(vit, photographs(2, 48, 80))
     assert sorted(found) == sorted(ROOM)
     for name, values in found.items():
-        assert values.shape[:3] == (2, 3, 15)
-        assert values.dtype == MEASURES[name].dtype
-        assert values.ndim == len(MEASURES[name].dims)
+        assert values.shape[:3] == ((2, 3, 15) if "patch" in declaration(name).dims else (2, 3))
+        assert values.dtype == declaration(name).dtype
+        assert values.ndim == len(declaration(name).dims)
 
 
 def test_measures_are_what_the_maps_say(vit):
@@ -69,9 +78,19 @@ def test_measures_are_what_the_maps_say(vit):
         inside = windows.in_box(boxes, (3, 5))
         assert_array_equal(found["window"][:, layer], windows.sides(boxes, (3, 5)))
         assert_allclose(found["tendency"][:, layer], field.tendency(matrix, inside, (3, 5)), atol=1e-5)
-        assert_allclose(found["field_size"][:, layer], windows.held_area(matrix, (3, 5), 0.5) / 15, rtol=1e-4)
+        for image, ids in enumerate(instance_ids(3, 48, 80)):
+            cells = (ids > 0).reshape(3, 16, 5, 16).mean((1, 3))
+            on_objects = [cells[top:bottom, left:right].mean() for top, left, bottom, right in boxes[image].tolist()]
+            assert_allclose(found["window_object_share"][image, layer], on_objects, atol=1e-6)
+        smallest, _ = windows.smallest_boxes(matrix, (3, 5), 0.5)
+        assert_allclose(found["field_size"][:, layer], windows.areas(smallest) / 15, rtol=1e-6)
+        assert_allclose(found["strongest_share"][:, layer], field.strongest_share(matrix, 0.5), rtol=1e-6)
         assert_allclose(found["interaction_distance"][:, layer], field.interaction_distance(matrix, (3, 5)), rtol=1e-4)
-        assert_array_equal(found["hub"][:, layer], hubs(matrix).found)
+        of_layer = find_hubs(matrix)
+        assert_array_equal(found["hub"][:, layer], of_layer.hubs)
+        assert_array_equal(found["sink"][:, layer], of_layer.sinks)
+        taken = [float(rows[:, sinks].sum() / rows.sum()) for rows, sinks in zip(matrix, of_layer.sinks, strict=True)]
+        assert_allclose(found["sink_share"][:, layer], taken, rtol=1e-5)
 
 
 def test_one_measure_alone_is_the_same_as_all_together(vit):
@@ -94,7 +113,7 @@ def test_the_area_of_windows_is_an_option(vit):
         size = (sides[..., 0] + sides[..., 2] + 1) * (sides[..., 1] + sides[..., 3] + 1)
         assert size.max() <= most
     with pytest.raises(UsageError, match="window_area"):
-        collectors(vit, ROOM, {"window_area": "all"})
+        make_collectors(vit, ROOM, {"window_area": "all"})
 
 
 @pytest.mark.parametrize(
@@ -140,9 +159,9 @@ def best(matrix, side):
 def test_a_model_without_maps_between_patches_is_skipped_with_the_reason():
     model = timm.create_model("xcit_nano_12_p16_224", depth=2, cls_attn_layers=1, img_size=64, num_classes=5).eval()
     vit = open_vit(model, image_size=64)
-    assert set(skipped(vit, ROOM)) == set(ROOM)
-    assert "no layer has a map" in skipped(vit, ROOM)["window"]
-    assert collectors(vit, ROOM) == []
+    assert set(unavailable(vit, ROOM)) == set(ROOM)
+    assert "no layer has a map" in unavailable(vit, ROOM)["window"]
+    assert make_collectors(vit, ROOM) == []
 
 
 def masked(vit, masks, prefix=1):
@@ -185,7 +204,8 @@ def test_a_study_holds_the_room_and_figures_draw_it(tmp_path):
         pixels = np.random.default_rng(number).integers(0, 255, (60, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     study = run_study(vit, tmp_path, out=tmp_path / "study", measures="patches", batch_size=2)
-    assert set(ROOM) <= set(study.data_vars)
-    assert study["window"].dims == MEASURES["window"].dims
-    assert study["tendency"].attrs["unit"] == MEASURES["tendency"].unit
+    assert set(ROOM) - set(study.data_vars) == {"window_object_share"}
+    assert "give a folder of instance ids" in study.attrs["left_out"]["window_object_share"]
+    assert study["window"].dims == declaration("window").dims
+    assert study["tendency"].attrs["unit"] == declaration("tendency").unit
     assert len(tendency_flow(study, 0).axes) == 4  # three layers and the wheel

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from patches.planted import attention_in, neighbourhood, planted_boxes
 from vitrail.errors import UsageError
 from vitrail.patches import integral, windows
-from vitrail.patches.interaction import indicator, normalised
+from vitrail.patches.interaction import indicator, normalise_rows
 
 
 def random_indicator(n_images: int, n_patches: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return normalised(torch.rand((n_images, n_patches, n_patches), generator=generator) ** 4)
+    return normalise_rows(torch.rand((n_images, n_patches, n_patches), generator=generator) ** 4)
 
 
 def heaviest(matrix: Tensor, grid: tuple[int, int], n_patches: int) -> Tensor:
@@ -59,6 +59,25 @@ def test_no_smaller_box_holds_the_share(rows: int, columns: int, share: float, s
         assert torch.all(heaviest(matrix, (rows, columns), n_patches)[too_small] < wanted[too_small])
 
 
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6), share=st.floats(0.05, 1.0), seed=st.integers(0, 99))
+def test_the_smallest_area_is_that_of_the_smallest_box(rows: int, columns: int, share: float, seed: int) -> None:
+    matrix = random_indicator(2, rows * columns, seed)
+    maps = matrix.unflatten(-1, (rows, columns))
+    found = windows.smallest_areas(matrix, (rows, columns), share)
+    boxes = [
+        (top, left, bottom, right)
+        for top, bottom in itertools.combinations(range(rows + 1), 2)
+        for left, right in itertools.combinations(range(columns + 1), 2)
+    ]
+    sums = torch.stack([maps[..., top:bottom, left:right].sum((-1, -2)) for top, left, bottom, right in boxes])
+    areas = torch.tensor([(bottom - top) * (right - left) for top, left, bottom, right in boxes]).view(-1, 1, 1)
+    enough = sums >= share * matrix.sum(-1) - integral.ROUNDING
+    expected = torch.where(enough, areas, rows * columns).amin(0).float()
+    empty = matrix.sum(-1) == 0
+    assert_close(found, expected.masked_fill(empty, torch.nan), equal_nan=True)
+
+
 @pytest.mark.parametrize(("grid", "shape"), [((14, 14), (7, 7)), ((14, 14), (4, 12)), ((9, 16), (6, 6))])
 def test_planted_windows_are_found(grid: tuple[int, int], shape: tuple[int, int]) -> None:
     planted = windows.masks(planted_boxes(grid, shape, n_images=2), grid)
@@ -85,7 +104,7 @@ def test_windows_of_a_known_neighbourhood_have_exactly_its_size(radius: int) -> 
 def test_shared_areas_keep_to_the_budget_and_hold_more() -> None:
     grid = (8, 8)
     spread = torch.linspace(0.2, 6, 64)[:, None]
-    matrix = normalised((torch.randn((3, 64, 64), generator=torch.Generator().manual_seed(0)) * spread).exp())
+    matrix = normalise_rows((torch.randn((3, 64, 64), generator=torch.Generator().manual_seed(0)) * spread).exp())
     boxes, mass = windows.shared_boxes(matrix, grid, 16, [2, 4, 8, 12, 16, 24, 32, 64])
     _, alone = windows.best_boxes(matrix, grid, 16)
     assert torch.all(windows.areas(boxes).float().mean(-1) <= 16)
@@ -148,7 +167,7 @@ def test_sinks_are_open_to_all_within_the_area_and_the_box_looks_at_the_rest() -
     matrix = indicator(attention_in(planted, n_heads=3, prefix=0), prefix=0)
     sinks = torch.tensor([0, 13, 182, 195])
     matrix[..., sinks] += 0.2
-    boxes, mask = windows.boxes_and_sinks(normalised(matrix), grid, 40, 4)
+    boxes, mask = windows.boxes_and_sinks(normalise_rows(matrix), grid, 40, 4)
     assert torch.all(mask[..., sinks])
     assert int(mask.sum(-1).max()) <= 41
     assert float(overlap(windows.masks(boxes, grid), planted).mean()) >= 0.85

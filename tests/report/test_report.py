@@ -1,5 +1,7 @@
 """The report of a study: complete, true to the study, one file, and safe whatever the study's names are."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -8,18 +10,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from tiny_reports import ROOMS, photographs, small_vit
+from PIL import Image
+from tiny_reports import ANALYSES, photographs, small_vit
 
-from vitrail import measure
+from vitrail.analysis import Analysis, analyses, measures, register, unregister
 from vitrail.errors import StudyError, UsageError
-from vitrail.heads.pattern_tables import head_patterns
 from vitrail.heads.why import why_sentences
-from vitrail.report import sections, write_report
+from vitrail.models.open import open_vit
+from vitrail.patterns.tables import all_patterns
+from vitrail.report import write_report
 from vitrail.report.page import page
-from vitrail.report.parts import Section, Studied, Table, Text
+from vitrail.report.parts import ReportData, Section, Table, Text
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study
-from vitrail.vit.open import open_vit
 
 HOSTILE = '</title><script>alert(1)</script><img src="http://x.test/y" onerror="alert(1)">&amp;"\''
 
@@ -53,7 +56,7 @@ def reported(study, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(crops, tmp_path_factory):
-    """The report of every room, written once."""
+    """The report of every analysis, written once."""
     return write_report(crops, tmp_path_factory.mktemp("whole") / "report.html")
 
 
@@ -84,7 +87,18 @@ def refuses_everything_foreign(read, html):
 
 def test_a_report_of_every_room_is_one_small_file_that_loads_nothing(whole, read):
     refuses_everything_foreign(read, whole.read_text(encoding="utf-8"))
-    assert read.sections == ["findings", "studied", "heads", "why", "patterns", "patches", "neurons", "cite"]
+    assert read.sections == [
+        "findings",
+        "studied",
+        "heads",
+        "why",
+        "patterns",
+        "patches",
+        "head_windows",
+        "tokens",
+        "exciting",
+        "cite",
+    ]
     assert whole.stat().st_size < 3e6
     assert list(whole.parent.iterdir()) == [whole]
     policy = next(attrs for tag, attrs in read.tags if attrs.get("http-equiv") == "Content-Security-Policy")
@@ -107,9 +121,22 @@ def test_the_first_finding_on_heads_is_what_the_study_says(crops, read):
     lost = study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy()
     means = lost.astype(np.float64).mean(0)
     layer, head = np.unravel_index(means.argmax(), means.shape)
-    sentence = re.search(r"Without (L\d+H\d+), .*? loses ([\d.]+) of its", read.text)
+    sentence = re.search(r"Without (L\d+H\d+) the label loses ([\d.]+) of its", read.text)
     assert sentence[1] == f"L{layer}H{head}"
     assert_allclose(float(sentence[2]), means.max(), atol=6e-4)
+
+
+def test_a_head_is_explained_with_the_photographs_that_need_it_most(crops, whole):
+    study = open_study(crops)
+    lost = study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy()
+    layer, head = np.unravel_index(lost.astype(np.float64).mean(0).argmax(), lost.shape[1:])
+    most = int(lost[:, layer, head].argmax())
+    explained = whole.read_text(encoding="utf-8").split('<section id="why">')[1].split(f"<h3>L{layer}H{head}</h3>")[1]
+    picture = re.search(r'It matters most for .*?<img alt="" src="data:image/png;base64,([^"]+)">([^<]+)<', explained)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture[1]))).convert("RGB"), dtype=float)
+    assert np.abs(pixels - study["thumbnail"].to_numpy()[most]).mean() < 6  # the palette of the picture has 128 colours
+    before, after = study["probability"][most].item(), study["head_probability"][most, layer, head].item()
+    assert picture[2] == f"{before:.2f} to {after:.2f}"
 
 
 def test_the_accuracy_is_that_of_the_predictions(crops, read):
@@ -128,8 +155,8 @@ def test_robustness_is_told_from_the_stored_probabilities(crops, read):
 
 def test_every_measure_of_the_study_says_how_to_read_it_and_its_source(masked, read_masked):
     study = open_study(masked)
-    for room in ROOMS:
-        for name in (name for name in study if study[name].attrs["room"] == room):
+    for analysis in ANALYSES:
+        for name in (name for name in study if study[name].attrs["room"] == analysis):
             for key in ("title", "low", "high", "source", "limits"):
                 assert " ".join(str(study[name].attrs[key]).split()) in read_masked.text, (name, key)
 
@@ -146,6 +173,7 @@ def test_the_plan_is_told(crops, read):
         assert f"arXiv {number}" in read.text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_skipped_files_are_named_with_their_reason(tmp_path):
     folder = photographs(tmp_path, 2)
     (folder / "photos" / "broken.png").write_bytes(b"no picture")
@@ -155,29 +183,49 @@ def test_skipped_files_are_named_with_their_reason(tmp_path):
     assert "broken.png" in text
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_study_of_one_room_has_its_section_and_says_how_to_have_the_others(room, tmp_path):
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_a_study_of_one_analysis_has_its_section_and_says_how_to_have_the_others(analysis, tmp_path):
     folder = photographs(tmp_path, 3)
-    run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures=room, batch_size=3)
+    run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures=analysis, batch_size=3)
     read = reported(tmp_path / "study", tmp_path)
-    own = {"heads": ["heads", "why"], "regions": ["why"]}.get(room, [room])
+    own = {"heads": ["heads", "why"], "regions": ["why"]}.get(analysis, [analysis])
     assert read.sections == ["findings", "studied", *own, "cite"]
-    others = [each for each in ROOMS if each != room]
-    of_any_vit = [each for each in measure.ROOMS if each != "windows"]  # this model predicts none
-    assert f"holds nothing of {' and '.join(each for each in of_any_vit if each in others)}" in read.text
-    assert f"--measures {','.join(of_any_vit)} " in read.text
+    others = [each for each in ANALYSES if each != analysis]
+    of_any_vit = [name for name, each in analyses().items() if name not in ("base", "objects") and not each.only_for]
+    missing = [each for each in of_any_vit if each in others]
+    assert f"holds nothing of {' and '.join(missing)}" in read.text
+    assert f"--measures {','.join(missing)} " in read.text
 
 
 def test_a_study_of_one_image_has_no_intervals(tmp_path):
-    run_study(open_vit("vitrail:photos"), "photos", out=tmp_path / "study", limit=1, measures=",".join(ROOMS))
+    run_study(open_vit("vitrail:photos"), "photos", out=tmp_path / "study", limit=1, measures=",".join(ANALYSES))
     read = reported(tmp_path / "study", tmp_path)
-    assert read.sections == ["findings", "studied", "heads", "why", "patterns", "patches", "neurons", "cite"]
+    assert read.sections == [
+        "findings",
+        "studied",
+        "heads",
+        "why",
+        "patterns",
+        "patches",
+        "head_windows",
+        "tokens",
+        "cite",
+    ]
+    assert re.search(
+        r"loses [\d.]+ of its probability(, and the answer changes)?: no head costs this image more", read.text
+    )
     assert "interval" not in read.text.split("How to cite")[0].split("How to read these numbers")[0]
-    assert "nan" not in read.text.lower().split()
+    numbers = read.text
+    limits = {" ".join(measure.limits.split()) for measure in measures().values()}
+    for words in sorted(limits, key=len, reverse=True):  # they may say where a measure is NaN
+        numbers = numbers.replace(words, "")
+    assert "nan" not in numbers.lower().split()
 
 
 def test_without_labels_accuracy_is_not_claimed(read_masked):
     assert "Accuracy is not known; the label of an image is the model's own top-1 prediction" in read_masked.text
+    assert read_masked.text.index("Accuracy is not known") > read_masked.text.index("no head costs more")
     assert "top-1 without it" not in read_masked.text
     assert "Grouping, 4 images" in read_masked.text
 
@@ -185,14 +233,26 @@ def test_without_labels_accuracy_is_not_claimed(read_masked):
 def test_a_model_without_a_classifier_is_reported_by_what_it_has(tmp_path):
     folder = photographs(tmp_path, 3)
     run_study(
-        small_vit(num_classes=0), folder / "photos", out=tmp_path / "study", measures=",".join(ROOMS), batch_size=3
+        small_vit(num_classes=0), folder / "photos", out=tmp_path / "study", measures=",".join(ANALYSES), batch_size=3
     )
     read = reported(tmp_path / "study", tmp_path)
-    assert read.sections == ["findings", "studied", "heads", "why", "patterns", "patches", "neurons", "cite"]
+    assert read.sections == [
+        "findings",
+        "studied",
+        "heads",
+        "why",
+        "patterns",
+        "patches",
+        "head_windows",
+        "tokens",
+        "exciting",
+        "cite",
+    ]
     assert "Accuracy is not known: the model has no classifier." in read.text
-    assert "matters most by Jensen-Shannon divergence" in read.text
+    assert "matters most by shift of the output without this head" in read.text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_single_measures_make_a_report_too(tmp_path):
     folder = photographs(tmp_path, 2)
     for name in ("strength_entropy", "hub", "occlusion_random", "shuffle_drift", "head_cls_shift", "window"):
@@ -206,9 +266,9 @@ def test_a_hierarchy_with_windows_is_reported(tmp_path):
     folder = photographs(tmp_path, 2)
     shape = {"img_size": 32, "window_size": 2, "depths": (2, 2), "embed_dim": 12, "num_heads": (2, 3), "num_classes": 4}
     vit = open_vit(timm.create_model("swin_tiny_patch4_window7_224", **shape).eval(), image_size=32)
-    run_study(vit, folder / "photos", out=tmp_path / "study", measures=",".join(ROOMS), batch_size=2)
+    run_study(vit, folder / "photos", out=tmp_path / "study", measures=",".join(ANALYSES), batch_size=2)
     read = reported(tmp_path / "study", tmp_path)
-    assert read.sections == ["findings", "studied", "heads", "why", "patches", "neurons", "cite"]
+    assert read.sections == ["findings", "studied", "heads", "why", "patches", "tokens", "exciting", "cite"]
     assert "pattern_rule" in read.text.split("Measures left out")[1]  # no map of all patches
     assert "4 layers of 2 to 3 heads" in read.text
 
@@ -217,6 +277,7 @@ def test_hostile_names_are_shown_and_do_nothing(crops, tmp_path):
     study = tmp_path / "study"
     shutil.copytree(crops, study)
     plan = json.loads((study / "study.json").read_text())
+    del plan["digest"]  # as in older studies: one that does not fit the changed plan would be refused
     plan["model"] = plan["labels_from"] = HOSTILE
     plan["class_names"] = [f"{HOSTILE}{number}" for number in range(len(plan["class_names"]))]
     plan["left_out"] = {HOSTILE: HOSTILE}
@@ -242,16 +303,21 @@ def test_the_same_study_gives_the_same_bytes(crops, whole, tmp_path):
     assert write_report(crops, tmp_path / "again.html").read_bytes() == whole.read_bytes()
 
 
-def test_a_section_is_added_by_adding_a_function(crops, tmp_path, monkeypatch):
-    def own(study: Studied) -> Section:
-        return Section("own", "Of my own", [f"{study.n_images} images."], [Text("A paragraph.")])
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_registered_analysis_adds_its_sections(crops, tmp_path):
+    def own(study: ReportData) -> Section:
+        return Section("own", "Of my own", [f"{study.n_images} crops were weighed."], [Text("A paragraph.")])
 
-    monkeypatch.setattr(sections, "SECTIONS", (own, lambda study: None))
-    read = reported(crops, tmp_path)
-    assert read.sections == ["findings", "studied", "own", "cite"]
-    assert read.text.count("12 images.") == 2  # in its place, and among the main findings
+    register(Analysis(name="mine", title="", question="", measures=(), sections=(own, lambda study: None)))
+    try:
+        read = reported(crops, tmp_path)
+    finally:
+        unregister("mine")
+    assert read.sections[-2:] == ["own", "cite"]
+    assert read.text.count("12 crops were weighed.") == 2  # in its place, and among the main findings
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_by_default_the_report_lies_in_the_study_which_can_go_on(tmp_path):
     folder = photographs(tmp_path, 2)
     run_study(small_vit(), folder / "photos", out=tmp_path / "study", measures="token_norm", batch_size=2)
@@ -273,7 +339,7 @@ def test_large_studies_are_sampled_where_each_patch_has_a_value(crops, monkeypat
     from vitrail.report import parts
 
     monkeypatch.setattr(parts, "SAMPLED", 5)
-    study = Studied.of(crops)
+    study = ReportData.of(crops)
     assert study.sample.sizes["image"] == 5
     assert study.sample["image"].to_numpy().tolist() == [study.data["image"].to_numpy()[at] for at in (0, 3, 6, 8, 11)]
     assert study.sample_words == "Of 5 images, evenly spaced over the study."
@@ -288,6 +354,6 @@ def test_the_most_important_head_is_explained_by_the_study_s_own_numbers(crops, 
 
 
 def test_every_head_s_pattern_stands_beside_the_rule_that_names_it(crops, read):
-    for pattern in head_patterns(open_study(crops)):
-        assert pattern.named.label in read.text
-        assert pattern.named.rule in read.text
+    for pattern in all_patterns(open_study(crops)):
+        assert pattern.naming.label in read.text
+        assert pattern.naming.rule in read.text

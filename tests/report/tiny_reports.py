@@ -1,15 +1,20 @@
-"""A tiny model and photographs of noise for studies to report on."""
+"""A tiny model and photographs of noise for studies to report on, and studies of planted numbers."""
 
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+import xarray as xr
 from PIL import Image
 
-from vitrail.vit.open import open_vit
+from vitrail.analysis import declaration
+from vitrail.data import ImageEntry, LabelSource, Manifest
+from vitrail.models.open import open_vit
+from vitrail.report.parts import ReportData
+from vitrail.study.plan import Plan
 
-ROOMS = ("heads", "regions", "patterns", "patches", "neurons")
+ANALYSES = ("heads", "regions", "patterns", "patches", "head_windows", "tokens", "exciting")
 
 
 def small_vit(**options):
@@ -29,3 +34,23 @@ def photographs(folder: Path, n_images: int = 4) -> Path:
         ids[:, 20:] = 2
         Image.fromarray(ids).save(folder / "masks" / f"{number}.png")
     return folder
+
+
+def planted_study(arrays: dict[str, np.ndarray], grids: list[list[int]], **plan: object) -> ReportData:
+    """Numbers that no model made, as a report reads a study of theirs."""
+    n_images = len(next(iter(arrays.values())))
+    data = {
+        name: xr.DataArray(values, dims=declaration(name).dims, attrs=declaration(name).attributes())
+        for name, values in arrays.items()
+    }
+    values = {
+        "model": "planted", "weight_digest": "", "n_classes": None, "class_names": None, "n_layers": len(grids),
+        "n_heads": [2] * len(grids), "grid": grids[0], "prefix": 1, "grids": grids, "prefixes": [1] * len(grids),
+        "class_token": True, "preprocessing": {}, "data_digest": "", "n_images": n_images, "labels_from": "planted",
+        "measures": dict.fromkeys(arrays, 1), "left_out": {}, "options": {}, "precision": "float32", "batch_size": 1,
+        "part_size": 1, "seed": 0, "device": "cpu", "threads": 1, "versions": {}, "labels": LabelSource.NONE.value,
+    }  # fmt: skip
+    read = Plan(**values | plan)
+    entries = tuple(ImageEntry(f"{image}.png", None, None, 0, "") for image in range(n_images))
+    dataset = xr.Dataset(data, coords={"image": [entry.id for entry in entries]}, attrs={"grids": grids})
+    return ReportData(Path(), dataset, read, Manifest(None, "planted", entries, ()))

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from tiny_studies import BATCH_SIZE, N_IMAGES, tiny_vit, write_photos
 
+from vitrail.analysis import declaration
 from vitrail.data import open_images, scan
-from vitrail.measure import MEASURES
+from vitrail.models.open import Vit
 from vitrail.study import planning
 from vitrail.study.plan import Plan
-from vitrail.vit.open import Vit
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def any_plan(vit: Vit, photos: Path) -> Plan:
     """A plan for studies whose numbers come from no model."""
     manifest = scan(open_images(photos))
-    measures = [MEASURES["head_probability"], MEASURES["head_flip"]]
+    measures = [declaration("head_probability"), declaration("head_flip")]
     return planning.make_plan(
         vit, manifest, measures, left_out={}, options={}, batch_size=BATCH_SIZE, seed=0, threads=1
     )

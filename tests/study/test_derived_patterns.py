@@ -10,18 +10,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tiny_studies import folder_bytes, tiny_vit, write_photos
 
-from vitrail.figures import patterns as figures
-from vitrail.heads.pattern_tables import clusters, head_pattern, head_patterns
-from vitrail.heads.patterns import PatternModel, place
+from vitrail.analysis import analyses, declaration
+from vitrail.figures.whole import draw_figures
 from vitrail.heads.why import why_sentences
-from vitrail.live import Live
-from vitrail.measure import ROOMS
+from vitrail.live import LiveModel
+from vitrail.models.open import Vit
+from vitrail.patterns.model import PatternModel, place_heads
+from vitrail.patterns.tables import all_patterns, pattern_clusters, pattern_of_head
 from vitrail.study import patterns as stage
 from vitrail.study import planning
 from vitrail.study.run import run_study
-from vitrail.study.store import declared, open_study, verify
+from vitrail.study.store import open_study, verify
 from vitrail.study.writing import StudyFolder
-from vitrail.vit.open import Vit
 
 N_IMAGES = 24
 
@@ -47,9 +47,9 @@ def finished(vit: Vit, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_every_measure_of_patterns_is_there_as_declared(finished: Path) -> None:
     study = open_study(finished)
-    assert set(ROOMS["patterns"]) < set(study.data_vars)
+    assert set(analyses()["patterns"].measure_names) < set(study.data_vars)
     for name, array in study.data_vars.items():
-        measure = declared(str(name))
+        measure = declaration(str(name))
         assert (array.dims, array.dtype, array.attrs) == (measure.dims, measure.dtype, measure.attributes()), name
     assert np.isfinite(study["pattern_patch_xy"]).all()
     assert np.isfinite(study["image_dependence"]).all()
@@ -67,7 +67,9 @@ class Killed(BaseException):
     """Passes every `except Exception`, as the end of a process does."""
 
 
-@pytest.mark.parametrize("moment", ["write_pattern_model", "write_patterns", "_mark", "fit_patterns", "Placing"])
+@pytest.mark.parametrize(
+    "moment", ["write_pattern_model", "write_patterns", "_mark", "fit_patterns", "PatternStatistics"]
+)
 def test_stopped_at_any_step_and_resumed_it_gives_the_same_bytes(
     moment: str, vit: Vit, photos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +88,7 @@ def test_stopped_at_any_step_and_resumed_it_gives_the_same_bytes(
         seen.append(arguments)
         return whole(*arguments, **options) if len(seen) == 1 else stop()
 
-    once = moment in ("write_patterns", "Placing")
+    once = moment in ("write_patterns", "PatternStatistics")
     with monkeypatch.context() as patched:
         patched.setattr(home, moment, stop if once else second)
         with pytest.raises(Killed):
@@ -99,8 +101,8 @@ def test_a_training_images_heads_are_placed_where_the_study_has_them(vit: Vit, p
     study, model = open_study(finished), PatternModel.load(finished / "patterns" / "patch.safetensors")
     at = 3
     with Image.open(photos / str(study["image"].values[at])) as image:
-        weights = Live(vit).attention(image.convert("RGB"), 1)
-    found = place(model, 1, torch.as_tensor(weights))
+        weights = LiveModel(vit).attention(image.convert("RGB"), 1)
+    found = place_heads(model, 1, torch.as_tensor(weights))
     assert_array_equal(found.cluster, study["pattern_patch_cluster"][at, 1])
     size = float(np.ptp(study["pattern_patch_xy"].values.reshape(-1, 2), axis=0).max())
     assert_allclose(found.xy, study["pattern_patch_xy"][at, 1], atol=0.02 * size)
@@ -108,15 +110,15 @@ def test_a_training_images_heads_are_placed_where_the_study_has_them(vit: Vit, p
 
 def test_tables_and_sentences_follow_from_the_study(finished: Path) -> None:
     study = open_study(finished)
-    patterns = head_patterns(study)
+    patterns = all_patterns(study)
     assert [(each.layer, each.head) for each in patterns] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert head_pattern(study, 1, 0).named == patterns[2].named
+    assert pattern_of_head(study, 1, 0).naming == patterns[2].naming
     for each in patterns:
         assert_allclose(each.share + sum(share for _, share in each.others), 1.0)
-    for cluster in clusters(study):
+    for cluster in pattern_clusters(study):
         assert cluster.size == int((study["pattern_patch_cluster"] == cluster.number).sum())
     told = " ".join(why_sentences(study, 1, 0))
-    assert f"Its pattern is {patterns[2].named.label}" in told
+    assert f"Its pattern is {patterns[2].naming.label}" in told
     assert "Not known" not in told
 
 
@@ -125,7 +127,7 @@ def test_one_image_has_patterns_and_no_image_dependence(vit: Vit, photos: Path, 
     assert np.isfinite(study["pattern_patch_xy"]).all()
     assert np.isnan(study["image_dependence"]).all()
     assert study.attrs["patterns"]["patch"]["why"] == "PCA, unjudged: there is no second image to hold out"
-    assert figures.figures_of(study, tmp_path / "figures")
+    assert draw_figures(study, tmp_path / "figures", only=["patterns"])
 
 
 def test_a_damaged_array_of_patterns_is_found_and_made_again(vit: Vit, photos: Path, tmp_path: Path) -> None:

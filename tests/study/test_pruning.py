@@ -1,6 +1,7 @@
 """Removing heads of a studied model: which, what it costs, where it is measured, and what is refused."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ from tiny_studies import BATCH_SIZE, tiny_vit, write_photos
 
 from vitrail.data import stored_image
 from vitrail.errors import DamagedStudy, DataError, UnknownModel, Unsupported, UsageError
-from vitrail.heads.pruning import logits_without
-from vitrail.heads.ranking import halves
-from vitrail.study import pruning
-from vitrail.study.pruning import prune_study
+from vitrail.models.open import open_vit
+from vitrail.pruning import prune as pruning
+from vitrail.pruning.masked import logits_without
+from vitrail.pruning.prune import prune_study
+from vitrail.pruning.ranking import halves
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study, read_manifest
 from vitrail.study.table import pruning_summary
-from vitrail.vit.open import open_vit
 
 N_PHOTOS = 48
 
@@ -57,7 +58,7 @@ def test_accuracy_is_measured_on_images_that_nothing_was_chosen_on(study: Path, 
 
 def test_choosing_sees_only_the_other_half(study: Path, kept: tuple, tmp_path: Path, monkeypatch) -> None:
     asked: list[int] = []
-    real = pruning._Images.prepared
+    real = pruning.StudyImages.prepare
 
     def noting(self, places, vit=None):
         asked.extend(places)
@@ -67,9 +68,9 @@ def test_choosing_sees_only_the_other_half(study: Path, kept: tuple, tmp_path: P
         asked.append(-1)  # what follows is not choosing any more
         return real_written(vit, chosen, *rest)
 
-    real_written = pruning._written
-    monkeypatch.setattr(pruning._Images, "prepared", noting)
-    monkeypatch.setattr(pruning, "_written", written)
+    real_written = pruning._write_model
+    monkeypatch.setattr(pruning.StudyImages, "prepare", noting)
+    monkeypatch.setattr(pruning, "_write_model", written)
     again = prune_study(study, tmp_path / "again", keep_accuracy=0.8)
     assert again.heads == kept[0].heads
     choosing, measuring = asked[: asked.index(-1)], asked[asked.index(-1) + 1 :]
@@ -81,7 +82,7 @@ def test_the_promise_is_kept_with_a_margin_on_the_choosing_half_and_one_head_mor
     study: Path, kept: tuple
 ) -> None:
     done, _ = kept
-    from vitrail.heads.ranking import orders, scores
+    from vitrail.pruning.ranking import orders, scores
 
     half = halves(N_PHOTOS).calibration
     order = orders(scores(open_study(study), half)[done.ranking])
@@ -106,6 +107,20 @@ def test_the_smaller_model_is_smaller_is_the_masked_one_and_is_recorded(kept: tu
     assert record["heads"] == [list(head) for head in done.heads]
     assert record["kept"]["promised"] == 0.8
     assert (out / "load.py").is_file()
+
+
+def test_one_test_image_has_no_interval_and_none_is_printed_or_recorded_as_nan(kept: tuple) -> None:
+    done, _ = kept
+    correct = np.array([True])
+    share, low, high = pruning._share_interval(correct, correct)
+    single = replace(done, kept=replace(done.kept, images=1, share=share, low=low, high=high))
+    lines = pruning_summary(single)
+    assert any("too few for an interval" in str(line) for line in lines)
+    assert pruning._without_nan(asdict(single))["kept"]["low"] is None
+    none_correct = replace(done, kept=replace(done.kept, **dict.fromkeys(("share", "low", "high"), np.nan)))
+    for summary in (lines, pruning_summary(none_correct)):
+        cells = [cell for column in summary[1].columns for cell in column.cells]
+        assert not any("nan" in text for text in [*map(str, summary), *cells])
 
 
 def test_named_heads_are_removed_and_accuracy_is_of_all_images(study: Path, tmp_path: Path) -> None:
@@ -187,7 +202,7 @@ def test_images_that_changed_are_refused_and_no_folder_stays(tmp_path: Path) -> 
 # --- a study by the mean output --------------------------------------------------------------------------------------
 
 
-def test_a_study_by_the_mean_surveys_all_images_once_and_goes_on_with_it(photos: Path, tmp_path: Path, vit) -> None:
+def test_a_study_by_the_mean_calibrates_on_all_images_once(photos: Path, tmp_path: Path, vit) -> None:
     whole = run_study(vit, photos, out=tmp_path / "whole", batch_size=BATCH_SIZE, options={"ablation": "mean"})
     survey = (tmp_path / "whole" / "survey.safetensors").read_bytes()
     run_study(vit, photos, out=tmp_path / "cut", batch_size=BATCH_SIZE, options={"ablation": "mean"})
@@ -200,7 +215,7 @@ def test_a_study_by_the_mean_surveys_all_images_once_and_goes_on_with_it(photos:
     assert not (tmp_path / "zero" / "survey.safetensors").exists()
 
 
-def test_a_survey_that_is_not_what_was_written_is_refused(photos: Path, tmp_path: Path, vit) -> None:
+def test_a_calibration_that_is_not_what_was_written_is_refused(photos: Path, tmp_path: Path, vit) -> None:
     from safetensors.torch import load_file, save_file
 
     out = tmp_path / "study"

@@ -1,17 +1,20 @@
 """Reading studies back: what is told of a folder that is unfinished, damaged or no study at all."""
 
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from tiny_studies import folder_bytes, part_values, write_study
 
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.study.derived import image_xy
+from vitrail.study import image_map
+from vitrail.study.image_map import image_xy
 from vitrail.study.plan import Plan, differences
 from vitrail.study.store import open_study, read_plan, verify
 
@@ -49,6 +52,29 @@ class TestOpening:
         with pytest.raises(StudyError, match="is not a plan"):
             open_study(study)
 
+    @pytest.mark.parametrize("rows", [slice(None), [0, 3], 3])
+    def test_a_chunk_that_is_damaged_when_it_is_read_is_an_error_with_the_remedy(
+        self, study: Path, rows: object
+    ) -> None:
+        chunk = study / "arrays.zarr" / "head_probability" / "c" / "0" / "0" / "0"
+        content = bytearray(chunk.read_bytes())
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        chunk.write_bytes(content)
+        opened = open_study(study)
+        with pytest.raises(DamagedStudy, match=rf"Values of head_probability .*vitrail verify {study} --repair"):
+            opened["head_probability"].isel(image=rows).load()
+        assert not opened["head_flip"].any()  # no value of `write_study` is above 2
+
+    def test_values_are_read_once_and_by_any_index(self, study: Path, any_plan: Plan) -> None:
+        written = np.concatenate([part_values(part.number, part.stop - part.start) for part in any_plan.parts])
+        array = open_study(study)["head_probability"]
+        assert_array_equal(array[[4, 0], :, [1]], written[[4, 0]][:, :, [1]])
+        assert_array_equal(array[::-2, 1], written[::-2, 1])
+        assert_array_equal(array.isel(image=array[:, 0, 0] > 0.5), written[written[:, 0, 0] > 0.5])
+        assert_array_equal(array, written)
+        shutil.rmtree(study)
+        assert_array_equal(array, written)
+
     def test_an_unfinished_study_counts_its_parts(self, study: Path) -> None:
         (study / "parts" / "00001.json").unlink()
         with pytest.raises(StudyError, match="has 2 of 3 parts; run the same"):
@@ -80,6 +106,87 @@ class TestOpening:
         assert (answer.stdout.strip(), answer.stderr) == ("False", "")
 
 
+class TestDamage:
+    @pytest.mark.parametrize("part", [0, 1, 2])
+    def test_a_lost_chunk_is_named_when_the_study_is_opened(self, study: Path, part: int) -> None:
+        """zarr would read the fill value: a share that nobody measured."""
+        chunk(study, part).unlink()
+        for partial in (False, True):
+            with pytest.raises(DamagedStudy, match=rf"those of part {part} \(head_probability\).*--repair"):
+                open_study(study, partial=partial)
+
+    def test_an_empty_chunk_and_a_lost_array_are_named(self, study: Path) -> None:
+        chunk(study, 1).write_bytes(b"")
+        shutil.rmtree(study / "arrays.zarr" / "head_flip")
+        with pytest.raises(DamagedStudy, match=r"part 0 \(head_flip\), part 1 \(.*head_probability.*\), part 2"):
+            open_study(study)
+
+    def test_a_lost_map_of_images_is_named(self, study: Path) -> None:
+        (study / "arrays.zarr" / "image_xy" / "c" / "0" / "0").unlink()
+        with pytest.raises(DamagedStudy, match=r"part derived \(image_xy\)"):
+            open_study(study)
+
+    def test_a_chunk_of_a_part_that_is_not_complete_may_be_missing(self, study: Path) -> None:
+        chunk(study, 1).unlink()
+        (study / "parts" / "00001.json").unlink()
+        assert open_study(study, partial=True).sizes["image"] == 7
+
+    @pytest.mark.parametrize(("name", "value"), [("seed", 7), ("n_images", 3), ("left_out", {"head_flip": "no"})])
+    def test_a_plan_that_was_edited_is_refused(self, study: Path, name: str, value: object) -> None:
+        content = json.loads((study / "study.json").read_text(encoding="utf-8"))
+        (study / "study.json").write_text(json.dumps(content | {name: value}), encoding="utf-8")
+        with pytest.raises(DamagedStudy, match=r"study\.json was changed after the study had begun"):
+            open_study(study)
+
+    def test_a_plan_without_a_digest_opens(self, study: Path, any_plan: Plan) -> None:
+        content = json.loads((study / "study.json").read_text(encoding="utf-8"))
+        del content["digest"]
+        (study / "study.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
+        assert read_plan(study) == any_plan
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("n_images", "many"),
+            ("n_heads", [2, "3"]),
+            ("part_size", 0),
+            ("measures", [1]),
+            ("class_token", 1),
+            ("labels", "mine"),
+        ],
+    )
+    def test_a_plan_without_a_digest_whose_fields_are_something_else_is_refused(
+        self, study: Path, name: str, value: object
+    ) -> None:
+        content = json.loads((study / "study.json").read_text(encoding="utf-8"))
+        del content["digest"]
+        (study / "study.json").write_text(json.dumps(content | {name: value}), encoding="utf-8")
+        with pytest.raises(StudyError, match=rf"study\.json is not a plan: {name}"):
+            open_study(study)
+
+    @pytest.mark.parametrize("name", ["study.json", "images.json", "arrays.zarr/zarr.json"])
+    @pytest.mark.parametrize(
+        "content", [b"", b"\xff\xfe\x00", b"[]", b"null", b"{}", b'"text"', b'{"format": 1}', b"[" * 100_000]
+    )
+    def test_damaged_metadata_is_a_sentence(self, study: Path, name: str, content: bytes) -> None:
+        (study / name).write_bytes(content)
+        for read in (open_study, verify):
+            with pytest.raises(StudyError):
+                read(study)
+
+    def test_no_flipped_byte_of_the_metadata_is_a_traceback(self, study: Path) -> None:
+        random = np.random.default_rng(0)
+        for name in ("study.json", "images.json", "arrays.zarr/zarr.json"):
+            sound = (study / name).read_bytes()
+            for place in random.integers(0, len(sound), 40):
+                damaged = bytearray(sound)
+                damaged[place] = random.integers(0, 256)
+                (study / name).write_bytes(damaged)
+                with suppress(StudyError):
+                    open_study(study)
+            (study / name).write_bytes(sound)
+
+
 def chunk(study: Path, part: int) -> Path:
     return study / "arrays.zarr" / "head_probability" / "c" / str(part) / "0" / "0"
 
@@ -102,17 +209,17 @@ class TestVerifying:
 
     def test_a_lost_chunk_is_found(self, study: Path) -> None:
         chunk(study, 2).unlink()
-        with pytest.raises(DamagedStudy, match=r"00002\.json: other values in head_probability"):
+        with pytest.raises(DamagedStudy, match=r"00002\.json: lost values of head_probability"):
             verify(study)
 
-    def test_a_lost_chunk_of_zeros_is_no_loss(self, study: Path) -> None:
-        """All False is what an absent chunk reads as, so the values are still those that were written."""
+    def test_a_lost_chunk_is_a_loss_even_where_the_fill_value_is_what_was_written(self, study: Path) -> None:
         (study / "arrays.zarr" / "head_flip" / "c" / "0" / "0" / "0").unlink()
-        assert verify(study) == 3
+        with pytest.raises(DamagedStudy, match=r"00000\.json: lost values of head_flip"):
+            verify(study)
 
     def test_a_damaged_map_of_images_is_found(self, study: Path) -> None:
         (study / "arrays.zarr" / "image_xy" / "c" / "0" / "0").unlink()
-        with pytest.raises(DamagedStudy, match=r"derived\.json: other values in image_xy"):
+        with pytest.raises(DamagedStudy, match=r"derived\.json: lost values of image_xy"):
             verify(study)
 
     def test_a_part_file_that_is_not_ours_is_found(self, study: Path) -> None:
@@ -168,3 +275,19 @@ class TestMapOfImages:
 
     def test_images_that_are_all_alike_share_one_place(self) -> None:
         assert_array_equal(image_xy(np.ones((8, 3, 2), np.float32), 0), np.zeros((8, 2)))
+
+    def test_of_many_images_some_are_laid_out_and_the_others_lie_among_those_most_like_them(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(image_map, "N_LANDMARKS", 20)
+        monkeypatch.setattr(image_map, "BLOCK_IMAGES", 7)
+        table = self.table(50)
+        places = image_xy(table, 0)
+        drawn = np.sort(np.random.default_rng(0).permutation(50)[:20])
+        assert_array_equal(places[drawn], image_xy(table[drawn], 0))
+        for other in set(range(50)) - set(drawn):
+            distance = np.linalg.norm((table[drawn] - table[other]).reshape(20, -1), axis=1)
+            assert_allclose(places[other], places[drawn[np.argsort(distance)[:5]]].mean(0), rtol=1e-4, atol=1e-4)
+        axes = np.linalg.svd(table[drawn].reshape(20, -1) - table[drawn].reshape(20, -1).mean(0))[2][:2]
+        expected = (table.reshape(50, -1) - table[drawn].reshape(20, -1).mean(0)) @ axes.T
+        assert_allclose(np.abs(image_xy(table, 0, "pca")), np.abs(expected), atol=1e-5)

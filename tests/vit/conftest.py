@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitrail.vit.families import FAMILIES
-from vitrail.vit.open import Vit, open_vit
+from vitrail.contract.tiny_models import FAMILIES
+from vitrail.models.open import Vit, open_vit
 
 _BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -40,6 +40,6 @@ def noise():
 
     def images(vit: Vit, count: int = 4) -> Tensor:
         generator = torch.Generator().manual_seed(5)
-        return torch.randn((count, 3, *vit.preprocessing.size), generator=generator)
+        return torch.randn((count, 3, *vit.image_size), generator=generator)
 
     return images

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import nn
+from torch.nn.attention import flex_attention
 
+from vitrail.contract.check import describe
+from vitrail.contract.tiny_models.from_timm import shallow
 from vitrail.errors import NoAttention, Unsupported
-from vitrail.vit.anatomy import discover
-from vitrail.vit.attention import Readers
-from vitrail.vit.check import describe
-from vitrail.vit.families.from_timm import shallow
-from vitrail.vit.open import open_vit
+from vitrail.models.open import open_vit
+from vitrail.tap import intercept
+from vitrail.tap.anatomy import discover
+from vitrail.tap.attention import Readers
+from vitrail.tap.edits import Edit
+from vitrail.tap.maps import MapSource
 
 
 def _shape(anatomy):
@@ -57,6 +62,40 @@ def test_the_class_token_is_where_the_layer_has_it(opened):
     cait = opened("timm CaiT").anatomy
     assert cait.class_index(0) is None
     assert cait.class_index(3) == 0
+    crossvit = opened("timm CrossViT").anatomy  # two branches, each with a token of its own: cls_token_0, cls_token_1
+    assert [crossvit.class_index(layer) for layer in range(10)] == [0] * 10
+
+
+class _ReadsTokens(nn.Module):
+    """A ViT whose first token has a name that says nothing; `read` says which tokens the answer is made of."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.patches, self.first = nn.Conv2d(3, 24, 8, 8), nn.Parameter(torch.randn(1, 1, 24))
+        self.position = nn.Parameter(torch.randn(1, 17, 24))
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(24, 3, 48, 0.0, batch_first=True) for _ in range(2)))
+        self.norm, self.head, self.read = nn.LayerNorm(24), nn.Linear(24, 5), read
+
+    def forward(self, images):
+        tokens = torch.cat([self.first.expand(len(images), 1, 24), self.patches(images).flatten(2).mT], 1)
+        return self.head(self.read(self.norm(self.blocks(tokens + self.position))))
+
+
+@pytest.mark.parametrize(
+    ("read", "has_class_token"),
+    [
+        (lambda tokens: tokens[:, 0], True),
+        (lambda tokens: tokens[:, 1:].mean(1), False),  # the first token is a register
+        (lambda tokens: tokens.mean(1), False),
+        (lambda tokens: tokens[:, 0] * 0, False),  # an answer that reads nothing
+        (lambda tokens: tokens[:, 5], False),
+    ],
+)
+def test_a_token_that_the_answer_is_read_from_alone_is_the_class_token_whatever_its_name(read, has_class_token):
+    torch.manual_seed(0)
+    anatomy = discover(_ReadsTokens(read).eval(), torch.randn(3, 3, 32, 32))
+    assert [block.prefix for block in anatomy.blocks] == [1, 1]
+    assert anatomy.class_token is has_class_token
 
 
 def test_tokens_that_lie_in_another_order_than_the_image_have_no_grid(opened):
@@ -80,6 +119,20 @@ def test_as_many_tokens_as_channels_in_a_head_is_still_attention_between_tokens(
     block = vit.anatomy.blocks[0]
     assert block.tokens == block.calls[0].head_dim == 16
     assert {b.kind for b in vit.anatomy.blocks} == {"token"}
+
+
+def test_as_many_tokens_as_channels_are_told_apart_where_layers_before_have_mixed_them():
+    """16 tokens, heads of 16 channels: in the last stage of a hierarchy, and where attention is between channels."""
+    transformers = pytest.importorskip("transformers")
+    stages = {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4], "depths": [1] * 4}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = transformers.SegformerConfig(**stages, num_labels=5)
+        last = open_vit(transformers.SegformerForImageClassification(config).eval(), image_size=128).anatomy.blocks[-1]
+        assert (last.calls[0].queries, last.calls[0].head_dim, last.kind) == (16, 16, "token")
+        between_channels = shallow("xcit_nano_12_p16_224")
+        first = open_vit(between_channels.eval(), image_size=64).anatomy.blocks[0]
+        assert (first.tokens, first.calls[0].head_dim, first.kind) == (16, 16, "channel")
 
 
 @torch.no_grad()
@@ -140,23 +193,169 @@ def test_folded_heads_without_a_count_are_refused_and_one_attribute_helps():
     assert [block.heads for block in discover(model, images).blocks] == [4]
 
 
-class _Einsum(nn.Module):
-    def __init__(self, equation):
+class _ByHand(nn.Module):
+    """Attention of two heads that ends in a product of the caller's; keeps its map."""
+
+    def __init__(self, product, n_heads):
         super().__init__()
-        self.equation, self.num_heads = equation, 2
+        self.product, self.num_heads = product, n_heads
+        self.proj = nn.Linear(32, 32)
+
+    def forward(self, tokens):
+        heads = tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        self.map, out = self.product(heads)  # [image, head, query, key], [image, query, head, channel]
+        return tokens + self.proj(out.flatten(2))
+
+
+class _ModelByHand(nn.Module):
+    def __init__(self, product, n_heads=2):
+        super().__init__()
+        self.patches, self.blocks = nn.Conv2d(3, 32, 16, 16), nn.ModuleList([_ByHand(product, n_heads)])
+        self.requires_grad_(False).eval()
+
+    def forward(self, images):
+        return self.blocks[0](self.patches(images).flatten(2).mT).mean(1)
+
+
+def _map_of(tokens):
+    return (tokens @ tokens.mT / 4).softmax(-1)
+
+
+def _einsum(equation, *, first="map", shared=False):
+    """As TransformerLens, einops and lucidrains write it; [image, query, head, channel] whatever the equation gives."""
+
+    def product(tokens):
+        inputs, _, output = equation.partition("->")
+        axes = inputs.split(",")[first == "map"]
+        values = tokens[:, 0] if shared else tokens
+        order = [("bkd" if shared else "bhkd").index(axis) for axis in axes]
+        weights = _map_of(tokens)
+        pair = (weights, values.permute(order)) if first == "map" else (values.permute(order), weights)
+        out = torch.einsum(equation, *pair)
+        return weights, out.permute(["bqhd".index(axis) for axis in output]) if output != "bqhd" else out
+
+    return product
+
+
+@torch.no_grad()
+def _logits_and_map(model, images):
+    return model(images), model.blocks[0].map
+
+
+@pytest.mark.parametrize(
+    ("equation", "first", "shared"),
+    [
+        ("bhqk,bhkd->bqhd", "map", False),
+        ("bkhd,bhqk->bqhd", "values", False),
+        ("bhqk,bkd->bqhd", "map", True),
+    ],
+)
+def test_attention_written_as_an_einsum_is_read_and_edited(equation, first, shared):
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(_einsum(equation, first=first, shared=shared))
+    vit = open_vit(model, image_size=64, weights="random")
+    maps, outputs = [], []
+    reader = Readers(attention=lambda each: (maps.append(each.weights()), outputs.append(each.out)))
+    logits, weights = _logits_and_map(model, images)
+    torch.testing.assert_close(vit.tap().read(images, reader), logits)
+    torch.testing.assert_close(maps[0], weights)
+    assert outputs[0].shape == (3, 1, 2, 16, 16)  # image, window, head, query, channel
+    without = vit.tap().read(images, edits=[Edit(0, prune=(1,))])
+    with torch.no_grad():
+        model.blocks[0].proj.weight[:, 16:] = 0
+        torch.testing.assert_close(without, model(images))
+
+
+def test_flex_attention_is_read_and_edited_with_its_score_function(monkeypatch):
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # no compiler in a test
+
+    def product(tokens):
+        heads = tokens.contiguous()
+        out = flex_attention.flex_attention(heads, heads, heads, score_mod=lambda s, b, h, q, k: s - (q - k).abs())
+        places = torch.arange(heads.shape[2])
+        return (heads @ heads.mT / 4 - (places[:, None] - places).abs()).softmax(-1), out.transpose(1, 2)
+
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(product)
+    vit = open_vit(model, image_size=64, weights="random")
+    maps = []
+    logits, weights = _logits_and_map(model, images)
+    read = vit.tap().read(images, Readers(attention=lambda each: maps.append(each.weights())))
+    torch.testing.assert_close(read, logits, rtol=0, atol=0)
+    torch.testing.assert_close(maps[0], weights)
+    without = vit.tap().read(images, edits=[Edit(0, prune=(1,))])
+    with torch.no_grad():
+        model.blocks[0].proj.weight[:, 16:] = 0
+        torch.testing.assert_close(without, model(images))
+
+
+def test_an_einsum_that_sums_another_axis_than_the_softmax_is_refused():
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+
+    def product(tokens):
+        weights = _map_of(tokens)
+        return weights, torch.einsum("bhkq,bhkd->bhqd", weights, tokens).transpose(1, 2)
+
+    with pytest.raises(Unsupported, match="einsum"):
+        discover(_ModelByHand(product), images)
+
+
+def _grouped(tokens):
+    """Two groups of two heads, each group with one set of keys and values, heads on an axis of their own."""
+    q, kv = tokens.unflatten(1, (2, 2)), tokens[:, ::2, None]
+    weights = (q @ kv.mT / 4).softmax(-1)
+    return weights.flatten(1, 2), (weights @ kv).flatten(1, 2).transpose(1, 2)
+
+
+def _multi_query(tokens):
+    weights = (tokens @ tokens[:, :1].mT / 4).softmax(-1)
+    return weights, (weights @ tokens[:, :1]).transpose(1, 2)
+
+
+def _multi_query_fused(tokens):
+    """The kernel broadcasts one set of keys and values to all heads."""
+    kv = tokens[:, :1]
+    weights = (tokens @ kv.mT / 4).softmax(-1)
+    return weights, F.scaled_dot_product_attention(tokens, kv, kv, scale=1 / 4).transpose(1, 2)
+
+
+def _learned_queries_fused(tokens):
+    """One set of queries for all images."""
+    q = torch.randn((1, *tokens.shape[1:]), generator=torch.Generator().manual_seed(1))
+    weights = (q @ tokens.mT / 4).softmax(-1)
+    return weights, F.scaled_dot_product_attention(q, tokens, tokens, scale=1 / 4).transpose(1, 2)
+
+
+@pytest.mark.parametrize("product", [_grouped, _multi_query, _multi_query_fused, _learned_queries_fused])
+def test_heads_that_share_keys_and_values_are_heads_of_their_own(product):
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(product, n_heads=4)
+    vit = open_vit(model, image_size=64, weights="random")
+    assert vit.n_heads == (4,)
+    maps = []
+    logits, weights = _logits_and_map(model, images)
+    torch.testing.assert_close(vit.tap().read(images, Readers(attention=lambda each: maps.append(each))), logits)
+    torch.testing.assert_close(maps[0].weights(), weights)
+    torch.testing.assert_close(maps[0].weights() @ maps[0].v[:, 0], maps[0].out[:, 0])
+    torch.testing.assert_close(torch.cat([part.clone() for part in MapSource().parts(maps[0])]), weights)
+    without = vit.tap().read(images, edits=[Edit(0, prune=(2,))])
+    with torch.no_grad():
+        model.blocks[0].proj.weight[:, 16:24] = 0
+        torch.testing.assert_close(without, model(images))
+
+
+class _OneHead(nn.Module):
+    def __init__(self):
+        super().__init__()
         self.patches = nn.Conv2d(3, 32, 16, 16)
 
     def forward(self, images):
-        tokens = self.patches(images).flatten(2).mT.unflatten(-1, (2, 16)).transpose(1, 2)
-        weights = torch.einsum("bhqd,bhkd->bhqk", tokens, tokens).softmax(-1)
-        return torch.einsum(self.equation, weights, tokens).mean(2).flatten(1)
+        tokens = self.patches(images).flatten(2).mT
+        return (_map_of(tokens) @ tokens).mean(1)
 
 
-def test_an_einsum_that_is_attention_is_followed_and_another_is_refused():
-    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
-    assert discover(_Around(_Einsum("bhqk,bhkd->bhqd")).eval(), images).blocks[0].heads == 2
-    with pytest.raises(Unsupported, match="einsum"):
-        discover(_Around(_Einsum("bhkq,bhkd->bhqd")).eval(), images)
+def test_one_head_needs_nothing_that_counts_it():
+    assert open_vit(_Around(_OneHead()).eval(), image_size=64, weights="random").n_heads == (1,)
 
 
 class _UsedTwice(nn.Module):
@@ -173,9 +372,30 @@ class _UsedTwice(nn.Module):
         return tokens.mean(1)
 
 
-def test_blocks_that_run_twice_in_a_pass_are_refused():
-    with pytest.raises(Unsupported, match="runs 2 times"):
-        open_vit(_UsedTwice().eval(), image_size=64)
+def test_a_block_that_runs_again_is_a_layer_each_time():
+    anatomy = open_vit(_UsedTwice().eval(), image_size=64).anatomy
+    assert [(block.path, block.run) for block in anatomy.blocks] == [
+        ("blocks.0", 0),
+        ("blocks.1", 0),
+        ("blocks.0", 1),
+        ("blocks.1", 1),
+    ]
+
+
+def test_a_model_is_opened_without_a_whole_map_of_a_fused_call(fresh, monkeypatch):
+    made, softmax_weights = [], intercept._softmax_weights
+
+    def counted(*args):
+        weights = softmax_weights(*args)
+        made.append(weights.nbytes)
+        return weights
+
+    whole = open_vit(fresh("timm ViT")).anatomy.blocks
+    monkeypatch.setattr(intercept, "_softmax_weights", counted)
+    monkeypatch.setattr(intercept, "PIECE_BYTES", 2048)
+    assert open_vit(fresh("timm ViT")).anatomy.blocks == whole
+    assert made
+    assert max(made) <= 2048
 
 
 def test_a_convolutional_network_a_mixer_and_a_text_model_are_refused_with_what_they_lack(fresh):
@@ -189,3 +409,23 @@ def test_a_convolutional_network_a_mixer_and_a_text_model_are_refused_with_what_
 def test_an_image_size_that_the_model_does_not_take_is_refused_with_what_it_says(fresh):
     with pytest.raises(Unsupported, match=r"images of shape \[2, 3, 80, 80\].*check --image-size"):
         open_vit(fresh("timm ViT"), image_size=80)
+
+
+class _Stage(nn.Module):
+    """Attention between the positions of a picture, which goes on with twice the channels and half the sides."""
+
+    def __init__(self, channels, n_heads):
+        super().__init__()
+        self.qkv, self.num_heads = nn.Conv2d(channels, 6 * channels, 1, 2), n_heads
+
+    def forward(self, picture):
+        q, k, v = self.qkv(picture).flatten(2).unflatten(1, (3, self.num_heads, -1)).mT.unbind(1)
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return out.mT.flatten(1, 2).unflatten(-1, (picture.shape[-2] // 2, -1))
+
+
+def test_channels_as_many_as_the_columns_of_a_picture_are_not_taken_for_them():
+    """The second stage gets 16 channels of 32 x 32 and attends with 32."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(_Stage(8, 2), _Stage(16, 2)), nn.AdaptiveAvgPool2d(1))
+    blocks = open_vit(nn.Sequential(model, nn.Flatten()).eval(), image_size=64, weights="random").anatomy.blocks
+    assert [(block.layout.order, block.grid) for block in blocks] == [("NCHW", (64, 64)), ("NCHW", (32, 32))]

@@ -5,8 +5,8 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from vitrail.errors import TapError, Unsupported, UsageError
-from vitrail.vit.attention import Readers
-from vitrail.vit.edits import Edit
+from vitrail.tap.attention import Readers
+from vitrail.tap.edits import Edit
 
 VIT = "timm ViT"
 BY_HAND = "transformers ViT, eager"

@@ -1,6 +1,10 @@
 """Every form of a model's name, every option, and what is refused."""
 
 import json
+import logging
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +12,12 @@ from numpy.testing import assert_array_equal
 from safetensors.torch import save_file
 from torch import nn
 
+import vitrail
+from vitrail.cli.entry import HUB_REQUESTS, main
+from vitrail.contract.check import differences, footprint
 from vitrail.errors import ModelError, UnknownModel, Unsupported, UsageError, WeightsMismatch
-from vitrail.vit.attention import Readers
-from vitrail.vit.check import differences, footprint
-from vitrail.vit.open import open_vit
+from vitrail.models.open import open_vit
+from vitrail.tap.attention import Readers
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 
@@ -19,7 +25,7 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "in
 @torch.no_grad()
 def _runs(vit, grid=None) -> torch.Tensor:
     """Logits under the tap are bitwise those without it, and every layer was read."""
-    images = torch.randn((4, 3, *vit.preprocessing.size), generator=torch.Generator().manual_seed(0))
+    images = torch.randn((4, 3, *vit.image_size), generator=torch.Generator().manual_seed(0))
     images = images.to(next(vit.model.parameters()).dtype)
     layers = []
     logits = vit.tap().read(images, Readers(attention=lambda attention: layers.append(attention.layer)))
@@ -36,7 +42,7 @@ def _runs(vit, grid=None) -> torch.Tensor:
 def test_a_timm_name_with_random_weights_another_size_and_class_count():
     vit = open_vit("timm:vit_tiny_patch16_224", weights="random", image_size=(48, 80), n_classes=5)
     assert vit.name == "timm:vit_tiny_patch16_224"
-    assert (vit.n_layers, vit.n_classes, vit.preprocessing.size) == (12, 5, (48, 80))
+    assert (vit.n_layers, vit.n_classes, vit.image_size) == (12, 5, (48, 80))
     assert _runs(vit, (3, 5)).shape == (4, 5)
     assert "12 layers, 3 heads, 48x80 px, 5 classes" in repr(vit)
 
@@ -61,6 +67,16 @@ def test_a_weights_file_is_loaded_and_its_digest_tells_it_from_another(tmp_path,
     assert one.weight_digest == two.weight_digest != other.weight_digest
     for name, value in model.state_dict().items():
         assert_array_equal(one.model.state_dict()[name].numpy(), value.numpy())
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_callers_random_numbers_alone():
+    options = {"weights": "random", "image_size": 32, "n_classes": 5}
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    one = open_vit("timm:vit_tiny_patch16_224", **options)
+    assert_array_equal(torch.rand(3), expected)
+    assert open_vit("timm:vit_tiny_patch16_224", **options).weight_digest == one.weight_digest
 
 
 @pytest.mark.parametrize(
@@ -107,7 +123,7 @@ def test_a_local_timm_folder_opens_with_its_class_names(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     vit = open_vit(tmp_path)
     assert vit.class_names == ("sea", "sky", "sand")
-    assert vit.preprocessing.size == (32, 32)
+    assert vit.image_size == (32, 32)
     _runs(vit, (2, 2))
     for name, value in model.state_dict().items():
         assert_array_equal(vit.model.state_dict()[name].numpy(), value.numpy())
@@ -151,7 +167,7 @@ def test_a_saved_transformers_folder_opens_with_its_own_weights(kind, classes, t
 def test_a_transformers_model_opens_at_another_image_size(kind, tmp_path):
     _saved(tmp_path, kind)
     vit = open_vit(f"hf:{tmp_path}", image_size=(48, 80))
-    assert vit.preprocessing.size == (48, 80)
+    assert vit.image_size == (48, 80)
     _runs(vit, (3, 5))
 
 
@@ -183,6 +199,24 @@ def test_a_text_model_in_a_folder_is_refused_before_it_runs(tmp_path):
     transformers.BertModel(transformers.BertConfig(vocab_size=50, **TINY)).save_pretrained(tmp_path)
     with pytest.raises(Unsupported, match="no vision model"):
         open_vit(f"hf:{tmp_path}")
+
+
+def test_code_that_a_folder_brings_is_never_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    mark = tmp_path / "it-ran"
+    code = "from transformers import PreTrainedConfig\nclass Mine(PreTrainedConfig):\n    model_type = 'mine'\n"
+    (tmp_path / "mine.py").write_text(f"open({str(mark)!r}, 'w').close()\n{code}")
+    own = {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question that nobody may be there to answer"))
+    with pytest.raises(Unsupported, match=r"code of its own, which Vitrail never runs.*open_vit\(model\)"):
+        open_vit(f"hf:{tmp_path}", weights="random")
+    calls = [
+        (path.name, line.strip())
+        for path in Path(vitrail.__file__).parent.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"\bAuto\w+\.from_pretrained\(", line) and "trust_remote_code=False" not in line
+    ]
+    assert (calls, mark.exists()) == ([], False)
 
 
 # --- torchvision, open_clip ------------------------------------------------------------------------------------------
@@ -297,10 +331,154 @@ def test_precision_is_that_of_weights_and_images(precision, dtype, fresh):
 
 
 def test_real_weights_open_and_every_promise_holds(shared):
-    from vitrail.vit.check import check_vit
+    from vitrail.contract.check import check_vit
 
     weights = shared / "data" / "models" / "deit_tiny_patch16_224.safetensors"
     vit = open_vit("timm:deit_tiny_patch16_224", weights=weights)
     report = check_vit(vit, quick=True)
     assert report.ok, report.text()
     assert_array_equal([report.finding("logits unchanged").figure, report.finding("prune = surgery").figure], 0)
+
+
+# --- a function in a file of one's own -------------------------------------------------------------------------------
+
+SOURCE = """
+import timm
+from beside import DEPTH
+
+def small():
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=DEPTH, num_classes=4)
+
+def number():
+    return 3
+
+def broken():
+    raise ValueError("no such depth")
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    (tmp_path / "beside.py").write_text("DEPTH = 2\n")
+    (tmp_path / "my_model.py").write_text(SOURCE)
+    return tmp_path / "my_model.py"
+
+
+def test_a_function_in_a_file_gives_the_model_the_same_each_time(own_file, tmp_path):
+    vit, again = open_vit(f"{own_file}:small"), open_vit(f"{own_file}:small")
+    assert (vit.n_layers, vit.n_classes, vit.name) == (2, 4, f"{own_file}:small")
+    assert vit.weight_digest == again.weight_digest
+    assert vit.opened_with["model"] == f"{own_file}:small"
+    _runs(vit, (2, 2))
+    state = {name: value + 1 for name, value in vit.model.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    other = open_vit(f"{own_file}:small", weights=tmp_path / "w.safetensors")
+    assert_array_equal(other.model.state_dict()["norm.bias"].numpy(), state["norm.bias"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("my_model.py", "name the function in it that returns the model: .*my_model.py:FUNCTION"),
+        ("my_model.py:large", "has no function 'large'; it has small, number, broken"),
+        ("my_model.py:number", "returned int; Vitrail needs a torch.nn.Module"),
+        ("my_model.py:broken", "raised ValueError at line 12: no such depth"),
+        ("absent.py:small", "There is no file .*absent.py"),
+    ],
+)
+def test_a_function_that_gives_no_model_is_refused_with_the_reason(name, says, own_file):
+    with pytest.raises(UnknownModel, match=says):
+        open_vit(str(own_file.parent / name))
+
+
+def test_a_study_never_runs_a_python_file_that_it_names(own_file, tmp_path):
+    from PIL import Image
+
+    from vitrail import run_study
+    from vitrail.study.reopen import reopen
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32), (90, 20, 160)).save(tmp_path / "images" / "one.png")
+    vit = open_vit(f"{own_file}:small", mean=0.5, std=0.5)
+    run_study(vit, tmp_path / "images", out=tmp_path / "study", measures=["head_divergence"])
+    own_file.write_text("raise SystemExit")
+    with pytest.raises(UnknownModel, match=r"runs a Python file only when you name it"):
+        reopen(tmp_path / "study")
+
+
+def test_random_weights_are_the_same_each_time():
+    digests = {open_vit("timm:vit_tiny_patch16_224", weights="random", image_size=32).weight_digest for _ in range(2)}
+    assert len(digests) == 1
+
+
+def test_a_timm_folder_with_sharded_weights_opens(tmp_path):
+    import timm
+
+    state = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2).state_dict()
+    names = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(state)}
+    for file in sorted(set(names.values())):
+        save_file({name: state[name] for name in state if names[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "model_args": {"img_size": 32, "depth": 2},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "num_classes": 3, "first_conv": "patch_embed.proj"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    vit = open_vit(tmp_path)
+    for name, value in state.items():
+        assert_array_equal(vit.model.state_dict()[name].numpy(), value.numpy())
+
+
+def test_a_torchvision_model_without_a_classifier_gives_features():
+    vit = open_vit("tv:vit_b_32", weights="random", image_size=64, n_classes=0)
+    assert vit.n_classes is None
+    assert _runs(vit, (2, 2)).shape == (4, 768)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "transformers ViT"])
+def test_gradients_through_the_tap_are_those_without_gradient_checkpointing(name, fresh):
+    from vitrail.tap.edits import Edit
+
+    gradients = []
+    for checkpointing in (False, True):
+        model = fresh(name)
+        if checkpointing:
+            names = ("set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+            next(getattr(model, name) for name in names if hasattr(model, name))()
+            model.train()
+        vit = open_vit(model, image_size=64)
+        images = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+        gate = torch.ones((2, vit.n_heads[1]), requires_grad=True)
+        with torch.enable_grad():
+            vit.tap().read(images, edits=[Edit(1, gate=gate)])[:, 0].sum().backward()
+        gradients.append(gate.grad.numpy())
+        assert model.training == checkpointing
+    assert abs(gradients[0]).max() > 1e-4
+    assert_array_equal(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "hf:no/such-model", "openclip:ViT-B-32/openai"])
+def test_a_model_whose_files_cannot_be_had_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip({"timm": "timm", "hf": "transformers", "openclip": "open_clip"}[name.partition(":")[0]])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UnknownModel, match="are not on this computer, and the Hugging Face Hub cannot be reached"
+    ) as refused:
+        open_vit(name)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_hub_that_does_not_answer_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger(HUB_REQUESTS)
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logging.getLogger(), "filters", [])
+    monkeypatch.setattr(sys, "argv", ["vitrail", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    for retry in range(5):
+        logger.warning("'[Errno -2] Name or service not known' thrown, retry %d", retry)
+    assert capfd.readouterr().err == "The Hugging Face Hub does not answer; asking again, for half a minute at most.\n"

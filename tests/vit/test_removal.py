@@ -12,31 +12,32 @@ import transformers
 from torch.testing import assert_close
 
 from vitrail.errors import Unsupported, UsageError
-from vitrail.heads.pruning import logits_without, predictions_without, why_not_removable
-from vitrail.vit.choose import feature_or_logits
-from vitrail.vit.open import open_vit
-from vitrail.vit.removal import without_heads
-from vitrail.vit.saving import write_smaller
+from vitrail.models.choose import feature_or_logits
+from vitrail.models.open import open_vit
+from vitrail.pruning.masked import logits_without, predictions_without
+from vitrail.pruning.removal import remove_heads, why_not_removable
+from vitrail.pruning.saving import save_pruned
 
 REMOVABLE = [
     "timm ViT", "timm ViT, 48 x 80 px", "timm ViT, no classifier", "timm DeiT distilled", "timm DINOv2 with registers",
-    "timm CLIP", "timm SigLIP, mean pooled", "transformers ViT", "transformers ViT, eager", "transformers DeiT",
+    "timm CLIP", "timm SigLIP, mean pooled", "timm ViT 18x2",
+    "transformers ViT", "transformers ViT, eager", "transformers DeiT",
     "transformers DINOv2 with registers", "transformers DINOv3",
 ]  # fmt: skip
 
 REFUSED = {
     "torchvision vit_b_16": "MultiheadAttention", "open_clip ViT-B-32": "MultiheadAttention",
     "timm BEiT v2": "weights of its own", "timm relative-position ViT": "weights of its own",
-    "timm Swin": "weights of its own", "timm CaiT": "weights of its own", "timm ViT 18x2": "2 attention calls",
-    "timm XCiT": "other sizes", "timm DINOv3": "counts on all of them", "timm Hiera": "counts on all of them",
-    "transformers CLIP vision": "no such linear maps", "transformers BEiT": "counts on all of them",
+    "timm Swin": "weights of its own", "timm CaiT": "weights of its own", "timm NesT": "counts on all",
+    "timm XCiT": "other sizes", "timm DINOv3": "counts on all", "timm Hiera": "counts on all",
+    "transformers CLIP vision": "no such linear maps", "transformers BEiT": "counts on all",
     "transformers ViT-MAE, mask_ratio 0.75": "answers in another way",
 }  # fmt: skip
 
 
 @torch.no_grad()
 def removed_and_masked(vit, images, heads):
-    removed = without_heads(vit.model, vit.anatomy, heads)
+    removed = remove_heads(vit, heads)
     return feature_or_logits(removed.module(images)), logits_without(vit, images, heads), removed
 
 
@@ -51,7 +52,7 @@ def test_the_smaller_model_answers_as_the_masked_one(name, opened, noise):
     found, expected, removed = removed_and_masked(vit, noise(vit), heads)
     assert_within(found, expected)
     assert (found - vit.logits(noise(vit))).abs().max() > 1e-4
-    smaller = open_vit(removed.module, image_size=vit.preprocessing.size)
+    smaller = open_vit(removed.module, image_size=vit.image_size)
     lost = [sum(layer == at for at, _ in heads) for layer in range(vit.n_layers)]
     assert smaller.n_heads == tuple(n - gone for n, gone in zip(vit.n_heads, lost, strict=True))
     sizes = [sum(weight.numel() for weight in each.model.parameters()) for each in (vit, smaller)]
@@ -65,7 +66,7 @@ def test_a_layer_may_lose_all_its_heads_and_is_then_no_layer_with_attention(name
     heads = {(layer, head) for head in range(vit.n_heads[layer])}
     found, expected, removed = removed_and_masked(vit, noise(vit), heads)
     assert_within(found, expected)
-    assert open_vit(removed.module, image_size=vit.preprocessing.size).n_layers == vit.n_layers - 1
+    assert open_vit(removed.module, image_size=vit.image_size).n_layers == vit.n_layers - 1
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
@@ -76,19 +77,19 @@ def test_attention_that_cannot_be_taken_apart_is_refused_with_the_reason(name, o
 def test_a_refusal_names_the_layer_and_the_layouts_that_work(opened):
     vit = opened("torchvision vit_b_16")
     with pytest.raises(Unsupported, match=r"Heads of L0 cannot be removed.*fused qkv.*can be masked"):
-        without_heads(vit.model, vit.anatomy, {(0, 0)})
+        remove_heads(vit, {(0, 0)})
 
 
 def test_a_head_that_is_not_there_is_refused(opened):
     vit = opened("timm ViT")
     with pytest.raises(UsageError, match=r"L0H9 is not a head of this model.*L0 has H0 to H2"):
-        without_heads(vit.model, vit.anatomy, {(0, 9)})
+        remove_heads(vit, {(0, 9)})
 
 
 def test_the_users_model_keeps_its_weights_and_shares_those_that_did_not_change(opened, noise):
     vit = opened("timm ViT")
     before = {name: value.clone() for name, value in vit.model.state_dict().items()}
-    removed = without_heads(vit.model, vit.anatomy, {(1, 0)}).module
+    removed = remove_heads(vit, {(1, 0)}).module
     for name, value in vit.model.state_dict().items():
         assert_close(value, before[name], rtol=0, atol=0)
     assert removed.blocks[0].attn.qkv.weight is vit.model.blocks[0].attn.qkv.weight
@@ -138,14 +139,14 @@ def saved_transformers(folder: Path):
         hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=48, num_labels=5
     )
     transformers.ViTForImageClassification(config).save_pretrained(folder)
-    return open_vit(folder, class_names=["ant", "bee", "cat", "dog", "eel"])
+    return open_vit(folder, class_names=["ant", "bee", "cat", "dog", "eel"], mean=0.4, std=0.3)
 
 
 @pytest.fixture(scope="module", params=[saved_timm, saved_transformers])
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     vit = request.param(folder / "whole")
-    write_smaller(vit, without_heads(vit.model, vit.anatomy, HEADS), folder / "smaller")
+    save_pruned(vit, remove_heads(vit, HEADS), folder / "smaller")
     return vit, folder / "smaller"
 
 
@@ -180,7 +181,7 @@ def test_a_library_that_is_not_told_of_the_heads_refuses_the_weights(written):
 def test_heads_can_be_removed_again_and_the_record_counts_the_whole_models_heads(written, noise, tmp_path):
     vit, folder = written
     once = open_vit(folder)
-    write_smaller(once, without_heads(once.model, once.anatomy, {(0, 0)}), tmp_path / "again")
+    save_pruned(once, remove_heads(once, {(0, 0)}), tmp_path / "again")
     twice = open_vit(tmp_path / "again")
     assert_within(twice.logits(noise(vit)), logits_without(vit, noise(vit), HEADS | {(0, 0)}))
     kept = [
@@ -193,7 +194,7 @@ def test_a_folder_with_other_files_is_not_written_to(opened, tmp_path):
     vit = opened("timm ViT")
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds other files"):
-        write_smaller(vit, without_heads(vit.model, vit.anatomy, {(0, 0)}), tmp_path)
+        save_pruned(vit, remove_heads(vit, {(0, 0)}), tmp_path)
 
 
 def test_a_pruned_folder_opens_only_as_it_was_written(written):
@@ -205,10 +206,10 @@ def test_a_pruned_folder_opens_only_as_it_was_written(written):
 def test_a_module_of_no_library_can_be_made_smaller_but_not_written(opened, tmp_path):
     vit = opened("transformers ViT, 48 x 80 px")
     if hasattr(vit.model, "config"):
-        vit = open_vit(_Wrapped(vit.model), image_size=vit.preprocessing.size)
-    removed = without_heads(vit.model, vit.anatomy, {(0, 0)})
+        vit = open_vit(_Wrapped(vit.model), image_size=vit.image_size)
+    removed = remove_heads(vit, {(0, 0)})
     with pytest.raises(Unsupported, match="neither timm nor transformers"):
-        write_smaller(vit, removed, tmp_path / "out")
+        save_pruned(vit, removed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

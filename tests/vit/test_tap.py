@@ -9,14 +9,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from vitrail.contract.check import check_vit, differences, footprint
+from vitrail.contract.tiny_models import FAMILIES, Family, run_contract
+from vitrail.contract.tiny_models.other_models import torchvision_vit
 from vitrail.errors import NoAttention, TapError, Unsupported
-from vitrail.vit.attention import Readers
-from vitrail.vit.check import check_vit, differences, footprint
-from vitrail.vit.edits import Edit
-from vitrail.vit.families import FAMILIES, Family, run_contract
-from vitrail.vit.families.other_models import torchvision_vit
-from vitrail.vit.open import open_vit
-from vitrail.vit.tap import Tap
+from vitrail.models.open import open_vit
+from vitrail.tap.attention import Readers
+from vitrail.tap.edits import Edit
+from vitrail.tap.tap import Tap
 
 VIT = "timm ViT"
 NATIVE = "torchvision vit_b_16"
@@ -347,6 +347,48 @@ def test_residual_and_output_are_the_tokens_a_hook_on_the_model_sees(fresh, nois
 
 
 @torch.no_grad()
+def test_a_stage_that_returns_another_order_of_axes_than_it_takes_returns_its_tokens(fresh, noise):
+    name = "timm PVT v2"  # its first stage takes rows x columns x channels and returns channels x rows x columns
+    model = fresh(name)
+    vit = open_vit(model, image_size=64)
+    images, output, hooked = noise(vit, 2), {}, []
+    vit.tap().read(images, Readers(output=output.__setitem__))
+    for stage in model.stages:
+        stage.register_forward_hook(lambda _, __, out: hooked.append(out))
+    model(images)
+    assert output[0].shape == (2, vit.anatomy.blocks[0].tokens, 32)
+    for layer, picture in enumerate(hooked):
+        _equal(output[layer], picture.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+@torch.no_grad()
+def test_a_block_that_hands_on_its_maps_too_returns_its_tokens(fresh, noise):
+    name = "transformers Swin, eager"  # maps of its windows have more numbers than its tokens
+    model = fresh(name)
+    vit = open_vit(model, image_size=56)
+    images, output, hooked = noise(vit, 2), {}, {}
+    vit.tap().read(images, Readers(output=output.__setitem__))
+    for layer, block in enumerate(vit.anatomy.blocks):
+        hook = lambda _, __, out, layer=layer: hooked.__setitem__(layer, out[0])  # noqa: E731
+        model.get_submodule(block.path).register_forward_hook(hook)
+    model(images)
+    assert [tuple(each.shape[:2]) for each in output.values()] == [(2, block.tokens) for block in vit.anatomy.blocks]
+    for layer in range(vit.n_layers):
+        _equal(output[layer], hooked[layer])
+
+
+@torch.no_grad()
+def test_copies_of_many_images_do_not_rely_on_what_a_single_image_showed(fresh, noise):
+    """The residual is added outside of its blocks: a single row is broadcast to all copies, several are not."""
+    vit = open_vit(fresh("own module, list of pairs"), image_size=64)
+    for n_images in (1, 3):
+        replay, logits = vit.tap().record(noise(vit, n_images))
+        rows = vit.tap().run_from(1, replay, [Edit(1, copy=1, prune=(0,))], copies=2)
+        expected = [logits, vit.tap().read(replay.images, edits=[Edit(1, prune=(0,))])]
+        assert_allclose(rows.numpy(), torch.cat(expected).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_map_of_a_textbook_block_is_softmax_of_scaled_products(fresh, noise):
     model = fresh(VIT)
     vit = open_vit(model, image_size=64)
@@ -379,6 +421,33 @@ def test_chunks_of_a_map_are_the_map(opened, noise):
 
 
 @torch.no_grad()
+def test_chunks_of_an_edited_map_are_the_edited_map(opened, noise):
+    vit = opened(VIT)
+    maps = {}
+
+    def read(attention):
+        pieces = [piece for _, piece in attention.weights_in_chunks(max_bytes=1)]
+        maps[attention.layer] = (torch.cat(pieces), attention.weights())
+
+    vit.tap().read(noise(vit), Readers(attention=read), [Edit(1, drop_keys=(4,))])
+    pieces, full = maps[1]
+    assert_array_equal(full[..., 4].numpy(), 0)
+    assert_array_equal(pieces.numpy(), full.numpy())
+
+
+@torch.no_grad()
+def test_chunks_of_a_map_within_windows_are_refused_not_those_of_the_first_window(opened, noise):
+    vit = opened("transformers Swin")
+
+    def read(attention):
+        if attention.windows > 1:
+            with pytest.raises(Unsupported, match="within 4 windows"):
+                list(attention.weights_in_chunks(max_bytes=1))
+
+    vit.tap().read(noise(vit), Readers(attention=read))
+
+
+@torch.no_grad()
 def test_maps_of_windows_put_on_the_grid_give_the_blocks_own_output(opened, noise):
     """Zero between windows, rows that sum to 1, and the shifted layer joins other tokens than the unshifted."""
     vit = opened("timm Swin")
@@ -402,18 +471,18 @@ def test_maps_of_windows_put_on_the_grid_give_the_blocks_own_output(opened, nois
 
 def test_the_check_names_the_promise_that_a_broken_tap_breaks(fresh, monkeypatch):
     vit = open_vit(fresh(VIT), image_size=64)
-    right = Tap._edited
+    correct = Tap._apply_edits
 
-    def wrong_head(self, state, raw, spec, edits):
-        turned = tuple(Edit(e.layer, e.call, e.copy, tuple((h + 1) % 3 for h in e.prune)) for e in edits)
-        out, final, bias = right(self, state, raw, spec, edits)
-        if not turned:
-            return out * (1 + 1e-6), final, bias
-        canonical = spec.layout.canonical(raw.run(None, None), state.rows).clone()
-        canonical[:, :, list(turned[0].prune)] = 0
-        return spec.layout.original(canonical, raw.v), final, bias
+    def prune_next_head(self, state, position, raw):
+        edits, layout = state.edits_of(position), self.anatomy.blocks[position.layer].calls[position.n_calls].layout
+        result = correct(self, state, position, raw)
+        if not edits:
+            return result._replace(out=result.out * (1 + 1e-6))
+        canonical = layout.canonical(raw.run(None, None), state.n_rows).clone()
+        canonical[:, :, [(head + 1) % 3 for head in edits[0].prune]] = 0
+        return result._replace(out=layout.original(canonical, raw.v))
 
-    monkeypatch.setattr(Tap, "_edited", wrong_head)
+    monkeypatch.setattr(Tap, "_apply_edits", prune_next_head)
     report = check_vit(vit, quick=True)
     assert not report.ok
     assert report.finding("logits unchanged").holds is False
@@ -426,7 +495,9 @@ def test_a_report_reads_as_text(opened):
     assert report.ok
     assert "L0-L2" in report.text()
     assert "1 + 4x4" in report.text()
-    assert len(report.text().splitlines()) == 2 + 2 + 1 + len(report.findings) + 2
+    assert f"preprocessing: {report.preprocessing}" in report.text().splitlines()
+    assert f"weights: {report.weights}" in report.text().splitlines()
+    assert len(report.text().splitlines()) == 3 + 2 + 2 + len(report.findings) + 2
 
 
 def test_a_model_without_attention_has_no_tap():

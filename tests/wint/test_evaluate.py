@@ -8,20 +8,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vitrail import open_vit
+from vitrail.analysis import analyses, is_of_other_models, make_collectors, unavailable
 from vitrail.cli import app
 from vitrail.errors import DataError, UsageError
-from vitrail.live import look_figures
-from vitrail.measure import ROOMS
+from vitrail.figures.whole import draw_figures
+from vitrail.one_image import look
 from vitrail.report import write_report
-from vitrail.study import rooms
 from vitrail.study.run import run_study
-from vitrail.vit.tap import Readers
-from vitrail.wint.batches import Images
-from vitrail.wint.collect import WindowCollector, measured_sides, overlap, predicted_windows
-from vitrail.wint.evaluate import evaluate
+from vitrail.tap.tap import Readers
+from vitrail.windows.collect import WindowCollector, measure_sides, overlap, predict_windows
+from vitrail.windows.evaluate import evaluate
+from vitrail.wint import sparse
+from vitrail.wint.batches import Images, read_images
 from vitrail.wint.folder import save
 from vitrail.wint.model import Shape, WinT, hard_mask, window_heads
-from vitrail.wint.sparse import block_mask, block_sparse, sparse_attention
 from wint.tiny_runs import packed
 
 GRID = (8, 8)
@@ -38,6 +38,11 @@ def small(seed=0, **options) -> WinT:
     return model
 
 
+def open_small(model: WinT):
+    """A module states no preprocessing of its own."""
+    return open_vit(model, mean=0.5, std=0.5)
+
+
 def pictures(n_images=6) -> Images:
     rng = np.random.default_rng(0)
     shown = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(n_images)]
@@ -49,11 +54,11 @@ def pictures(n_images=6) -> Images:
 
 
 def test_an_evaluation_says_what_the_model_itself_says():
-    vit, images = open_vit(small()), pictures()
+    vit, images = open_small(small()), pictures()
     found = evaluate(vit, images, batch_size=4)
     pixels = vit.prepare([images.image(index) for index in range(len(images))])
     assert found.accuracy == int((vit.logits(pixels).argmax(1) == images.labels).sum()) / 6
-    areas = [float(hard_mask(layer, GRID).float().mean()) for layer in predicted_windows(vit, pixels)]
+    areas = [float(hard_mask(layer, GRID).float().mean()) for layer in predict_windows(vit, pixels)]
     assert_allclose(found.area, areas, rtol=1e-5)
     assert found.overlap_teacher == ()
     assert found.images_per_s > 0
@@ -61,22 +66,22 @@ def test_an_evaluation_says_what_the_model_itself_says():
 
 def test_a_model_taught_by_itself_agrees_with_itself_more_than_by_chance():
     """Measured windows lie where attention may look, so they overlap with the predicted ones."""
-    found = evaluate(open_vit(small(start=((0.15,) * 4,))), pictures())
+    found = evaluate(open_small(small(start=((0.15,) * 4,))), pictures())
     for own, chance in zip(found.overlap_own, found.overlap_chance, strict=True):
         assert own > 2 * chance
 
 
 def test_measured_windows_hold_the_windows_that_the_model_has():
     """Windows of 3 x 3, measured with boxes of up to 18 patches: a box that holds all interaction holds the window."""
-    vit = open_vit(small(windows="fixed", start=((1.0, 1.0, 1.0, 1.0),)))
+    vit = open_small(small(windows="fixed", start=((1.0, 1.0, 1.0, 1.0),)))
     pixels = vit.prepare([pictures().image(0)])
     found = {}
 
     def read(attention):
         wider = predicted[attention.layer] + 1
-        found[attention.layer] = measured_sides(attention.weights(), attention.prefix, wider, GRID)
+        found[attention.layer] = measure_sides(attention.weights(), attention.prefix, wider, GRID)
 
-    predicted = predicted_windows(vit, pixels)
+    predicted = predict_windows(vit, pixels)
     vit.tap().read(pixels, Readers(attention=read))
     for layer, own in enumerate(predicted):
         outside = hard_mask(own, GRID) & ~hard_mask(found[layer], GRID)
@@ -85,15 +90,15 @@ def test_measured_windows_hold_the_windows_that_the_model_has():
 
 def test_open_attention_is_that_of_the_same_weights_without_windows():
     """In the first layer, which sees the same tokens either way: where queries would look, whatever their windows."""
-    windowed = open_vit(small(3))
-    plain = open_vit(small(3, windows="none"))
+    windowed = open_small(small(3))
+    plain = open_small(small(3, windows="none"))
     state = windowed.model.state_dict()
     plain.model.load_state_dict({name: state[name] for name in plain.model.state_dict()})
     pixels = windowed.prepare([pictures().image(index) for index in range(2)])
-    predicted = predicted_windows(windowed, pixels)[0]
+    predicted = predict_windows(windowed, pixels)[0]
     weights = {}
     plain.tap().read(pixels, Readers(attention=lambda seen: weights.setdefault(seen.layer, seen.weights())))
-    measured = measured_sides(weights[0], windowed.anatomy.blocks[0].prefix, predicted, GRID)
+    measured = measure_sides(weights[0], windowed.anatomy.blocks[0].prefix, predicted, GRID)
     wanted = overlap(hard_mask(predicted, GRID), hard_mask(measured, GRID)).mean(-1)
     collector = WindowCollector(windowed, ("predicted_overlap_open", "predicted_overlap"))
     found = collector.of(pixels)
@@ -108,50 +113,15 @@ def test_overlap_in_closed_form():
 
 
 def test_agreement_with_a_teacher_and_what_is_refused():
-    teacher = open_vit(small(1, windows="none"))
-    found = evaluate(open_vit(small()), pictures(), teacher=teacher)
+    teacher = open_small(small(1, windows="none"))
+    found = evaluate(open_small(small()), pictures(), teacher=teacher)
     assert len(found.overlap_teacher) == 2
     assert all(0 < value < 1 for value in found.overlap_teacher)
     assert evaluate(teacher, pictures()).area == ()
     with pytest.raises(UsageError, match="predicts no windows"):
         evaluate(teacher, pictures(), teacher=teacher)
     with pytest.raises(DataError, match="has 3 classes"):
-        evaluate(open_vit(small(n_classes=5)), pictures())
-
-
-# --- block-sparse attention ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize("start", [((0.2,) * 4,), ((0.2,) * 4, (0.5,) * 4)], ids=["one for all heads", "one a head"])
-def test_block_sparse_attention_gives_the_same_logits(class_token, start):
-    model = small(class_token=class_token, start=start)
-    images = torch.randn((3, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        dense = model(images)
-        with block_sparse(model) as sparse:
-            assert_allclose(sparse(images), dense, atol=1e-5)
-        assert torch.equal(model(images), dense)
-
-
-def test_blocks_that_no_query_may_see_are_skipped():
-    sides = torch.full((1, 1, 1024, 4), 1.0)
-    sides[..., 0] = sides[..., 2] = 2.0
-    mask = block_mask(sides, (32, 32), prefix=0)
-    assert mask.sparsity() > 60  # percent of blocks
-    q, k, v = torch.randn((3, 1, 2, 1024, 8), generator=torch.Generator().manual_seed(0)).unbind(0)
-    bias = torch.zeros(1024, 1024).masked_fill(~hard_mask(sides[0, 0], (32, 32)), -torch.inf)
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    assert_allclose(sparse_attention(q, k, v, sides, (32, 32), 0), dense, atol=1e-5)
-
-
-def test_block_sparse_attention_is_for_windows_in_evaluation():
-    with pytest.raises(UsageError, match="in evaluation"), block_sparse(small(windows="none")):
-        pass
-    with pytest.raises(UsageError, match="in evaluation"), block_sparse(small().train()):
-        pass
-    with pytest.raises(UsageError, match="hard edges"), block_sparse(small(edges=0.15)):
-        pass
+        evaluate(open_small(small(n_classes=5)), pictures())
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -191,6 +161,38 @@ def test_the_commands_train_and_evaluate(tmp_path):
     assert "L1" in seen.output
 
 
+def test_the_command_evaluates_through_blocks_and_at_another_size(tmp_path):
+    """Soft edges are rounded by `hard`; `sparse` says the same of it; a size is one of the options for opening."""
+    save(small(edges=0.15), tmp_path / "model", class_names=["mark 0", "mark 1", "mark 2"])
+    packed(tmp_path / "test.npz", 40, seed=1)
+    images, runner, said = read_images(str(tmp_path / "test.npz")), CliRunner(), {}
+    for mode in ("model", "hard", "sparse", "tiles"):
+        done = runner.invoke(app, ["evaluate", str(tmp_path / "model"), str(tmp_path / "test.npz"), "--windows", mode])
+        assert done.exit_code == 0, done.output
+        said[mode] = float(done.output.split("accuracy ")[1].split(",")[0])
+    save(small(), tmp_path / "hard", class_names=["mark 0", "mark 1", "mark 2"])
+    wanted = evaluate(open_vit(tmp_path / "hard"), images).accuracy
+    assert said["hard"] == said["sparse"] == pytest.approx(wanted, abs=1e-4)
+    assert said["model"] == pytest.approx(evaluate(open_vit(tmp_path / "model"), images).accuracy, abs=1e-4)
+    done = runner.invoke(
+        app, ["evaluate", str(tmp_path / "model"), str(tmp_path / "test.npz"), "--image-size", "48", "--limit", "3"]
+    )
+    assert done.exit_code == 0, done.output
+
+
+def test_blocks_are_used_where_they_are_asked_for_and_a_vit_without_windows_is_refused(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sparse, "attend", lambda *given, attend=sparse.attend: calls.append(1) or attend(*given))
+    for mode, n_calls in (("model", 0), ("hard", 0), ("sparse", 2), ("tiles", 2)):
+        calls.clear()
+        evaluate(open_small(small()), pictures(), windows=mode)
+        assert len(calls) == n_calls
+    with pytest.raises(UsageError, match="has none"):
+        evaluate(open_small(small(windows="none")), pictures(), windows="hard")
+    with pytest.raises(UsageError, match="choose model, hard, sparse, tiles"):
+        evaluate(open_small(small()), pictures(), windows="dense")
+
+
 # --- studies ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,11 +205,13 @@ def test_a_study_of_a_wint_has_heads_and_patches_measured(tmp_path, class_token)
         pictures().image(index).save(folder / f"{index}.png")
     vit = open_vit(tmp_path / "model")
     study = run_study(vit, str(folder), out=tmp_path / "study", measures="heads,patches", batch_size=4)
-    missing = [name for name in (*ROOMS["heads"], *ROOMS["patches"]) if name not in study]
+    declared = [*analyses()["heads"].measures, *analyses()["patches"].measures]
+    expected = [each.name for each in declared if "masks" not in each.needs]  # no masks are given
+    missing = [name for name in expected if name not in study and not is_of_other_models(name)]
     assert missing == [] or (not class_token and all("cls" in name for name in missing)), missing
     pixels = vit.prepare([pictures().image(index) for index in range(4)])
     strength = study["attention_strength"].to_numpy()
-    widest = [float(layer[:, 0].max()) for layer in predicted_windows(vit, pixels)]
+    widest = [float(layer[:, 0].max()) for layer in predict_windows(vit, pixels)]
     for layer, side in enumerate(widest):
         beyond = int(np.floor(side + 0.5)) + 1
         assert_array_equal(strength[:, layer, 0, beyond:], 0)
@@ -222,10 +226,10 @@ def test_a_study_of_a_wint_holds_its_windows_which_the_report_and_a_look_show(tm
         pictures().image(index).save(folder / f"{index}.png")
     vit = open_vit(tmp_path / "model")
     study = run_study(vit, str(folder), out=tmp_path / "study", measures="windows", batch_size=2)
-    assert [name for name in ROOMS["windows"] if name not in study] == []
+    assert [name for name in analyses()["windows"].measure_names if name not in study] == []
     pixels = vit.prepare([pictures().image(index) for index in range(4)])
     sides = torch.from_numpy(study["predicted_window"].to_numpy()).float()
-    for layer, predicted in enumerate(predicted_windows(vit, pixels)):
+    for layer, predicted in enumerate(predict_windows(vit, pixels)):
         assert torch.equal(hard_mask(sides[:, layer], GRID), hard_mask(predicted, GRID))
     row, column = torch.arange(64) // 8, torch.arange(64) % 8
     assert bool((sides <= torch.stack([column, row, 7 - column, 7 - row], -1)).all())  # cut at the border
@@ -234,11 +238,14 @@ def test_a_study_of_a_wint_holds_its_windows_which_the_report_and_a_look_show(tm
     assert_allclose(study["predicted_overlap_open"].mean(("image", "head")), found.overlap_open, rtol=1e-5)
     page = write_report(tmp_path / "study").read_text()
     assert f"A patch may see {100 * np.mean(found.area):.0f} % of the image on average" in page
-    drawn = {path.stem for path in look_figures(vit, pictures().image(0), tmp_path / "look", of_rooms=["windows"])}
+    looked = look(vit, pictures().image(0), measures="windows")
+    drawn = {path.stem for path in draw_figures(looked, tmp_path / "look", one_image=True)}
     assert drawn == {"predicted_windows", "predicted_windows_summed"}
 
 
 def test_a_plain_vit_has_no_windows_and_says_so():
-    vit = open_vit(small(windows="none"))
-    assert set(rooms.skipped(vit, ROOMS["windows"]).values()) == {"the model has no windows of its own (a WinT has)"}
-    assert rooms.collectors(vit, ROOMS["windows"]) == []
+    vit = open_small(small(windows="none"))
+    assert set(unavailable(vit, analyses()["windows"].measure_names).values()) == {
+        "the model has no windows of its own (a WinT has)"
+    }
+    assert make_collectors(vit, analyses()["windows"].measure_names) == []

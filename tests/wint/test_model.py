@@ -1,5 +1,7 @@
 """Windows and masks in closed form, the transformer with and without them, folders, and the rest of Vitrail on it."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -10,9 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor, nn
 
 from vitrail import open_vit
+from vitrail.contract.check import check_vit
 from vitrail.errors import UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.patches import windows as measured
-from vitrail.vit.check import check_vit
 from vitrail.wint.folder import open_model, save
 from vitrail.wint.model import (
     FLOOR,
@@ -22,8 +24,8 @@ from vitrail.wint.model import (
     WinT,
     attach,
     hard_mask,
-    recorded_sides,
-    rounded,
+    record_sides,
+    round_sides,
     set_temperature,
     soft_mask,
     window_heads,
@@ -112,7 +114,7 @@ def test_masks_of_a_mirrored_grid_are_mirrored(sides, rows, columns):
 
 def test_hard_masks_are_the_boxes_of_the_patches_room():
     sides = torch.rand((2, 15, 4), generator=torch.Generator().manual_seed(1)) * 3
-    whole = rounded(sides).long()
+    whole = round_sides(sides).long()
     row, column = torch.arange(15) // 5, torch.arange(15) % 5
     box = torch.stack(
         [row - whole[..., 1], column - whole[..., 0], row + whole[..., 3] + 1, column + whole[..., 2] + 1], -1
@@ -136,7 +138,7 @@ def test_windows_start_where_they_are_told_whatever_the_tokens():
 def test_gradients_reach_every_side_in_every_layer(start, temperature):
     model = small(start=start, class_token=False).train()
     set_temperature(model, temperature)
-    with recorded_sides(model) as sides:
+    with record_sides(model) as sides:
         logits = model(noise())
     for layer in sides:
         layer.retain_grad()
@@ -152,7 +154,7 @@ def test_gradients_reach_every_side_in_every_layer(start, temperature):
 def test_with_a_class_token_the_last_layer_has_windows_that_nobody_reads():
     """The class token sees all patches, and the classifier reads nothing else after the last layer."""
     model = small().train()
-    with recorded_sides(model) as sides:
+    with record_sides(model) as sides:
         logits = model(noise())
     before_last, last = torch.autograd.grad(logits.sum(), [sides[-2], sides[-1]])
     assert float(before_last.abs().max()) > 0
@@ -183,7 +185,7 @@ def test_hard_windows_in_training_are_those_of_evaluation_and_still_learn():
     set_temperature(model, 1.0)
     soft = model(images).detach()
     set_temperature(model, 1.0, hard=True)
-    with recorded_sides(model) as sides:
+    with record_sides(model) as sides:
         hard = model(images)
     assert float((hard.detach() - wanted).abs().max()) < 0.02 * float((soft - wanted).abs().max())
     (gradient,) = torch.autograd.grad(hard.square().sum(), [sides[0]])
@@ -329,12 +331,36 @@ def test_a_timm_model_with_windows_is_saved_and_opened_again(tmp_path):
     assert vit.preprocessing.std == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("timm_model", "words"),
+    [
+        (
+            {"name": "hf-hub:somebody/something"},
+            "names the timm model 'hf-hub:somebody/something', which timm does not",
+        ),
+        (
+            {"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "/tmp/x.pth", "depth": 2}},
+            r"\['checkpoint_path'\]",
+        ),
+        ({"name": "vit_tiny_patch16_224", "args": {"pretrained_cfg": {"url": "http://x"}}}, r"\['pretrained_cfg'\]"),
+        ({"name": "vit_tiny_patch16_224", "args": ["depth"]}, "the arguments list"),
+        (["vit_tiny_patch16_224"], "should describe a timm model"),
+    ],
+)
+def test_a_folder_can_make_timm_load_nothing_else(tmp_path, timm_model, words, monkeypatch):
+    save(small(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vitrail_wint", "timm": timm_model}))
+    monkeypatch.setattr(timm, "create_model", lambda *_args, **_options: pytest.fail("timm was called"))
+    with pytest.raises(UnknownModel, match=words):
+        open_vit(tmp_path)
+
+
 def test_it_opens_on_any_other_grid(tmp_path):
     save(small(), tmp_path)
     vit = open_vit(tmp_path, image_size=(40, 64))
     assert vit.anatomy.grid == (10, 16)
     assert vit.logits(noise(px=(40, 64))).shape == (4, 5)
-    with recorded_sides(vit.model) as sides, torch.no_grad():
+    with record_sides(vit.model) as sides, torch.no_grad():
         vit.model(noise(px=(40, 64)))
     assert float(sides[0][..., 0].max()) <= 15
     assert float(sides[0][..., 1].max()) <= 9
@@ -375,7 +401,7 @@ def test_attention_that_the_tap_reads_lies_in_the_predicted_windows():
     seen = {}
     from vitrail import Readers
 
-    with recorded_sides(vit.model) as sides, torch.no_grad():
+    with record_sides(vit.model) as sides, torch.no_grad():
         vit.model.eval()(noise())
     vit.tap().read(noise(), Readers(attention=lambda call: seen.update({call.layer: call.weights().detach()})))
     for layer, predicted in enumerate(sides):

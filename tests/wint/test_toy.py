@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrail.wint.model import FULL, recorded_sides, rounded
+from vitrail.wint.model import FULL, record_sides, round_sides
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,6 @@ def test_a_label_that_needs_a_local_window_is_learnt_better_with_windows(example
     without, _ = example.learnt(windows="none", start=FULL)
     assert with_windows > 0.95
     assert without < 0.7
-    with recorded_sides(model) as sides, torch.no_grad():
+    with record_sides(model) as sides, torch.no_grad():
         model(example.pictures(50, torch.Generator().manual_seed(5))[0])
-    assert 1 <= float(rounded(sides[0]).mean()) <= 3
+    assert 1 <= float(round_sides(sides[0]).mean()) <= 3

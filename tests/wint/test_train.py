@@ -7,26 +7,28 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from numpy.testing import assert_allclose
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitrail import open_vit
-from vitrail.errors import DamagedStudy, DataError, PlanMismatch, UsageError
-from vitrail.vit.tap import Readers
+from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, UsageError
+from vitrail.tap.tap import Readers
 from vitrail.wint.batches import Batches, Images, read_images
-from vitrail.wint.building import built, temperature
-from vitrail.wint.model import hard_mask, recorded_sides, window_heads
+from vitrail.wint.building import build_model, temperature_at
+from vitrail.wint.model import hard_mask, record_sides, window_heads
+from vitrail.wint.objectives import TrainingBatch, WindowArea, WindowDistillation
 from vitrail.wint.recipe import read_recipe, recipe_from
-from vitrail.wint.teacher import Teacher, disagreement, guidance
+from vitrail.wint.teacher import Teacher, window_l1
 from vitrail.wint.train import train
 from wint.tiny_runs import described, packed, recipe
 
@@ -54,21 +56,17 @@ def rows(path: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def command(data: Path, out: Path, changes: dict[str, dict[str, object]]) -> list[str]:
-    """A tiny run in a process of its own."""
-    return [sys.executable, "-m", "wint.tiny_runs", str(data), str(out), json.dumps(changes)]
+def text_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def killed_once(run: list[str], checkpoint: Path) -> None:
-    """Starts a run and kills it as soon as it has written another checkpoint."""
-    before = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
-    with subprocess.Popen(run, env=ENVIRONMENT) as process:
-        while process.poll() is None:
-            if checkpoint.is_file() and checkpoint.stat().st_mtime_ns > before:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.001)
-    assert process.returncode == -signal.SIGKILL
+def run_in_forks(data: Path, *runs: tuple[str, Path, dict[str, dict[str, object]]]) -> None:
+    """Tiny runs, each in a process of its own: "whole", "killed" or "two" (processes), their folder and recipe."""
+    listed = json.dumps([(kind, str(out), changes) for kind, out, changes in runs])
+    command = [sys.executable, "-m", "wint.forked_runs", str(data), listed]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +102,28 @@ def test_a_run_leaves_models_that_open_and_tables(whole):
     assert torch.equal(open_vit(out / "last").model.head.weight, averaged["average/head.weight"])
 
 
+def test_two_runs_in_one_folder_are_refused_and_what_a_killed_one_was_writing_goes(whole, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "recipe.json").write_bytes((whole / "whole" / "recipe.json").read_bytes())
+    half_written = out / ".checkpoint.safetensors.4194305"
+    half_written.write_bytes(b"half")
+    with FileLock(out / ".lock"), pytest.raises(StudyError, match="Another process is training"):
+        train(recipe(whole, run=FOLLOWED), out)
+    assert half_written.exists()
+    train(recipe(whole, run=FOLLOWED), out)
+    assert not half_written.exists()
+    same(whole / "whole", out)
+
+
 def test_killed_at_any_time_and_started_again_it_ends_in_the_same_weights(whole, tmp_path):
     """kill -9 as soon as a checkpoint of some step is there; two kills, then to the end."""
-    again = command(whole, tmp_path / "killed", {"run": FOLLOWED})
-    for _ in range(2):
-        killed_once(again, tmp_path / "killed" / "checkpoint.safetensors")
-    subprocess.run(again, env=ENVIRONMENT, check=True)
+    run_in_forks(whole, *((kind, tmp_path / "killed", {"run": FOLLOWED}) for kind in ("killed", "killed", "whole")))
     same(whole / "whole", tmp_path / "killed")
     assert torch.equal(
         open_vit(whole / "whole" / "best").model.head.weight, open_vit(tmp_path / "killed" / "best").model.head.weight
     )
-    for column in ("loss", "rate", "temperature"):
+    for column in ("loss", "cross_entropy", "lr", "temperature"):
         ours = [row[column] for row in rows(tmp_path / "killed" / "steps.csv")]
         assert ours == [row[column] for row in rows(whole / "whole" / "steps.csv")]
 
@@ -135,7 +144,10 @@ def test_interrupted_before_a_checkpoint_is_in_place_the_last_one_holds(whole, t
         patched.setattr(Path, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             train(wanted, out)
-    assert not list(out.rglob(".*"))
+    assert [path.name for path in out.rglob(".*")] in (
+        [],
+        [".lock"],
+    )  # the lock of the folder stays, nothing half-written does
     train(recipe(whole, run=FOLLOWED), out)
     same(whole / "whole", out)
 
@@ -157,24 +169,19 @@ def test_interrupted_it_keeps_its_step_and_says_where_it_goes_on(whole, tmp_path
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_compiled_it_learns_the_same_and_ends_in_the_same_weights_after_a_kill(whole, tmp_path):
     """In processes of their own, for operations cannot be fused while the tests check shapes."""
-    changes = {"model": {"dropped_paths": 0.0}, "run": {**FOLLOWED, "compile": True}}
+    changes = {"model": {"drop_path_rate": 0.0, "depth": 1}, "run": {**FOLLOWED, "compile": True}}
     train(recipe(whole, model=changes["model"], run=FOLLOWED), tmp_path / "plain")
-    subprocess.run(command(whole, tmp_path / "fused", changes), env=ENVIRONMENT, check=True)
+    kinds = {"fused": ("whole",), "killed": ("killed", "whole")}
+    run_in_forks(whole, *((kind, tmp_path / name, changes) for name in kinds for kind in kinds[name]))
     assert_allclose(*([row["loss"] for row in rows(tmp_path / run / "steps.csv")] for run in ("fused", "plain")), 1e-4)
-    killed_once(command(whole, tmp_path / "killed", changes), tmp_path / "killed" / "checkpoint.safetensors")
-    subprocess.run(command(whole, tmp_path / "killed", changes), env=ENVIRONMENT, check=True)
     same(tmp_path / "fused", tmp_path / "killed")
 
 
 def test_two_processes_give_the_curve_of_one(whole, tmp_path):
     """The same batches, mixing included, shared by two: losses and weights agree to rounding."""
-    changes = {"run": {"mixup": 0.2, "ema": 0.0, "epochs": 2}, "model": {"dropped_paths": 0.0}}
+    changes = {"run": {"mixup": 0.2, "ema": 0.0, "epochs": 2}, "model": {"drop_path_rate": 0.0}}
     train(recipe(whole, **changes), tmp_path / "one")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-        "wint.tiny_runs", str(whole), str(tmp_path / "two"), json.dumps(changes),
-    ]  # fmt: skip
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    run_in_forks(whole, ("two", tmp_path / "two", changes))
     one, two = rows(tmp_path / "one" / "steps.csv"), rows(tmp_path / "two" / "steps.csv")
     assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-4)
     assert_allclose(
@@ -183,7 +190,7 @@ def test_two_processes_give_the_curve_of_one(whole, tmp_path):
 
 
 def test_gradients_gathered_in_pieces_are_those_of_the_whole_batch(whole, tmp_path):
-    plain = {"model": {"dropped_paths": 0.0}}
+    plain = {"model": {"drop_path_rate": 0.0}}
     train(recipe(whole, **plain, run={"epochs": 1}), tmp_path / "whole")
     train(recipe(whole, **plain, run={"epochs": 1, "accumulate": 4}), tmp_path / "pieces")
     losses = [[row["loss"] for row in rows(tmp_path / name / "steps.csv")] for name in ("whole", "pieces")]
@@ -197,8 +204,8 @@ def test_metrics_go_to_tensorboard_too(whole, tmp_path):
 
 
 def test_another_recipe_or_a_broken_checkpoint_is_refused(whole, tmp_path):
-    with pytest.raises(PlanMismatch, match=r"optimiser\.rate was 0\.003, is 0\.1"):
-        train(recipe(whole, run=FOLLOWED, optimiser={"rate": 0.1}), whole / "whole")
+    with pytest.raises(PlanMismatch, match=r"optimiser\.lr was 0\.003, is 0\.1"):
+        train(recipe(whole, run=FOLLOWED, optimiser={"lr": 0.1}), whole / "whole")
     changes = {"run": {"epochs": 1}}
     train(recipe(whole, **changes), tmp_path / "run")
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"not tensors at all")
@@ -221,24 +228,27 @@ def test_a_teacher_draws_windows_towards_its_own(whole, control, tmp_path, start
     apart = {}
     for weight in (0.0, 5.0):
         changes = {
-            "teacher": {"folder": str(control), "weight": weight, "area": 25}, "model": {"start": start},
-            "run": {"epochs": 4, "ema": 0.0}, "windows": {"rate": 20.0},
+            "distillation": {"teacher": str(control), "weight": weight, "area": 25}, "model": {"start": start},
+            "run": {"epochs": 4, "ema": 0.0}, "windows": {"lr_scale": 20.0},
         }  # fmt: skip
         wanted = recipe(whole, **changes)
         train(wanted, tmp_path / str(weight))
         student = open_vit(tmp_path / str(weight) / "last").model
         teacher = Teacher(open_vit(control), 25, 2, len(start), (4, 4))
         images = Batches(wanted, read_images(wanted.data.test), read_images(wanted.data.test).pixels(16))[0][0]
-        with recorded_sides(student) as sides, torch.no_grad():
+        with record_sides(student) as sides, torch.no_grad():
             student(images)
-        apart[weight] = float(disagreement(sides, teacher.sides(images), (4, 4)))
+        apart[weight] = float(window_l1(sides, teacher.sides(images), (4, 4)))
     assert apart[5.0] < 0.9 * apart[0.0]
 
 
 @pytest.mark.parametrize(("edges", "kept"), [("soft", 0.3), ("hard", 0.0)])
 def test_edges_are_exported_as_they_were_asked_for(whole, tmp_path, edges, kept):
     """Soft edges keep their last temperature in the exported model; hard ones are those of the last steps."""
-    train(recipe(whole, windows={"last": 0.3, "edges": edges, "hard_from": 0.5}, run={"epochs": 1}), tmp_path / "run")
+    train(
+        recipe(whole, windows={"final_temperature": 0.3, "edges": edges, "hard_from": 0.5}, run={"epochs": 1}),
+        tmp_path / "run",
+    )
     vit = open_vit(tmp_path / "run" / "last")
     assert [head.edges for head in window_heads(vit.model)] == [kept, kept]
     images = torch.randn((2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
@@ -254,6 +264,11 @@ def test_the_teachers_windows_hold_their_query_and_no_more_than_their_area(whole
     assert min(float(layer.min()) for layer in sides) == 0
     smallest = min(float(hard_mask(layer, (4, 4)).sum(-1).min()) for layer in sides)
     assert smallest >= 1
+    shared = Teacher(open_vit(control), 25, 2, 2, (4, 4), shared_budget=True)
+    boxes = [hard_mask(layer, (4, 4)).sum(-1).float() for layer in shared.sides(torch.randn(3, 3, 16, 16))]
+    assert len({float(each.mean()) for layer in boxes for each in layer.unbind(1)}) > 1  # heads differ
+    with pytest.raises(UsageError, match="share a budget between heads"):
+        Teacher(open_vit(control), 25, 2, 1, (4, 4), shared_budget=True)
     with pytest.raises(UsageError, match="2 layers of"):
         Teacher(open_vit(control), 25, 3, 2, (4, 4))
 
@@ -267,17 +282,33 @@ def test_a_teacher_is_shown_images_as_it_was_trained(whole, control):
         assert_allclose(one, two)
 
 
-def test_guidance_grows_and_ends():
-    teaching = recipe_from(
-        described(Path(), teacher={"folder": "somewhere", "weight": 2.0, "from_share": 0.2, "until": 0.6})
-    ).teacher
-    assert [guidance(teaching, done) for done in (0.0, 0.1, 0.2, 0.5, 0.6)] == [0.0, 1.0, 2.0, 2.0, 0.0]
+def test_the_weight_of_distillation_grows_and_ends(whole, control):
+    settings = recipe_from(
+        described(Path(), distillation={"teacher": "somewhere", "weight": 2.0, "warmup_share": 0.2, "until": 0.6})
+    ).distillation
+    objective = WindowDistillation(Teacher(open_vit(control), 25, 2, 2, (4, 4)), settings, (4, 4))
+    assert [objective.weight(progress) for progress in (0.0, 0.1, 0.2, 0.5, 0.6)] == [0.0, 1.0, 2.0, 2.0, 0.0]
 
 
-def test_disagreement_in_closed_form():
+def test_the_area_objective_in_closed_form_and_in_training(whole, tmp_path):
+    """Sides 3, 1, 0, 1 on a 4 x 4 grid: 4 x 3 of 16 patches. A weight of it makes windows smaller."""
+    sides = torch.tensor([3.0, 1.0, 0.0, 1.0]).expand(2, 1, 16, 4)
+    batch = TrainingBatch(torch.zeros(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, 3), (sides, sides))
+    assert_allclose(WindowArea(1.0, (4, 4)).loss(batch), 12 / 16)
+    areas = [
+        sum(train(recipe(whole, windows={"area_weight": weight, "lr_scale": 20.0}), tmp_path / str(weight)).areas)
+        for weight in (0.0, 5.0)
+    ]
+    assert areas[1] < 0.8 * areas[0]
+    row = rows(tmp_path / "5.0" / "steps.csv")[0]
+    assert_allclose(row["loss"], row["cross_entropy"] + 5 * row["window_area"], rtol=1e-5)
+    assert list(row)[:4] == ["step", "loss", "cross_entropy", "window_area"]
+
+
+def test_window_l1_in_closed_form():
     one, two = torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4)
     two[..., 0], two[..., 1] = 3.0, 1.0  # left by 3 of 3 columns, top by 1 of 2 rows on a 3 x 4 grid
-    assert_allclose(disagreement([one], [two], (3, 4)), (1 + 0.5) / 4)
+    assert_allclose(window_l1([one], [two], (3, 4)), (1 + 0.5) / 4)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -302,7 +333,7 @@ def test_every_image_is_seen_once_an_epoch_and_in_another_order_the_next(whole):
     wanted = recipe(whole, data={"augmentation": "none"})
     images = read_images(wanted.data.train)
     batches = Batches(wanted, images, images.pixels(16))
-    seen = [torch.cat([batches._chosen(step) for step in range(first, first + 6)]).tolist() for first in (0, 6)]
+    seen = [torch.cat([batches._batch_indices(step) for step in range(first, first + 6)]).tolist() for first in (0, 6)]
     assert sorted(seen[0]) == sorted(seen[1]) == list(range(96))
     assert seen[0] != seen[1]
 
@@ -314,7 +345,7 @@ def test_crops_are_parts_of_the_image_with_its_border_reflected(whole):
     batches = Batches(wanted, images, pixels)
     wide = nn.functional.pad(pixels.float(), (2, 2, 2, 2), mode="reflect")
     batch, _ = batches[0]
-    for shown, index in zip(batch, batches._chosen(0).tolist(), strict=True):
+    for shown, index in zip(batch, batches._batch_indices(0).tolist(), strict=True):
         original = (shown * 127.5 + 127.5).round()
         candidates = [wide[index, :, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
         assert any(torch.equal(original, each) or torch.equal(original.flip(2), each) for each in candidates)
@@ -360,7 +391,7 @@ def test_class_folders_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"optimiser": {"learning_rate": 1.0}}, r"no key 'learning_rate'.*Valid keys: name, rate"),
+        ({"optimiser": {"learning_rate": 1.0}}, r"no key 'learning_rate'.*Valid keys: name, lr"),
         ({"run": {"epoch": 1}}, r"Did you mean 'epochs'"),
         ({"runs": {}}, r"no key 'runs'. Did you mean 'run'\?"),
         ({"run": {"epochs": "many"}}, "must be a float"),
@@ -369,7 +400,7 @@ def test_class_folders_are_read(tmp_path):
         ({"model": {"start": [[1, "a"]]}}, "must be a float"),
         ({"windows": {"edges": "round"}}, "choose hard or soft"),
         ({"windows": {"hard_from": 1.5}}, "hard_from = 1.5; give a share"),
-        ({"teacher": {"folder": "x"}, "model": {"windows": "none"}}, 'needs .model. windows = "predicted"'),
+        ({"distillation": {"teacher": "x"}, "model": {"windows": "none"}}, 'needs .model. windows = "predicted"'),
     ],
 )
 def test_recipes_that_cannot_be_run_say_what_can(tmp_path, changes, said):
@@ -407,7 +438,7 @@ def test_training_can_begin_with_a_saved_vit_and_other_classes(whole, control, t
     packed(tmp_path / "test.npz", 16, n_classes=2, seed=1)
     wanted = recipe(tmp_path, data={"classes": 2}, model={"start_from": str(control), "start": [[0.98] * 4]})
     torch.manual_seed(0)
-    module = built(wanted)
+    module = build_model(wanted)
     before = open_vit(control).model.state_dict()
     assert torch.equal(module.state_dict()["blocks.1.mlp.0.weight"], before["blocks.1.mlp.0.weight"])
     assert module.state_dict()["head.weight"].shape == (2, 16)
@@ -425,8 +456,80 @@ def test_a_timm_model_trains_with_window_heads_and_opens_again(whole, tmp_path):
 
 
 def test_the_temperature_falls_geometrically(tmp_path):
-    wanted = recipe_from(described(tmp_path, windows={"first": 1.0, "last": 0.25, "until": 0.5}))
-    assert_allclose([temperature(wanted, done) for done in (0.0, 0.25, 0.5, 1.0)], [1, 0.5, 0.25, 0.25])
+    wanted = recipe_from(
+        described(tmp_path, windows={"temperature": 1.0, "final_temperature": 0.25, "anneal_until": 0.5})
+    )
+    assert_allclose([temperature_at(wanted, done) for done in (0.0, 0.25, 0.5, 1.0)], [1, 0.5, 0.25, 0.25])
+
+
+OLD_NAMES = {
+    "model": {"drop_path_rate": "dropped_paths"},
+    "windows": {
+        "temperature": "first",
+        "final_temperature": "last",
+        "anneal_until": "until",
+        "lr_scale": "rate",
+        "area_weight": None,
+    },
+    "teacher": {"teacher": "folder", "warmup_share": "from_share", "batch_share": "share"},
+    "optimiser": {"lr": "rate", "min_lr": "last_rate", "warmup_epochs": "warm_up_epochs"},
+}
+
+
+def with_old_names(description: dict) -> dict:
+    """A recipe as an earlier version wrote it."""
+    old = {{"distillation": "teacher"}.get(table, table): values for table, values in description.items()}
+    for table, names in OLD_NAMES.items():
+        if table in old:
+            pairs = ((names.get(key, key), value) for key, value in old[table].items())
+            old[table] = {key: value for key, value in pairs if key is not None}
+    return old
+
+
+def test_old_names_are_read_with_a_note(tmp_path):
+    new = recipe_from(described(tmp_path, windows={"lr_scale": 3.0}, distillation={"teacher": "hf:x", "weight": 2.0}))
+    notes = []
+    old = with_old_names(
+        described(tmp_path, windows={"lr_scale": 3.0}, distillation={"teacher": "hf:x", "weight": 2.0})
+    )
+    assert "rate" in old["optimiser"]
+    assert recipe_from(old, note=notes.append) == new
+    assert "[teacher] is called [distillation] now; it is read as that." in notes
+    assert "[optimiser] rate is called [optimiser] lr now; it is read as that." in notes
+    with pytest.raises(UsageError, match=r"\[optimiser\] rate is the old name of \[optimiser\] lr, and both"):
+        recipe_from(described(tmp_path, optimiser={"rate": 1.0}))
+
+
+def test_a_run_folder_of_an_earlier_version_goes_on_to_the_same_weights(whole, tmp_path):
+    """Its recipe, its tables, its checkpoint's sums and its exported model have the names of then."""
+    wanted, out = recipe(whole, run=FOLLOWED), tmp_path / "run"
+
+    def interrupt(what, done, total, word):
+        if what == "training" and done == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, out, progress=interrupt)
+    (out / "recipe.json").write_text(json.dumps(with_old_names(wanted.as_dict())))
+    config = (out / "last" / "config.json").read_text()
+    (out / "last" / "config.json").write_text(config.replace("drop_path_rate", "dropped_paths"))
+    assert open_vit(out / "last").model.shape.drop_path_rate == 0.1
+    header, *lines = (out / "steps.csv").read_text().splitlines()
+    assert header == "step,loss,cross_entropy,cross_entropy_weight,lr,temperature"
+    old_lines = [",".join((*line.split(",")[:2], "0", line.split(",")[4], "0", line.split(",")[5])) for line in lines]
+    (out / "steps.csv").write_text("\n".join(["step,loss,taught,rate,guidance,temperature", *old_lines]) + "\n")
+    with safe_open(out / "checkpoint.safetensors", "pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    assert progress["since"] == 1
+    progress["sums"] = {"loss": progress["sums"]["loss"], "taught": 0.0}
+    save_file(tensors, out / "checkpoint.safetensors", {"progress": json.dumps(progress)})
+    train(wanted, out)
+    same(whole / "whole", out)
+    for column in ("step", "loss", "lr", "temperature"):
+        assert [row[column] for row in text_rows(out / "steps.csv")] == [
+            row[column] for row in text_rows(whole / "whole" / "steps.csv")
+        ]
 
 
 RECIPES = sorted((TESTS.parent / "examples" / "recipes").glob("*.toml"))
@@ -438,7 +541,7 @@ def test_recipes_that_we_ship_are_complete(path):
     wanted = read_recipe(path)
     assert wanted.expected
     assert wanted.cost
-    module = built(replace(wanted, model=replace(wanted.model, start_from="")))
+    module = build_model(replace(wanted, model=replace(wanted.model, start_from="")))
     assert sum(parameter.numel() for parameter in module.parameters()) > 1e6
     grey = Image.new("RGB", (wanted.data.image_px,) * 2, "grey")
     images = Images("grey", [lambda: grey] * 4, torch.arange(4), ("a", "b", "c", "d"))
@@ -458,7 +561,7 @@ def test_the_imagenet_recipe_runs_on_a_few_images(shared, tmp_path):
         wanted,
         data=replace(wanted.data, train=str(sample), test=str(sample), limit=8, test_limit=4, workers=0),
         model=replace(wanted.model, depth=2),
-        teacher=replace(wanted.teacher, folder=""),
+        distillation=replace(wanted.distillation, teacher=""),
         run=replace(wanted.run, epochs=1.0, batch_size=4, precision="no", tensorboard=False),
     )
     results = train(small, tmp_path / "run")

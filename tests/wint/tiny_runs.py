@@ -1,7 +1,6 @@
 """Small training runs of the tests: pictures of noise with a mark whose place is the class, as packed images."""
 
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from vitrail.wint.recipe import Recipe, recipe_from
-from vitrail.wint.train import train
 
 
 def packed(path: Path, n_images: int, n_classes: int = 3, seed: int = 0) -> Path:
@@ -35,8 +33,8 @@ def described(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         "data": {"train": str(folder / "train.npz"), "test": str(folder / "test.npz"), "classes": 3, "image_px": 16,
                  "border_px": 2},
         "model": {"patch_px": 4, "width": 16, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "class_token": False,
-                  "dropped_paths": 0.1},
-        "optimiser": {"rate": 3e-3, "warm_up_epochs": 0.5},
+                  "drop_path_rate": 0.1},
+        "optimiser": {"lr": 3e-3, "warmup_epochs": 0.5},
         "run": {"epochs": 3, "batch_size": 16, "log_steps": 2, "ema": 0.9},
     }  # fmt: skip
     for table, values in changes.items():
@@ -50,9 +48,3 @@ def recipe(folder: Path, **changes: dict[str, Any]) -> Recipe:
         packed(folder / "train.npz", 96)
         packed(folder / "test.npz", 40, seed=1)
     return recipe_from(described(folder, **changes))
-
-
-if __name__ == "__main__":  # a process of its own, to be killed or to be one of two
-    import json
-
-    train(recipe(Path(sys.argv[1]), **json.loads(sys.argv[3])), Path(sys.argv[2]))

@@ -39,23 +39,13 @@ export function shareAbove(weights: ArrayLike<number>, weight: number): number {
 export interface Glance {
   /** By patch. */
   patches: Float32Array;
-  kept: Uint8Array;
-  /** Summed over class, distillation and register tokens. */
-  prefix: number;
+  /** By class, distillation and register token. */
+  prefix: Float32Array;
 }
 
 /** Row (where the token looks) or column (who looks at it) of a map over `n` tokens, prefix tokens apart. */
-export function glance(weights: ArrayLike<number>, kept: Uint8Array, n: number, prefix: number, token: number, column: boolean): Glance {
-  const cell = (other: number) => (column ? other * n + token : token * n + other);
-  const patches = new Float32Array(n - prefix);
-  const strong = new Uint8Array(n - prefix);
-  let sum = 0;
-  for (let other = 0; other < n; other++) {
-    if (other < prefix) sum += weights[cell(other)]!;
-    else {
-      patches[other - prefix] = weights[cell(other)]!;
-      strong[other - prefix] = kept[cell(other)]!;
-    }
-  }
-  return { patches, kept: strong, prefix: sum };
+export function glance(weights: ArrayLike<number>, n: number, prefix: number, token: number, column: boolean): Glance {
+  const cells = new Float32Array(n);
+  for (let other = 0; other < n; other++) cells[other] = weights[column ? other * n + token : token * n + other]!;
+  return { patches: cells.subarray(prefix), prefix: cells.subarray(0, prefix) };
 }

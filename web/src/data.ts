@@ -1,10 +1,22 @@
 // What several views ask of the study, put together from the server's arrays.
 
 import { array, ids, summary, type SummaryAsk } from "./api";
-import { STATISTICS, type Context, type Facts, type Images, type Selection, type Statistic, type Study, type Summary } from "./types";
+import type { Row } from "./export";
+import { slice } from "./slices";
+import {
+  STATISTICS,
+  type Facts,
+  type Images,
+  type Measure,
+  type Selection,
+  type Statistic,
+  type Study,
+  type Summary,
+} from "./types";
 
 /** One number per head, [layer, head], NaN where a layer has no such head; with an interval if it is a mean. */
 export interface HeadValues {
+  metric: string;
   values: Float32Array;
   low?: Float32Array;
   high?: Float32Array;
@@ -23,29 +35,139 @@ export const statistic = (told: Summary, name: Statistic): Float32Array => {
   return (told.values as Float32Array).subarray(at * size, (at + 1) * size);
 };
 
-/** A measure of every head: of the image at hand, or its mean over the selection. */
-export async function headValues(name: string, scope: "image" | "set", image: string, selection: Selection): Promise<HeadValues> {
-  if (scope === "image") return { values: Float32Array.from((await array(name, { image })).values), n: 1 };
-  const told = await summary(name, set(selection));
-  const [values, low, high] = (["mean", "low", "high"] as const).map((wanted) => statistic(told, wanted));
-  return { values: values!, low: low!, high: high!, n: told.n_images, interval: told.interval };
+/** A measure as it is shown: one that has a baseline is shown as what is lost, so that 0 is no effect. */
+export interface Quantity {
+  name: string;
+  title: string;
+  unit: string;
+  /** Losses and gains around 0. */
+  isCost: boolean;
+  /** A change from 0 that says how much a head matters. */
+  isChange: boolean;
 }
 
-/** What the measure reads with nothing pruned: the probability itself, 0 for a change, nothing for what is no change. */
-export function unpruned(name: string, scope: "image" | "set", { images, selection, facts }: Context): number | undefined {
-  if (name !== "head_probability") return name.startsWith("head_") ? 0 : undefined;
-  const { probability } = images;
-  if (scope === "image") return facts?.probability;
-  if (!probability || !selection.indices.length) return undefined;
-  return selection.indices.reduce((sum, image) => sum + probability[image]!, 0) / selection.indices.length;
+export function quantity(name: string, about: Study): Quantity {
+  const measure = about.measures[name] as Measure;
+  const baseline = about.measures[measure.baseline];
+  const unit = measure.unit === "1" ? "" : measure.unit;
+  return baseline
+    ? { name, title: `${baseline.title} lost`, unit, isCost: true, isChange: true }
+    : { name, title: measure.title, unit, isCost: false, isChange: name.startsWith("head_") };
 }
+
+/** A measure of every head as it is shown: of the image at hand, or its mean over the selection. */
+export async function headValues(
+  name: string,
+  scope: "image" | "set",
+  image: string,
+  selection: Selection,
+  about: Study,
+): Promise<HeadValues> {
+  const { isCost } = quantity(name, about);
+  if (scope === "image") {
+    const [pruned, baseline] = await Promise.all([
+      array(name, { image }),
+      isCost ? array(about.measures[name]!.baseline, { image }) : undefined,
+    ]);
+    const values = Float32Array.from(pruned.values);
+    if (!baseline) return { metric: name, values, n: 1 };
+    const plain = baseline.values[0]!;
+    return { metric: name, values: values.map((value) => plain - value), n: 1 };
+  }
+  const told = await summary(name, { ...set(selection), ...(isCost ? { cost: 1 as const } : {}) });
+  const [values, low, high] = (["mean", "low", "high"] as const).map((wanted) => statistic(told, wanted));
+  return { metric: name, values: values!, low: low!, high: high!, n: told.n_images, interval: told.interval };
+}
+
+/** A measure along its last dimension: of the image at hand, and mean and spread over the selection. */
+export interface Along {
+  one: Float32Array | undefined;
+  mean: Float32Array;
+  low: Float32Array;
+  high: Float32Array;
+  /** How many images the spread is of. */
+  n: number;
+}
+
+/** Where a measure is read: at one head, or averaged over the heads of each layer. */
+export type Place = { layer?: number; head?: number; over?: "head" };
+
+/** The spread is from the 5 % to the 95 % quantile of the images; `one` is there only in the scope of one image. */
+export async function along(
+  name: string,
+  { layer, head, over }: Place,
+  { scope, image }: { scope: "image" | "set"; image: string },
+  { selection, about }: { selection: Selection; about: Study },
+): Promise<Along> {
+  const place = { ...(layer === undefined ? {} : { layer }), ...(head === undefined ? {} : { head }) };
+  const [one, many] = await Promise.all([
+    scope === "image" ? array(name, { image }) : undefined,
+    summary(name, { ...place, ...(over ? { over } : {}), ...set(selection) }),
+  ]);
+  const dims = many.dims.filter((dim) => dim !== "statistic");
+  return {
+    one: one && (over ? overHeads(one.values, about.n_heads) : slice(one, dims, place)),
+    mean: statistic(many, "mean"),
+    low: statistic(many, "q05"),
+    high: statistic(many, "q95"),
+    n: many.quantiles_of,
+  };
+}
+
+/** The mean over the heads of each layer, [layer, head] padded to the widest layer. */
+export function overHeads(values: ArrayLike<number>, nHeads: number[]): Float32Array {
+  const widest = Math.max(...nHeads);
+  return Float32Array.from(nHeads, (heads, layer) => {
+    let sum = 0;
+    for (let head = 0; head < heads; head++) sum += values[layer * widest + head]!;
+    return sum / heads;
+  });
+}
+
+/** The mean over the rows that have values, [row, step], and how many have any. */
+export function meanOfPresent(
+  values: ArrayLike<number>,
+  nSteps: number,
+  rows: Int32Array,
+): { mean: Float32Array; n: number } {
+  const [sum, counts] = [new Float64Array(nSteps), new Int32Array(nSteps)];
+  let n = 0;
+  for (const row of rows) {
+    let any = 0;
+    for (let step = 0; step < nSteps; step++) {
+      const value = values[row * nSteps + step]!;
+      if (Number.isNaN(value)) continue;
+      sum[step] = sum[step]! + value;
+      counts[step] = counts[step]! + 1;
+      any = 1;
+    }
+    n += any;
+  }
+  return { mean: Float32Array.from(sum, (total, step) => total / counts[step]!), n };
+}
+
+/** The same as a table, a row a step. */
+export const alongRows = (data: Along | undefined, step: string): Row[] =>
+  Array.from(data?.mean ?? [], (mean, at) => ({
+    [step]: at,
+    ...(data?.one ? { this_image: data.one[at]! } : {}),
+    mean,
+    q05: data!.low[at]!,
+    q95: data!.high[at]!,
+  }));
 
 /** Label, prediction and probability of the image at hand. */
 export async function facts(image: string, images: Images, about: Study): Promise<Facts> {
   if (!image.startsWith("u")) {
     const at = Number(image);
     const named = (await ids())[at] ?? image;
-    return { image, label: images.label[at]!, prediction: images.prediction?.[at], probability: images.probability?.[at], id: named };
+    return {
+      image,
+      label: images.label[at]!,
+      prediction: images.prediction?.[at],
+      probability: images.probability?.[at],
+      id: named,
+    };
   }
   const one = async (name: string) => (name in about.measures ? (await array(name, { image })).values[0] : undefined);
   const [label, prediction, probability] = await Promise.all([one("label"), one("prediction"), one("probability")]);
@@ -73,7 +195,12 @@ export function binned(values: ArrayLike<number>, n: number, mask?: Uint8Array, 
   }
   if (!(high > low)) [low, high] = [low - 0.5 || 0, high + 0.5 || 1];
   const width = (high - low) / n;
-  const bins = Array.from({ length: n }, (_, i) => ({ low: low + i * width, high: low + (i + 1) * width, all: 0, chosen: 0 }));
+  const bins = Array.from({ length: n }, (_, i) => ({
+    low: low + i * width,
+    high: low + (i + 1) * width,
+    all: 0,
+    chosen: 0,
+  }));
   for (let i = 0; i < values.length; i++) {
     const bin = bins[Math.min(n - 1, Math.floor((values[i]! - low) / width))];
     if (!bin) continue;

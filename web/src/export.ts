@@ -1,6 +1,19 @@
 // A chart as a file: SVG with its colours written out, PNG of that, or the numbers as CSV.
 
-const WRITTEN = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "fill-opacity", "stroke-opacity", "font-size", "font-weight", "text-anchor", "stroke-linejoin"];
+const WRITTEN = [
+  "fill",
+  "stroke",
+  "stroke-width",
+  "stroke-dasharray",
+  "opacity",
+  "fill-opacity",
+  "stroke-opacity",
+  "font-size",
+  "font-weight",
+  "text-anchor",
+  "stroke-linejoin",
+  "vector-effect",
+];
 
 /** The chart's SVG as a document of its own: what the stylesheet gave is written on every element. */
 export function standalone(charts: SVGSVGElement[], title: string): string {
@@ -23,6 +36,73 @@ export function standalone(charts: SVGSVGElement[], title: string): string {
   return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" font-family="system-ui, sans-serif">${head}${bodies.join("")}</svg>`;
 }
 
+/** Pixels of a picture for each of the screen, in a file. */
+const FINE = 2;
+
+/** Pictures, drawings and words of a part of the page where they stand on the screen, as one SVG. */
+export function snapshot(parts: Element[], title: string): string {
+  const boxes = parts.map((part) => part.getBoundingClientRect());
+  const left = Math.min(...boxes.map((box) => box.left));
+  const top = Math.min(...boxes.map((box) => box.top)) - 26;
+  const width = Math.max(...boxes.map((box) => box.right)) - left;
+  const height = Math.max(...boxes.map((box) => box.bottom)) - top;
+  const place = ({ x, y, width, height }: DOMRect) =>
+    `x="${x - left}" y="${y - top}" width="${width}" height="${height}"`;
+  const { color: ink } = getComputedStyle(parts[0]!);
+  const { backgroundColor: paper } = getComputedStyle(document.body);
+  const pieces = parts.flatMap((part) => [
+    ...[...part.querySelectorAll("img, canvas, svg")].map((each) =>
+      each instanceof SVGSVGElement
+        ? placed(each, left, top)
+        : `<image ${place(each.getBoundingClientRect())} href="${asPixels(each as HTMLImageElement)}"/>`,
+    ),
+    ...textsOf(part).map(({ text, box, size, shade }) => {
+      const at = `x="${box.left - left}" y="${box.bottom - top - 0.25 * box.height}"`;
+      return `<text ${at} font-size="${size}" fill="${shade}">${escaped(text)}</text>`;
+    }),
+  ]);
+  const head = `<rect width="100%" height="100%" fill="${paper}"/><text x="0" y="17" font-size="13" fill="${ink}">${escaped(title)}</text>`;
+  return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" font-family="system-ui, sans-serif">${head}${pieces.join("")}</svg>`;
+}
+
+function placed(drawing: SVGSVGElement, left: number, top: number): string {
+  const copy = drawing.cloneNode(true) as SVGSVGElement;
+  const originals = [drawing, ...drawing.querySelectorAll("*")];
+  [copy, ...copy.querySelectorAll("*")].forEach((element, at) => written(element, originals[at]!));
+  const { x, y, width, height } = drawing.getBoundingClientRect();
+  for (const [name, value] of Object.entries({ x: x - left, y: y - top, width, height }))
+    copy.setAttribute(name, String(value));
+  return new XMLSerializer().serializeToString(copy);
+}
+
+/** A picture as it is seen: its filter and its hard or soft pixels are those of the page. */
+function asPixels(picture: HTMLImageElement | HTMLCanvasElement): string {
+  const { width, height } = picture.getBoundingClientRect();
+  const { filter, imageRendering } = getComputedStyle(picture);
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [Math.round(width * FINE), Math.round(height * FINE)];
+  const context = canvas.getContext("2d")!;
+  context.filter = filter;
+  context.imageSmoothingEnabled = imageRendering !== "pixelated";
+  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL();
+}
+
+function textsOf(part: Element) {
+  const walker = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
+  const range = document.createRange();
+  const texts: { text: string; box: DOMRect; size: string; shade: string }[] = [];
+  while (walker.nextNode()) {
+    const [node, around] = [walker.currentNode, walker.currentNode.parentElement!];
+    range.selectNodeContents(node);
+    const { fontSize: size, color: shade } = getComputedStyle(around);
+    const box = range.getBoundingClientRect();
+    const text = node.textContent!.trim();
+    if (text && box.width > 1 && !around.closest("svg, .note")) texts.push({ text, box, size, shade });
+  }
+  return texts;
+}
+
 function written(element: Element, original: Element): void {
   const styles = getComputedStyle(original);
   for (const name of WRITTEN) element.setAttribute(name, styles.getPropertyValue(name));
@@ -42,7 +122,9 @@ export async function asPng(svg: string): Promise<Blob> {
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [picture.width * 2, picture.height * 2];
     canvas.getContext("2d")!.drawImage(picture, 0, 0, canvas.width, canvas.height);
-    return await new Promise((done, fail) => canvas.toBlob((blob) => (blob ? done(blob) : fail(new Error("The browser made no PNG."))), "image/png"));
+    return await new Promise((done, fail) =>
+      canvas.toBlob((blob) => (blob ? done(blob) : fail(new Error("The browser made no PNG."))), "image/png"),
+    );
   } finally {
     URL.revokeObjectURL(address);
   }
@@ -50,13 +132,19 @@ export async function asPng(svg: string): Promise<Blob> {
 
 export type Row = Record<string, string | number>;
 
+/** A spreadsheet takes text that begins with one of these for a formula. */
+const FORMULA = /^[=+\-@\t\r]/;
+
 export function asCsv(rows: Row[]): string {
   const columns = Object.keys(rows[0] ?? {});
   const cell = (value: string | number | undefined) => {
-    const text = String(value ?? "");
-    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    const text = typeof value === "string" && FORMULA.test(value) ? `'${value}` : String(value ?? "");
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
-  return [columns.join(","), ...rows.map((row) => columns.map((column) => cell(row[column])).join(","))].join("\r\n") + "\r\n";
+  return (
+    [columns.join(","), ...rows.map((row) => columns.map((column) => cell(row[column])).join(","))].join("\r\n") +
+    "\r\n"
+  );
 }
 
 export function save(content: Blob | string, name: string, type: string): void {

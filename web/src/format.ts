@@ -7,12 +7,46 @@ export function number(value: number | undefined): string {
   if (value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 1e-4) return value.toExponential(1).replace("e-", " × 10^-").replace(/\^(-\d+)/, (_all, power) => raised(power));
+  if (size < 1e-4)
+    return value
+      .toExponential(1)
+      .replace(/^(-?)1\.0e/, "$1e")
+      .replace(/(\d?)e-/, (_all, digit) => `${digit && `${digit} × `}10^-`)
+      .replace(/\^(-\d+)/, (_all, power) => raised(power));
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   return String(Number(value.toPrecision(3)));
 }
 
-const RAISED: Record<string, string> = { "-": "⁻", "0": "⁰", "1": "¹", "2": "²", "3": "³", "4": "⁴", "5": "⁵", "6": "⁶", "7": "⁷", "8": "⁸", "9": "⁹" };
+/** How the ticks of an axis are printed: where all are tiny, against the power of ten that stands beside its title. */
+export function axisNumbers(ticks: number[]): { print: (tick: number) => string; times: string } {
+  const most = Math.max(0, ...ticks.map(Math.abs));
+  if (!most || most >= 1e-4) return { print: number, times: "" };
+  const power = Math.floor(Math.log10(most) + 1e-9);
+  return { print: (tick) => number(tick / 10 ** power), times: ` × ${number(10 ** power)}` };
+}
+
+/** How a column of numbers is printed: with the decimals that give its greatest three digits, so that all compare. */
+export function alike(values: ArrayLike<number>): (value: number | undefined) => string {
+  let most = 0;
+  for (let i = 0; i < values.length; i++) if (Number.isFinite(values[i])) most = Math.max(most, Math.abs(values[i]!));
+  const decimals = most ? 2 - Math.floor(Math.log10(most)) : 0;
+  if (decimals > 5 || decimals < 0) return number;
+  return (value) => (value === undefined || !Number.isFinite(value) ? number(value) : value.toFixed(decimals));
+}
+
+const RAISED: Record<string, string> = {
+  "-": "⁻",
+  "0": "⁰",
+  "1": "¹",
+  "2": "²",
+  "3": "³",
+  "4": "⁴",
+  "5": "⁵",
+  "6": "⁶",
+  "7": "⁷",
+  "8": "⁸",
+  "9": "⁹",
+};
 const raised = (power: string): string => [...power].map((digit) => RAISED[digit] ?? digit).join("");
 
 export const percent = (share: number, digits = 1): string => `${(100 * share).toFixed(digits)} %`;

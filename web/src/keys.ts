@@ -1,19 +1,22 @@
 // What each key does.
 
 import { shared } from "./state.svelte";
+import { TABS } from "./tabs";
 import type { Study } from "./types";
 
 export const KEYS: [string, string][] = [
+  ["1 … 8", "tabs"],
   ["← →", "previous, next head"],
   ["↑ ↓", "layer before, layer after"],
   ["[ ]", "previous, next image of the selection"],
-  ["1 … 6", "region mode"],
-  ["s", "one image or the selected set"],
-  ["t", "class token or centre patch as query"],
+  ["o", "the photograph alone, or the overlay again"],
+  ["s", "heads of this image, or of the selected images"],
+  ["t", "seen from the class token, or from the last patch"],
   ["/", "search images"],
   ["Esc", "clear the selection, close"],
   ["?", "this list"],
-  ["Tab, arrows", "reach a view; arrows move the query patch in the photograph"],
+  ["+ − 0", "on the map of images: magnify, the whole map; arrows move it"],
+  ["Tab, then arrows", "inside the photograph: move over its patches; inside the images: choose one"],
 ];
 
 export interface Moves {
@@ -22,10 +25,11 @@ export interface Moves {
   image: (steps: number) => string;
   search: () => void;
   help: () => void;
-  centre: () => number;
 }
 
-const TYPING = "input, select, textarea, [contenteditable]";
+const TYPING = "input:not([type=checkbox], [type=range]), select, textarea, [contenteditable]";
+let lastOverlay = "";
+let lastPatch = 0;
 
 /** Act on a key pressed anywhere but in a field; answers whether it meant something. */
 export function pressed(event: KeyboardEvent, moves: Moves): boolean {
@@ -36,9 +40,13 @@ export function pressed(event: KeyboardEvent, moves: Moves): boolean {
   const write = (change: Parameters<typeof shared.write>[0]) => (shared.write(change, "keyboard"), true);
   switch (event.key) {
     case "ArrowRight":
-      return head + 1 < heads[layer]! ? write({ head: head + 1 }) : layer + 1 < heads.length && write({ layer: layer + 1, head: 0 });
+      return head + 1 < heads[layer]!
+        ? write({ head: head + 1 })
+        : layer + 1 < heads.length && write({ layer: layer + 1, head: 0 });
     case "ArrowLeft":
-      return head > 0 ? write({ head: head - 1 }) : layer > 0 && write({ layer: layer - 1, head: heads[layer - 1]! - 1 });
+      return head > 0
+        ? write({ head: head - 1 })
+        : layer > 0 && write({ layer: layer - 1, head: heads[layer - 1]! - 1 });
     case "ArrowDown":
       return write({ layer: layer + 1 });
     case "ArrowUp":
@@ -48,14 +56,23 @@ export function pressed(event: KeyboardEvent, moves: Moves): boolean {
       return write({ image: moves.image(event.key === "]" ? 1 : -1) });
     case "s":
       return write({ scope: shared.scope === "set" ? "image" : "set" });
-    case "t":
-      return write({ token: shared.token === 0 ? moves.centre() : 0 });
+    case "o":
+      if (shared.overlay === "none") return write({ overlay: lastOverlay });
+      lastOverlay = shared.overlay;
+      return write({ overlay: "none" });
+    case "t": {
+      const prefix = moves.study.prefixes[layer] ?? 0;
+      if (shared.token < prefix) return write({ token: lastPatch || prefix });
+      lastPatch = shared.token;
+      return prefix > 0 && write({ token: 0 });
+    }
     case "Escape":
       return shared.brush !== "" && write({ brush: "" });
     case "/":
-      return moves.search(), true;
+      return (moves.search(), true);
     case "?":
-      return moves.help(), true;
+      return (moves.help(), true);
   }
-  return /^[1-6]$/.test(event.key) && write({ mode: Number(event.key) });
+  const tab = /^[1-8]$/.test(event.key) ? TABS[Number(event.key) - 1] : undefined;
+  return tab !== undefined && write({ tab: tab.id, overlay: "" });
 }

@@ -1,13 +1,20 @@
 // Colours that people with any colour vision can order, and the scales that use them.
 
-import { scaleDiverging, scaleSequential } from "d3-scale";
-import { interpolateCividis, interpolateInferno, interpolatePuOr } from "d3-scale-chromatic";
+import { scaleLinear, scaleSequential } from "d3-scale";
+import { interpolateCividis } from "d3-scale-chromatic";
 
 export type Colours = ((value: number) => string) & { domain: () => number[] };
 
 /** Okabe and Ito's eight colours without black; further groups share a grey. */
 export const GROUPS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800"];
 export const OTHERS = "#8d939c";
+
+/** The page's own hues, written out because scales mix them; as in page.css. */
+const SHADES = {
+  light: { paper: "#f2f0eb", weight: "#cf4a0c", gain: "#0b7470", ink: "#3d4552" },
+  dark: { paper: "#23272e", weight: "#ff8a4a", gain: "#4fc4bc", ink: "#c3c8d0" },
+};
+const shades = (dark: boolean) => SHADES[dark ? "dark" : "light"];
 
 export const extent = (values: ArrayLike<number>): [number, number] => {
   let [low, high] = [Infinity, -Infinity];
@@ -19,27 +26,41 @@ export const extent = (values: ArrayLike<number>): [number, number] => {
   return low <= high ? [low, high] : [0, 1];
 };
 
-/** Sequential over the values' range; diverging around 0 where they lie on both sides of it. The darkest shades are left
- * out where they would sink into a dark page. */
-export function colours(values: ArrayLike<number>, dark: boolean): Colours {
-  const [low, high] = extent(values);
-  if (low < 0 && high > 0) {
-    const far = Math.max(-low, high);
-    return scaleDiverging((t: number) => interpolatePuOr(1 - t)).domain([-far, 0, far]);
-  }
-  return scaleSequential((t: number) => interpolateCividis(dark ? 0.2 + 0.76 * t : 0.03 + 0.9 * t)).domain(high > low ? [low, high] : [low - 0.5, low + 0.5]);
+const root = (share: number): number => Math.sign(share) * Math.sqrt(Math.abs(share));
+
+/** Of what is lost or gained: nothing is the paper's shade, loss is the hue of weight. Square-root, so that small losses
+ * can be told apart beside large ones; symmetric, so that equal shades are equal amounts. */
+export function signedColours(far: number, dark: boolean): Colours {
+  const { paper, weight, gain } = shades(dark);
+  const scale = scaleLinear<string>([-1, 0, 1], [gain, paper, weight]).clamp(true);
+  return Object.assign((value: number) => scale(root(value / (far || 1))), { domain: () => [-far, 0, far] });
 }
 
-/** A veil over a photograph, for weights from 0 to 1 of the largest: dark where low, and light that lets the photograph
- * through where high. Dark and bright photographs both keep the order. */
-export const veil = (share: number): { fill: string; opacity: number } => ({
-  fill: interpolateInferno(0.03 + 0.87 * Math.sqrt(share)),
-  opacity: 0.72 - 0.24 * Math.sqrt(share),
-});
+/** Of importance, from nothing to the most; of any other quantity, in the ink's own shade. */
+export function amountColours(values: ArrayLike<number>, dark: boolean, fromZero: boolean): Colours {
+  const [low, high] = extent(values);
+  const { paper, weight, ink } = shades(dark);
+  const domain = fromZero ? [Math.min(0, low), high || 1] : high > low ? [low, high] : [low - 0.5, low + 0.5];
+  return scaleLinear<string>(domain, [paper, fromZero ? weight : ink]).clamp(true);
+}
 
-/** Black or white, whichever can be read on this colour ("rgb(r, g, b)" or "#rrggbb"). */
-export function inkOn(colour: string): string {
+/** Sequential over the values' range, for dots. The darkest shades are left out where they would sink into a dark page. */
+export function colours(values: ArrayLike<number>, dark: boolean): Colours {
+  const [low, high] = extent(values);
+  return scaleSequential((t: number) => interpolateCividis(dark ? 0.2 + 0.76 * t : 0.03 + 0.9 * t)).domain(
+    high > low ? [low, high] : [low - 0.5, low + 0.5],
+  );
+}
+
+/** Red, green and blue, to 255, of "rgb(r, g, b)" or "#rrggbb". */
+export function channels(colour: string): [number, number, number] {
   const hex = /^#(..)(..)(..)$/.exec(colour);
   const [r, g, b] = hex ? hex.slice(1).map((part) => parseInt(part, 16)) : (colour.match(/[\d.]+/g) ?? []).map(Number);
-  return 0.299 * (r ?? 0) + 0.587 * (g ?? 0) + 0.114 * (b ?? 0) > 140 ? "#14161a" : "#ffffff";
+  return [r ?? 0, g ?? 0, b ?? 0];
+}
+
+/** Black or white, whichever can be read on this colour. */
+export function inkOn(colour: string): string {
+  const [r, g, b] = channels(colour);
+  return 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#14161a" : "#ffffff";
 }

@@ -2,6 +2,13 @@
 
 const NORMAL_TYPE_PX = 13.3;
 const STORED = "vitrail-theme";
+/** The choice in this browser; a frame without an origin of its own has none. */
+const storage = (): Storage | undefined => (origin === "null" ? undefined : localStorage);
+/** What this browser keeps for the page, or null; with a value, keeps it. */
+export function stored(key: string, value?: string): string | null {
+  if (value !== undefined) storage()?.setItem(key, value);
+  return storage()?.getItem(key) ?? null;
+}
 const wanted = matchMedia("(prefers-color-scheme: dark)");
 
 class Screen {
@@ -10,7 +17,7 @@ class Screen {
   dark = $state(false);
 
   constructor() {
-    const chosen = localStorage.getItem(STORED);
+    const chosen = stored(STORED);
     if (chosen) document.documentElement.dataset.theme = chosen;
     this.#look();
     addEventListener("resize", () => this.#look());
@@ -21,7 +28,7 @@ class Screen {
   toggle(): void {
     const next = this.dark ? "light" : "dark";
     document.documentElement.dataset.theme = next;
-    localStorage.setItem(STORED, next);
+    stored(STORED, next);
     this.#look();
   }
 

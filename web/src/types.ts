@@ -8,6 +8,15 @@ export interface Measure {
   high: string;
   source: string;
   limits: string;
+  /** The measure of the plain pass that this one is read against; empty where values stand for themselves. */
+  baseline: string;
+  analysis: string;
+}
+
+/** The model behind the page: asked only once it is ready. */
+export interface Live {
+  state: "none" | "loading" | "ready" | "failed";
+  reason: string;
 }
 
 export interface Accuracy {
@@ -15,6 +24,40 @@ export interface Accuracy {
   low: number;
   high: number;
   n_right: number;
+}
+
+/** An analysis of the register, and what this study holds of it. */
+export interface Analysis {
+  name: string;
+  title: string;
+  question: string;
+  /** The models that have it; empty for any. */
+  only_for: string;
+  measures: string[];
+  stored: string[];
+  command: string;
+}
+
+/** Accuracy over the number of heads pruned, by ranking; no rankings where the study has no curves. */
+export interface Curves {
+  counts: number[];
+  rankings: {
+    name: string;
+    least: number[];
+    most: number[];
+    area: { value: number | null; low: number | null; high: number | null };
+  }[];
+  random: { low: number[]; mean: number[]; high: number[]; orders: number; images: number };
+  /** Test images, which ranked nothing. */
+  images: number;
+}
+
+/** A map of the images. */
+export interface ImageMap {
+  name: string;
+  title: string;
+  /** The array that places images on it. */
+  table: string;
 }
 
 export interface Study {
@@ -26,14 +69,24 @@ export interface Study {
   prefixes: number[];
   class_token: boolean;
   measures: Record<string, Measure>;
+  analyses: Analysis[];
   class_names: string[];
   accuracy: Accuracy | null;
   labels_from: string;
   own_labels: boolean;
-  has_map: boolean;
+  /** Whether `vitrail curves` wrote pruning curves into it. */
+  has_curves: boolean;
+  /** Maps of its images that it can give, the first one drawn unless another is chosen. */
+  maps: ImageMap[];
   has_thumbnails: boolean;
-  live: boolean;
+  live: Live;
+  /** The head that matters most, and the image that needs it most. */
+  start: { layer: number; head: number; image: number };
   upload: { bytes: number; pixels: number };
+  /** Studies of the same images that it can be compared with, by name. */
+  others: string[];
+  /** Images whose attention is in the file, where the page is one; empty behind a server. */
+  recorded_maps: number[];
   left_out: Record<string, string>;
   missing_images: number;
 }
@@ -57,10 +110,87 @@ export interface Summary extends NamedArray {
 export const STATISTICS = ["mean", "low", "high", "q05", "median", "q95"] as const;
 export type Statistic = (typeof STATISTICS)[number];
 
-/** What is known of every image at once; the map is absent in an unfinished study. */
+/** A sentence with numbers, and what of the study it speaks of. */
+export interface Sentence {
+  text: string;
+  /** The measure that its numbers are read from; empty if it speaks of none. */
+  measure: string;
+  layer: number | null;
+  head: number | null;
+  images: { image: number; words: string }[];
+}
+
+/** The model's answer after one change more. */
+export interface WhatIfStep {
+  words: string;
+  probability?: number;
+  divergence?: number;
+  value?: number;
+  output_shift?: number;
+}
+
+/** What the live model answers to changes of heads, patches and windows. */
+export interface WhatIf {
+  steps: WhatIfStep[];
+  /** The best classes before and after. */
+  classes: { class: number; name: string; before: number; after: number }[];
+  /** By layer; null where its tokens cannot be compared. */
+  drift: (number | null)[];
+  /** What the same costs over all images; null where the study does not know. */
+  study: string | null;
+  /** The command or the Python lines that do the same elsewhere. */
+  use_this: string;
+  left_out: Record<string, string>;
+}
+
+/** A measure in two studies; differences are the second less the first. */
+export interface ComparedMeasure {
+  name: string;
+  title: string;
+  unit: string;
+  by_layer: boolean;
+  by_head: boolean;
+  mean_a: number | null;
+  mean_b: number | null;
+  mean_difference: number | null;
+  /** 95 % of the mean difference, alone. */
+  low: number | null;
+  high: number | null;
+  /** Of random signs, corrected for all measures. */
+  p: number | null;
+  /** The mean difference in standard deviations of the difference over images. */
+  standardised: number | null;
+}
+
+/** What differs between this study and another of the same images. */
+export interface Comparison {
+  names: [string, string];
+  n_shared: number;
+  n_compared: number;
+  same_heads: boolean;
+  heads_correspond: boolean;
+  alpha: number;
+  labels: string;
+  left_out: Record<string, string>;
+  depth: number[];
+  findings: Sentence[];
+  measures: ComparedMeasure[];
+  /** Those that changed most, in all measures together. */
+  images: { image: number; change: number; same: boolean | null }[];
+}
+
+/** One image in two studies. */
+export interface ComparedImage {
+  compared: boolean;
+  change?: number;
+  same?: boolean | null;
+  /** By measure, the second less the first; null where one of them has no value. */
+  differences: Record<string, number | null>;
+}
+
+/** What is known of every image at once. */
 export interface Images {
   n: number;
-  xy: Float32Array | null;
   label: Int32Array;
   prediction: Int32Array | null;
   probability: Float32Array | null;
@@ -87,6 +217,8 @@ export interface Facts {
 /** What every view is given. */
 export interface Context {
   about: Study;
+  /** Whether the model is open behind the page. */
+  live: boolean;
   images: Images;
   selection: Selection;
   facts: Facts | undefined;

@@ -4,173 +4,336 @@ Every answer is an index looked up in the study; nothing from a request is joine
 look keeps the visitor's photograph in memory only.
 """
 
-import json
 import logging
 import secrets
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from vitrail.app.desk import Desk, Live
-from vitrail.app.guard import LOOPBACK_HOSTS, Guard, is_loopback
-from vitrail.app.pictures import Photographs, Thumbnails, Upload, Uploads, encoded, seen_by_model
-from vitrail.app.reader import Reader, chosen_images
-from vitrail.app.shelf import Shelf
+from vitrail.app.answers import binary, jpeg, json_answer, parse_images, parse_index, read_body, refusal
+from vitrail.app.compare import routes as compare_routes
+from vitrail.app.curves import has_curves
+from vitrail.app.curves import routes as curve_routes
+from vitrail.app.description import describe_study
+from vitrail.app.findings import routes as findings_routes
+from vitrail.app.image_maps import ImageMaps
+from vitrail.app.image_maps import routes as image_map_routes
+from vitrail.app.limits import BoundedWork
+from vitrail.app.live_queue import LiveModelProtocol, LiveQueue, OpenModel
+from vitrail.app.look import MAX_PIXELS, MAX_UPLOAD_BYTES
+from vitrail.app.look import routes as look_routes
+from vitrail.app.lru_cache import LRUCache, Value
+from vitrail.app.middleware import HEADERS, LOOPBACK_HOSTS, AccessMiddleware, is_loopback
+from vitrail.app.patterns import routes as pattern_routes
+from vitrail.app.pictures import Photographs, Thumbnails, Uploads, encode_jpeg, model_view
 from vitrail.app.static_files import NOT_BUILT, built_page
-from vitrail.app.story import description
-from vitrail.app.summary import STATISTICS
-from vitrail.data import decode_image
+from vitrail.app.study_arrays import StudyArrays, parse_image_set
+from vitrail.app.summary import STATISTICS, SetSummary
+from vitrail.app.what_if import routes as what_if_routes
 from vitrail.errors import UsageError, VitrailError
 from vitrail.study.store import open_study, read_manifest, read_plan
 
 __all__ = ["create_app", "serve"]
 
-MAX_BODY = 4 * 2**20
-MAX_BYTES = 32 * 2**20
-MAX_PIXELS = 64_000_000
-"""Caps on an upload. Tighter than for a study: a visitor is not the owner of the machine."""
+MAX_LIST_BYTES = 4 * 2**20
+"""Cap on a list of images: half a million indices."""
+
+MAP_CACHE_BYTES = 256 * 2**20
+"""Attention maps in memory: the twelve heads of thirty layers of a ViT at 224 pixels."""
+
+LOOK_CACHE_BYTES = 128 * 2**20
+"""Everything that is computed of single images: of a ViT-B about 20 MB an image."""
+
+UPLOAD_THUMBNAIL_PX = 64
+BACKLOG = 128
+"""Connections that wait while the server starts; more than a browser opens."""
+
+BROWSER_DELAY_S = 0.5
+"""The server listens already; the browser is opened once it has begun to answer."""
+
+SHUTDOWN_S = 2
+"""How long requests may go on after the server was told to stop."""
+
+PHOTOGRAPHS_AT_ONCE = 2
+PHOTOGRAPHS_WAITING = 64
+"""A decoded photograph may have a quarter of a gigabyte, so few are decoded together; many may wait for it."""
+
+UPLOADS_AT_ONCE = 4
+"""Bodies of uploads on their way or waiting for the model: at most 128 MB. They are decoded one at a time."""
+
+SUMMARIES_AT_ONCE = 2
+SUMMARIES_WAITING = 30
+"""Several times what a page asks for together. Their threads are not those of the other routes, which go on."""
+
+SLICED = ("image", "layer", "head", "token_channel")
+"""Dimensions of arrays that a request may fix."""
 
 log = logging.getLogger(__name__)
 
 
-class Page:
-    """What the routes share: the study, its pictures, the uploads and the live model."""
+class AppState:
+    """State that the routes share: the study, its pictures, the uploads and the live model."""
 
-    def __init__(self, study_path: Path, live: Live | None) -> None:
+    def __init__(
+        self, study_path: Path, model: LiveModelProtocol | OpenModel | None, others: Sequence[Path] = ()
+    ) -> None:
+        """Open the study.
+
+        Args:
+            study_path: Its folder.
+            model: The live model, a function that opens it, or None.
+            others: Folders of studies of the same images, to compare with.
+
+        Raises:
+            StudyError: For a folder that is no study.
+        """
         self.folder = study_path
+        self.others = tuple(others)
         self.dataset = open_study(study_path, partial=True)
-        self.reader = Reader(self.dataset)
+        self.arrays = StudyArrays(self.dataset)
         self.plan = read_plan(study_path)
-        self.ids = [str(name) for name in self.dataset["image"].values]
+        self.image_maps = ImageMaps(self.arrays, self.plan)
+        self.ids: list[str] = self.dataset["image"].values.tolist()
         self.manifest = read_manifest(study_path)
         self.thumbnails = Thumbnails(self.dataset)
         self.photographs = Photographs(self.manifest, self.ids)
         self.uploads = Uploads()
-        self.desk = Desk(live)
-        self.maps = Shelf(256 * 2**20)
+        self.live = LiveQueue(model)
+        self.live_arrays: LRUCache[np.ndarray] = LRUCache(MAP_CACHE_BYTES)
+        self.looks: LRUCache[xr.Dataset] = LRUCache(LOOK_CACHE_BYTES)
+        self.decoding = BoundedWork("photographs", PHOTOGRAPHS_AT_ONCE, PHOTOGRAPHS_WAITING)
+        self.receiving = BoundedWork("uploads", UPLOADS_AT_ONCE, 0)
+        self.summaries = BoundedWork("summaries", SUMMARIES_AT_ONCE, SUMMARIES_WAITING)
 
-    def photograph(self, text: str) -> Any:
-        """The photograph that a request names: an index of the study or an upload."""
-        if text.startswith("u"):
-            return self.uploads.named(text).photograph
-        return self.photographs.of(self.image(text))
+    def photograph(self, image: str) -> Image.Image:
+        """The photograph that a request names.
 
-    def image(self, text: str) -> int:
-        """The index of an image of the study."""
-        return self.reader.index("image", text, self.reader.known("label"))
+        Args:
+            image: An index of the study, or an upload's name.
+
+        Returns:
+            The decoded photograph.
+
+        Raises:
+            HTTPException: 404 if there is none.
+        """
+        if image.startswith("u"):
+            return self.uploads.get(image).photograph
+        return self.photographs.read(self.image_index(image))
+
+    def mask(self, image: str) -> np.ndarray | None:
+        """The mask of the objects of a photograph, as the study was given it.
+
+        Args:
+            image: An index of the study, or an upload's name.
+
+        Returns:
+            Instance ids [row, column], 0 for background; None without a mask, and of an upload.
+
+        Raises:
+            HTTPException: 404 if there is no such image, or its mask cannot be read again.
+        """
+        return None if image.startswith("u") else self.photographs.mask(self.image_index(image))
+
+    def image_index(self, image: str) -> int:
+        """The index of an image of the study, from a request's text."""
+        return self.arrays.index("image", image, self.arrays.array("label"))
+
+    def require_image(self, image: str) -> None:
+        """Refuses a name that is neither an image of the study nor an upload.
+
+        Args:
+            image: An index of the study, or an upload's name.
+
+        Raises:
+            HTTPException: 404 if there is none.
+        """
+        if image.startswith("u"):
+            self.uploads.get(image)
+        else:
+            self.image_index(image)
+
+    async def ask_model(
+        self, request: Request, cache: LRUCache[Value], key: Hashable, compute: Callable[[LiveModelProtocol], Value]
+    ) -> Value:
+        """What the live model answers, from memory if the same was asked before.
+
+        Args:
+            request: Whose answer it is; the model is not asked once its page has left.
+            cache: Where the answer is remembered.
+            key: Names the answer.
+            compute: Asks the model.
+
+        Returns:
+            The answer.
+
+        Raises:
+            HTTPException: Without a live model, or if its queue is full.
+        """
+        remembered = cache.get(key)
+        if remembered is not None:
+            return remembered
+        return await self.live.run(request, lambda model: cache.get_or_create(key, lambda: compute(model)))
 
 
-Handler = Callable[[Page, Request], Awaitable[Response]]
+Handler = Callable[[AppState, Request], Awaitable[Response]]
 
 
 def create_app(
     study_path: str | Path,
-    live: Live | None = None,
+    live: LiveModelProtocol | OpenModel | None = None,
     token: str | None = None,
     allowed_hosts: Iterable[str] = LOOPBACK_HOSTS,
+    others: Sequence[str | Path] = (),
 ) -> Starlette:
-    """The application over one study folder.
+    """Build the application over one study folder.
 
-    `live` is the model behind the page, or None: the stored study then opens alone. `token` must be held by every
-    visitor if given. Requests for other hosts than `allowed_hosts` are refused. Raises `StudyError` for a folder that
-    is no study.
+    Args:
+        study_path: The study.
+        live: The model behind the page, or a function that opens it once the server runs; without one the stored
+            study opens alone.
+        token: A secret that every visitor must have; None asks for none.
+        allowed_hosts: Host headers that are answered.
+        others: Studies of the same images, to compare with.
+
+    Returns:
+        The ASGI application.
+
+    Raises:
+        StudyError: For a folder that is no study.
     """
-    page = Page(Path(study_path), live)
+    state = AppState(Path(study_path), live, [Path(other) for other in others])
 
     def route(path: str, handler: Handler, methods: tuple[str, ...] = ("GET",)) -> Route:
         async def endpoint(request: Request) -> Response:
-            return await handler(page, request)
+            return await handler(state, request)
 
         return Route(path, endpoint, methods=list(methods), name=handler.__name__)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        leaving = threading.Event()
-        warming = threading.Thread(target=page.reader.warm, args=(leaving,), name="vitrail-warm")
-        warming.start()
+        stop = threading.Event()
+        warm_up = threading.Thread(target=state.arrays.warm_up, args=(stop,), name="vitrail-warm-up")
+        opening = threading.Thread(target=state.live.open_model, name="vitrail-open-model")
+        warm_up.start()
+        opening.start()
         yield
-        page.desk.close()
-        leaving.set()
+        state.live.close()
+        stop.set()
         # Ending the interpreter under a thread that is inside a library's own code would abort the process.
-        await run_in_threadpool(warming.join)
+        await run_in_threadpool(warm_up.join)
+        await run_in_threadpool(opening.join)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             route("/api/study", _study),
             route("/api/images", _images),
             route("/api/array/{name}", _array),
             route("/api/summary/{name}", _summary, ("GET", "POST")),
+            route("/api/live", _live),
             route("/api/live/attention/{image}", _attention),
+            route("/api/live/maps/{image}", _head_maps),
             route("/api/live/modes/{image}", _modes),
-            route("/api/live/look", _look, ("POST",)),
+            *findings_routes(state),
+            *curve_routes(state),
+            *look_routes(state),
+            *pattern_routes(state),
+            *image_map_routes(state),
+            *what_if_routes(state),
+            *compare_routes(state),
             route("/thumb/{image}", _thumb),
             route("/photo/{image}", _photo),
             *_static_routes(),
         ],
-        middleware=[Middleware(Guard, allowed_hosts=allowed_hosts, token=token)],
-        exception_handlers={HTTPException: _http_error, VitrailError: _our_error, Exception: _bug},
+        middleware=[Middleware(AccessMiddleware, allowed_hosts=allowed_hosts, token=token)],
+        exception_handlers={HTTPException: _http_error, VitrailError: _vitrail_error, Exception: _internal_error},
         lifespan=lifespan,
     )
+    app.state.live, app.state.shared = state.live, state
+    return app
 
 
 def serve(
     study_path: str | Path,
-    live: Live | None = None,
+    live: LiveModelProtocol | OpenModel | None = None,
     host: str = "127.0.0.1",
     port: int = 8765,
     open_browser: bool = True,
     announce: Callable[[str], None] = print,
+    others: Sequence[str | Path] = (),
 ) -> None:
-    """Serve the page until interrupted. `port` 0 takes a free one; a host off loopback gets a random token.
+    """Serve the page until interrupted; a host off loopback gets a random token.
 
-    `announce` is told the address once the server listens. Raises `UsageError` if the address is taken.
+    Args:
+        study_path: The study.
+        live: The model behind the page, a function that opens it behind the running server, or None.
+        host: Name or address to listen on.
+        port: 0 takes a free one.
+        open_browser: Open the page in the browser.
+        announce: Called with the page's address once the server listens.
+        others: Studies of the same images, to compare with.
+
+    Raises:
+        StudyError: For a folder that is no study.
+        UsageError: If the address is in use.
     """
     import uvicorn
 
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    app = create_app(study_path, live, token, (*LOOPBACK_HOSTS, host, *_own_names(host)))
-    listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else socket.gethostname() if host == "0.0.0.0" else host  # noqa: S104
-    address = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    announce(address)
-    if open_browser:
-        threading.Timer(0.5, webbrowser.open, (address,)).start()
+    app = create_app(study_path, live, token, (*LOOPBACK_HOSTS, host, *_machine_names(host)), others)
+    listener = _open_socket(host, port)
+    host_name = f"[{host}]" if ":" in host else socket.gethostname() if host == "0.0.0.0" else host  # noqa: S104
+    address = f"http://{host_name}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_S
     )
-    with listening:
-        uvicorn.Server(config).run(sockets=[listening])
+    with listener:
+        announce(address)
+        if open_browser:
+            threading.Timer(BROWSER_DELAY_S, webbrowser.open, (address,)).start()
+        server = uvicorn.Server(config)
+        stop = server.handle_exit
+
+        def handle_exit(number: int, frame: Any) -> None:
+            app.state.live.close()  # or a live request would be cut off in the middle, with a traceback
+            stop(number, frame)
+
+        server.handle_exit = handle_exit  # type: ignore[method-assign, assignment]
+        server.run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _open_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
+        listener.bind((host, port))
+        listener.listen(BACKLOG)  # before the address is announced: whoever reads it may ask at once
     except OSError as failure:
-        listening.close()
+        listener.close()
         raise UsageError(
             f"Cannot listen on {host} port {port}: {failure.strerror}. Choose another with --port (0 takes a free one)."
         ) from failure
-    return listening
+    return listener
 
 
-def _own_names(host: str) -> tuple[str, ...]:
-    """When listening on every address, the names by which this machine may be called."""
+def _machine_names(host: str) -> tuple[str, ...]:
+    """When listener on every address, the names by which this machine may be called."""
     if host not in ("0.0.0.0", "::"):  # noqa: S104
         return ()
     name = socket.gethostname()
@@ -183,187 +346,148 @@ def _own_names(host: str) -> tuple[str, ...]:
 # --- the study ---
 
 
-async def _study(page: Page, _request: Request) -> Response:
-    told = await run_in_threadpool(description, page.reader, page.plan, page.manifest, page.folder.name)
-    return _json(told | {"live": page.desk.open, "upload": {"bytes": MAX_BYTES, "pixels": MAX_PIXELS}})
+async def _study(state: AppState, _request: Request) -> Response:
+    study = await run_in_threadpool(describe_study, state.arrays, state.plan, state.manifest, state.folder.name)
+    upload = {"bytes": MAX_UPLOAD_BYTES, "pixels": MAX_PIXELS}
+    others = [folder.resolve().name for folder in state.others]
+    more = {"upload": upload, "others": others, "has_curves": await run_in_threadpool(has_curves, state.folder)}
+    maps = [{"name": each.name, "title": each.title, "table": each.table} for each in state.image_maps.maps]
+    return json_answer(study | {"live": state.live.status(), "maps": maps} | more)
 
 
-async def _images(page: Page, _request: Request) -> Response:
-    return _json({"ids": page.ids})
+async def _images(state: AppState, _request: Request) -> Response:
+    return json_answer({"ids": state.ids})
 
 
-async def _array(page: Page, request: Request) -> Response:
+async def _array(state: AppState, request: Request) -> Response:
     name = request.path_params["name"]
-    chosen = {key: request.query_params[key] for key in ("image", "layer", "head") if key in request.query_params}
-    if chosen.get("image", "").startswith("u"):
-        held = page.uploads.named(chosen.pop("image")).arrays
-        if name not in held:
-            raise HTTPException(404, f"{name!r} was not computed for this photograph. There are: {', '.join(held)}.")
-        return _raw(*page.reader.slice_of_one(name, held[name], chosen))
-    dims, values = await run_in_threadpool(page.reader.piece, name, chosen)
-    return _raw(dims, values)
+    indices = {key: request.query_params[key] for key in SLICED if key in request.query_params}
+    if indices.get("image", "").startswith("u"):
+        arrays = state.uploads.get(indices.pop("image")).arrays
+        if name not in arrays:
+            raise HTTPException(404, f"{name!r} was not computed for this photograph. There are: {', '.join(arrays)}.")
+        return binary(*state.arrays.slice_upload(name, arrays[name], indices))
+    dims, values = await run_in_threadpool(state.arrays.read_slice, name, indices)
+    return binary(dims, values)
 
 
-async def _summary(page: Page, request: Request) -> Response:
-    name, query, reader = request.path_params["name"], request.query_params, page.reader
-    array = reader.known(name)
-    fixed = {key: reader.index(key, query[key], array) for key in ("layer", "head") if key in query}
-    images = None
-    if request.method == "POST":
-        images = chosen_images(_parsed(await _body(request, MAX_BODY)), reader.n_images)
-    dims, made = await run_in_threadpool(reader.summary, name, images, query.get("over") == "head", fixed)
-    told = {
+async def _summary(state: AppState, request: Request) -> Response:
+    name, query, arrays = request.path_params["name"], request.query_params, state.arrays
+    array = arrays.array(name)
+    fixed = {key: arrays.index(key, query[key], array) for key in ("layer", "head") if key in query}
+    body = await read_body(request, MAX_LIST_BYTES) if request.method == "POST" else None
+
+    def summarise() -> tuple[tuple[str, ...], SetSummary]:
+        images = None if body is None else parse_image_set(parse_images(body), arrays.n_images)
+        return arrays.summary(name, images, query.get("over") == "head", fixed, is_cost=query.get("cost") == "1")
+
+    dims, summary = await state.summaries.run(summarise)
+    headers = {
         "X-Statistics": ",".join(STATISTICS),
-        "X-Images": str(made.n_images),
-        "X-Quantiles-Of": str(made.quantiles_of),
-        "X-Interval": made.interval,
+        "X-Images": str(summary.n_images),
+        "X-Quantiles-Of": str(summary.quantiles_of),
+        "X-Interval": summary.interval,
     }
-    return _raw(("statistic", *dims), made.values, told)
+    return binary(("statistic", *dims), summary.values, headers)
 
 
 # --- pictures ---
 
 
-async def _thumb(page: Page, request: Request) -> Response:
-    text = request.path_params["image"]
-    if text.startswith("u"):
-        small = page.uploads.named(text).photograph.copy()
-        small.thumbnail((64, 64))
-        return _jpeg(await run_in_threadpool(encoded, small))
-    image = page.image(text)
+async def _thumb(state: AppState, request: Request) -> Response:
+    image = request.path_params["image"]
 
-    def made() -> bytes:
-        from PIL import Image
+    def encode() -> bytes:
+        if image.startswith("u"):
+            photograph = state.uploads.get(image).photograph
+            small = photograph.reduce(max(1, max(photograph.size) // (4 * UPLOAD_THUMBNAIL_PX)))  # no copy of it whole
+            small.thumbnail((UPLOAD_THUMBNAIL_PX, UPLOAD_THUMBNAIL_PX))
+            return encode_jpeg(small)
+        return encode_jpeg(Image.fromarray(state.thumbnails.read(state.image_index(image))))
 
-        return encoded(Image.fromarray(page.thumbnails.of(image)))
-
-    return _jpeg(await run_in_threadpool(made))
+    return jpeg(await run_in_threadpool(encode))
 
 
-async def _photo(page: Page, request: Request) -> Response:
-    text = request.path_params["image"]
+async def _photo(state: AppState, request: Request) -> Response:
+    image = request.path_params["image"]
 
-    def made() -> bytes:
-        return encoded(seen_by_model(page.photograph(text), page.plan.preprocessing))
+    def encode() -> bytes:
+        return encode_jpeg(model_view(state.photograph(image), state.plan.preprocessing))
 
-    return _jpeg(await run_in_threadpool(made))
+    return jpeg(await state.decoding.run(encode))
 
 
 # --- the live model ---
 
 
-async def _attention(page: Page, request: Request) -> Response:
-    text, layer, head = _place(page, request)
-    key = (text, layer)
-    if page.maps.holds(key):
-        maps = page.maps.take(key, _absent)
-    else:
-        photograph = await run_in_threadpool(page.photograph, text)
-        maps = await page.desk.ask(
-            request, lambda live: page.maps.take(key, lambda: np.asarray(live.attention(photograph, layer)))
-        )
-    return _raw(("query", "key"), maps[head])
+async def _live(state: AppState, _request: Request) -> Response:
+    return json_answer(state.live.status())
 
 
-async def _modes(page: Page, request: Request) -> Response:
-    text, layer, head = _place(page, request)
-    photograph = await run_in_threadpool(page.photograph, text)
-    key = ("modes", text, layer, head)
-    modes = await page.desk.ask(
-        request, lambda live: page.maps.take(key, lambda: np.asarray(live.modes(photograph, layer, head)))
+async def _attention(state: AppState, request: Request) -> Response:
+    image, layer, head = _parse_head(state, request)
+    maps = await state.ask_model(
+        request,
+        state.live_arrays,
+        (image, layer),
+        lambda model: np.asarray(model.attention(state.photograph(image), layer)),
     )
-    return _raw(("mode", "class"), modes)
+    return binary(("query", "key"), maps[head])
 
 
-async def _look(page: Page, request: Request) -> Response:
-    content = await _body(request, MAX_BYTES)
-    photograph = await run_in_threadpool(decode_image, content, max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)
-    looked = await page.desk.ask(request, lambda live: live.look(photograph))
-    arrays = {name: np.asarray(values) for name, values in looked.items()}
-    xy = await run_in_threadpool(page.reader.place, arrays)
-    placed = arrays if xy is None else {**arrays, "image_xy": xy}
-    return _json({"image": page.uploads.add(Upload(photograph, placed))})
+async def _head_maps(state: AppState, request: Request) -> Response:
+    image = _parse_image(state, request)
+    maps = await state.ask_model(
+        request,
+        state.live_arrays,
+        ("head_maps", image),
+        lambda model: np.asarray(model.head_maps(state.photograph(image))),
+    )
+    return binary(("layer", "head", "patch"), maps)
 
 
-def _place(page: Page, request: Request) -> tuple[str, int, int]:
+async def _modes(state: AppState, request: Request) -> Response:
+    image, layer, head = _parse_head(state, request)
+    modes = await state.ask_model(
+        request,
+        state.live_arrays,
+        ("modes", image, layer, head),
+        lambda model: np.asarray(model.modes(state.photograph(image), layer, head)),
+    )
+    return binary(("mode", "class"), modes)
+
+
+def _parse_image(state: AppState, request: Request) -> str:
+    """The image that a live request names, checked against the study and the uploads."""
+    image = str(request.path_params["image"])
+    state.require_image(image)
+    return image
+
+
+def _parse_head(state: AppState, request: Request) -> tuple[str, int, int]:
     """The image, layer and head that a live request names, checked against the study."""
-    text = request.path_params["image"]
-    if text.startswith("u"):
-        page.uploads.named(text)
-    else:
-        page.image(text)
-    counts = page.plan.n_heads
-    layer = _number(request, "layer", len(counts))
-    return text, layer, _number(request, "head", counts[layer])
+    image = _parse_image(state, request)
+    n_heads = state.plan.n_heads
+    layer = parse_index(request, "layer", len(n_heads))
+    return image, layer, parse_index(request, "head", n_heads[layer])
 
 
-def _number(request: Request, name: str, size: int) -> int:
-    text = request.query_params.get(name, "")
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) >= size:
-        raise HTTPException(404, f"There is no {name} {text[:20]!r} here. Valid: 0 to {size - 1}.")
-    return int(text)
-
-
-def _absent() -> np.ndarray:
-    raise HTTPException(503, "That map was just let go. Ask again.")
-
-
-# --- answers ---
-
-
-async def _body(request: Request, at_most: int) -> bytes:
-    """The body, refused as soon as it passes `at_most` bytes."""
-    too_large = HTTPException(413, f"That is too large: at most {at_most // 2**20} MB are read.")
-    stated = request.headers.get("content-length", "0")
-    if not stated.isdigit() or int(stated) > at_most:
-        raise too_large
-    held = bytearray()
-    async for piece in request.stream():
-        held += piece
-        if len(held) > at_most:
-            raise too_large
-    return bytes(held)
-
-
-def _parsed(body: bytes) -> Any:
-    try:
-        asked = json.loads(body)
-    except ValueError as failure:
-        raise HTTPException(422, 'The body is not JSON. Send the images as {"images": [0, 5, 17]}.') from failure
-    return asked.get("images") if isinstance(asked, dict) else None
-
-
-def _json(told: dict[str, Any]) -> Response:
-    return Response(
-        json.dumps(told, allow_nan=False), media_type="application/json", headers={"Cache-Control": "no-store"}
-    )
-
-
-def _jpeg(content: bytes) -> Response:
-    return Response(content, media_type="image/jpeg", headers={"Cache-Control": "no-cache"})
-
-
-def _raw(dims: tuple[str, ...], values: np.ndarray, told: dict[str, str] | None = None) -> Response:
-    """Values as little-endian bytes, with what they are in the headers."""
-    kind = {"b": "uint8", "u": "uint8", "i": "int32", "f": "float32"}[values.dtype.kind]
-    shape = ",".join(str(size) for size in values.shape)
-    headers = {"X-Dims": ",".join(dims), "X-Shape": shape, "X-Dtype": kind, "Cache-Control": "no-store"}
-    content = np.ascontiguousarray(values, dtype=np.dtype(kind).newbyteorder("<")).tobytes()
-    return Response(content, media_type="application/octet-stream", headers=headers | (told or {}))
+# --- errors ---
 
 
 async def _http_error(_request: Request, failure: Exception) -> Response:
     assert isinstance(failure, HTTPException)
-    return JSONResponse({"error": failure.detail}, failure.status_code, headers=failure.headers)
+    return refusal(failure.status_code, failure.detail, failure.headers)
 
 
-async def _our_error(_request: Request, failure: Exception) -> Response:
-    return JSONResponse({"error": str(failure)}, 422)
+async def _vitrail_error(_request: Request, failure: Exception) -> Response:
+    return refusal(422, str(failure))
 
 
-async def _bug(request: Request, failure: Exception) -> Response:
+async def _internal_error(request: Request, failure: Exception) -> Response:
     log.exception("%s failed", request.url.path, exc_info=failure)
-    return JSONResponse({"error": f"The server failed at this ({type(failure).__name__}); its log says where."}, 500)
+    sentence = f"The server failed at this ({type(failure).__name__}); its log says where."
+    return refusal(500, sentence, HEADERS)  # answered outside of the access middleware
 
 
 def _static_routes() -> list[Route]:
@@ -371,7 +495,7 @@ def _static_routes() -> list[Route]:
 
     def route(path: str, name: str) -> Route:
         file = files[name]
-        caching = "private, max-age=31536000, immutable" if file.lasting else "no-cache"
+        caching = "private, max-age=31536000, immutable" if file.immutable else "no-cache"
 
         async def endpoint(_request: Request) -> Response:
             return Response(file.content, media_type=file.media_type, headers={"Cache-Control": caching})

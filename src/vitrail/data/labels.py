@@ -3,15 +3,46 @@
 import importlib.util
 import re
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from vitrail.data.files import some, text
 from vitrail.data.images import Item, Skipped
 from vitrail.errors import DataError
 
-__all__ = ["class_title", "labels_of", "read_class_names"]
+__all__ = ["LabelSource", "Labels", "class_title", "labels_of", "read_class_names"]
+
+
+class LabelSource(StrEnum):
+    """Whose the labels of a study's images are."""
+
+    GIVEN = "given"
+    """The data set's, so that accuracy means something."""
+
+    PREDICTED = "predicted"
+    """The model's own top-1 predictions, as the images have none."""
+
+    NONE = "none"
+    """Nobody's: the images have none and the model has no classes."""
+
+    @classmethod
+    def of_sentence(cls, labels_from: str) -> "LabelSource":
+        """The labels of a plan from before they had a field, read off its sentence.
+
+        Args:
+            labels_from: The sentence.
+
+        Returns:
+            Whose they are.
+        """
+        if labels_from.startswith("the model's own"):
+            return cls.PREDICTED
+        return cls.NONE if labels_from.startswith("no labels") else cls.GIVEN
+
 
 WNID = re.compile(r"n[0-9]{8}")
+NUMBER = re.compile(r"[0-9]{1,9}")
 
 SYNSETS = {
     1000: "imagenet_synsets.txt",
@@ -25,9 +56,16 @@ SYNSETS = {
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """One class a line, in the model's order: `tench`, `n01440764 tench, Tinca tinca` or `n01440764, tench`.
+    """The class names in a file, one a line: `tench`, `n01440764 tench, Tinca tinca` or `n01440764, tench`.
 
-    Raises `DataError` if the file cannot be read, is empty, or has an empty line between others.
+    Args:
+        path: A text file.
+
+    Returns:
+        The lines, in the model's order.
+
+    Raises:
+        DataError: The file cannot be read, is empty, or has an empty line between others.
     """
     lines = [line.strip() for line in text(Path(path)).rstrip().splitlines()]
     if not lines:
@@ -38,7 +76,14 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
 
 
 def class_title(name: str) -> str:
-    """The part of a class name that fits beside a picture: `n01440764 tench, Tinca tinca` -> `tench`."""
+    """The part of a class name that fits beside a picture: `n01440764 tench, Tinca tinca` -> `tench`.
+
+    Args:
+        name: A line of class names.
+
+    Returns:
+        The first of its words or names.
+    """
     _, words = _split(name)
     return (_pieces(words) or [name])[0]
 
@@ -85,39 +130,85 @@ def _synsets(n_classes: int) -> list[str]:
     return text(table).split() if table.is_file() else []
 
 
-def labels_of(
-    items: list[Item], class_names: Sequence[str] | None, n_classes: int | None
-) -> tuple[list[Item], list[int | None], str, list[Skipped]]:
-    """The items to keep, their labels (or None for all), where labels came from or why there are none, and the rest.
+class Labels(NamedTuple):
+    """Items with their labels (None for all where there are none), where those came from, and what was left out."""
 
-    Files that lie beside class folders are left out: they would be the only images without a label.
+    items: list[Item]
+    labels: list[int | None]
+    origin: str
+    skipped: list[Skipped]
+
+
+def labels_of(
+    items: list[Item],
+    class_names: Sequence[str] | None,
+    n_classes: int | None,
+    table: str | None = None,
+    partly_named: bool = False,
+) -> Labels:
+    """The labels that the names of class folders, or a table of labels, give to images.
+
+    Names are looked up in the class names and in timm's ImageNet tables; where none is found there and all are numbers
+    of classes, they are taken as such. Files beside class folders are left out: they alone would have no label.
+
+    Args:
+        items: The images, each with the name of its class.
+        class_names: Those of the model, in order.
+        n_classes: Number of the model's classes.
+        table: Name of the table that the names are from; None for class folders.
+        partly_named: The names are no claim of the user's, so that names of which only some are classes give no labels.
+
+    Returns:
+        The labels, or the reason why there are none.
+
+    Raises:
+        DataError: Only some of the names are classes, one means several, or none in a table is a class.
     """
     names = list(dict.fromkeys(item.class_name for item in items if item.class_name is not None))
     if not names:
-        return items, [None] * len(items), "the images do not lie in class folders", []
+        return _no_labels(items, "the images do not lie in class folders")
     full, single = _indices(class_names, n_classes)
-    if not full:
-        return items, [None] * len(items), "there are no class names to look the folders up in", []
-    found = {name: full.get(_plain(name)) or single.get(_plain(name), set()) for name in names}
-    if not any(found.values()):
-        return items, [None] * len(items), f"none of the folder names is a class of the model: {some(names)}", []
-    _refuse_unclear(found)
-    kept = [item for item in items if item.class_name is not None]
+    classes = {name: full.get(_plain(name)) or single.get(_plain(name), set()) for name in names}
+    origin = f"the names in {table}" if table else "the names of the class folders"
+    if not any(classes.values()) and (numbers := _class_numbers(names, n_classes or len(class_names or ()))):
+        classes = {name: {number} for name, number in zip(names, numbers, strict=True)}
+        origin = f"the numbers {'in ' + table if table else 'of the class folders'}, taken as indices of the classes"
+    if not any(classes.values()):
+        if not full:
+            return _no_labels(items, "there are no class names to look the folders up in")
+        if table:
+            raise DataError(f"None of the labels in {table} is a class of the model: {some(names)}.")
+        return _no_labels(items, f"none of the folder names is a class of the model: {some(names)}")
+    if partly_named and not all(classes.values()):
+        return _no_labels(items, "only some of the names are classes of the model")
+    _refuse_unclear(classes, table)
+    labelled = [item for item in items if item.class_name is not None]
     beside = "it belongs to no class, and others do"
     strays = [Skipped(item.id, beside) for item in items if item.class_name is None]
-    labels: list[int | None] = [min(found[str(item.class_name)]) for item in kept]
-    return kept, labels, "the names of the class folders", strays
+    return Labels(labelled, [min(classes[str(item.class_name)]) for item in labelled], origin, strays)
 
 
-def _refuse_unclear(found: dict[str, set[int]]) -> None:
-    missing = [name for name, classes in found.items() if not classes]
+def _no_labels(items: list[Item], reason: str) -> Labels:
+    return Labels(items, [None] * len(items), reason, [])
+
+
+def _class_numbers(names: Sequence[str], n_classes: int) -> list[int]:
+    """The names as indices of classes, or nothing where one of them is none."""
+    numbers = [int(name) for name in names if NUMBER.fullmatch(name)]
+    return numbers if len(numbers) == len(names) and max(numbers) < n_classes else []
+
+
+def _refuse_unclear(classes: dict[str, set[int]], table: str | None) -> None:
+    missing = [name for name, labels in classes.items() if not labels]
+    what = f"labels in {table}" if table else "class folders"
     if missing:
         raise DataError(
-            f"{len(found) - len(missing)} of {len(found)} class folders match the class names; these do not: "
+            f"{len(classes) - len(missing)} of {len(classes)} {what} match the class names; these do not: "
             f"{some(missing)}. Rename them, give the right class names, or switch labels off."
         )
-    ambiguous = [f"{name} = classes {sorted(classes)}" for name, classes in found.items() if len(classes) > 1]
+    ambiguous = [f"{name} = classes {sorted(labels)}" for name, labels in classes.items() if len(labels) > 1]
     if ambiguous:
         raise DataError(
-            f"Some folder names mean more than one class: {some(ambiguous)}. Use WordNet ids or full names."
+            f"Some {'labels' if table else 'folder names'} mean more than one class: {some(ambiguous)}. Use WordNet "
+            "ids or full names."
         )

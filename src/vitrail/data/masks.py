@@ -6,6 +6,7 @@ ids = load_mask(manifest.images[0])                [row column], or None where t
 
 import hashlib
 import io
+import os
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -18,41 +19,62 @@ from vitrail.data.decode import BROKEN, MAX_BYTES, MAX_PIXELS
 from vitrail.data.files import file_bytes, sentence, some
 from vitrail.data.images import ImageEntry, Manifest
 from vitrail.errors import BadImage, DataError
+from vitrail.outputs import is_address
 
-__all__ = ["load_mask", "read_ids", "read_mask", "with_masks"]
+__all__ = ["load_mask", "read_mask", "with_masks"]
 
 MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n")
 
 
 def with_masks(manifest: Manifest, folder: str | Path) -> Manifest:
-    """The manifest whose entries know their masks; `masks_from` says how many have one.
+    """The manifest whose entries know their masks.
 
-    Raises `DataError` if the folder is not there, a mask cannot be read, or no image has one.
+    Args:
+        manifest: From `scan`.
+        folder: PNGs of instance ids, named like the images.
+
+    Returns:
+        The same images; `masks_from` says how many have a mask.
+
+    Raises:
+        DataError: The folder is not there, a mask cannot be read, or no image has one.
     """
-    folder = Path(folder).expanduser().absolute()
-    if not folder.is_dir():
+    if is_address(folder):
+        raise DataError(f"{folder} is an address, and masks are read from a local folder; copy them here.")
+    folder = Path(os.path.expanduser(folder)).absolute()
+    if not os.path.isdir(folder):
         raise DataError(f"There is no folder of masks {folder}.")
     entries = tuple(_with_mask(entry, folder) for entry in manifest.images)
     without = [entry.id for entry in entries if entry.mask is None]
     if len(without) == len(entries):
         first = PurePosixPath(entries[0].id).with_suffix(".png")
         raise DataError(f"No image has a mask in {folder}: {entries[0].id} should have {first} or {first.name}.")
-    told = f"{len(entries) - len(without)} of {len(entries)} images have a mask"
-    return replace(manifest, images=entries, masks_from=told + (f"; without: {some(without)}" if without else ""))
+    summary = f"{len(entries) - len(without)} of {len(entries)} images have a mask"
+    return replace(manifest, images=entries, masks_from=summary + (f"; without: {some(without)}" if without else ""))
 
 
 def _with_mask(entry: ImageEntry, folder: Path) -> ImageEntry:
     name = PurePosixPath(entry.id).with_suffix(".png")
     for path in (folder / name, folder / name.name):
-        if path.is_file():
+        if os.path.isfile(path):
             content = _content(path)
-            read_ids(content)
+            _read_ids(content)
             return replace(entry, mask=str(path), mask_digest=hashlib.sha256(content).hexdigest())
     return entry
 
 
 def load_mask(entry: ImageEntry) -> Int[np.ndarray, "row column"] | None:
-    """The instance ids of an entry. Raises `DataError` if the file is not what it was when the study began."""
+    """The mask of an image.
+
+    Args:
+        entry: From `with_masks`.
+
+    Returns:
+        Instance ids [row, column], or None where the image has no mask.
+
+    Raises:
+        DataError: The file is not what it was when the study began.
+    """
     if entry.mask is None:
         return None
     content = _content(Path(entry.mask))
@@ -60,12 +82,22 @@ def load_mask(entry: ImageEntry) -> Int[np.ndarray, "row column"] | None:
         raise DataError(
             f"The mask of {entry.id} has changed since the study began; put the old file back, or begin a new study."
         )
-    return read_ids(content)
+    return _read_ids(content)
 
 
 def read_mask(path: str | Path) -> Int[np.ndarray, "row column"]:
-    """The instance ids in one file. Raises `DataError` if it cannot be read, or is no PNG of ids."""
-    return read_ids(_content(Path(path)))
+    """The mask in one file.
+
+    Args:
+        path: A PNG of instance ids.
+
+    Returns:
+        Instance ids [row, column].
+
+    Raises:
+        DataError: It cannot be read, or is no PNG of ids.
+    """
+    return _read_ids(_content(Path(path)))
 
 
 def _content(path: Path) -> bytes:
@@ -75,8 +107,8 @@ def _content(path: Path) -> bytes:
         raise DataError(f"The mask {path} cannot be read: {reason}.") from reason
 
 
-def read_ids(content: bytes) -> Int[np.ndarray, "row column"]:
-    """Instance ids of a PNG with one channel of 8 or 16 bits (or palette numbers). Raises `DataError` for any other."""
+def _read_ids(content: bytes) -> Int[np.ndarray, "row column"]:
+    """Instance ids of a PNG with one channel of 8 or 16 bits (or palette numbers)."""
     if not MAGIC.match(content):
         raise DataError("A mask is a PNG of instance ids; this file is no PNG.")
     try:

@@ -1,65 +1,137 @@
-"""`scan`: look at every image once; afterwards each is usable, or named with the reason why not. And reading again."""
+"""`scan`: reads every image once; afterwards each is usable, or named with the reason why not. And reading again."""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, decoded
+from vitrail.data.channels import channels_of, require_channels
+from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, decode_content
 from vitrail.data.files import file_bytes
+from vitrail.data.geometry import resized_sides
 from vitrail.data.images import Content, ImageEntry, ImageSource, Item, Manifest, Skipped, first_reasons
-from vitrail.data.sources import open_images
+from vitrail.data.sources import BUILT_IN, PHOTOS, open_images
 from vitrail.errors import BadImage, DataError, NoImages
 
-__all__ = ["load_image", "scan", "stored_image"]
+__all__ = ["EarlierScan", "load_image", "scan", "stored_image"]
 
 WINDOW = 256
-"""Images looked at together while scanning; bounds how far beyond a limit a scan reads."""
+"""Images that are read together while scanning; bounds how far beyond a limit a scan reads."""
 
 
-def scan(source: ImageSource, progress: Callable[[int, int], None] | None = None) -> Manifest:
-    """Decodes each image once, in order, until `limit` of them proved usable; hashes what was read.
+CLOCK_STEP_S = 2.0
+"""Coarsest step of the times of files (FAT has 2 s): what was touched so shortly before a scan is read again."""
 
-    `progress(done, total)` is called as images are done. Raises `NoImages` if none can be used, with reasons.
+
+class EarlierScan(NamedTuple):
+    """What an earlier scan found.
+
+    Attributes:
+        manifest: Its images.
+        written_at: When they were written down, by the clock of that file, in seconds since 1970.
+    """
+
+    manifest: Manifest
+    written_at: float
+
+
+def scan(
+    source: ImageSource,
+    progress: Callable[[int, int], None] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    earlier: EarlierScan | None = None,
+) -> Manifest:
+    """Decodes each image once, in order, until `limit` of them proved usable, and hashes what was read.
+
+    A file of the same path and size that is older than an earlier scan is not read again. Whoever computes with it
+    finds it changed all the same (`load_image`).
+
+    Args:
+        source: From `open_images`.
+        progress: Called with (done, total) as images are done.
+        preprocessing: Settings of a model, as in a plan; images that are too large after resizing are then skipped.
+        earlier: What an earlier scan of the same source with the same settings found.
+
+    Returns:
+        The usable images in order, and every file that was left out with its reason.
+
+    Raises:
+        NoImages: None can be used; the message has the first reasons.
     """
     images: list[ImageEntry] = []
     skipped = list(source.skipped)
-    wanted = min(source.limit or len(source.items), len(source.items))
-    for entry in _looked_at(source):
+    total = min(source.limit or len(source.items), len(source.items))
+    for entry in _examine(source, preprocessing, earlier):
         if isinstance(entry, Skipped):
             skipped.append(entry)
         else:
             images.append(entry)
             if progress is not None:
-                progress(len(images), wanted)
+                progress(len(images), total)
         if len(images) == source.limit:
             break
     if not images:
         raise NoImages(f"None of the {len(source.items)} images can be used." + first_reasons(skipped))
-    return Manifest(source.name, source.labels_from, tuple(images), tuple(skipped))
+    return Manifest(source.name, source.labels_from, tuple(images), tuple(skipped), max_pixels=source.max_pixels)
 
 
-def _looked_at(source: ImageSource) -> Iterator[ImageEntry | Skipped]:
+def _examine(
+    source: ImageSource, preprocessing: Mapping[str, Any] | None, earlier: EarlierScan | None
+) -> Iterator[ImageEntry | Skipped]:
+    known: dict[str, ImageEntry] = {}
+    if earlier is not None and earlier.manifest.max_pixels == source.max_pixels:
+        known = {entry.id: entry for entry in earlier.manifest.images}
+
+    def examine(item: Item, label: int | None) -> ImageEntry | Skipped:
+        entry = known.get(item.id)
+        if earlier is not None and entry is not None and _is_as_it_was(item, entry, earlier.written_at):
+            return replace(entry, label=label, mask=None, mask_digest=None)
+        return _examine_one(item, label, max_pixels=source.max_pixels or MAX_PIXELS, preprocessing=preprocessing)
+
     pairs = zip(source.items, source.labels, strict=True)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as threads:  # decoders release the GIL
         while window := list(islice(pairs, WINDOW)):
-            yield from threads.map(_looked_at_one, *zip(*window, strict=True))
+            yield from threads.map(examine, *zip(*window, strict=True))
 
 
-def _looked_at_one(item: Item, label: int | None) -> ImageEntry | Skipped:
+def _is_as_it_was(item: Item, entry: ImageEntry, written_at: float) -> bool:
+    """Whether a file has the path and size of an entry and has not been touched since."""
+    if not isinstance(item.content, Path) or str(item.content) != entry.path:
+        return False
+    try:
+        found = item.content.stat()
+    except OSError:
+        return False  # what is wrong with it is told when it is read
+    touched_at = max(found.st_mtime, found.st_ctime)
+    return found.st_size == entry.bytes and touched_at < written_at - CLOCK_STEP_S
+
+
+def _examine_one(
+    item: Item, label: int | None, *, max_pixels: int, preprocessing: Mapping[str, Any] | None
+) -> ImageEntry | Skipped:
     try:
         content = _content(item)
+        scaling = None
         if isinstance(content, bytes):
-            decoded(content, MAX_PIXELS, draft_px=64)  # coarse, but every byte is gone through: truncation is found
+            # coarse, but every byte is read, which finds truncation
+            image, sides, scaling = decode_content(content, max_pixels, draft_px=64)
+        else:
+            image, sides = content, content.size
+        if preprocessing is not None:
+            if "mean" in preprocessing:
+                require_channels(image, len(preprocessing["mean"]))
+            resized_sides(*sides, preprocessing)
     except BadImage as reason:
         return Skipped(item.id, str(reason))
     path = str(item.content) if isinstance(item.content, Path) else None
-    return ImageEntry(item.id, path, label, _n_bytes(content), _digest(content))
+    return ImageEntry(item.id, path, label, _n_bytes(content), _digest(content), scaling=scaling)
 
 
 def _content(item: Item) -> Content:
@@ -72,34 +144,58 @@ def _n_bytes(content: Content) -> int:
 
 def _digest(content: Content) -> str:
     raw = content if isinstance(content, bytes) else f"{content.mode} {content.size} ".encode() + content.tobytes()
+    if not isinstance(content, bytes) and (values := channels_of(content)) is not None:
+        raw += values.tobytes()
     return hashlib.sha256(raw).hexdigest()
 
 
 def load_image(source: ImageSource, entry: ImageEntry) -> Image.Image:
-    """The image of a scanned entry, as RGB. Raises `DataError` if its content is not what was scanned."""
+    """The image of a scanned entry.
+
+    Args:
+        source: What was scanned.
+        entry: From the manifest.
+
+    Returns:
+        The image as RGB.
+
+    Raises:
+        DataError: Its content is not what was scanned, or cannot be read any more.
+    """
     content = entry.path if entry.path is not None else source.item(entry.id).content
-    return _checked(entry, Item(entry.id, None, Path(content) if isinstance(content, str) else content))
+    item = Item(entry.id, None, Path(content) if isinstance(content, str) else content)
+    return _decode_unchanged(entry, item, source.max_pixels)
 
 
 def stored_image(manifest: Manifest, entry: ImageEntry) -> Image.Image:
     """The image of an entry when only the manifest is left, as in a finished study opened again.
 
-    Raises `DataError` if the file moved or changed, or if the images only lived in memory.
+    Args:
+        manifest: Of the study.
+        entry: One of its images.
+
+    Returns:
+        The image as RGB.
+
+    Raises:
+        DataError: The file moved or changed, or the images only lived in memory.
     """
     if entry.path is not None:
-        return _checked(entry, Item(entry.id, None, Path(entry.path)))
+        return _decode_unchanged(entry, Item(entry.id, None, Path(entry.path)), manifest.max_pixels)
     if manifest.source is None:
         raise DataError(f"Image {entry.id} came from an object in memory and cannot be read again from the study.")
-    return load_image(_reopened(manifest.source, len(manifest.images)), entry)
+    return load_image(_reopen(manifest.source, len(manifest.images), manifest.max_pixels), entry)
 
 
 @lru_cache(maxsize=2)
-def _reopened(name: str, n_images: int) -> ImageSource:
-    """Kept, since a page asks for one image after the other and a data set takes a while to open."""
-    return open_images(name, labels=False, limit=n_images)
+def _reopen(name: str, n_images: int, max_pixels: int | None) -> ImageSource:
+    """Cached, since a page asks for one image after the other and a data set takes a while to open."""
+    return open_images(
+        BUILT_IN if name == PHOTOS else name, labels=False, limit=n_images, max_pixels=max_pixels or MAX_PIXELS
+    )
 
 
-def _checked(entry: ImageEntry, item: Item) -> Image.Image:
+def _decode_unchanged(entry: ImageEntry, item: Item, max_pixels: int | None) -> Image.Image:
     try:
         content = _content(item)
     except BadImage as reason:
@@ -110,4 +206,6 @@ def _checked(entry: ImageEntry, item: Item) -> Image.Image:
         raise DataError(
             f"Image {entry.id} has changed since the study began; put the old file back, or begin a new study."
         )
-    return decoded(content, MAX_PIXELS) if isinstance(content, bytes) else content.convert("RGB")
+    if isinstance(content, bytes):
+        return decode_content(content, max_pixels or MAX_PIXELS).image
+    return content.convert("RGB")

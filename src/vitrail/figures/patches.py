@@ -1,4 +1,4 @@
-"""Figures of the patches room: which way patches are pulled, what they see, and which patches everybody keeps.
+"""Figures of patches: which way patches are pulled, what they see, and which patches everybody keeps.
 
 Each has one panel a layer, at one scale, over the photograph in pale grey if there is one. Directions are never told by
 hue alone: the flow carries ticks, so that it can be read in grey and by colour-blind people.
@@ -9,55 +9,116 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from vitrail.errors import UsageError
-from vitrail.figures.style import ATTENTION, COOL, INK, MARK, SOFT, blank, explain, number, styled
-from vitrail.figures.values import image_position
+from vitrail.figures.photo_grid import (
+    COVER,
+    KEY_PANELS,
+    PANEL_INCHES,
+    PER_ROW,
+    draw_background,
+    draw_outline,
+    grid_extent,
+    mark_patch,
+)
+from vitrail.figures.style import COOL, INK, MARK, SOFT, Figure, FigureTable, blank, explain, number, styled, when
+from vitrail.grid import Grid, positions
+from vitrail.patches.layer_maps import (
+    coverage_by_layer,
+    layer_grids,
+    mean_lengths,
+    patch_maps,
+    pull_lengths,
+    scale_of_lengths,
+)
+from vitrail.selection import ImageChoice, describe_choice
 
-__all__ = ["flow_colours", "hub_map", "tendency_arrows", "tendency_flow", "window_coverage", "windows_of_patch"]
+__all__ = [
+    "BOTH",
+    "FIGURES",
+    "flow_colours",
+    "hub_map",
+    "tendency_arrows",
+    "tendency_flow",
+    "window_coverage",
+    "window_object_map",
+    "windows_of_patch",
+]
 
-PER_ROW = 6
-PANEL_INCHES = 1.55
-HEAD_INCHES = 0.9
-KEY_PANELS = 0.75
-"""Width of a key, in panels."""
-PALE = (0.62, 0.36)
-"""Lowest grey of a pale photograph, and its range."""
+MARGIN_INCHES = 0.9
+"""Height for the title and the lines under the figure."""
 
-COVER = LinearSegmentedColormap.from_list("vitrail_cover", ATTENTION(np.linspace(0, 1, 256)))
+ARROW_PATCHES = 2
+"""Length at which the longest arrows are drawn, in patches: longer ones cross."""
 
-Which = int | str | None
-"""An image by its position or id; None: all images together."""
+MIN_TICK = 0.15
+"""Share of the scale from which a pull has a tick: shorter ones have no clear direction."""
+
+LATER_ROUNDS = (0, (1.5, 1.2))
+"""Dashes around hubs that are no sinks."""
+
+MIN_HUB_SHARE = 0.05
+"""Lowest upper end of the scale of hubs: a hub in one image of hundreds would look like one in all."""
+
+SUMMED_IMAGES = 64
+"""Images whose windows are summed up for a study: the sum no longer changes visibly, and takes a second."""
 
 
 @styled
-def tendency_arrows(study: xr.Dataset, image: Which = None, photo: Image.Image | None = None) -> Any:
+def tendency_arrows(study: xr.Dataset, image: ImageChoice = None, photo: Image.Image | None = None) -> Figure:
     """An arrow from each patch to the centre of its interactions, all panels at one scale.
 
     Over all images arrows are means of tendencies: they are short where images disagree.
+
+    Args:
+        study: A study that holds `tendency`.
+        image: A position or an id; None takes all images.
+        photo: The image as the model sees it, drawn in pale grey behind the panels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: The study holds no tendencies, or has no such image.
     """
-    pulls, whose = _chosen(study, "tendency", image)
-    lengths = _lengths(pulls)
-    longest = _scale(lengths)
+    pulls, description = patch_maps(study, "tendency", image)
+    lengths = pull_lengths(pulls)
+    longest, means = scale_of_lengths(lengths), mean_lengths(lengths)
 
-    def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
-        x, y = np.meshgrid(np.arange(grid[1]), np.arange(grid[0]))
-        pull = pulls[layer, : grid[0] * grid[1]].reshape(*grid, 2) / longest * 2
+    def draw(axes: Any, layer: int, grid: Grid) -> None:
+        y, x = (axis.reshape(grid) for axis in positions(grid))
+        pull = pulls[layer, : grid[0] * grid[1]].reshape(*grid, 2) / longest * ARROW_PATCHES
         axes.quiver(
-            x, y, pull[..., 0], pull[..., 1], angles="xy", scale_units="xy", scale=1, color=COOL, width=0.011,
-            headwidth=3.6, headlength=4.0, headaxislength=3.6, minlength=0.3, edgecolor="white", linewidth=0.25,
-        )  # fmt: skip
+            x,
+            y,
+            pull[..., 0],
+            pull[..., 1],
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            color=COOL,
+            width=0.011,
+            headwidth=3.6,
+            headlength=4.0,
+            headaxislength=3.6,
+            minlength=0.3,
+            edgecolor="white",
+            linewidth=0.25,
+        )
 
-    figure = _layers(study, f"Which way patches are pulled: {whose}", photo, draw, lambda layer: _mean(lengths[layer]))
+    figure = _layers(
+        study, f"Which way patches are pulled: {description}", photo, draw, lambda layer: _one_decimal(means[layer])
+    )
     explain(
         figure,
         "An arrow leads from a patch towards the centre of the interactions in its window.",
-        f"All panels at one scale: the 95 % longest arrow, {number(longest)} patches, is drawn 2 patches long.",
+        f"All panels at one scale: the 95 % longest arrow, {number(longest)} patches, is drawn "
+        f"{ARROW_PATCHES} patches long.",
         "Beside the layer: mean length in patches. Patches at the border can only point inward.",
         "Our construction, after Ma et al. 2022.",
     )
@@ -65,13 +126,25 @@ def tendency_arrows(study: xr.Dataset, image: Which = None, photo: Image.Image |
 
 
 @styled
-def tendency_flow(study: xr.Dataset, image: Which = None, photo: Image.Image | None = None) -> Any:
-    """Tendencies as optical flow is drawn: hue is the direction, strength of colour the length; a wheel beside it."""
-    pulls, whose = _chosen(study, "tendency", image)
-    lengths = _lengths(pulls)
-    radius = _scale(lengths)
+def tendency_flow(study: xr.Dataset, image: ImageChoice = None, photo: Image.Image | None = None) -> Figure:
+    """Tendencies as optical flow is drawn: hue is the direction, strength of colour the length; a wheel beside it.
 
-    def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
+    Args:
+        study: A study that holds `tendency`.
+        image: A position or an id; None takes all images.
+        photo: The image as the model sees it, drawn in pale grey behind the panels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: The study holds no tendencies, or has no such image.
+    """
+    pulls, description = patch_maps(study, "tendency", image)
+    lengths = pull_lengths(pulls)
+    radius, means = scale_of_lengths(lengths), mean_lengths(lengths)
+
+    def draw(axes: Any, layer: int, grid: Grid) -> None:
         pull = pulls[layer, : grid[0] * grid[1]].reshape(*grid, 2)
         colours = flow_colours(pull, radius)
         over = np.dstack([colours, np.full(grid, 0.8 if photo is not None else 1.0)])
@@ -79,7 +152,7 @@ def tendency_flow(study: xr.Dataset, image: Which = None, photo: Image.Image | N
         _ticks(axes, pull, radius)
 
     figure = _layers(
-        study, f"Tendencies as flow: {whose}", photo, draw, lambda layer: _mean(lengths[layer]), extra=_wheel
+        study, f"Tendencies as flow: {description}", photo, draw, lambda layer: _one_decimal(means[layer]), extra=_wheel
     )
     explain(
         figure,
@@ -91,11 +164,25 @@ def tendency_flow(study: xr.Dataset, image: Which = None, photo: Image.Image | N
 
 
 @styled
-def windows_of_patch(study: xr.Dataset, patch: int, image: Which = 0, photo: Image.Image | None = None) -> Any:
-    """The window of one patch through the layers: the box that holds most of its interactions."""
-    sides, whose = _chosen(study, "window", image_position(study, 0 if image is None else image))
+def windows_of_patch(study: xr.Dataset, patch: int, image: int | str = 0, photo: Image.Image | None = None) -> Figure:
+    """The window of one patch through the layers: the box that holds most of its interactions.
 
-    def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
+    Args:
+        study: A study that holds `window`.
+        patch: Index of the patch, row by row.
+        image: A position or an id.
+        photo: The image as the model sees it, drawn in pale grey behind the panels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: The study holds no windows, or has no such image or patch.
+    """
+    sides, description = patch_maps(study, "window", image)
+    _refuse_patch(study, patch)
+
+    def draw(axes: Any, layer: int, grid: Grid) -> None:
         if patch >= grid[0] * grid[1]:
             return
         row, column = divmod(patch, grid[1])
@@ -113,15 +200,13 @@ def windows_of_patch(study: xr.Dataset, patch: int, image: Which = 0, photo: Ima
                     clip_on=False,
                 )
             )
-        for colour, size in (("white", 6.0), (INK, 4.0)):
-            axes.plot([column], [row], "s", color=colour, markersize=size, markeredgewidth=0)
+        mark_patch(axes, row, column)
 
     def area(layer: int) -> str:
         left, top, right, bottom = sides[layer, patch]
         return "" if np.isnan(left) else f"{right + left + 1:.0f} x {bottom + top + 1:.0f}"
 
-    _refuse_patch(study, patch)
-    figure = _layers(study, f"Windows of patch {patch}: {whose}", photo, draw, area)
+    figure = _layers(study, f"Windows of patch {patch}: {description}", photo, draw, area)
     explain(
         figure,
         "Square: the patch that asks. Frame: its window, the box of its area that holds most of its interactions;",
@@ -131,24 +216,29 @@ def windows_of_patch(study: xr.Dataset, patch: int, image: Which = 0, photo: Ima
 
 
 @styled
-def window_coverage(study: xr.Dataset, image: Which = 0, photo: Image.Image | None = None) -> Any:
-    """The sum of all windows: how many patches have each patch in their window, as a share (None: mean over images)."""
-    _, whose = _chosen(study, "window", image)
-    chosen = range(study.sizes["image"]) if image is None else [image_position(study, image)]
-    sides = study["window"].isel(image=list(chosen)).to_numpy().astype(np.float64)
-    covered = {
-        layer: np.mean([coverage(each[layer, : grid[0] * grid[1]], grid) for each in sides], axis=0)
-        for layer, grid in enumerate(_grids(study))
-        if grid is not None
-    }
+def window_coverage(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Image | None = None) -> Figure:
+    """The sum of all windows: how many patches have each patch in their window, as a share.
 
-    def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
+    Args:
+        study: A study that holds `window`.
+        image: A position or an id; None takes all images.
+        photo: The image as the model sees it, drawn in pale grey behind the panels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: The study holds no windows, or has no such image.
+    """
+    covered = coverage_by_layer(study, image)
+
+    def draw(axes: Any, layer: int, grid: Grid) -> None:
         axes.imshow(covered[layer], extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
 
     def most(layer: int) -> str:
         return f"most {covered[layer].max():.0%}"
 
-    figure = _layers(study, f"Where windows lie: {whose}", photo, draw, most, extra=_cover_bar)
+    figure = _layers(study, f"Where windows lie: {describe_choice(study, image)}", photo, draw, most, extra=_cover_bar)
     explain(
         figure,
         "Darker: more patches have this patch in their window. Even shade: windows go around their own patch;",
@@ -158,32 +248,99 @@ def window_coverage(study: xr.Dataset, image: Which = 0, photo: Image.Image | No
 
 
 @styled
-def hub_map(study: xr.Dataset, image: Which = 0, photo: Image.Image | None = None) -> Any:
-    """Indiscriminative patches of one image (or, over all images, how often each place is one), layer by layer."""
-    found, whose = _chosen(study, "hub", image)
-    one = image is not None
+def window_object_map(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Image | None = None) -> Figure:
+    """How much of each patch's window objects cover, and how much of the patch itself.
 
-    def draw(axes: Any, layer: int, grid: tuple[int, int]) -> None:
-        share = found[layer, : grid[0] * grid[1]].reshape(grid)
-        if not one:
-            top = max(0.05, float(np.nanmax(found)))
+    Args:
+        study: A study that holds `window_object_share`; of one image the objects are outlined by its `object_share`.
+        image: A position or an id; None takes the mean over images.
+        photo: The image as the model sees it, drawn in pale grey behind the panels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: The study does not hold the measure, or has no such image.
+    """
+    shares, description = patch_maps(study, "window_object_share", image)
+    means, first = mean_lengths(shares), study.attrs["grids"][0]
+    covered = patch_maps(study, "object_share", image)[0] if image is not None and "object_share" in study else None
+
+    def draw(axes: Any, layer: int, grid: Grid) -> None:
+        share = shares[layer, : grid[0] * grid[1]].reshape(grid)
+        axes.imshow(share, extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
+        if covered is not None and tuple(first) == grid:
+            draw_outline(axes, covered[: grid[0] * grid[1]].reshape(grid), grid)
+
+    figure = _layers(
+        study,
+        f"Windows that lie on objects: {description}",
+        photo,
+        draw,
+        lambda layer: "" if np.isnan(means[layer]) else f"{means[layer]:.0%}",
+        extra=_object_bar,
+    )
+    explain(
+        figure,
+        "Darker: more of the patch's window lies on objects." + (" Line: the objects." if covered is not None else ""),
+        "Beside the layer: mean over patches; evenly laid windows would have the share of the view that objects cover.",
+        "Our construction, after Ma et al. 2022.",
+    )
+    return figure
+
+
+@styled
+def hub_map(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Image | None = None) -> Figure:
+    """Indiscriminative patches of one image (over all images: how often each patch is one), layer by layer.
+
+    Of one image, sinks have a full frame and hubs of later rounds a dashed one, if the study holds `sink`.
+
+    Args:
+        study: A study that holds `hub`.
+        image: A position or an id; None takes all images.
+        photo: The image as the model sees it, drawn in pale grey behind the panels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: The study holds no hubs, or has no such image.
+    """
+    hubs, description = patch_maps(study, "hub", image)
+    one_image, rounds = image is not None, "sink" in study
+    sinks = patch_maps(study, "sink", image)[0] if rounds else hubs
+    top = max(MIN_HUB_SHARE, float(np.nanmax(hubs)))
+
+    def draw(axes: Any, layer: int, grid: Grid) -> None:
+        share = hubs[layer, : grid[0] * grid[1]].reshape(grid)
+        if not one_image:
             axes.imshow(share, extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=top, interpolation="nearest")
             return
         for row, column in np.argwhere(share > 0):
-            for colour, width in (("white", 2.4), (MARK, 1.3)):
+            line = "-" if sinks[layer, row * grid[1] + column] > 0 else LATER_ROUNDS
+            for colour, width, style in (("white", 2.4, "-"), (MARK, 1.3, line)):
+                corner = (column - 0.5, row - 0.5)
                 axes.add_patch(
                     Rectangle(
-                        (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False
+                        corner, 1, 1, fill=False, edgecolor=colour, linewidth=width, linestyle=style, clip_on=False
                     )
                 )
 
     figure = _layers(
-        study, f"Patches that everybody keeps: {whose}", photo, draw, lambda layer: f"{np.nansum(found[layer]):.3g}"
+        study,
+        f"Hubs, patches that most others keep: {description}",
+        photo,
+        draw,
+        lambda layer: f"{np.nansum(hubs[layer]):.3g}",
     )
     explain(
         figure,
-        "Framed: kept by more than half of all patches, and by far more than others are."
-        if one
+        (
+            "Full frame: a sink, kept by more than half of all patches; dashed: so kept once the sinks are taken away."
+            if rounds
+            else "Framed: kept by more than half of all patches, perhaps only once stronger hubs are taken away."
+        )
+        if one_image
         else "Darker: a hub in more images.",
         "Beside the layer: how many. They may carry information: removing them is no clean-up.",
         "Our construction, after Ma et al. 2022.",
@@ -192,85 +349,69 @@ def hub_map(study: xr.Dataset, image: Which = 0, photo: Image.Image | None = Non
 
 
 def flow_colours(pull: Float[np.ndarray, "row column xy"], radius: float) -> Float[np.ndarray, "row column rgb"]:
-    """Colours of equal lightness steps: hue (OKLCH) from the direction, paper white at no length, full at `radius`."""
+    """Colours of equal lightness steps: hue (OKLCH) from the direction, paper white at no length.
+
+    Args:
+        pull: Vectors, x to the right, y down.
+        radius: Length from which a colour is at its full strength, in the unit of `pull`.
+
+    Returns:
+        sRGB colours, 0 to 1.
+    """
     strength = np.clip(np.nan_to_num(np.hypot(pull[..., 0], pull[..., 1])) / radius, 0, 1)
     hue = np.arctan2(np.nan_to_num(pull[..., 1]), np.nan_to_num(pull[..., 0]))
     light, chroma = 0.985 - 0.30 * strength, 0.145 * strength
     return _from_oklab(np.stack([light, chroma * np.cos(hue), chroma * np.sin(hue)], -1))
 
 
-def coverage(sides: Float[np.ndarray, "patch side"], grid: tuple[int, int]) -> Float[np.ndarray, "row column"]:
-    """Share of the patches whose window holds each place."""
-    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    left, top, right, bottom = sides.T
-    rows, columns = np.arange(grid[0]), np.arange(grid[1])
-    in_rows = (rows >= (row - top)[:, None]) & (rows <= (row + bottom)[:, None])
-    in_columns = (columns >= (column - left)[:, None]) & (columns <= (column + right)[:, None])
-    covered: Float[np.ndarray, "row column"] = in_rows.astype(float).T @ in_columns.astype(float)
-    return covered / len(sides)
-
-
-# --- panels ----------------------------------------------------------------------------------------------------------
-
-
 def _layers(
     study: xr.Dataset,
     title: str,
     photo: Image.Image | None,
-    draw: Callable[[Any, int, tuple[int, int]], None],
+    draw: Callable[[Any, int, Grid], None],
     note: Callable[[int], str],
     extra: Callable[[Any], None] | None = None,
-) -> Any:
+) -> Figure:
     """A panel for every layer that has a grid; `extra` draws the key at their right."""
-    grids = _grids(study)
-    shown = [layer for layer, grid in enumerate(grids) if grid is not None]
-    columns = min(PER_ROW, len(shown))
-    rows = -(-len(shown) // columns)
+    grids = layer_grids(study)
+    columns = min(PER_ROW, len(grids))
+    rows = -(-len(grids) // columns)
     width = (columns + KEY_PANELS * (extra is not None)) * PANEL_INCHES + 0.3
-    figure = blank(width, rows * (PANEL_INCHES + 0.18) + HEAD_INCHES, title)
-    places = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [KEY_PANELS if extra else 1e-3])
-    for index, layer in enumerate(shown):
-        grid = grids[layer]
-        assert grid is not None
-        axes = figure.add_subplot(places[divmod(index, columns)])
-        ground(axes, grid, photo)
+    figure = blank(width, rows * (PANEL_INCHES + 0.18) + MARGIN_INCHES, title)
+    cells = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [KEY_PANELS if extra else 1e-3])
+    for index, (layer, grid) in enumerate(grids.items()):
+        axes = figure.add_subplot(cells[divmod(index, columns)])
+        draw_background(axes, grid, photo)
         draw(axes, layer, grid)
         axes.set_title(f"L{layer}", fontweight="bold", pad=3)
         axes.set_title(note(layer), loc="right", fontsize=7, color=SOFT, pad=3)
     if extra is not None:
-        extra(figure.add_subplot(places[:, -1]))
+        extra(figure.add_subplot(cells[:, -1]))
     return figure
-
-
-def ground(axes: Any, grid: tuple[int, int], photo: Image.Image | None) -> None:
-    if photo is None:
-        axes.set_facecolor("#f7f6f2")
-    else:
-        axes.imshow(_pale(photo), extent=grid_extent(grid), interpolation="lanczos", aspect="auto")
-    axes.set(xlim=(-0.5, grid[1] - 0.5), ylim=(grid[0] - 0.5, -0.5), xticks=[], yticks=[])
-    axes.set_aspect("equal")
-    axes.spines[:].set_visible(False)
-
-
-def grid_extent(grid: tuple[int, int]) -> tuple[float, float, float, float]:
-    return (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
-
-
-def _pale(photo: Image.Image) -> UInt8[np.ndarray, "row column channel"]:
-    grey = PALE[0] + PALE[1] * np.asarray(photo.convert("L"), dtype=np.float64) / 255
-    return np.repeat((grey * 255).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _ticks(axes: Any, pull: Float[np.ndarray, "row column xy"], radius: float) -> None:
     """A short line in the direction of each patch that is pulled at all far."""
-    x, y = np.meshgrid(np.arange(pull.shape[1]), np.arange(pull.shape[0]))
+    y, x = (axis.reshape(pull.shape[:2]) for axis in positions(pull.shape[:2]))
     length = np.hypot(pull[..., 0], pull[..., 1])
-    far: Bool[np.ndarray, "row column"] = length > 0.15 * radius
+    far: Bool[np.ndarray, "row column"] = length > MIN_TICK * radius
     unit = pull[far] / length[far][:, None] * 0.42
     axes.quiver(
-        x[far], y[far], unit[:, 0], unit[:, 1], angles="xy", scale_units="xy", scale=1, color=INK, alpha=0.75,
-        width=0.008, headwidth=2.6, headlength=2.4, headaxislength=2.2, pivot="mid",
-    )  # fmt: skip
+        x[far],
+        y[far],
+        unit[:, 0],
+        unit[:, 1],
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        color=INK,
+        alpha=0.75,
+        width=0.008,
+        headwidth=2.6,
+        headlength=2.4,
+        headaxislength=2.2,
+        pivot="mid",
+    )
 
 
 def _wheel(axes: Any) -> None:
@@ -282,9 +423,11 @@ def _wheel(axes: Any) -> None:
     axes.imshow(colours, extent=(-1, 1, 1, -1), interpolation="bilinear")
     for angle in np.arange(0, 2 * np.pi, np.pi / 4):
         axes.annotate(
-            "", (0.92 * np.cos(angle), 0.92 * np.sin(angle)), (0.6 * np.cos(angle), 0.6 * np.sin(angle)),
+            "",
+            (0.92 * np.cos(angle), 0.92 * np.sin(angle)),
+            (0.6 * np.cos(angle), 0.6 * np.sin(angle)),
             arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 0.8},
-        )  # fmt: skip
+        )
     axes.set(xlim=(-1.15, 1.15), ylim=(1.15, -1.15), xticks=[], yticks=[])
     axes.set_aspect("equal")
     axes.spines[:].set_visible(False)
@@ -292,65 +435,30 @@ def _wheel(axes: Any) -> None:
 
 
 def _cover_bar(axes: Any) -> None:
+    _share_bar(axes, "no patch", "half of them", "all patches")
+
+
+def _object_bar(axes: Any) -> None:
+    _share_bar(axes, "background", "half of it", "all on objects")
+
+
+def _share_bar(axes: Any, *words: str) -> None:
     axes.set_axis_off()
     bar = axes.figure.colorbar(
         ScalarMappable(Normalize(0, 1), COVER), cax=axes.inset_axes((0.05, 0.2, 0.12, 0.6)), ticks=[0, 0.5, 1]
     )
-    bar.ax.set_yticklabels(["no patch", "half of them", "all patches"])
+    bar.ax.set_yticklabels(words)
     bar.outline.set_visible(False)
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-def _chosen(study: xr.Dataset, name: str, image: Which) -> tuple[Float[np.ndarray, "layer patch ..."], str]:
-    """One image's values, or the mean over images; and whose they are."""
-    if name not in study:
-        raise UsageError(
-            f"This study holds no {name!r}; it has {', '.join(map(str, study.data_vars))}. "
-            "Study the images with --measures patches."
-        )
-    values = study[name]
-    if image is not None:
-        at = image_position(study, image)
-        return values[at].to_numpy().astype(np.float64), f"image {study['image'].values[at]}"
-    return values.mean("image", skipna=True).to_numpy().astype(
-        np.float64
-    ), f"mean over {values.sizes['image']:,} images"
-
-
-def _grids(study: xr.Dataset) -> list[tuple[int, int] | None]:
-    """Rows and columns of each layer; None where the patches room has no numbers for it."""
-    name = next((name for name in ("window", "tendency", "field_size") if name in study), None)
-    known = [True] * len(study.attrs["grids"])
-    if name is not None:
-        first = study[name][0].to_numpy()
-        known = (~np.isnan(first.reshape(len(first), -1)).all(-1)).tolist()
-    return [
-        (int(grid[0]), int(grid[1])) if grid is not None and there else None
-        for grid, there in zip(study.attrs["grids"], known, strict=True)
-    ]
-
-
 def _refuse_patch(study: xr.Dataset, patch: int) -> None:
-    most = max(grid[0] * grid[1] for grid in _grids(study) if grid is not None)
-    if not 0 <= patch < most:
-        raise UsageError(f"Patch {patch} was asked for; this model has patches 0 to {most - 1}.")
+    n_patches = max(grid[0] * grid[1] for grid in layer_grids(study).values())
+    if not 0 <= patch < n_patches:
+        raise UsageError(f"Patch {patch} was asked for; this model has patches 0 to {n_patches - 1}.")
 
 
-def _lengths(pulls: Float[np.ndarray, "layer patch xy"]) -> Float[np.ndarray, "layer patch"]:
-    lengths: Float[np.ndarray, "layer patch"] = np.hypot(pulls[..., 0], pulls[..., 1])
-    return lengths
-
-
-def _scale(lengths: Float[np.ndarray, "layer patch"]) -> float:
-    """The 95th percentile of all lengths of a figure, so that panels can be compared."""
-    known = lengths[~np.isnan(lengths)]
-    return float(np.percentile(known, 95)) or 1.0 if known.size else 1.0
-
-
-def _mean(values: Float[np.ndarray, "patch"]) -> str:
-    return "" if np.isnan(values).all() else f"{np.nanmean(values):.1f}"
+def _one_decimal(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.1f}"
 
 
 def _from_oklab(lab: Float[np.ndarray, "row column lab"]) -> Float[np.ndarray, "row column rgb"]:
@@ -370,3 +478,35 @@ def _from_oklab(lab: Float[np.ndarray, "row column lab"]) -> Float[np.ndarray, "
         linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
     )
     return rgb
+
+
+def _draw_summed_windows(study: xr.Dataset) -> Figure:
+    return window_coverage(study.isel(image=slice(SUMMED_IMAGES)), None)
+
+
+def _draw_hubs(study: xr.Dataset) -> Figure:
+    return hub_map(study, None)
+
+
+def _draw_window_objects(study: xr.Dataset) -> Figure | None:
+    """Of one image over its photograph, in the layers that have the grid of the first; of a study the mean.
+
+    None where no such layer has windows: in a pyramid whose first stages attend to pooled tokens.
+    """
+    if "view" not in study:
+        return window_object_map(study, None)
+    grids = study.attrs["grids"]
+    first = study.assign_attrs(grids=[grid if grid == grids[0] else None for grid in grids])
+    if not layer_grids(first):
+        return None
+    return window_object_map(first, 0, Image.fromarray(study["view"].to_numpy()))
+
+
+BOTH: FigureTable = (("window_object_map", when(lambda study: "window_object_share" in study, _draw_window_objects)),)
+"""Drawn of a study and of one image."""
+
+FIGURES: FigureTable = (
+    ("window_coverage", when(lambda study: "window" in study, _draw_summed_windows)),
+    ("tendency_flow", when(lambda study: "tendency" in study, tendency_flow)),
+    ("hub_map", when(lambda study: "hub" in study and bool(study["hub"].any()), _draw_hubs)),
+)

@@ -6,23 +6,26 @@ and no setting of the user's session is touched.
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import numpy as np
+import xarray as xr
 from jaxtyping import Float
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from vitrail.errors import UsageError
+from vitrail.outputs import local_path, refuse_foreign_file
 
 __all__ = [
     "ATTENTION",
     "BAND",
     "COOL",
+    "DASHES",
     "FORMATS",
     "INK",
     "LINE",
@@ -30,16 +33,22 @@ __all__ = [
     "SOFT",
     "WHISKER",
     "Figure",
+    "FigureTable",
     "axis_title",
     "blank",
     "colour_scale",
+    "describe_measure",
     "explain",
     "head_name",
     "ink_on",
     "number",
     "picture",
+    "refuse_formats",
     "save",
+    "spaced_indices",
+    "style_colorbar",
     "styled",
+    "when",
 ]
 
 INK, SOFT, LINE = "#1d2127", "#5a6170", "#e2dfd6"
@@ -58,13 +67,25 @@ ATTENTION = LinearSegmentedColormap.from_list(
 )
 """Over a photograph in grey: clear where nothing is, then one hue that darkens, which print and any eye can order."""
 
+DASHES: dict[str, tuple[int, tuple[float, ...]]] = {"dotted": (0, (2, 3)), "dashed": (0, (4, 3))}
+"""Dotted: a reference such as the model with nothing pruned; dashed: a mean behind what is drawn."""
+
 FORMATS = ("png", "svg", "pdf")
 PNG_DPI = 200
-METADATA = {"png": {"Software": "vitrail"}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-"""What would otherwise put the time into a file."""
+METADATA = {
+    "png": {"Software": "vitrail"},
+    "svg": {"Date": None, "Creator": "vitrail"},
+    "pdf": {"CreationDate": None, "Creator": "vitrail"},
+}
+"""Who wrote a file, and not when, which would change its bytes."""
+
+SIGNS = {"png": b"Software\x00vitrail", "svg": b"<dc:title>vitrail</dc:title>", "pdf": b"/Creator (vitrail)"}
+"""How these entries look in a file: only figures of Vitrail's are overwritten."""
 
 STYLE = {
-    "font.family": ["DejaVu Sans"],
+    "font.family": ["sans-serif"],
+    # The first is matplotlib's own, so that files repeat anywhere; an SVG names them all, and Verdana is as wide.
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Bitstream Vera Sans", "Arial"],
     "font.size": 8.0,
     "text.color": INK,
     "axes.labelcolor": SOFT,
@@ -77,7 +98,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.formatter.use_mathtext": True,
+    "axes.formatter.use_mathtext": False,  # or every number beside an axis is parsed as a formula: half of all time
     "axes.formatter.useoffset": False,
     "grid.color": LINE,
     "grid.linewidth": 0.6,
@@ -98,100 +119,228 @@ STYLE = {
     "lines.solid_joinstyle": "round",
     "savefig.facecolor": "white",
     "svg.hashsalt": "vitrail",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",  # text stays text: it can be searched, selected and edited
     "pdf.fonttype": 42,
     "pdf.compression": 6,
 }
 
+CHARACTERS_PER_INCH = {"title": 10.5, "explanation": 18.5}
+"""Where lines break, by the width of the figure; measured with the sizes of the type."""
+
+AXIS_CHARACTERS = 36
+"""Longest line beside an axis: longer ones run over the side of a small chart."""
+
+DARK_BELOW = 0.55
+"""Luma (Rec. 601) under which a colour takes white text."""
+
+STEPS = (1, 2, 4, 5, 8, 10, 12, 16, 20, 50, 100, 1000)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FigureTable = tuple[tuple[str, Callable[[xr.Dataset], Figure | None]], ...]
+"""Figures of an analysis in drawing order: the file's stem, and a function of a study that returns None where the study
+holds nothing for it."""
+
+
+def when(
+    measured: Callable[[xr.Dataset], object], draw: Callable[[xr.Dataset], Figure | None]
+) -> Callable[..., Figure | None]:
+    """A function that draws a study where it holds what the figure needs, and returns None otherwise.
+
+    Args:
+        measured: Whether a study holds what is needed.
+        draw: Draws such a study.
+
+    Returns:
+        A function of a study.
+    """
+
+    def draw_or_none(study: xr.Dataset) -> Figure | None:
+        return draw(study) if measured(study) else None
+
+    return draw_or_none
+
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Runs a drawing function under Vitrail's style, and leaves the session's as it was."""
+    """Runs a drawing function under Vitrail's style, and leaves the session's settings as they were.
+
+    Args:
+        draw: A function that makes or writes a figure.
+
+    Returns:
+        The same function, under the style.
+    """
 
     @wraps(draw)
-    def under_style(*args: P.args, **kwargs: P.kwargs) -> R:
+    def draw_in_style(*args: P.args, **kwargs: P.kwargs) -> R:
         with mpl.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return under_style
+    return draw_in_style
 
 
-def blank(width: float, height: float, title: str) -> Any:
-    """An empty figure, in inches, with its title at the left."""
+def blank(width: float, height: float, title: str) -> Figure:
+    """An empty figure with its title at the left.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        title: The title; broken into lines where it is longer than the figure is wide.
+
+    Returns:
+        The figure.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(
-        textwrap.fill(title, int(width * 10.5)), x=0.008, ha="left", fontsize=10, fontweight="bold", color=INK
-    )
+    lines = textwrap.fill(title, int(width * CHARACTERS_PER_INCH["title"]))
+    figure.suptitle(lines, x=0.008, ha="left", fontsize=10, fontweight="bold", color=INK)
     return figure
 
 
-def explain(figure: Any, *sentences: str) -> None:
-    """The line under a figure: how to read it, and where the quantity comes from. Empty sentences are left out."""
+def explain(figure: Figure, *sentences: str) -> None:
+    """Writes the lines under a figure: how to read it, and where the quantity comes from.
+
+    Args:
+        figure: The figure.
+        sentences: Sentences; empty ones are left out.
+    """
     text = " ".join(sentence.strip() for sentence in sentences if sentence.strip())
-    per_line = int(figure.get_figwidth() * 18.5)
-    figure.supxlabel(
-        textwrap.fill(text, per_line, break_long_words=False),
-        x=0.008,
-        ha="left",
-        fontsize=6.8,
-        color=SOFT,
-        linespacing=1.35,
+    per_line = int(figure.get_figwidth() * CHARACTERS_PER_INCH["explanation"])
+    lines = textwrap.fill(text, per_line, break_long_words=False)
+    figure.supxlabel(lines, x=0.008, ha="left", fontsize=6.8, color=SOFT, linespacing=1.35)
+
+
+def describe_measure(attrs: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How to read low and high values of a measure, and its source, as sentences.
+
+    Args:
+        attrs: The attributes that a study holds beside the measure.
+
+    Returns:
+        Three sentences, empty where the attribute is missing.
+    """
+    low, high = (str(attrs.get(key, "")).replace(": ", ", ", 1) for key in ("low", "high"))
+    source = attrs.get("source", "")
+    return (
+        f"Low: {low}." if low else "",
+        f"High: {high}." if high else "",
+        f"Source: {source}." if source else "",
     )
 
 
+def refuse_formats(formats: Sequence[str]) -> None:
+    """Refuses formats that figures cannot be written in.
+
+    Args:
+        formats: Endings of files without the dot.
+
+    Raises:
+        UsageError: One of them is unknown, or there is none.
+    """
+    unknown = [kind for kind in formats if kind not in FORMATS]
+    if unknown or not formats:
+        raise UsageError(
+            f"Figures were asked for as {', '.join(unknown) or 'nothing'}; choose from {', '.join(FORMATS)}."
+        )
+
+
 @styled
-def save(figure: Any, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
     """Writes a figure as PNG, SVG or PDF, by the path's ending; the same figure gives the same bytes.
 
-    Raises `UsageError` for another ending.
+    Args:
+        figure: The figure.
+        path: Where to write it; folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: The ending is another, the path is an address, or a file that Vitrail did not draw is there.
     """
-    path = Path(path)
+    path = local_path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise UsageError(f"A figure was to be written to {path.name!r}; it can be {', '.join(FORMATS)}.")
+    refuse_foreign_file(path, SIGNS[kind])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format=kind, dpi=PNG_DPI, metadata=METADATA[kind])
     return path
 
 
 @styled
-def picture(figure: Any, kind: str, *, bare: bool = False) -> bytes:
-    """A figure as the bytes of a PNG, SVG or PDF file. `bare` takes its title and the line under it off, for good:
-    for where they stand beside the picture as text."""
+def picture(figure: Figure, kind: str, *, bare: bool = False) -> bytes:
+    """A figure as the bytes of a PNG, SVG or PDF file.
+
+    Args:
+        figure: The figure.
+        kind: png, svg or pdf.
+        bare: Takes the title and the lines under the figure off, for good: for where they stand beside it as text.
+
+    Returns:
+        The content of the file.
+    """
     if bare:
         figure.suptitle("")
         figure.supxlabel("")
     stream = io.BytesIO()
-    cut = {"bbox_inches": "tight", "pad_inches": 0.04} if bare else {}
+    cut: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.04} if bare else {}
     figure.savefig(stream, format=kind, dpi=PNG_DPI, metadata=METADATA[kind], **cut)
     return stream.getvalue()
 
 
 def colour_scale(values: Float[np.ndarray, "..."]) -> tuple[Colormap, Normalize]:
-    """Cividis over the range of the values; where they lie on both sides of 0, purple to orange around it."""
-    known = values[~np.isnan(values)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    """Cividis over the range of the values; where they lie on both sides of 0, purple to orange around it.
+
+    Args:
+        values: Numbers; NaN is left out.
+
+    Returns:
+        Colours and the range they stand for.
+    """
+    finite = values[~np.isnan(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if low < 0 < high:
-        far = max(-low, high)
-        return mpl.colormaps["PuOr_r"], TwoSlopeNorm(0.0, -far, far)
+        end = max(-low, high)
+        return mpl.colormaps["PuOr_r"], TwoSlopeNorm(0.0, -end, end)
     half = 0.5 * abs(low) or 0.5
     return DEPTH, Normalize(low, high) if high > low else Normalize(low - half, low + half)
 
 
 def ink_on(colour: Sequence[float]) -> str:
-    """Dark or white text, whichever can be read on this colour (red, green, blue in 0 .. 1)."""
-    return INK if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.55 else "white"
+    """Dark or white text, whichever can be read on a colour.
+
+    Args:
+        colour: Red, green and blue, 0 to 1.
+
+    Returns:
+        The colour of the text.
+    """
+    return INK if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > DARK_BELOW else "white"
 
 
 def head_name(layer: int, head: int) -> str:
-    """Zero-based, as everywhere: L3H7."""
+    """The name of a head, zero-based as everywhere: L3H7.
+
+    Args:
+        layer: Index of the layer.
+        head: Index of the head.
+
+    Returns:
+        The name.
+    """
     return f"L{layer}H{head}"
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where one can do without."""
+    """A number with three significant digits, without an exponent where one can do without.
+
+    Args:
+        value: Any number.
+
+    Returns:
+        The text; "none" for NaN.
+    """
     if np.isnan(value):
         return "none"
     if value == 0 or 1e-4 <= abs(value) < 1000:
@@ -200,5 +349,40 @@ def number(value: float) -> str:
 
 
 def axis_title(title: str, unit: str) -> str:
-    """A quantity with its unit, as it stands on an axis, in lines short enough for the side of a small chart."""
-    return textwrap.fill(title if not unit or unit == title else f"{title} ({unit})", 36)
+    """A quantity with its unit as an axis shows it, in lines short enough for the side of a small chart.
+
+    Args:
+        title: The quantity.
+        unit: Its unit; "1" stands for a number from 0 to 1.
+
+    Returns:
+        The text, in lines.
+    """
+    unit = "0 to 1" if unit == "1" else unit
+    return textwrap.fill(title if not unit or unit == title else f"{title} ({unit})", AXIS_CHARACTERS)
+
+
+def spaced_indices(n: int, at_most: int) -> list[int]:
+    """Indices 0 to n - 1, thinned to about `at_most` by a round step.
+
+    Args:
+        n: How many indices there are.
+        at_most: About how many to give.
+
+    Returns:
+        Indices in order.
+    """
+    step = next(step for step in STEPS if n / step <= at_most)
+    return list(range(0, n, step))
+
+
+def style_colorbar(bar: Any, label: str) -> None:
+    """Gives a colour bar a label and takes its frame away.
+
+    Args:
+        bar: A matplotlib colour bar.
+        label: What its colours stand for.
+    """
+    bar.outline.set_visible(False)
+    bar.set_label(label, fontsize=7)
+    bar.ax.tick_params(length=2)

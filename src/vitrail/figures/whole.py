@@ -1,50 +1,126 @@
-"""Every figure of a whole study, from whichever rooms it has numbers."""
+"""Every figure of a study, or of one image, that its analyses have and that it holds the numbers for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import xarray as xr
 
-from vitrail.figures import heads, neurons, patches, patterns, wint
-from vitrail.figures.style import save
-from vitrail.measure import ROOMS
+from vitrail.analysis import Analysis, analyses
+from vitrail.errors import UsageError
+from vitrail.figures.style import Figure, refuse_formats, save
 
-__all__ = ["figures_of"]
-
-SUMMED = 64
-"""Images whose windows are summed up."""
+__all__ = ["WholeFigure", "draw_all", "draw_figure", "draw_figures", "save_figures"]
 
 
-def figures_of(study: xr.Dataset, folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws into `folder` what the study has the numbers for; the files written, none if nothing can be drawn.
+def draw_figures(
+    study: xr.Dataset,
+    folder: str | Path,
+    formats: Sequence[str] = ("png",),
+    *,
+    only: Sequence[str] = (),
+    one_image: bool = False,
+) -> list[Path]:
+    """Draws into a folder what the study has the numbers for.
 
-    Raises `UsageError` for an unknown format.
+    Args:
+        study: A study as `open_study` gives it, or one image as `look` gives it.
+        folder: Where to write; it is made.
+        formats: Endings of the files: png, svg, pdf.
+        only: Names of the analyses whose figures are drawn; empty for all.
+        one_image: Draws the figures of one image.
+
+    Returns:
+        The files written, none if nothing can be drawn.
+
+    Raises:
+        UsageError: A format is unknown.
     """
-    heads.refuse_formats(formats)
-    written: list[Path] = []
-    if set(ROOMS["heads"]) & set(map(str, study)):
-        written += heads.figures_of(study, folder, formats)
-    written += patterns.figures_of(study, folder, formats)
-    for name, figure in (*_of_patches(study), *wint.figures_of(study), *_of_neurons(study)):
-        written += [save(figure, Path(folder) / f"{name}.{kind}") for kind in formats]
-    return written
+    refuse_formats(formats)
+    return save_figures(draw_all(study, only=only, one_image=one_image), folder, formats)
 
 
-def _of_patches(study: xr.Dataset) -> Iterator[tuple[str, Any]]:
-    if "window" in study:
-        yield "window_coverage", patches.window_coverage(study.isel(image=slice(SUMMED)), None)
-    if "tendency" in study:
-        yield "tendency_flow", patches.tendency_flow(study)
-    if "hub" in study and bool(study["hub"].any()):
-        yield "hub_map", patches.hub_map(study, None)
+def draw_figure(study: xr.Dataset, stem: str, *, one_image: bool = False) -> Figure:
+    """Draws one figure, by the name that its file has in `vitrail figures` and `vitrail look`.
+
+    Args:
+        study: A study as `open_study` gives it, or one image as `look` gives it.
+        stem: Such as "overview" or "hub_map"; the gallery in the documentation shows all.
+        one_image: Draws the figure of one image.
+
+    Returns:
+        The figure; `.savefig("hub_map.pdf")` writes it.
+
+    Raises:
+        UsageError: No analysis has such a figure, or the study does not hold its numbers.
+
+    Example:
+        >>> vitrail.draw_figure(study, "overview").savefig("overview.pdf")
+    """
+    named = {
+        each.stem: (name, each)
+        for name, analysis in analyses().items()
+        for each in analysis.all_figures()
+        if each.both or each.one_image == one_image
+    }
+    if stem not in named:
+        of = "one image" if one_image else "a study"
+        raise UsageError(f"There is no figure {stem!r} of {of}; there are {', '.join(named)}.")
+    name, figure = named[stem]
+    drawing = figure.draw(study) if _holds(study, analyses()[name]) else None
+    if drawing is None:
+        raise UsageError(f"Figure {stem!r} needs numbers that are not here: measure them with `--measures {name}`.")
+    assert isinstance(drawing, Figure)
+    return drawing
 
 
-def _of_neurons(study: xr.Dataset) -> Iterator[tuple[str, Any]]:
-    held = [str(name) for name in study]
-    if "token_norm" in held:
-        yield "norms_by_layer", neurons.norms_by_layer(study)
-    if any(name.startswith("grouping_") for name in held):
-        yield "grouping_by_layer", neurons.grouping_by_layer(study)
-    if any(name.startswith(("occlusion_", "shuffle_")) for name in held):
-        yield "survival", neurons.survival(study)
+class WholeFigure(NamedTuple):
+    """A figure that was drawn.
+
+    Attributes:
+        analysis: The name of its analysis.
+        stem: Its file's name without the ending.
+        figure: The figure.
+    """
+
+    analysis: str
+    stem: str
+    figure: Figure
+
+
+def draw_all(study: xr.Dataset, *, only: Sequence[str] = (), one_image: bool = False) -> Iterator[WholeFigure]:
+    """Draws one figure after the other that the study has the numbers for.
+
+    Args:
+        study: A study as `open_study` gives it, or one image as `look` gives it.
+        only: Names of the analyses whose figures are drawn; empty for all.
+        one_image: Draws the figures of one image.
+
+    Yields:
+        Figures, analysis by analysis.
+    """
+    for name, analysis in analyses().items():
+        if (only and name not in only) or not _holds(study, analysis):
+            continue
+        for each in analysis.all_figures():
+            drawing = each.draw(study) if each.both or each.one_image == one_image else None
+            if drawing is not None:
+                yield WholeFigure(name, each.stem, drawing)
+
+
+def save_figures(figures: Iterable[WholeFigure], folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Writes figures into a folder.
+
+    Args:
+        figures: What `draw_all` gives.
+        folder: Where to write; it is made.
+        formats: Endings of the files: png, svg, pdf.
+
+    Returns:
+        The files written.
+    """
+    return [save(each.figure, Path(folder) / f"{each.stem}.{ending}") for each in figures for ending in formats]
+
+
+def _holds(study: xr.Dataset, analysis: Analysis) -> bool:
+    return any(each.name in study for each in (*analysis.measures, *analysis.accompanying, *analysis.image_measures))

@@ -1,41 +1,32 @@
-"""Collectors of the heads room: objects that turn passes of the tap into arrays of a study.
+"""Collectors of the measures of heads: objects that turn passes of the tap into arrays of a study.
 
 Several collectors share one recorded plain pass (`readers`), then each may run passes of its own (`finish`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.heads.estimate import estimate
-from vitrail.heads.importance import silent_layers, sweep
-from vitrail.heads.maps import MapSource
+from vitrail.analysis import Collector
+from vitrail.heads.estimate import ESTIMATED, estimate
+from vitrail.heads.importance import LAYER_METRICS, layers_without_residual, sweep
 from vitrail.heads.means import MeanOutputs
-from vitrail.heads.metrics import label_log_probability
-from vitrail.heads.pattern_maps import PatternGround, read_pictures
-from vitrail.heads.pattern_names import RULES
-from vitrail.heads.pattern_rules import rule_values
-from vitrail.heads.regions import Mode, mode_edit, modes_offered
-from vitrail.heads.strength import Layout, Reach, reach
-from vitrail.vit.anatomy import Anatomy
-from vitrail.vit.ground import grounds_of_layers
-from vitrail.vit.open import Vit
-from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
+from vitrail.heads.regions import Mode, mode_edits, modes_offered
+from vitrail.heads.strength import Reach, count_hops, reach
+from vitrail.models.open import Vit
+from vitrail.models.task import Task
+from vitrail.models.token_grid import TokenGrid, token_grids
+from vitrail.patterns.maps import ComparableLayers, comparable_layers, read_pattern_maps
+from vitrail.patterns.names import RULES
+from vitrail.patterns.rules import rule_values
+from vitrail.tap.anatomy import Anatomy
+from vitrail.tap.maps import MapSource
+from vitrail.tap.tap import LayerAttention, Readers, Replay, Tap
 
-__all__ = [
-    "Collector",
-    "EstimateCollector",
-    "MeanSweepCollector",
-    "ReachCollector",
-    "RegionCollector",
-    "RuleCollector",
-    "SweepCollector",
-    "layouts_on_grid",
-]
+__all__ = ["head_collectors", "region_collectors", "rule_collectors"]
 
 PARTS = (Mode.CROSS, Mode.PATCHES)
 """The parts of a head, in the order of the dimension `mode`."""
@@ -48,33 +39,64 @@ REACH_FIELDS = {
 }
 
 
-def layouts_on_grid(vit: Vit) -> tuple[dict[int, Layout], dict[int, str]]:
-    """Where the tokens of each layer's map lie, for layers that join patches of one grid; and why the others do not."""
-    grounds, refused = grounds_of_layers(vit)
-    layouts = {
-        layer: Layout(grid, prefix, None if slots is None else tuple(map(tuple, slots.tolist())))
-        for layer, (grid, prefix, slots) in grounds.items()
-    }
-    return layouts, refused
+def head_collectors(vit: Vit, names: Sequence[str], options: Mapping[str, str]) -> list[Collector]:
+    """Collectors of the measures of heads.
+
+    Args:
+        vit: the model.
+        names: of measures that this model has.
+        options: `importance` ("exact" prunes every head in turn, "estimate" predicts the model metrics from one
+            backward pass; layer metrics stay exact), `ablation` ("mean" puts the head's mean output over the images in
+            its place, not zero, for which all images are passed through once before) and `maps` ("bfloat16" computes
+            attention maps in bfloat16 for the measures of distance).
+
+    Returns:
+        Collectors that share one plain pass.
+    """
+    estimated = [name for name in names if name in ESTIMATED] if options["importance"] == "estimate" else []
+    read = [name for name in names if name in REACH_FIELDS]
+    swept = [name for name in names if name not in REACH_FIELDS and name not in estimated]
+    result: list[Collector] = []
+    if read:
+        result.append(_ReachCollector(vit.anatomy, read, token_grids(vit)[0], _precision(options)))
+    if swept:
+        kind = _MeanSweepCollector if options["ablation"] == "mean" else _SweepCollector
+        result.append(kind(vit.anatomy, swept, vit.task))
+    if estimated:
+        result.append(_EstimateCollector(vit.anatomy, estimated, vit.task))
+    return result
 
 
-class Collector(Protocol):
-    """Computes some measures of a batch of images; used for one batch after the other."""
+def rule_collectors(vit: Vit, options: Mapping[str, str]) -> list[Collector]:
+    """The collector of the numbers that patterns are named from.
 
-    measures: tuple[str, ...]
-    replays: bool
-    """Whether `finish` runs from the middle of the plain pass, so that its tokens must be kept."""
+    Args:
+        vit: the model, some of whose layers have comparable maps.
+        options: `maps`, as for `head_collectors`.
 
-    def readers(self) -> Readers:
-        """What to read in the plain pass."""
-
-    def finish(
-        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
-    ) -> dict[str, np.ndarray]:
-        """The batch's arrays, by measure name; they lead with the image dimension."""
+    Returns:
+        One collector.
+    """
+    return [_RuleCollector(vit.anatomy, comparable_layers(vit), _precision(options))]
 
 
-class ReachCollector:
+def region_collectors(vit: Vit) -> list[Collector]:
+    """The collector of what parts of heads matter.
+
+    Args:
+        vit: a model with a classifier.
+
+    Returns:
+        One collector.
+    """
+    return [_RegionCollector(vit.anatomy, vit.task)]
+
+
+def _precision(options: Mapping[str, str]) -> torch.dtype | None:
+    return torch.bfloat16 if options["maps"] == "bfloat16" else None
+
+
+class _ReachCollector:
     """How far heads look, read off each attention map while the plain pass makes it; `precision` as in `MapSource`."""
 
     replays = False
@@ -83,15 +105,15 @@ class ReachCollector:
         self,
         anatomy: Anatomy,
         measures: Sequence[str],
-        layouts: Mapping[int, Layout],
+        grids: Mapping[tuple[int, int], TokenGrid],
         precision: torch.dtype | None = None,
     ) -> None:
         self.measures = tuple(measures)
-        self._anatomy, self._layouts, self._maps = anatomy, layouts, MapSource(precision)
-        self._found: dict[int, Reach] = {}
+        self._anatomy, self._grids, self._maps = anatomy, grids, MapSource(precision)
+        self._reach: dict[tuple[int, int], Reach] = {}
 
     def readers(self) -> Readers:
-        """Reads the attention of every layer whose map lies on a grid (`layouts_on_grid`)."""
+        """Reads every attention whose map lies on a grid (`token_grids`)."""
         return Readers(attention=self._read)
 
     def finish(
@@ -99,100 +121,116 @@ class ReachCollector:
     ) -> dict[str, np.ndarray]:
         """Arrays [image, layer, head] and, for strength, [.., hop]; NaN for layers, heads, hops that are not there."""
         blocks = self._anatomy.blocks
-        n_hops = max(layout.n_hops for layout in self._layouts.values())
+        n_hops = max(count_hops(tokens.grid) for tokens in self._grids.values())
         shape = (len(logits), len(blocks), max(block.heads for block in blocks))
         arrays = {}
         for name in self.measures:
             array = np.full((*shape, n_hops) if name == "attention_strength" else shape, np.nan, dtype=np.float32)
-            for layer in self._layouts:
-                values = getattr(self._found[layer], REACH_FIELDS[name]).cpu().numpy()
-                array[:, layer][tuple(slice(size) for size in values.shape)] = values
+            for (layer, call), tokens in self._grids.items():
+                values = getattr(self._reach[layer, call], REACH_FIELDS[name]).cpu().numpy()
+                array[:, layer, tokens.heads][tuple(slice(size) for size in values.shape)] = values
             arrays[name] = array
-        self._found.clear()
+        self._reach.clear()
         return arrays
 
     def _read(self, attention: LayerAttention) -> None:
-        if attention.call != 0 or attention.layer not in self._layouts:
+        tokens = self._grids.get((attention.layer, attention.call))
+        if tokens is None:
             return
-        layout = self._layouts[attention.layer]
-        if layout.windows is not None:
-            found = reach(attention.window_weights().flatten(0, 1), layout)
+        if tokens.slots is not None:
+            result = reach(attention.window_weights().flatten(0, 1), tokens)
         else:
-            parts = [reach(weights, layout) for weights in self._maps.parts(attention)]
-            found = parts[0] if len(parts) == 1 else Reach(*map(torch.cat, zip(*parts, strict=True)))
-        self._found[attention.layer] = found
+            parts = [reach(weights, tokens) for weights in self._maps.parts(attention)]
+            result = parts[0] if len(parts) == 1 else Reach(*map(torch.cat, zip(*parts, strict=True)))
+        shares = attention.row_stochastic
+        self._reach[attention.layer, attention.call] = result if shares else _strength_alone(result)
 
 
-class SweepCollector:
-    """Exact importance by pruning; reads the plain residuals on the way so that no spare copy has to run."""
+def _strength_alone(reach: Reach) -> Reach:
+    """NaN for all that reads weights as shares of attention, which they are not where heads are mixed."""
+    nothing = torch.full_like(reach.entropy, torch.nan)
+    return Reach(reach.strength, nothing, nothing, nothing, nothing)
+
+
+class _SweepCollector:
+    """Exact importance by pruning; reads the plain residuals on the way so that no reference copy has to run."""
 
     replays = True
 
-    def __init__(self, anatomy: Anatomy, measures: Sequence[str], has_classes: bool) -> None:
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str], task: Task) -> None:
         self.measures = tuple(measures)
-        self._anatomy, self._has_classes = anatomy, has_classes
-        self._fills: dict[int, Tensor] | None = None
-        self._reads_tokens = any("shift" in name for name in measures)
+        self._anatomy, self._task = anatomy, task
+        self._fills: dict[tuple[int, int], Tensor] | None = None
+        self._reads_tokens = any(name in LAYER_METRICS for name in measures)
         self._residuals: dict[int, Tensor] = {}
-        self._silent: frozenset[int] | None = None
+        self._without_residual: frozenset[int] | None = None
 
     def readers(self) -> Readers:
         """Reads each layer's tokens after attention and residual if a layer metric needs them."""
-        return Readers(residual=self._keep) if self._reads_tokens else Readers()
+        return Readers(residual=self._store_residual) if self._reads_tokens else Readers()
 
     def finish(
         self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
     ) -> dict[str, np.ndarray]:
         """Arrays [image, layer, head] of every measure."""
-        targets = _targets(labels, logits) if self._has_classes else None
-        if self._silent is None:
+        targets = _targets(labels, logits) if self._task.n_classes is not None else None
+        if self._without_residual is None:
             hidden = set(range(len(self._anatomy.blocks))) - set(self._residuals) if self._reads_tokens else set()
-            self._silent = silent_layers(tap, replay, sorted(hidden))
+            self._without_residual = layers_without_residual(tap, replay, sorted(hidden))
         arrays = sweep(
-            tap, self._anatomy, replay, logits, targets, self.measures, self._residuals, self._silent, self._fills
+            tap,
+            self._anatomy,
+            replay,
+            logits,
+            targets,
+            self.measures,
+            self._residuals,
+            self._without_residual,
+            self._fills,
+            task=self._task,
         )
         self._residuals = {}
         return arrays
 
-    def _keep(self, layer: int, tokens: Tensor) -> None:
+    def _store_residual(self, layer: int, tokens: Tensor) -> None:
         self._residuals[layer] = tokens.clone()  # some blocks go on to add to it in place
 
 
-class MeanSweepCollector(SweepCollector):
+class _MeanSweepCollector(_SweepCollector):
     """Exact importance with a pruned head's mean output over the data set in its place; sees all images before."""
 
-    def __init__(self, anatomy: Anatomy, measures: Sequence[str], has_classes: bool) -> None:
-        super().__init__(anatomy, measures, has_classes)
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str], task: Task) -> None:
+        super().__init__(anatomy, measures, task)
         self._means = MeanOutputs(anatomy)
 
-    def survey(self, tap: Tap, images: Float[Tensor, "image channel row column"], n_images: int) -> None:
+    def calibrate(self, tap: Tap, images: Float[Tensor, "image channel row column"], n_images: int) -> None:
         """One batch of the data set, of which the first `n_images` count."""
-        self._means.see(tap, images, n_images)
+        self._means.add(tap, images, n_images)
 
-    def surveyed(self) -> dict[str, np.ndarray]:
-        """What is kept of the survey."""
+    def calibration_statistics(self) -> dict[str, np.ndarray]:
+        """The mean outputs of all heads."""
         return self._means.arrays()
 
-    def take_survey(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Goes on with a survey made before."""
-        self._fills = MeanOutputs.by_layer(arrays)
+    def load_calibration(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on with statistics computed before."""
+        self._fills = MeanOutputs.by_call(arrays)
 
     def finish(
         self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
     ) -> dict[str, np.ndarray]:
         """As `SweepCollector.finish`."""
-        assert self._fills is not None, "the data set was not surveyed"
+        assert self._fills is not None, "the data set was not calibrated"
         return super().finish(tap, replay, logits, labels)
 
 
-class EstimateCollector:
+class _EstimateCollector:
     """Estimated importance: one forward and one backward pass for all heads."""
 
     replays = False
 
-    def __init__(self, anatomy: Anatomy, measures: Sequence[str]) -> None:
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str], task: Task) -> None:
         self.measures = tuple(measures)
-        self._anatomy = anatomy
+        self._anatomy, self._task = anatomy, task
 
     def readers(self) -> Readers:
         """Needs nothing of the plain pass but its logits and its first block's input."""
@@ -202,21 +240,21 @@ class EstimateCollector:
         self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
     ) -> dict[str, np.ndarray]:
         """Arrays [image, layer, head] of every measure."""
-        return estimate(tap, self._anatomy, replay, logits, _targets(labels, logits), self.measures)
+        return estimate(tap, self._anatomy, replay, logits, _targets(labels, logits), self.measures, self._task)
 
 
-class RuleCollector:
+class _RuleCollector:
     """The numbers that patterns are named from, read off each attention map; `precision` as in `MapSource`."""
 
     measures: tuple[str, ...] = ("pattern_rule",)
     replays = False
 
-    def __init__(self, anatomy: Anatomy, ground: PatternGround, precision: torch.dtype | None = None) -> None:
-        self._anatomy, self._ground, self._maps = anatomy, ground, MapSource(precision)
-        self._found: dict[int, list[np.ndarray]] = {}
+    def __init__(self, anatomy: Anatomy, layers: ComparableLayers, precision: torch.dtype | None = None) -> None:
+        self._anatomy, self._layers, self._maps = anatomy, layers, MapSource(precision)
+        self._values: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def readers(self) -> Readers:
-        """Reads the attention of every layer that has patterns."""
+        """Reads every attention that has patterns."""
         return Readers(attention=self._read)
 
     def finish(
@@ -226,25 +264,25 @@ class RuleCollector:
         blocks = self._anatomy.blocks
         shape = (len(logits), len(blocks), max(block.heads for block in blocks), len(RULES))
         array = np.full(shape, np.nan, dtype=np.float32)
-        for layer, pieces in self._found.items():
-            array[:, layer, : self._anatomy.blocks[layer].heads] = np.concatenate(pieces)
-        self._found.clear()
+        for (layer, call), pieces in self._values.items():
+            array[:, layer, blocks[layer].calls[call].layer_heads] = np.concatenate(pieces)
+        self._values.clear()
         return {"pattern_rule": array}
 
     def _read(self, attention: LayerAttention) -> None:
-        for pictures in read_pictures(attention, self._ground, self._maps):
-            values = rule_values(pictures.block, self._ground.grid, pictures.class_mass)
-            self._found.setdefault(attention.layer, []).append(values.cpu().numpy())
+        for maps in read_pattern_maps(attention, self._layers, self._maps):
+            values = rule_values(maps.block, self._layers.grid, maps.class_mass)
+            self._values.setdefault((attention.layer, attention.call), []).append(values.cpu().numpy())
 
 
-class RegionCollector:
+class _RegionCollector:
     """The label's probability without the class part of a head (mode 3) and without its patch part (mode 4)."""
 
     measures: tuple[str, ...] = ("head_region_probability",)
     replays = True
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
+    def __init__(self, anatomy: Anatomy, task: Task) -> None:
+        self._anatomy, self._task = anatomy, task
 
     def readers(self) -> Readers:
         """Needs nothing of the plain pass but where to run from."""
@@ -257,13 +295,13 @@ class RegionCollector:
         blocks, targets = self._anatomy.blocks, _targets(labels, logits)
         array = np.full((len(logits), len(blocks), max(b.heads for b in blocks), len(PARTS)), np.nan, np.float32)
         for layer, block in enumerate(blocks):
-            if Mode.CROSS not in modes_offered(self._anatomy, layer):
-                continue
             for head in range(block.heads):
-                edits = [mode_edit(self._anatomy, layer, head, mode, copy) for copy, mode in enumerate(PARTS)]
-                rows = tap.run_from(layer, replay, edits=edits, copies=len(edits)).reshape(len(edits), *logits.shape)
-                found = label_log_probability(rows, targets.expand(len(edits), -1)).exp()
-                array[:, layer, head] = found.T.float().cpu().numpy()
+                if Mode.CROSS not in modes_offered(self._anatomy, layer, head):
+                    continue
+                edits = mode_edits(self._anatomy, layer, head, PARTS)
+                rows = tap.run_from(layer, replay, edits=edits, copies=len(PARTS)).reshape(len(PARTS), *logits.shape)
+                probability = self._task.label_log_probability(rows, targets.expand(len(PARTS), -1)).exp()
+                array[:, layer, head] = probability.T.float().cpu().numpy()
         return {"head_region_probability": array}
 
 

@@ -21,10 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.heads.importance import HeadArrays
-from vitrail.heads.metrics import label_log_probability
-from vitrail.vit.anatomy import Anatomy
-from vitrail.vit.edits import Edit
-from vitrail.vit.tap import Replay, Tap
+from vitrail.models.task import Task
+from vitrail.tap.anatomy import Anatomy
+from vitrail.tap.budget import budget_of
+from vitrail.tap.edits import Edit
+from vitrail.tap.tap import Replay, Tap
 
 __all__ = ["ESTIMATED", "NOT_ESTIMATED", "estimate", "loss_gradients"]
 
@@ -42,6 +43,9 @@ NOT_ESTIMATED = {
     "head_divergence": "it needs a backward pass per class",
     "head_flip": "a derivative does not tell which class overtakes",
     "head_prediction": "a derivative does not tell which class overtakes",
+    "head_output_shift": "only the loss of a label is estimated",
+    "head_value": "only the loss of a label is estimated",
+    "head_value_change": "only the loss of a label is estimated",
 }
 """Measures that have none, and why."""
 
@@ -53,41 +57,69 @@ def estimate(
     logits: Float[Tensor, "image class"],
     labels: Int[Tensor, "image"],
     names: Sequence[str],
+    task: Task,
 ) -> dict[str, np.ndarray]:
-    """Predictions of what pruning each head does; arrays [image, layer, head] by measure name.
+    """Predicts what pruning each head does to the label's loss and probability.
 
-    `head_loss_change` is - g + g^2 / 2 in nats, g the derivative of the loss by the gate. `head_probability` follows
-    from it, P(label) times exp(-loss change), at most 1.
+    With g the derivative of the loss by the gate, the loss changes by - g + g^2 / 2.
+
+    Args:
+        tap: Of the model.
+        anatomy: Of the model.
+        replay: Of the plain pass.
+        logits: Of the plain pass.
+        labels: The class whose loss is meant.
+        names: Of `ESTIMATED`.
+        task: What the output means.
+
+    Returns:
+        Arrays [image, layer, head] by measure name, float32: `head_loss_change` in nats, `head_probability`, which is
+        P(label) times exp(-loss change), at most 1. NaN for heads that a layer does not have.
     """
     results = HeadArrays(names, len(logits), [block.heads for block in anatomy.blocks])
-    before = label_log_probability(logits, labels)
-    for layer, gradient in enumerate(loss_gradients(tap, anatomy, replay.images, labels)):
+    before = task.label_log_probability(logits, labels)
+    for layer, gradient in enumerate(loss_gradients(tap, anatomy, replay.images, labels, task)):
         change = (gradient.square() / 2 - gradient).T
-        found = {"head_loss_change": change, "head_probability": (before - change).clamp(max=0.0).exp()}
-        results.put(layer, range(len(change)), found)
+        values = {"head_loss_change": change, "head_probability": (before - change).clamp(max=0.0).exp()}
+        results.put(layer, range(len(change)), values)
     return results.arrays
 
 
 def loss_gradients(
-    tap: Tap, anatomy: Anatomy, images: Float[Tensor, "image channel row column"], labels: Int[Tensor, "image"]
+    tap: Tap,
+    anatomy: Anatomy,
+    images: Float[Tensor, "image channel row column"],
+    labels: Int[Tensor, "image"],
+    task: Task,
 ) -> tuple[Float[Tensor, "image head"], ...]:
-    """Derivative of each image's cross-entropy by a gate on each head's output, at 1, layer by layer, in nats."""
-    step = max(1, GRAPH_BYTES // _graph_bytes(anatomy))
-    parts = [_gradients(tap, anatomy, *pair) for pair in zip(images.split(step), labels.split(step), strict=True)]
+    """Derivative of each image's cross-entropy by a gate on each head's output, at 1.
+
+    Args:
+        tap: Of the model.
+        anatomy: Of the model.
+        images: Prepared images.
+        labels: The class whose loss is meant.
+        task: What the output means.
+
+    Returns:
+        For each layer, in nats per unit of the gate.
+    """
+    step = max(1, budget_of(images.device).bytes_for(GRAPH_BYTES) // _graph_bytes(anatomy))
+    parts = [_gradients(tap, anatomy, *pair, task) for pair in zip(images.split(step), labels.split(step), strict=True)]
     return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
 
 
-def _gradients(tap: Tap, anatomy: Anatomy, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def _gradients(tap: Tap, anatomy: Anatomy, images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         gates = [
             torch.ones(len(images), block.heads, device=images.device, requires_grad=True) for block in anatomy.blocks
         ]
         edits = [Edit(layer, gate=gate) for layer, gate in enumerate(gates)]
-        loss = -label_log_probability(tap.read(images, edits=edits), labels).sum()
+        loss = -task.label_log_probability(tap.read(images, edits=edits), labels).sum()
         return torch.autograd.grad(loss, gates)
 
 
 def _graph_bytes(anatomy: Anatomy) -> int:
     """What the backward pass of one image needs to be kept."""
-    channels = sum(block.tokens * block.heads * block.calls[0].head_dim for block in anatomy.blocks)
+    channels = sum(block.tokens * block.heads * block.head_dim for block in anatomy.blocks)
     return channels * FLOATS_PER_CHANNEL * 4

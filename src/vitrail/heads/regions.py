@@ -5,6 +5,7 @@ and the patch block. In the paper the prefix is the class token alone; here dist
 it too (our extension). What a mode prunes is set to zero after the softmax, without renormalisation.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -13,14 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
-from vitrail.vit.anatomy import Anatomy, Block
-from vitrail.vit.edits import Edit
-from vitrail.vit.tap import Tap
+from vitrail.tap.anatomy import Anatomy, Block
+from vitrail.tap.edits import Edit
+from vitrail.tap.tap import Tap
 
 __all__ = [
     "Mode",
     "RegionModes",
-    "mode_edit",
+    "mode_edits",
     "modes_offered",
     "region_mask",
     "region_modes",
@@ -45,9 +46,12 @@ class Mode(IntEnum):
 
 
 class RegionModes(NamedTuple):
-    """The answers of the model with parts of one head's map pruned; row i of `logits` belongs to `modes[i]`.
+    """The outputs of the model with parts of one head's map pruned.
 
-    `missing` says why a mode is not offered; empty when all six are.
+    Attributes:
+        modes: The modes that the layer has.
+        logits: Output of each mode, in the same order.
+        missing: Why a mode is left out; empty when all six are there.
     """
 
     modes: tuple[Mode, ...]
@@ -56,40 +60,82 @@ class RegionModes(NamedTuple):
 
 
 def region_modes(tap: Tap, anatomy: Anatomy, images: Tensor, layer: int, head: int) -> RegionModes:
-    """One plain pass, then one run from block `layer` with a copy of the images for every other mode.
+    """The output of the model in every region mode of one head.
 
-    Mode 1 is the plain pass itself, bitwise. The rest agree with runs of their own within 1e-5 of the largest logit in
-    float32 (another batch size; weights @ v instead of the fused kernel). Raises `UsageError` for a head that is not
-    there.
+    One plain pass, then one run from block `layer` with a copy of the images for every other mode. Mode 1 is the plain
+    pass itself, bitwise. The rest agree with runs of their own within 1e-5 of the largest logit in float32 (another
+    batch size; weights @ v instead of the fused kernel).
+
+    Args:
+        tap: Of the model.
+        anatomy: Of the model.
+        images: Prepared images.
+        layer: Index of the layer.
+        head: Index of the head.
+
+    Returns:
+        The modes that the layer has, with their outputs.
+
+    Raises:
+        UsageError: The model has no such head.
     """
     _check_head(anatomy, layer, head)
-    modes = modes_offered(anatomy, layer)
+    modes = modes_offered(anatomy, layer, head)
     replay, plain = tap.record(images)
-    edits = [mode_edit(anatomy, layer, head, mode, copy) for copy, mode in enumerate(modes[1:])]
-    stacked = tap.run_from(layer, replay, edits=edits, copies=len(edits))
-    logits = torch.cat([plain[None], stacked.reshape(len(edits), *plain.shape)])
-    return RegionModes(modes, logits, why_not_all_modes(anatomy, layer))
+    edits = mode_edits(anatomy, layer, head, modes[1:])
+    n_copies = len(modes) - 1
+    stacked = tap.run_from(layer, replay, edits=edits, copies=n_copies)
+    logits = torch.cat([plain[None], stacked.reshape(n_copies, *plain.shape)])
+    return RegionModes(modes, logits, why_not_all_modes(anatomy, layer, head))
 
 
-def modes_offered(anatomy: Anatomy, layer: int) -> tuple[Mode, ...]:
-    """The modes that mean something in this layer, mode 1 first."""
-    if not _has_square_map(anatomy.blocks[layer]):
+def modes_offered(anatomy: Anatomy, layer: int, head: int = 0) -> tuple[Mode, ...]:
+    """The modes that mean something for a head.
+
+    Args:
+        anatomy: Of the model.
+        layer: Index of the layer.
+        head: Index of the head; heads of one attention call have the same modes.
+
+    Returns:
+        Modes in growing order, mode 1 first.
+    """
+    if not _has_square_map(anatomy.blocks[layer], head):
         return (Mode.NOTHING, Mode.EVERYTHING)
     if anatomy.class_index(layer) is None:
         return (Mode.NOTHING, Mode.EVERYTHING, Mode.PATCHES)
     return tuple(Mode)
 
 
-def _has_square_map(block: Block) -> bool:
-    return block.maps_on_grid and (block.kind == "window" or block.calls[0].queries == block.tokens)
+def _has_square_map(block: Block, head: int) -> bool:
+    """Windows of a block with tokens that are no patches are no windows of its tokens (TNT: the pixels of a patch)."""
+    calls = [block.calls[call] for call in block.calls_of(head)]
+    return (
+        bool(calls)
+        and block.grid is not None
+        and all(
+            (call.kind == "window" and block.prefix == 0) or (call.kind == "token" and call.queries == block.tokens)
+            for call in calls
+        )
+    )
 
 
-def why_not_all_modes(anatomy: Anatomy, layer: int) -> str:
-    """The reason that some modes are missing in this layer; empty when none is."""
+def why_not_all_modes(anatomy: Anatomy, layer: int, head: int = 0) -> str:
+    """The reason that some modes are missing for a head.
+
+    Args:
+        anatomy: Of the model.
+        layer: Index of the layer.
+        head: Index of the head.
+
+    Returns:
+        A sentence; empty where all six modes are offered.
+    """
     block = anatomy.blocks[layer]
-    if not _has_square_map(block):
+    if not _has_square_map(block, head):
+        kind = next((block.calls[call].kind for call in block.calls_of(head)), block.kind)
         return (
-            f"Layer {layer} has no map from patches to the same patches (kind {block.kind!r}, grid {block.grid}), "
+            f"L{layer}H{head} has no map from patches to the same patches (kind {kind!r}, grid {block.grid}), "
             "so only modes 1 and 2 are offered."
         )
     if anatomy.class_index(layer) is None:
@@ -101,7 +147,16 @@ def why_not_all_modes(anatomy: Anatomy, layer: int) -> str:
 
 
 def region_mask(mode: Mode, n_tokens: int, prefix: int) -> Float[Tensor, "query key"]:
-    """What is kept (1) and pruned (0) of a map whose first `prefix` tokens are no patches."""
+    """The cells of a map that a mode leaves.
+
+    Args:
+        mode: What is pruned.
+        n_tokens: Rows and columns of the map.
+        prefix: Tokens before the patches.
+
+    Returns:
+        1 where the map stays, 0 where it is pruned.
+    """
     is_prefix = torch.arange(n_tokens) < prefix
     corner = is_prefix[:, None] & is_prefix
     cross = is_prefix[:, None] | is_prefix
@@ -116,14 +171,32 @@ def region_mask(mode: Mode, n_tokens: int, prefix: int) -> Float[Tensor, "query 
     return (~pruned).float()
 
 
-def mode_edit(anatomy: Anatomy, layer: int, head: int, mode: Mode, copy: int) -> Edit:
-    """The edit of one head that a mode stands for. What prunes the whole map is the head's removal."""
+def mode_edits(anatomy: Anatomy, layer: int, head: int, modes: Sequence[Mode]) -> list[Edit]:
+    """The edits of one head that modes stand for. What prunes the whole map is the head's removal.
+
+    Args:
+        anatomy: Of the model.
+        layer: Index of the layer.
+        head: Index of the head; one that runs several times is edited in every run.
+        modes: What is pruned, of those that the head has; each on a copy of the images of its own, in this order.
+
+    Returns:
+        Edits of the tap.
+    """
+    return [edit for copy, mode in enumerate(modes) for edit in _mode_edits(anatomy, layer, head, mode, copy)]
+
+
+def _mode_edits(anatomy: Anatomy, layer: int, head: int, mode: Mode, copy: int) -> list[Edit]:
     block = anatomy.blocks[layer]
     if mode is Mode.EVERYTHING or (mode is Mode.PATCHES and block.prefix == 0):
-        return Edit(layer, copy=copy, prune=(head,))
-    mask = torch.ones(block.heads, block.tokens, block.tokens)
-    mask[head] = region_mask(mode, block.tokens, block.prefix)
-    return Edit(layer, copy=copy, region=mask)
+        return [Edit(layer, copy=copy, prune=(head,))]
+    edits = []
+    for number in block.calls_of(head):
+        call = block.calls[number]
+        mask = torch.ones(call.heads, block.tokens, block.tokens, dtype=torch.bool)
+        mask[head - call.first_head] = region_mask(mode, block.tokens, block.prefix).bool()
+        edits.append(Edit(layer, number, copy, region=mask))
+    return edits
 
 
 def _check_head(anatomy: Anatomy, layer: int, head: int) -> None:
@@ -135,7 +208,17 @@ def _check_head(anatomy: Anatomy, layer: int, head: int) -> None:
         )
 
 
-def require_mode(anatomy: Anatomy, layer: int, mode: Mode) -> None:
-    """Raises `Unsupported`, saying why, for a mode that this layer does not have."""
-    if mode not in modes_offered(anatomy, layer):
-        raise Unsupported(f"Region mode {int(mode)} was asked for. {why_not_all_modes(anatomy, layer)}")
+def require_mode(anatomy: Anatomy, layer: int, mode: Mode, head: int = 0) -> None:
+    """Refuses a mode that a head does not have.
+
+    Args:
+        anatomy: Of the model.
+        layer: Index of the layer.
+        mode: The mode.
+        head: Index of the head.
+
+    Raises:
+        Unsupported: The head does not have it; the message says why.
+    """
+    if mode not in modes_offered(anatomy, layer, head):
+        raise Unsupported(f"Region mode {int(mode)} was asked for. {why_not_all_modes(anatomy, layer, head)}")

@@ -8,25 +8,43 @@ from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from vitrail.data import LabelSource
 from vitrail.errors import UsageError
-from vitrail.heads.pattern_names import RULES
-from vitrail.heads.pattern_tables import head_pattern, head_patterns
-from vitrail.heads.summary import head_table
+from vitrail.heads.summary import LARGE_DROP, pruning_table
+from vitrail.patterns.names import RULES
+from vitrail.patterns.tables import all_patterns, pattern_of_head
+from vitrail.sentence import Sentence
 
-__all__ = ["missing", "why_sentences", "why_table"]
+__all__ = ["extreme_images", "missing", "why_sentences", "why_table"]
 
 METRICS = {
     "drop": "drop of the label's probability",
     "head_divergence": "divergence of the predictions",
     "head_loss_change": "change of the loss",
+    "head_value_change": "change of the value",
+    "head_output_shift": "shift of the output",
     "head_cls_shift": "shift of the class token",
     "head_token_shift": "shift of all tokens",
 }
 """Importance by every metric, high where the head matters, the one that ranks heads first."""
 
+MEANS = (*METRICS, "strength_entropy", "attention_distance")
+"""Whose mean over images the table holds."""
+
 N_IMAGES = 3
+"""Images that are named for a head: those where it matters most, and least."""
+
+NEITHER_PART = 0.005
+"""A drop of the label's probability below this is called none: it rounds to 0.00."""
+
+BOTH_PARTS = 0.5
+"""Both parts of a head matter if the smaller drop is above this share of the larger."""
+
+SAME_MAP, OTHER_MAP = 0.2, 0.8
+"""Below the one image dependence, a head's map is called nearly the same for all images, above the other another map
+for each: the outer fifths of a scale from 0 to 1."""
 
 SOURCES = {
     "heads": ("drop", "strength_entropy", "attention_distance"),
@@ -45,26 +63,39 @@ WORDS = {
 }
 
 
-def why_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
-    """A row per (layer, head) with all that the study holds of it; NaN, or "" for words, where a layer lacks the head.
+def why_table(study: xr.Dataset) -> xr.Dataset:
+    """A row per (layer, head) with what explains it. Intervals are in `vitrail.heads.summary.head_table`.
 
-    - all of `head_table`; `rank` by the first of drop, divergence, .., token shift that is there, 1 the most important
-      (`attrs["ranked_by"]`);
-    - `drop_class_part`, `drop_patch_part`: mean probability that the label loses without that part (region modes 3, 4);
-    - `strength_entropy_percentile`: share of the other heads, in percent, whose mean entropy is lower;
-    - `pattern` and `pattern_rule_held`: name and rule; `pattern_share`: images whose map takes that name by itself;
-      `rule_...` the numbers behind them; `image_dependence`;
-    - `most`, `least` [layer head place]: the images where it matters most and least, as positions, by the same metric.
+    Args:
+        study: An opened study.
 
-    Raises `UsageError` for a study without images.
+    Returns:
+        Arrays [layer head]; NaN, or "" for words, where a layer lacks the head:
+
+        - `NAME_mean` over images of every metric of importance, of entropy and of distance, in the unit of the measure;
+          `drop` is the probability that the label loses by pruning;
+        - `rank` by the first of drop, divergence, .., token shift that the study holds, 1 the most
+          important (`attrs["ranked_by"]`);
+        - `drop_class_part`, `drop_patch_part`: mean probability that the label loses without that part (region modes 3,
+          4);
+        - `strength_entropy_percentile`: share of the other heads, in percent, whose mean entropy is lower;
+        - `pattern` and `pattern_rule_held`: name and rule; `pattern_share`: images whose map takes that name by itself;
+          `rule_...` the numbers behind them; `image_dependence`.
+
+    Raises:
+        UsageError: The study has no images.
     """
-    table = head_table(study, seed=seed)
-    metric = _ranked_by(table)
+    if study.sizes.get("image", 0) == 0:
+        raise UsageError("A table of heads was asked for; the study holds no images. Run `vitrail study` first.")
+    table = xr.Dataset(attrs={"n_images": study.sizes["image"]})
+    for name in MEANS:
+        if _is_known(study, name):
+            table[f"{name}_mean"] = _on_heads(_mean(study, name))
+    metric = _ranking_metric(study)
     if metric is not None:
         values = table[f"{metric}_mean"].to_numpy()
         table["rank"] = _on_heads(_ranks(values))
         table.attrs["ranked_by"] = METRICS[metric]
-        table["most"], table["least"] = _extreme_images(_per_image(study, metric))
     if {"head_region_probability", "probability"} <= set(study):
         drop = study["probability"].to_numpy()[:, None, None, None] - study["head_region_probability"].to_numpy()
         for at, part in enumerate(("class", "patch")):
@@ -76,61 +107,121 @@ def why_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
     return table
 
 
-def why_sentences(study: xr.Dataset, layer: int, head: int, *, table: xr.Dataset | None = None) -> list[str]:
-    """What makes a head important, or not, with its numbers; then what this study cannot say, with the command that
-    adds it. `table` is `why_table(study)` where it is at hand.
+def why_sentences(study: xr.Dataset, layer: int, head: int, *, table: xr.Dataset | None = None) -> list[Sentence]:
+    """What makes a head important, or not, with its numbers; then what this study cannot say.
 
-    Raises `UsageError` for a head that is not there.
+    Args:
+        study: An opened study.
+        layer: Index of the layer.
+        head: Index of the head.
+        table: `why_table(study)`, where it was computed before.
+
+    Returns:
+        Sentences, each with the measures that it is read from; the last ones are those of `missing`, with the commands
+        that add what is not known.
+
+    Raises:
+        UsageError: The study has no such head, or no images.
     """
     table = why_table(study) if table is None else table
     _require(study, table, layer, head)
     row = table.isel(layer=layer, head=head)
-    told = [
-        *_importance(study, row, f"L{layer}H{head}"),
+    sentences = [
+        *_importance(study, row, layer, head),
         *_other_metrics(table, layer, head),
         *_parts(study, row),
         *_spread(row),
         *_pattern(study, row, layer, head),
         *_images(study, row, layer, head),
     ]
-    return told + list(missing(study).values())
+    return [*sentences, *(Sentence(text) for text in missing(study).values())]
+
+
+def extreme_images(
+    study: xr.Dataset, layer: int, head: int, *, n_images: int = N_IMAGES
+) -> tuple[Int[np.ndarray, "place"], Int[np.ndarray, "place"]]:
+    """The images where a head matters most and least, by the metric that ranks heads.
+
+    Args:
+        study: An opened study.
+        layer: Index of the layer.
+        head: Index of the head.
+        n_images: How many of each.
+
+    Returns:
+        Positions in the study of images that have a value, the most extreme first; empty where the study ranks no
+        heads or lacks the head.
+    """
+    metric = _ranking_metric(study)
+    none = np.array([], np.int64)
+    if metric is None:
+        return none, none
+    names = [metric] if metric != "drop" else ["probability", "head_probability"]
+    study[names].load()  # a chunk of the store holds all heads
+    values = _values(study[names].isel(layer=layer, head=head, missing_dims="ignore"), metric)
+    order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]  # those without one come last
+    return order[::-1][:n_images], order[:n_images]
 
 
 def missing(study: xr.Dataset) -> dict[str, str]:
-    """What the table lacks of a study, as a sentence for each word of `--measures` that would add it."""
-    held = set(map(str, study)) | ({"drop"} if {"probability", "head_probability"} <= set(study) else set())
+    """What the table lacks of a study.
+
+    Args:
+        study: An opened study.
+
+    Returns:
+        A sentence for each word of `--measures` that would add it.
+    """
+    available = set(map(str, study)) | ({"drop"} if {"probability", "head_probability"} <= set(study) else set())
     left_out = study.attrs.get("left_out", {})
-    found = {}
+    sentences = {}
     for word, names in SOURCES.items():
-        lacks = [name for name in names if name not in held]
+        lacks = [name for name in names if name not in available]
         why = next((left_out[name] for name in lacks if name in left_out), None)
         if name_of := [WORDS[name] for name in lacks]:
             rest = (
                 f"the model cannot give it: {why}"
                 if why
-                else f"`vitrail study ... --measures {_asked(held, word)}` adds it"
+                else f"`vitrail study ... --measures {_measures_with(available, word)}` adds it"
             )
-            found[word] = f"Not known is {' and '.join(name_of)}; {rest}."
-    return found
+            sentences[word] = f"Not known is {' and '.join(name_of)}; {rest}."
+    return sentences
 
 
-def _asked(held: set[str], word: str) -> str:
+def _measures_with(available: set[str], word: str) -> str:
     """What the study was asked for, as far as one sees, and the word that is new."""
-    words = [each for each, names in SOURCES.items() if held & set(names) or each == word]
+    words = [each for each, names in SOURCES.items() if available & set(names) or each == word]
     return ",".join(words)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def _ranked_by(table: xr.Dataset) -> str | None:
-    return next((metric for metric in METRICS if f"{metric}_mean" in table), None)
+def _ranking_metric(study: xr.Dataset) -> str | None:
+    return next((metric for metric in METRICS if _is_known(study, metric)), None)
 
 
-def _per_image(study: xr.Dataset, metric: str) -> Float[np.ndarray, "image layer head"]:
+def _is_known(study: xr.Dataset, metric: str) -> bool:
+    return metric in study or (metric == "drop" and {"probability", "head_probability"} <= set(study))
+
+
+def _values(study: xr.Dataset, metric: str) -> Float[np.ndarray, "image ..."]:
     if metric != "drop":
-        return study[metric].to_numpy().astype(np.float64)
-    return study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy().astype(np.float64)
+        return study[metric].to_numpy()
+    pruned = study["head_probability"].to_numpy()
+    before = study["probability"].to_numpy().astype(np.float64)
+    return np.asarray(before.reshape(-1, *[1] * (pruned.ndim - 1)) - pruned)
+
+
+def _mean(study: xr.Dataset, metric: str) -> Float[np.ndarray, "layer head"]:
+    """Over the images that have a number; NaN where none has."""
+    values = _values(study, metric)
+    total, n_present = values.sum(0, dtype=np.float64), np.full(values.shape[1:], len(values))
+    lacking = np.isnan(total)
+    if lacking.any():
+        total[lacking] = np.nansum(values[:, lacking], 0, dtype=np.float64)
+        n_present[lacking] = (~np.isnan(values[:, lacking])).sum(0)
+    return np.where(n_present > 0, total / np.maximum(n_present, 1), np.nan)
 
 
 def _ranks(values: Float[np.ndarray, "layer head"]) -> Float[np.ndarray, "layer head"]:
@@ -143,30 +234,18 @@ def _ranks(values: Float[np.ndarray, "layer head"]) -> Float[np.ndarray, "layer 
 
 
 def _percentiles(values: Float[np.ndarray, "layer head"]) -> Float[np.ndarray, "layer head"]:
-    known = values[~np.isnan(values)]
-    lower = (known[None] < values.ravel()[:, None]).sum(1) / max(1, len(known) - 1) * 100
+    present = values[~np.isnan(values)]
+    lower = (present[None] < values.ravel()[:, None]).sum(1) / max(1, len(present) - 1) * 100
     return np.where(np.isnan(values), np.nan, lower.reshape(values.shape))
-
-
-def _extreme_images(values: Float[np.ndarray, "image layer head"]) -> tuple[xr.DataArray, xr.DataArray]:
-    """Positions of the images with the highest and the lowest values; -1 for heads that are not there."""
-    n_shown = min(N_IMAGES, len(values))
-    absent = np.isnan(values).any(0)
-    order = np.argsort(values, axis=0, kind="stable")
-    found = []
-    for places in (order[::-1][:n_shown], order[:n_shown]):
-        at = np.where(absent, -1, places)
-        found.append(xr.DataArray(np.moveaxis(at, 0, -1), dims=("layer", "head", "place")))
-    return found[0], found[1]
 
 
 def _add_patterns(table: xr.Dataset, study: xr.Dataset) -> None:
     shape = (study.sizes["layer"], study.sizes["head"])
     words = {name: np.full(shape, "", dtype=object) for name in ("pattern", "pattern_rule_held")}
     numbers = {name: np.full(shape, np.nan) for name in ("pattern_share", *(f"rule_{rule}" for rule in RULES))}
-    for pattern in head_patterns(study):
+    for pattern in all_patterns(study):
         at = pattern.layer, pattern.head
-        words["pattern"][at], words["pattern_rule_held"][at] = pattern.named.label, pattern.named.rule
+        words["pattern"][at], words["pattern_rule_held"][at] = pattern.naming.label, pattern.naming.rule
         numbers["pattern_share"][at] = pattern.share
         for rule, value in zip(RULES, pattern.values, strict=True):
             numbers[f"rule_{rule}"][at] = value
@@ -192,51 +271,70 @@ def _require(study: xr.Dataset, table: xr.Dataset, layer: int, head: int) -> Non
         )
 
 
-def _importance(study: xr.Dataset, row: xr.Dataset, name: str) -> Iterator[str]:
+def _importance(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:
     if "rank" not in row or np.isnan(row["rank"]):
         return
     n_images, n_heads = study.sizes["image"], sum(study.attrs.get("n_heads", [0]))
-    place = f"{name} is {_ordinal(int(row['rank']))}" + (f" of {n_heads} heads" if n_heads else "")
+    rank = f"L{layer}H{head} is {_ordinal(int(row['rank']))}" + (f" of {n_heads} heads" if n_heads else "")
     if "drop_mean" not in row:
-        yield f"{place} by {row.attrs['ranked_by']}."
+        yield Sentence(f"{rank} by {row.attrs['ranked_by']}.", measure=_measure_of(row.attrs["ranked_by"]))
         return
     before = float(study["probability"].mean())
     drop = float(row["drop_mean"])
     moved = "loses" if drop >= 0 else "gains"
     if n_images == 1:
-        yield f"{place}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} in this image."
+        yield Sentence(
+            f"{rank}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} in this image.",
+            measure="head_probability",
+        )
         return
-    yield (
-        f"{place}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} on average (95 % "
-        f"interval of the drop {float(row['drop_low']):.3f} to {float(row['drop_high']):.3f}), and more than 0.1 in "
-        f"{float(row['drop_share_large']):.1%} of {n_images:,} images."
+    pruned = pruning_table(study, layer, head)
+    yield Sentence(
+        f"{rank}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} on average "
+        f"({_interval(pruned, 'drop', '{:.3f}', ' of the drop')}), and more than {LARGE_DROP:g} in "
+        f"{float(pruned['drop_share_large']):.1%} of {n_images:,} images.",
+        measure="head_probability",
     )
-    flips = f"The prediction changes in {float(row['flip_share']):.1%} of them" if "flip_share" in row else ""
-    own = str(study.attrs.get("labels_from", "")).startswith("the model's own")
-    if "accuracy" in row and not own:
+    flips = f"The prediction changes in {float(pruned['flip_share']):.1%} of them" if "flip_share" in pruned else ""
+    own = study.attrs.get("labels") == LabelSource.PREDICTED
+    if "accuracy" in pruned and not own:
         fall = (
-            f"accuracy goes from {row.attrs['accuracy']:.1%} to {float(row['accuracy']):.1%} "
-            f"({float(row['accuracy_low']):.1%} to {float(row['accuracy_high']):.1%})"
+            f"accuracy goes from {pruned.attrs['accuracy']:.1%} to {float(pruned['accuracy']):.1%} "
+            f"({_interval(pruned, 'accuracy', '{:.1%}')})"
         )
         flips = f"{flips}, {fall}" if flips else fall[0].upper() + fall[1:]
     if flips:
-        yield flips + "."
+        yield Sentence(flips + ".", measure="head_flip" if "head_flip" in study else "head_prediction")
 
 
-def _other_metrics(table: xr.Dataset, layer: int, head: int) -> Iterator[str]:
-    told = []
+def _measure_of(words: str) -> str:
+    """The measure that one of the metrics is read from."""
+    metric = next(name for name, each in METRICS.items() if each == words)
+    return "head_probability" if metric == "drop" else metric
+
+
+def _interval(row: xr.Dataset, name: str, form: str, of_what: str = "") -> str:
+    """The 95 % interval of a number of the table in words; without one, the reason."""
+    low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
+    if np.isnan(low) or np.isnan(high):
+        return f"no 95 % interval: {row.attrs.get('no_interval', 'too few images')}"
+    return f"95 % interval{of_what} {form.format(low)} to {form.format(high)}"
+
+
+def _other_metrics(table: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:
+    ranks = dict[str, str]()
     for metric, words in METRICS.items():
         if f"{metric}_mean" not in table or words == table.attrs["ranked_by"]:
             continue
         values = table[f"{metric}_mean"].to_numpy()
         rank = _ranks(values)[layer, head]
         if not np.isnan(rank):
-            told.append(f"{_ordinal(int(rank))} by {words} ({values[layer, head]:.3g})")
-    if told:
-        yield f"It is {', '.join(told)}."
+            ranks[f"{_ordinal(int(rank))} by {words} ({values[layer, head]:.3g})"] = _measure_of(words)
+    if ranks:
+        yield Sentence(f"It is {', '.join(ranks)}.", measure=next(iter(ranks.values())), evidence=ranks.items())
 
 
-def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[str]:
+def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[Sentence]:
     if "drop_class_part" not in row or np.isnan(row["drop_class_part"]):
         return
     by_class, by_patch = float(row["drop_class_part"]), float(row["drop_patch_part"])
@@ -245,56 +343,77 @@ def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[str]:
         f"{by_patch:.3f}"
     )
     larger, smaller = max(by_class, by_patch), min(by_class, by_patch)
-    if larger < 0.005:
-        yield f"Neither part of it matters alone: {numbers}."
-    elif smaller > larger / 2:
-        yield f"Both of its parts matter: {numbers}."
+    if larger < NEITHER_PART:
+        verdict = "Neither part of it matters alone"
+    elif smaller > BOTH_PARTS * larger:
+        verdict = "Both of its parts matter"
     else:
-        yield f"Its {'class' if by_class > by_patch else 'patch'} part carries it: {numbers}."
+        verdict = f"Its {'class' if by_class > by_patch else 'patch'} part carries it"
+    yield Sentence(f"{verdict}: {numbers}.", measure="head_region_probability")
 
 
-def _spread(row: xr.Dataset) -> Iterator[str]:
-    told = []
+def _spread(row: xr.Dataset) -> Iterator[Sentence]:
+    clauses = dict[str, str]()
     if "strength_entropy_mean" in row and not np.isnan(row["strength_entropy_mean"]):
-        told.append(
+        clauses["strength_entropy"] = (
             f"the entropy of its attention over distance is {float(row['strength_entropy_mean']):.2f} nats, above "
             f"{float(row['strength_entropy_percentile']):.0f} % of the other heads"
         )
     if "attention_distance_mean" in row and not np.isnan(row["attention_distance_mean"]):
-        told.append(f"it looks {float(row['attention_distance_mean']):.1f} patches far on average")
-    if told:
-        text = " and ".join(told)
-        yield text[0].upper() + text[1:] + "."
+        clauses["attention_distance"] = f"it looks {float(row['attention_distance_mean']):.1f} patches far on average"
+    if clauses:
+        text = " and ".join(clauses.values())
+        yield Sentence(
+            text[0].upper() + text[1:] + ".",
+            measure=next(iter(clauses)),
+            evidence=[(clause, name) for name, clause in list(clauses.items())[1:]],
+        )
 
 
-def _pattern(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[str]:
+def _pattern(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:
     if "pattern" not in row or not str(row["pattern"].item()):
         return
-    pattern = head_pattern(study, layer, head)
+    pattern = pattern_of_head(study, layer, head)
     n_images = study.sizes["image"]
-    stable = f", as for {pattern.share:.0%} of the images by themselves" if n_images > 1 else ""
+    stable = (
+        f", as for {pattern.share:.0%} of the images by themselves"
+        if n_images > 1 and not np.isnan(pattern.share)
+        else ""
+    )
     other = f" (else mostly {pattern.others[0][0]})" if stable and pattern.others else ""
-    yield f"Its pattern is {pattern.named.label}: {pattern.named.rule}{stable}{other}."
+    yield Sentence(
+        f"Its pattern is {pattern.naming.label}: {pattern.naming.rule}{stable}{other}.", measure="pattern_rule"
+    )
     if pattern.image_dependence is not None:
-        degree = "nearly the same map for all images" if pattern.image_dependence < 0.2 else (
-            "another map for every image" if pattern.image_dependence > 0.8 else "a map that partly follows the image"
-        )  # fmt: skip
-        yield f"Its image dependence is {pattern.image_dependence:.2f}: {degree}."
+        yield Sentence(
+            f"Its image dependence is {pattern.image_dependence:.2f}: {_degree(pattern.image_dependence)}.",
+            measure="image_dependence",
+        )
 
 
-def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[str]:
-    if "most" not in row or study.sizes["image"] < 2 or int(row["most"][0]) < 0 or "drop_mean" not in row:
+def _degree(image_dependence: float) -> str:
+    if image_dependence < SAME_MAP:
+        return "nearly the same map for all images"
+    return "another map for every image" if image_dependence > OTHER_MAP else "a map that partly follows the image"
+
+
+def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:
+    most, least = extreme_images(study, layer, head)
+    if study.sizes["image"] < 2 or not len(most) or "drop_mean" not in row:
         return
-    ids = study["image"].to_numpy().astype(str)
+    ids = study.indexes["image"]
     before = study["probability"].to_numpy()
     after = study["head_probability"].isel(layer=layer, head=head).to_numpy()
 
-    def named(place: xr.DataArray) -> str:
-        at = int(place)
+    def describe(at: int) -> str:
         return f"{ids[at]} (probability {before[at]:.2f} to {after[at]:.2f})"
 
-    most = ", ".join(named(place) for place in row["most"])
-    yield f"It matters most for {most}, and least for {named(row['least'][0])}."
+    positions = [int(at) for at in (*most, least[0])]
+    yield Sentence(
+        f"It matters most for {', '.join(map(describe, positions[:-1]))}, and least for {describe(positions[-1])}.",
+        measure="head_probability",
+        images=[(at, f"{before[at]:.2f} to {after[at]:.2f}") for at in positions],
+    )
 
 
 def _ordinal(number: int) -> str:

@@ -1,6 +1,6 @@
-"""The collector of the patches room: what one plain pass says of interactions, layer by layer."""
+"""The collector of the measures of patches: what one plain pass says of interactions, layer by layer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,181 +9,250 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.measure import MEASURES
+from vitrail.analysis import Collector, declaration
+from vitrail.grid import box_means, positions
+from vitrail.models.objects import object_shares
+from vitrail.models.open import Vit
+from vitrail.models.token_grid import share_grids
 from vitrail.patches import field, windows
-from vitrail.patches.hubs import hubs
+from vitrail.patches.hubs import find_hubs, sink_share
 from vitrail.patches.integral import Integral, blocks
-from vitrail.patches.interaction import indicator, normalised
-from vitrail.vit.ground import grounds_of_layers
-from vitrail.vit.open import Vit
-from vitrail.vit.tap import LayerAttention, Readers, Replay, Tap
+from vitrail.patches.interaction import mean_between_patches, normalise_rows
+from vitrail.tap.budget import budget_of
+from vitrail.tap.tap import LayerAttention, Readers, Replay, Tap
 
-__all__ = ["FIELD_SHARE", "Ground", "PatchCollector", "grids_of_layers", "indicators_of"]
+__all__ = ["patch_collectors"]
 
 CHUNK_BYTES = 2**22
-"""About the attention maps that are held at once: few enough to stay near the core."""
+"""Bound on the attention maps in memory at once on a processor: few enough to stay near the core."""
 
 GROUP_BYTES = 2**22
-"""About the indicators that are measured at once: enough that the time goes into sums, not into calls."""
+"""About the indicators that a processor measures at once: enough that the time goes into sums, not into calls."""
+
+OF_WINDOWS = frozenset({"window", "window_object_share", "tendency"})
+"""Measures that need the best box of each patch."""
 
 FIELD_SHARE = 0.5
-"""The responsive field is the smallest box with this share of a patch's interactions."""
+"""Share of a patch's interactions that its responsive field holds."""
+
+
+Slots = Int[Tensor, "window slot"]
+"""The token in each slot of each window, -1 for padding."""
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
-    """Where the tokens of a layer's map lie: `prefix` tokens, then the patches of `grid` (rows, columns).
+class _PatchGrid:
+    """Where the tokens of a layer's maps lie, and what windows of the model limit each patch to.
 
-    `slots`, for attention within windows: the token in each slot of each window, -1 for padding.
+    `calls` are the attention calls of the layer with maps on this grid, each with its slots where it attends within
+    windows, else None. What is measured is the mean over the heads of all of them.
     """
 
     grid: tuple[int, int]
-    prefix: int = 0
-    slots: Int[Tensor, "window slot"] | None = None
+    n_prefix: int
+    calls: Mapping[int, Slots | None]
 
     @property
     def n_patches(self) -> int:
+        """Number of patches."""
         return self.grid[0] * self.grid[1]
 
     @cached_property
     def reachable(self) -> Int[Tensor, "patch"] | None:
         """How many patches each patch can attend to, where windows limit that."""
-        if self.slots is None:
+        if not self._windows:
             return None
-        real = self.slots >= 0
-        counts = torch.zeros(self.n_patches, dtype=torch.int64)
-        counts[self.slots[real]] = real.sum(-1, keepdim=True).expand_as(real)[real]
-        return counts
+        reach = torch.zeros((self.n_patches, self.n_patches), dtype=torch.bool)
+        for patches in self._windows:
+            reach[patches[:, None], patches] = True
+        return reach.sum(-1)
 
     @cached_property
     def extent(self) -> Int[Tensor, "patch side"] | None:
         """The box around all that each patch can attend to, where windows limit that."""
-        if self.slots is None:
+        if not self._windows:
             return None
-        boxes = torch.zeros((self.n_patches, 4), dtype=torch.int64)
-        for members in self.slots:
-            tokens = members[members >= 0]
-            row, column = tokens // self.grid[1], tokens % self.grid[1]
-            boxes[tokens] = torch.stack([row.min(), column.min(), row.max() + 1, column.max() + 1])
+        boxes = torch.tensor([*self.grid, 0, 0]).repeat(self.n_patches, 1)
+        row_of, column_of = positions(self.grid, torch.arange)
+        for patches in self._windows:
+            row, column = row_of[patches], column_of[patches]
+            boxes[patches, :2] = boxes[patches, :2].minimum(torch.stack([row.min(), column.min()]))
+            boxes[patches, 2:] = boxes[patches, 2:].maximum(torch.stack([row.max(), column.max()]) + 1)
         return boxes
 
-
-def grids_of_layers(vit: Vit) -> tuple[dict[int, Ground], dict[int, str]]:
-    """The ground of each layer whose map joins patches of one grid; and why the others have none."""
-    grounds, refused = grounds_of_layers(vit)
-    return {
-        layer: Ground(grid, prefix, None if slots is None else slots.cpu())
-        for layer, (grid, prefix, slots) in grounds.items()
-    }, refused
+    @cached_property
+    def _windows(self) -> list[Int[Tensor, "patch"]]:
+        """The patches of each window of each call; none where one of the calls has no windows."""
+        if any(slots is None for slots in self.calls.values()):
+            return []
+        return [members[members >= 0] for slots in self.calls.values() if slots is not None for members in slots]
 
 
-def indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[Tensor, "image patch other"]]:
-    """The default indicator of one layer, a group of images at a time; windows put on the grid."""
+def _patch_grids(vit: Vit) -> dict[int, _PatchGrid]:
+    """By layer the grid of its first attention call with maps between patches, and the calls on the same grid."""
+    grids: dict[int, _PatchGrid] = {}
+    for (layer, call), tokens in share_grids(vit)[0].items():
+        known = grids.get(layer, _PatchGrid(tokens.grid, tokens.n_prefix, {}))
+        if (known.grid, known.n_prefix) == (tokens.grid, tokens.n_prefix):
+            slots = None if tokens.slots is None else tokens.slots.cpu()
+            grids[layer] = _PatchGrid(known.grid, known.n_prefix, {**known.calls, call: slots})
+    return grids
+
+
+def _group(matrices: Iterable[Float[Tensor, "image patch other"]]) -> Iterator[Float[Tensor, "image patch other"]]:
+    """The same matrices, as many together as are measured at once."""
     group: list[Tensor] = []
-    for matrix in _few_indicators_of(attention, ground):
+    for matrix in matrices:
         group.append(matrix)
-        if sum(each.nbytes for each in group) >= GROUP_BYTES:
+        if sum(each.nbytes for each in group) >= budget_of(matrix.device).bytes_for(GROUP_BYTES):
             yield torch.cat(group)
             group = []
     if group:
         yield torch.cat(group)
 
 
-def _few_indicators_of(attention: LayerAttention, ground: Ground) -> Iterator[Float[Tensor, "image patch other"]]:
-    if ground.slots is None:
-        for _, weights in attention.weights_in_chunks(CHUNK_BYTES):
-            yield indicator(weights, ground.prefix)
+def _means_between_patches(
+    attention: LayerAttention, tokens: _PatchGrid
+) -> Iterator[Float[Tensor, "image patch other"]]:
+    """The mean over heads of attention between patches, a few images at a time; windows put on the grid."""
+    slots = tokens.calls[attention.call]
+    chunk_bytes = budget_of(attention.v.device).bytes_for(CHUNK_BYTES)
+    if slots is None:
+        for _, weights in attention.weights_in_chunks(chunk_bytes):
+            yield mean_between_patches(weights, tokens.n_prefix)
         return
-    inside = _inside_windows(attention, ground.slots)
-    step = max(1, CHUNK_BYTES // (4 * ground.n_patches**2))
+    inside = _window_attention(attention, slots)
+    step = max(1, chunk_bytes // (4 * tokens.n_patches**2))
     for start in range(0, len(inside), step):
-        yield _on_grid(inside[start : start + step], ground.slots, ground.n_patches)
+        yield _scatter_to_grid(inside[start : start + step], slots, tokens.n_patches)
 
 
-class PatchCollector:
+def patch_collectors(vit: Vit, names: Sequence[str], options: Mapping[str, str]) -> list[Collector]:
+    """The collector of the measures of patches.
+
+    Args:
+        vit: the model, some of whose layers join patches of one grid.
+        names: of measures that this model has.
+        options: `window_area`, in percent of the grid.
+
+    Returns:
+        One collector.
+    """
+    return [_PatchCollector(vit.n_layers, names, _patch_grids(vit), int(options["window_area"]) / 100)]
+
+
+class _PatchCollector:
     """Windows, responsive fields and hubs, read off each attention map while the plain pass makes it."""
 
     replays = False
 
     def __init__(
-        self, n_layers: int, measures: Sequence[str], grounds: Mapping[int, Ground], window_area: float
+        self, n_layers: int, measures: Sequence[str], grids: Mapping[int, _PatchGrid], window_area: float
     ) -> None:
         self.measures = tuple(measures)
-        self._n_layers, self._grounds, self._window_area = n_layers, grounds, window_area
-        self._found: dict[int, dict[str, Tensor]] = {}
+        self._n_layers, self._grids, self._window_area = n_layers, grids, window_area
+        self._arrays: dict[int, dict[str, Tensor]] = {}
+        self._sum: Tensor | None = None
+        """Over the calls of the running layer so far, mean between patches times heads."""
+        self._masks: Sequence[Int[np.ndarray, "_ _"] | None] = ()
+
+    def take_masks(self, masks: Sequence[Int[np.ndarray, "_ _"] | None]) -> None:
+        """Instance ids of the coming batch, as the model sees it."""
+        self._masks = masks
 
     def readers(self) -> Readers:
-        """Reads the attention of every layer that has a ground."""
+        """Reads the attention of every layer whose map joins the patches of one grid."""
         return Readers(attention=self._read)
 
     def finish(
         self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
     ) -> dict[str, np.ndarray]:
-        """Arrays [image, layer, patch, ..]; NaN (hub: False) where there is no grid or no such patch."""
-        n_patches = max(ground.n_patches for ground in self._grounds.values())
+        """Arrays [image, layer, patch, ..]; NaN (hub and sink: False) where there is no grid or no such patch."""
+        n_patches = max(tokens.n_patches for tokens in self._grids.values())
         arrays = {}
         for name in self.measures:
-            inner = next(iter(self._found.values()))[name].shape[2:]
-            empty = False if MEASURES[name].dtype == "bool" else np.nan
-            array = np.full((len(logits), self._n_layers, n_patches, *inner), empty, dtype=MEASURES[name].dtype)
-            for layer, found in self._found.items():
-                array[:, layer, : found[name].shape[1]] = found[name].cpu().numpy()
+            inner = next(iter(self._arrays.values()))[name].shape[2:]
+            empty = False if declaration(name).dtype == "bool" else np.nan
+            patches = (n_patches,) if "patch" in declaration(name).dims else ()
+            array = np.full((len(logits), self._n_layers, *patches, *inner), empty, dtype=declaration(name).dtype)
+            for layer, values in self._arrays.items():
+                rows = array[:, layer, : values[name].shape[1]] if patches else array[:, layer]
+                rows[...] = values[name].cpu().numpy()
             arrays[name] = array
-        self._found.clear()
+        self._arrays.clear()
         return arrays
 
     def _read(self, attention: LayerAttention) -> None:
-        ground = self._grounds.get(attention.layer)
-        if attention.call != 0 or ground is None:
+        tokens = self._grids.get(attention.layer)
+        if tokens is None or attention.call not in tokens.calls:
             return
-        parts = [self._measured(matrix, ground) for matrix in indicators_of(attention, ground)]
-        self._found[attention.layer] = {name: torch.cat([part[name] for part in parts]) for name in self.measures}
+        means: Iterable[Tensor] = _means_between_patches(attention, tokens)
+        if len(tokens.calls) > 1:
+            self._sum = torch.cat(list(means)) * attention.heads + (0 if self._sum is None else self._sum)
+            if attention.call != max(tokens.calls):
+                return
+            means, self._sum = [self._sum], None  # rows are normalised, so the number of heads does not matter
+        parts: list[dict[str, Tensor]] = []
+        start = 0
+        for matrix in _group(normalise_rows(mean) for mean in means):
+            parts.append(self._measure(matrix, tokens, slice(start, start + len(matrix))))
+            start += len(matrix)
+        self._arrays[attention.layer] = {name: torch.cat([part[name] for part in parts]) for name in self.measures}
 
-    def _measured(self, matrix: Float[Tensor, "image patch other"], ground: Ground) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        if {"window", "tendency", "field_size"} & set(self.measures):
-            found |= self._of_boxes(matrix, ground)
+    def _measure(
+        self, matrix: Float[Tensor, "image patch other"], tokens: _PatchGrid, images: slice
+    ) -> dict[str, Tensor]:
+        arrays: dict[str, Tensor] = {}
+        if {*OF_WINDOWS, "field_size"} & set(self.measures):
+            arrays |= self._measure_boxes(matrix, tokens, images)
         if "interaction_distance" in self.measures:
-            found["interaction_distance"] = field.interaction_distance(matrix, ground.grid)
-        if "hub" in self.measures:
-            found["hub"] = hubs(matrix, ground.reachable).found
-        return found
+            arrays["interaction_distance"] = field.interaction_distance(matrix, tokens.grid)
+        if "strongest_share" in self.measures:
+            arrays["strongest_share"] = field.strongest_share(matrix, FIELD_SHARE)
+        if {"hub", "sink", "sink_share"} & set(self.measures):
+            of_layer = find_hubs(matrix, tokens.reachable)
+            arrays |= {"hub": of_layer.hubs, "sink": of_layer.sinks, "sink_share": sink_share(matrix, of_layer.sinks)}
+        return arrays
 
-    def _of_boxes(self, matrix: Float[Tensor, "image patch other"], ground: Ground) -> dict[str, Tensor]:
+    def _measure_boxes(
+        self, matrix: Float[Tensor, "image patch other"], tokens: _PatchGrid, images: slice
+    ) -> dict[str, Tensor]:
         """What boxes tell, from one integral image of each block of rows."""
-        grid, rows = ground.grid, matrix.flatten(0, 1)
+        grid, rows = tokens.grid, matrix.flatten(0, 1)
         n_patches = windows.n_patches_of(self._window_area, grid)
-        given = None if ground.extent is None else _boxes_within(matrix, ground, n_patches).flatten(0, 1)
-        place = field.positions(grid).to(rows).repeat(len(matrix), 1)
+        fixed = None if tokens.extent is None else _boxes_in_windows(matrix, tokens, n_patches).flatten(0, 1)
+        xy = field.xy_positions(grid).to(rows).repeat(len(matrix), 1)
         parts: dict[str, list[Tensor]] = {name: [] for name in ("window", "tendency", "field_size")}
         for part in blocks(rows):
             sums = Integral(rows[part], grid)
-            if "window" in self.measures or "tendency" in self.measures:
-                boxes = sums.best_box(windows.shapes_of_area(grid, n_patches))[0] if given is None else given[part]
+            if OF_WINDOWS & set(self.measures):
+                boxes = sums.best_box(windows.shapes_of_area(grid, n_patches))[0] if fixed is None else fixed[part]
                 parts["window"].append(boxes)
             if "tendency" in self.measures:
-                parts["tendency"].append(sums.centre(boxes) - place[part])
+                parts["tendency"].append(sums.centre(boxes) - xy[part])
             if "field_size" in self.measures:
-                parts["field_size"].append(sums.area_holding(FIELD_SHARE, windows.ladder(grid)) / ground.n_patches)
-        found = {name: torch.cat(each).unflatten(0, matrix.shape[:2]) for name, each in parts.items() if each}
-        if "window" in found:
-            found["window"] = windows.sides(found["window"], grid).float()
-        return found
+                parts["field_size"].append(sums.smallest_areas(FIELD_SHARE) / tokens.n_patches)
+        arrays = {name: torch.cat(each).unflatten(0, matrix.shape[:2]) for name, each in parts.items() if each}
+        if "window_object_share" in self.measures:
+            covered = object_shares(self._masks[images], grid)
+            shares = box_means(covered[:, None], arrays["window"].cpu().numpy()[:, None], grid)[:, 0]
+            arrays["window_object_share"] = torch.from_numpy(shares)
+        if "window" in arrays:
+            arrays["window"] = windows.sides(arrays["window"], grid).float()
+        return arrays
 
 
-def _boxes_within(matrix: Float[Tensor, "image patch other"], ground: Ground, n_patches: int) -> windows.Boxes:
+def _boxes_in_windows(matrix: Float[Tensor, "image patch other"], tokens: _PatchGrid, n_patches: int) -> windows.Boxes:
     """The best boxes where windows of the model are wider than the area; elsewhere the box around the window."""
-    assert ground.extent is not None
-    boxes = ground.extent.to(matrix.device).expand(len(matrix), -1, -1).clone()
-    wide = windows.areas(ground.extent) > n_patches
+    assert tokens.extent is not None
+    boxes = tokens.extent.to(matrix.device).expand(len(matrix), -1, -1).clone()
+    wide = windows.areas(tokens.extent) > n_patches
     if wide.any():
-        boxes[:, wide] = windows.best_boxes(matrix[:, wide], ground.grid, n_patches)[0]
+        boxes[:, wide] = windows.best_boxes(matrix[:, wide], tokens.grid, n_patches)[0]
     return boxes
 
 
-def _inside_windows(
-    attention: LayerAttention, slots: Int[Tensor, "window slot"]
-) -> Float[Tensor, "image window slot seen"]:
+def _window_attention(attention: LayerAttention, slots: Slots) -> Float[Tensor, "image window slot seen"]:
     """Mean over heads of attention within windows, rows renormalised without padding slots."""
     weights = attention.window_weights()
     real = (slots >= 0).to(weights)
@@ -191,12 +260,12 @@ def _inside_windows(
     return (inside / inside.sum(-1, keepdim=True).clamp_min(torch.finfo(inside.dtype).tiny)).mean(2)
 
 
-def _on_grid(
-    inside: Float[Tensor, "image window slot seen"], slots: Int[Tensor, "window slot"], n_patches: int
+def _scatter_to_grid(
+    inside: Float[Tensor, "image window slot seen"], slots: Slots, n_patches: int
 ) -> Float[Tensor, "image patch other"]:
-    """Token by token maps: zero between patches of different windows."""
+    """Patch by patch maps: zero between patches of different windows."""
     slots = slots.to(inside.device)
     window, query, key = ((slots >= 0)[:, :, None] & (slots >= 0)[:, None, :]).nonzero(as_tuple=True)
     full = inside.new_zeros((len(inside), n_patches, n_patches))
     full[:, slots[window, query], slots[window, key]] = inside[:, window, query, key]
-    return normalised(full)
+    return full

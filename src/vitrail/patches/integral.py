@@ -1,36 +1,79 @@
 """Integral images of indicator rows: what any box of patches holds, in four numbers.
 
-Made once for a block of queries and asked several times: for the best box of given shapes, for the area that holds a
+Built once for a block of queries and asked several times: for the best box of given shapes, for the area that holds a
 share, for the centre of what a box holds. Keys come first and queries last in memory, so that every step is a sum or
 difference of long contiguous rows.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["BLOCK_NUMBERS", "Integral", "blocks"]
+from vitrail.grid import Grid
+from vitrail.tap.budget import budget_of
+
+__all__ = ["BLOCK_NUMBERS", "ROUNDING", "Integral", "blocks", "shapes_of_area"]
 
 BLOCK_NUMBERS = 2**20
-"""About how many indicator values one block takes in: many rows for each step, and memory that stays in bounds."""
+"""About how many indicator values one block takes in on a processor: many rows for each step, in memory that stays in
+bounds."""
+
+ROUNDING = 1e-5
+"""What a box may lack of the share that is asked for: sums over corners of float32 images are rounded."""
 
 
 def blocks(rows: Float[Tensor, "query key"]) -> Iterator[slice]:
-    """Slices of rows, about `BLOCK_NUMBERS` values each."""
-    step = max(1, BLOCK_NUMBERS // rows.shape[-1])
+    """Splits rows into blocks of about `BLOCK_NUMBERS` values, which is what one `Integral` should take in.
+
+    Args:
+        rows: One row of numbers for each query.
+
+    Yields:
+        Slices of the rows, in order, that cover all of them.
+    """
+    n_numbers = budget_of(rows.device).bytes_for(BLOCK_NUMBERS * rows.element_size()) // rows.element_size()
+    step = max(1, n_numbers // rows.shape[-1])
     for start in range(0, len(rows), step):
         yield slice(start, min(start + step, len(rows)))
 
 
-class Integral:
-    """Sums over boxes of a block of rows [query key], the keys being the patches of `grid` (rows, columns), row-major.
+@lru_cache(maxsize=256)
+def shapes_of_area(grid: Grid, n_patches: int) -> tuple[tuple[int, int], ...]:
+    """Shapes of the boxes that use an area to the full.
 
-    Keep blocks near `BLOCK_NUMBERS` values (`blocks`). Boxes are (top, left, bottom, right), half open.
+    Args:
+        grid: (rows, columns) of patches.
+        n_patches: The largest area, in patches.
+
+    Returns:
+        (rows, columns) of every box of at most `n_patches` that cannot grow within that and within the grid, flattest
+        first.
+    """
+    rows, columns = grid
+    widest = {height: min(columns, n_patches // height) for height in range(1, min(rows, n_patches) + 1)}
+    return tuple((height, width) for height, width in widest.items() if width > widest.get(height + 1, 0) and width > 0)
+
+
+@lru_cache(maxsize=8)
+def _areas(grid: Grid) -> tuple[int, ...]:
+    """The areas that boxes can have, growing."""
+    return tuple(sorted({rows * columns for rows in range(1, grid[0] + 1) for columns in range(1, grid[1] + 1)}))
+
+
+class Integral:
+    """Sums over boxes of a block of rows [query key], the keys being the patches of `grid`, row by row.
+
+    Boxes are (top, left, bottom, right), half open.
+
+    Args:
+        rows: The numbers to sum, zero or more; about `BLOCK_NUMBERS` of them (`blocks`).
+        grid: (rows, columns) of patches.
     """
 
-    def __init__(self, rows: Float[Tensor, "query key"], grid: tuple[int, int]) -> None:
+    def __init__(self, rows: Float[Tensor, "query key"], grid: Grid) -> None:
         self._grid = grid
         self._total = rows.sum(-1)
         self._corner = _corners(rows, grid)  # [row column query], sums of all keys above and left of each corner
@@ -38,10 +81,15 @@ class Integral:
         self._scratch = self._corner.new_empty((2, self._corner.numel()))
 
     def best_box(self, shapes: Sequence[tuple[int, int]]) -> tuple[Int[Tensor, "query side"], Float[Tensor, "query"]]:
-        """For each row the box of one of the `shapes` (rows, columns) that holds most, and what it holds.
+        """The box of each row that holds most, among boxes of the given shapes at every position.
 
-        Ties go to the first shape, then topmost, leftmost. Only what the boxes of each shape and top hold at most is
-        kept; the left edge is looked up for the winners.
+        Only what the boxes of each shape and top hold at most is stored; the left edge is looked up for the winners.
+
+        Args:
+            shapes: (rows, columns) of boxes, all of which fit the grid.
+
+        Returns:
+            The boxes, and the sum in each. Ties go to the first shape, then to the topmost, then to the leftmost box.
         """
         most = torch.cat([self._sums(shape).amax(1) for shape in shapes])
         starts = [(height, width, top) for height, width in shapes for top in range(self._grid[0] - height + 1)]
@@ -49,47 +97,93 @@ class Integral:
         left = self._leftmost_best(top, height, width)
         return torch.stack([top, left, top + height, left + width], -1), most.amax(0)
 
-    def area_holding(self, share: float, ladder: Sequence[tuple[int, int]]) -> Float[Tensor, "query"]:
-        """About how many patches a box must have to hold `share` of its row.
+    def smallest_areas(self, share: float) -> Float[Tensor, "query"]:
+        """Area of the smallest box, of any shape at any position, that holds a share of each row.
 
-        The shapes of the `ladder` (growing) are tried at all places, and areas are interpolated between the last that
-        holds too little and the first that holds enough. Rows without mass give the smallest area.
+        Exact: the larger a box may be, the more it holds, so the smallest area that is enough is found by bisection
+        over the areas that boxes can have. Queries whose searches go the same way are searched together.
+
+        Args:
+            share: Of each row's sum, above 0 and at most 1.
+
+        Returns:
+            Whole numbers of patches, 1 to all; NaN for rows whose sum is 0.
         """
-        wanted = share * self._total - 1e-5
-        result = torch.zeros_like(wanted)
-        held_before, area_before = torch.zeros_like(wanted), 0
-        for shape in (*ladder, self._grid):
-            held = self._total if shape == self._grid else self._sums(shape).amax((0, 1))
-            area = shape[0] * shape[1]
-            part = ((wanted - held_before) / (held - held_before).clamp_min(1e-9)).clamp(0, 1)
-            crossed = (held_before < wanted) | (area_before == 0)
-            result = torch.where(crossed, area_before + part * (area - area_before), result)
-            if bool((held >= wanted).all()):
-                break
-            held_before, area_before = torch.maximum(held, held_before), area
-        return result.clamp_min(1)
+        areas = _areas(self._grid)
+        target = share * self._total - ROUNDING
+        if budget_of(target.device).joins_images:
+            return self._smallest_of_all_areas(areas, target)
+        result = torch.full_like(target, torch.nan)
+        some = self._total.nonzero()[:, 0]
+        ranges = [(0, len(areas) - 1, some, self._select_queries(self._corner, some))]
+        while ranges:  # of `areas`, first and last candidate; queries; their integral images
+            low, high, queries, corner = ranges.pop()
+            if low == high:
+                result[queries] = areas[low]
+                continue
+            middle = (low + high) // 2
+            enough = self._most_within(corner, areas[low], areas[middle]) >= target[queries]
+            for first, last, part in ((low, middle, enough), (middle + 1, high, ~enough)):
+                members = part.nonzero()[:, 0]
+                if len(members):
+                    ranges.append((first, last, queries[members], self._select_queries(corner, members)))
+        return result
+
+    def _smallest_of_all_areas(self, areas: Sequence[int], target: Float[Tensor, "query"]) -> Float[Tensor, "query"]:
+        """The same from every area in turn: more sums, and none waits for what another one says."""
+        n_missed = torch.zeros_like(target, dtype=torch.int64)
+        most, previous = torch.full_like(target, -torch.inf), 1
+        for area in areas[:-1]:
+            most = torch.maximum(most, self._most_within(self._corner, previous, area))
+            n_missed += most < target
+            previous = area + 1
+        result = torch.tensor(areas, dtype=target.dtype, device=target.device)[n_missed]
+        return torch.where(self._total != 0, result, torch.nan)
+
+    def _most_within(self, corner: Float[Tensor, "row column some"], least: int, most: int) -> Float[Tensor, "some"]:
+        """What a box of `least` to `most` patches holds at most, for each query."""
+        shapes = [shape for shape in shapes_of_area(self._grid, most) if shape[0] * shape[1] >= least]
+        sums = [self._sums(shape, corner).flatten(0, 1).amax(0) for shape in shapes]
+        return torch.stack(sums).amax(0)
+
+    def _select_queries(
+        self, corner: Float[Tensor, "row column query"], queries: Int[Tensor, "some"]
+    ) -> Float[Tensor, "row column some"]:
+        return corner if len(queries) == corner.shape[-1] else corner.index_select(-1, queries)
 
     def centre(self, boxes: Int[Tensor, "query side"]) -> Float[Tensor, "query xy"]:
-        """Centre (x right, y down, in patches) of what each row's box holds; NaN where it holds nothing."""
+        """Centre of what each row's box holds, weighted by the row.
+
+        Args:
+            boxes: One box for each row.
+
+        Returns:
+            (x to the right, y down) in patches, counted from the first; NaN where the box holds nothing.
+        """
         top, left, bottom, right = boxes.unbind(-1)
-        found = []
+        centres = []
         for axis, (first, last), (low, high) in ((0, (top, bottom), (left, right)), (1, (left, right), (top, bottom))):
             upto = self._between(axis, first, last)  # what lies before each edge along the other axis
             edge = torch.arange(len(upto), device=upto.device)[:, None]
             inside = (edge[:-1] >= low) & (edge[:-1] < high)
-            held = upto.diff(dim=0) * inside
-            mass = held.sum(0)
-            found.append((held * edge[:-1]).sum(0) / torch.where(mass > 0, mass, torch.nan))
-        return torch.stack(found, -1)
+            inside_mass = upto.diff(dim=0) * inside
+            mass = inside_mass.sum(0)
+            centres.append((inside_mass * edge[:-1]).sum(0) / torch.where(mass > 0, mass, torch.nan))
+        return torch.stack(centres, -1)
 
-    def _sums(self, shape: tuple[int, int]) -> Float[Tensor, "top left query"]:
+    def _sums(
+        self, shape: tuple[int, int], corner: Float[Tensor, "row column query"] | None = None
+    ) -> Float[Tensor, "top left query"]:
         """What a box of one shape holds at every place; overwritten by the next call."""
         height, width = shape
-        strips = torch.sub(self._corner[height:], self._corner[:-height], out=self._view(0, height, 0))
-        return torch.sub(strips[:, width:], strips[:, :-width], out=self._view(1, height, width))
+        corner = self._corner if corner is None else corner
+        strips = torch.sub(corner[height:], corner[:-height], out=self._view(0, corner, height, 0))
+        return torch.sub(strips[:, width:], strips[:, :-width], out=self._view(1, corner, height, width))
 
-    def _view(self, half: int, height: int, width: int) -> Float[Tensor, "row column query"]:
-        rows, columns, queries = self._corner.shape
+    def _view(
+        self, half: int, corner: Float[Tensor, "row column query"], height: int, width: int
+    ) -> Float[Tensor, "top left query"]:
+        rows, columns, queries = corner.shape
         size = (rows - height, columns - width, queries)
         return self._scratch[half, : size[0] * size[1] * queries].view(size)
 
@@ -119,7 +213,7 @@ def _first_largest(numbers: Float[Tensor, "place query"]) -> Int[Tensor, "query"
     return len(numbers) - (largest * countdown).amax(0).long()
 
 
-def _corners(rows: Float[Tensor, "query key"], grid: tuple[int, int]) -> Float[Tensor, "row column query"]:
+def _corners(rows: Float[Tensor, "query key"], grid: Grid) -> Float[Tensor, "row column query"]:
     corner = rows.new_zeros((grid[0] + 1, grid[1] + 1, len(rows)))
     corner[1:, 1:] = rows.T.view(*grid, -1)
     for row in range(2, grid[0] + 1):

@@ -1,24 +1,41 @@
 """The heads of a study: which matter, for how many images, and how far they look."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
 from vitrail.figures import heads as figures
-from vitrail.figures.layers import heads_by_layer
-from vitrail.figures.style import head_name, number
-from vitrail.figures.values import MAIN, head_values, main_metric
-from vitrail.heads.summary import LARGE_DROP, head_table, spearman
-from vitrail.report.parts import Drawing, Part, Photographs, Section, Studied, Table, percent, readings
+from vitrail.figures.pruning import pruning_curves
+from vitrail.figures.style import describe_measure, head_name, number
+from vitrail.heads.head_values import IMPORTANCE_MEASURES, heads_with_strength, main_metric
+from vitrail.heads.summary import LARGE_DROP, NEGLIGIBLE_DROP, head_table
+from vitrail.pruning.ranking import Curves, area_table, read_curves
+from vitrail.report.parts import Drawing, Part, Photographs, ReportData, Section, Table, Text, percent, readings
+from vitrail.sentence import Sentence
+from vitrail.stats import simultaneous_intervals, spearman
 
-__all__ = ["heads"]
+__all__ = ["curve_findings", "heads"]
 
 N_TOP = 10
 N_PHOTOGRAPHS = 8
 
-RANKED_BY = ("drop_mean", "head_divergence_mean", "head_loss_change_mean", "head_token_shift_mean")
+ONE_POINT = 0.01
+"""Accuracy that may be lost where heads are said to go."""
+
+N_SHOWN = 4
+"""Images that a sentence names."""
+
+RANKED_BY = (
+    "drop_mean",
+    "head_divergence_mean",
+    "head_loss_change_mean",
+    "head_value_change_mean",
+    "head_output_shift_mean",
+    "head_token_shift_mean",
+)
 """Columns of the table of heads that importance is read from, in order of preference."""
 
 COLUMNS = (
@@ -30,6 +47,8 @@ COLUMNS = (
     ("top-1 without it", "{:.1f} %", ("accuracy",)),
     ("95 %", "{:.1f} to {:.1f} %", ("accuracy_low", "accuracy_high")),
     ("divergence, bits", "{:.4f}", ("head_divergence_mean",)),
+    ("change of the value", "{:.4g}", ("head_value_change_mean",)),
+    ("shift of the output, 1 - cosine", "{:.4f}", ("head_output_shift_mean",)),
     ("reach, patches", "{:.2f}", ("attention_distance_mean",)),
     ("entropy, nats", "{:.2f}", ("strength_entropy_mean",)),
     ("to prefix tokens", "{:.1f} %", ("prefix_share_mean",)),
@@ -37,145 +56,270 @@ COLUMNS = (
 INTERVALS = ("drop_low", "accuracy_low")
 
 
-def heads(study: Studied) -> Section | None:
-    """Importance, reach and spread of every head, if the study holds any of it."""
-    held = study.held("heads")
-    if not held:
+def heads(study: ReportData) -> Section | None:
+    """Importance, reach and spread of every head, if the study holds any of it.
+
+    Args:
+        study: The study.
+
+    Returns:
+        The section; None where the study holds nothing for it.
+    """
+    names = study.measures_of("heads")
+    if not names:
         return None
     table = head_table(study.data)
-    return Section("heads", "Heads", tuple(_findings(study, table)), tuple(_parts(study, table, held)))
+    curves = read_curves(study.folder) if study.folder != Path() else None
+    findings = (*_findings(study, table), *(curve_findings(curves) if curves is not None else ()))
+    return Section("heads", "Heads", findings, lambda: _parts(study, table, names))
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 
-def _findings(study: Studied, table: xr.Dataset) -> Iterator[str]:
-    order = _ranked(table)
+def _findings(study: ReportData, table: xr.Dataset) -> Iterator[str]:
+    order = _rank_heads(table)
     if order and "drop_mean" in table:
         yield from _of_drops(study, table, order)
     elif order:
         name = next(name for name in RANKED_BY if name in table)
         measure, values = name.removesuffix("_mean"), table[name].to_numpy()
         attrs = study.data[measure].attrs
-        yield (
+        yield Sentence(
             f"{head_name(*order[0])} matters most by {attrs['title']}: {number(float(values[order[0]]))} "
-            f"{attrs['unit']} on average, where the median head has {number(float(np.nanmedian(values)))}."
+            f"{attrs['unit']} on average, where the median head has {number(float(np.nanmedian(values)))}.",
+            measure=measure,
+            layer=order[0][0],
+            head=order[0][1],
+            images=_images_that_need(study.data[measure].to_numpy(), order[0]),
         )
     if "attention_distance_mean" in table:
         yield from _of_reach(table["attention_distance_mean"].to_numpy())
 
 
-def _of_drops(study: Studied, table: xr.Dataset, order: list[tuple[int, int]]) -> Iterator[str]:
+def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]) -> Iterator[str]:
     first, drops = order[0], table["drop_mean"].to_numpy()
     between = _between(study, table, "drop", first)
-    flips = (
-        f", and {percent(float(table['flip_share'][first]), 1)} of the answers change" if "flip_share" in table else ""
+    share = float(table["flip_share"][first]) if "flip_share" in table else 0.0
+    if study.n_images > 1:
+        average, flips = " on average", f", and {percent(share, 1)} of the answers change" * ("flip_share" in table)
+    else:
+        average, flips = "", ", and the answer changes" * (share > 0)
+    intact, without = study.data["probability"].to_numpy(), study.data["head_probability"].to_numpy()
+    lost = intact[:, None, None] - without
+    yield Sentence(
+        f"Without {head_name(*first)} the label loses {float(drops[first]):.3f} of its probability{average}{between}"
+        f"{flips}: {_standing(study, table)}. The median head costs {float(np.nanmedian(drops)):.3f}.",
+        measure="head_probability",
+        layer=first[0],
+        head=first[1],
+        images=[
+            (image, f"{intact[image]:.2f} to {without[image, *first]:.2f}")
+            for image, _ in _images_that_need(lost, first)
+        ],
     )
-    yield (
-        f"Without {head_name(*first)}, the most important head, the label loses {float(drops[first]):.3f} of its "
-        f"probability on average{between}{flips}; the median head costs {float(np.nanmedian(drops)):.3f}."
-    )
-    lost = study.data["probability"].to_numpy()[:, None, None] - study.data["head_probability"].to_numpy()
     many = (np.nan_to_num(lost, nan=0.0) > LARGE_DROP).sum((1, 2))
     if study.n_images > 1:
-        yield (
+        yield Sentence(
             f"{percent(float((many == 0).mean()))} of the images lose no more than {LARGE_DROP} by any single head; in "
             f"the median image {int(np.median(many))} of {len(order)} heads cost more than that, in the most sensitive "
-            f"one {int(many.max())}."
+            f"one {int(many.max())}.",
+            measure="head_probability",
+            images=[(int(image), f"needs {many[image]} heads") for image in np.argsort(-many, kind="stable")[:N_SHOWN]],
         )
-        low, high = table["drop_low"].to_numpy(), table["drop_high"].to_numpy()
-        idle = int(((low <= 0) & (high >= 0)).sum())
-        better = int((high < 0).sum())
-        yield (
-            f"For {idle} of {len(order)} heads the interval of the mean loss holds zero: on average each alone can go."
-            if idle
-            else "No head can go for nothing: the interval of the mean loss holds zero for none."
+        yield from _of_dispensable(study, table, lost, len(order))
+
+
+def _images_that_need(cost: Float[np.ndarray, "image layer head"], head: tuple[int, int]) -> list[tuple[int, str]]:
+    """The images that a head costs most, each with the number."""
+    values = cost[:, *head]
+    order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:N_SHOWN]
+    return [(int(image), number(float(values[image]))) for image in order]
+
+
+def _standing(study: ReportData, table: xr.Dataset) -> str:
+    """Whether the first head costs most beyond the images of this study, too."""
+    candidates = int(np.nansum(table["drop_may_be_largest"].to_numpy()))
+    if study.n_images < 2 or candidates == 0:
+        return "no head costs this image more"
+    if candidates == 1:
+        return "no head costs more, beyond the uncertainty of the sample (95 %)"
+    return f"no head costs more on these images; on others any of {candidates} heads may cost most (95 %)"
+
+
+def _of_dispensable(
+    study: ReportData, table: xr.Dataset, lost: Float[np.ndarray, "image layer head"], n_heads: int
+) -> Iterator[str]:
+    """Which heads can be shown to cost next to nothing, and which to cost or give something, all heads at once."""
+    bound = table["drop_bound"].to_numpy()
+    idle = int((bound < NEGLIGIBLE_DROP).sum())
+    if idle:
+        yield Sentence(
+            f"{idle} of {n_heads} heads can go, one at a time: {'each' if idle > 1 else 'it'} costs less than "
+            f"{NEGLIGIBLE_DROP} of probability on "
+            "average, at 95 % whatever the distribution of the losses.",
+            measure="head_probability",
         )
-        if better:
-            yield f"Without {better} of the heads the label gets likelier on average, beyond its interval."
+    else:
+        yield Sentence(
+            f"No head is shown to be dispensable: on {study.n_images:,} images a mean loss below "
+            f"{float(np.nanmin(bound)):.2f} cannot be shown for any (at 95 %, whatever the distribution; about "
+            f"{int(np.ceil(3 / NEGLIGIBLE_DROP)):,} images or more would be needed for {NEGLIGIBLE_DROP}).",
+            measure="head_probability",
+        )
+    together = simultaneous_intervals(lost.astype(np.float64), limits=(-1.0, 1.0))
+    costly, better = int((together.low > 0).sum()), int((together.high < 0).sum())
+    yield Sentence(
+        f"A loss is shown for {costly or 'none'} of the {n_heads} heads (intervals of all heads at once, 95 %).",
+        measure="head_probability",
+    )
+    if better:
+        yield Sentence(
+            f"Without {better} of the heads the label gets likelier, by the same intervals.", measure="head_probability"
+        )
 
 
 def _of_reach(distance: Float[np.ndarray, "layer head"]) -> Iterator[str]:
     means = [(layer, float(np.nanmean(row))) for layer, row in enumerate(distance) if np.isfinite(row).any()]
     if len(means) < 2:
         return
-    known = np.argwhere(np.isfinite(distance))
-    agreed = spearman(known[:, 0].astype(float), distance[tuple(known.T)])
+    heads_with_distance = np.argwhere(np.isfinite(distance))
+    layers = heads_with_distance[:, 0].astype(float)
+    correlation = spearman(layers, distance[tuple(heads_with_distance.T)])
     (first, near), (last, far) = means[0], means[-1]
-    told = "" if np.isnan(agreed) else f" (rank correlation of layer and reach over all heads: {agreed:.2f})"
-    yield f"Heads of L{first} look {near:.1f} patches far on average, those of L{last} {far:.1f}{told}."
+    agreement = ""
+    if not np.isnan(correlation):
+        agreement = f" (rank correlation of layer and reach over all heads: {correlation:z.2f})"
+    yield Sentence(
+        f"Heads of L{first} look {near:.1f} patches far on average, those of L{last} {far:.1f}{agreement}.",
+        measure="attention_distance",
+        layer=last,
+    )
     row = distance[first][np.isfinite(distance[first])]
     if len(row) > 1:
-        yield f"Within L{first} they range from {row.min():.1f} to {row.max():.1f} patches."
+        yield Sentence(
+            f"Within L{first} they range from {row.min():.1f} to {row.max():.1f} patches.",
+            measure="attention_distance",
+            layer=first,
+            head=int(np.nanargmin(distance[first])),
+        )
 
 
-def _between(study: Studied, table: xr.Dataset, name: str, head: tuple[int, int]) -> str:
+def _between(study: ReportData, table: xr.Dataset, name: str, head: tuple[int, int]) -> str:
     if study.n_images < 2:
         return ""
     low, high = (float(table[f"{name}_{end}"][head]) for end in ("low", "high"))
+    if np.isnan(low + high):
+        return " (too few images for an interval)"
     return f" (95 % interval {low:.3f} to {high:.3f})"
 
 
-def _ranked(table: xr.Dataset) -> list[tuple[int, int]]:
+def _rank_heads(table: xr.Dataset) -> list[tuple[int, int]]:
     """Heads from the most important down; empty where the study holds no importance."""
     name = next((name for name in RANKED_BY if name in table), None)
     if name is None:
         return []
     values = table[name].to_numpy()
-    known = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(values))]
-    return sorted(known, key=lambda pair: -values[pair])
+    heads = [(int(layer), int(head)) for layer, head in np.argwhere(~np.isnan(values))]
+    return sorted(heads, key=lambda pair: -values[pair])
+
+
+def curve_findings(curves: Curves) -> list[Sentence]:
+    """What pruning curves say: how many heads can go, and which ranking knows it.
+
+    Args:
+        curves: Of the study.
+
+    Returns:
+        Sentences with numbers.
+    """
+    areas, counts = area_table(curves), curves.counts
+    best = next(iter(areas))
+    accuracy = curves.accuracy("least", best)
+    n_images = curves.least[best].shape[1]
+    keeps = accuracy >= accuracy[0] - ONE_POINT
+    n_spared = int(counts[-1] if keeps.all() else counts[int((~keeps).argmax()) - 1])
+    between, low, high = areas[best].between
+    interval = f" (95 % interval {low:.2f} to {high:.2f})" if np.isfinite(low + high) else ""
+    sentences = [
+        Sentence(
+            f"Of {int(counts[-1])} heads {n_spared} can go together for at most one point of accuracy, least important "
+            f"first by {best}: {percent(float(accuracy[0]))} with all, {n_images:,} images that ranked nothing."
+        ),
+        Sentence(
+            f"By {best} the area between pruning the least and the most important first is {between:.2f}{interval}; 0 "
+            "is a ranking that knows nothing."
+        ),
+    ]
+    over, low, high = areas[best].over_random
+    if np.isfinite(low + high):
+        verdict = "more than" if low > 0 else "not shown to be more than"
+        interval = f"({low:+.3f} to {high:+.3f})"
+        sentences.append(
+            Sentence(f"It keeps {verdict} orders at random do: {over:+.3f} of accuracy on average {interval}.")
+        )
+    return sentences
 
 
 # --- tables and pictures ---------------------------------------------------------------------------------------------
 
 
-def _parts(study: Studied, table: xr.Dataset, held: list[str]) -> Iterator[Part]:
-    data, metric, order = study.data, main_metric(study.data), _ranked(table)
+def _parts(study: ReportData, table: xr.Dataset, names: list[str]) -> Iterator[Part]:
+    data, metric, order = study.data, main_metric(study.data), _rank_heads(table)
     if metric is not None:
         yield Drawing(figures.importance_map(data, metric))
         yield Drawing(figures.importance_line(data, metric))
     if order:
         yield Table(
-            "The heads that matter most", ("head", *(title for title, _, _ in _columns(study, table))),
-            _rows(study, table, order[:N_TOP]), _told(study),
-        )  # fmt: skip
-    yield from _needing(study, order)
-    if "strength_entropy" in held:
+            "The heads that matter most",
+            ("head", *(title for title, _, _ in _columns(study, table))),
+            _rows(study, table, order[:N_TOP]),
+            _table_explanation(study),
+        )
+    yield from _most_sensitive_images(study, order)
+    curves = read_curves(study.folder) if study.folder != Path() else None
+    if curves is not None:
+        yield Drawing(pruning_curves(curves))
+    elif order and study.folder != Path() and study.plan.n_classes is not None:
+        yield Text("How many of them can go together? Pruning curves say it, and come into this report by:")
+        yield Text("vitrail curves STUDY", code=True)
+    if "strength_entropy" in names:
         yield Drawing(figures.entropy_by_layer(data))
-    if "attention_distance" in held:
-        yield Drawing(heads_by_layer(data, "attention_distance", "How far heads look"))
-    if "prefix_share" in held and any(study.plan.prefixes):
-        yield Drawing(heads_by_layer(data, "prefix_share", "What goes to prefix tokens"))
-    if "attention_strength" in held:
-        known = ~np.isnan(data["attention_strength"].to_numpy()).all((0, 3))
-        chosen = next((pair for pair in order or map(tuple, np.argwhere(known).tolist()) if known[pair]), None)
-        if chosen is not None:
-            yield Drawing(figures.strength_over_hops(data, *chosen))
+    if "attention_distance" in names:
+        yield Drawing(figures.heads_by_layer(data, "attention_distance", "How far heads look"))
+    if "prefix_share" in names and any(study.plan.prefixes):
+        yield Drawing(figures.heads_by_layer(data, "prefix_share", "What goes to prefix tokens"))
+    if "attention_strength" in names:
+        with_strength = heads_with_strength(data, order or None)
+        if with_strength:
+            yield Drawing(figures.strength_over_hops(data, *with_strength[0]))
     everything = order or [(int(layer), int(head)) for layer, head in _all_heads(table)]
     yield Table(
-        f"All {len(everything)} heads", ("head", *(title for title, _, _ in _columns(study, table))),
-        _rows(study, table, sorted(everything)), folded=True,
-    )  # fmt: skip
-    yield readings(study, held)
+        f"All {len(everything)} heads",
+        ("head", *(title for title, _, _ in _columns(study, table))),
+        _rows(study, table, sorted(everything)),
+        folded=True,
+    )
+    yield readings(study, names)
 
 
-def _needing(study: Studied, order: list[tuple[int, int]]) -> Iterator[Part]:
+def _most_sensitive_images(study: ReportData, order: list[tuple[int, int]]) -> Iterator[Part]:
     """The images that lose most without the most important head."""
     if not order or not {"thumbnail", "head_probability", "probability"} <= set(study.data) or study.n_images < 2:
         return
     head = order[0]
-    whole, without = study.data["probability"].to_numpy(), study.data["head_probability"].to_numpy()[:, *head]
-    chosen = np.argsort(without - whole, kind="stable")[:N_PHOTOGRAPHS]
+    intact, without = study.data["probability"].to_numpy(), study.data["head_probability"].to_numpy()[:, *head]
+    chosen = np.argsort(without - intact, kind="stable")[:N_PHOTOGRAPHS]
     labels = study.data["label"].to_numpy()
     yield Photographs(
         f"The images that need {head_name(*head)} most",
         [study.data["thumbnail"][int(at)].to_numpy() for at in chosen],
-        [f"{study.class_name(int(labels[at]))}: {whole[at]:.2f} to {without[at]:.2f}" for at in chosen],
+        [f"{study.class_name(int(labels[at]))}: {intact[at]:.2f} to {without[at]:.2f}" for at in chosen],
         "Probability of the label, with every head and without this one.",
     )
 
 
-def _columns(study: Studied, table: xr.Dataset) -> list[tuple[str, str, tuple[str, ...]]]:
+def _columns(study: ReportData, table: xr.Dataset) -> list[tuple[str, str, tuple[str, ...]]]:
     """Those that this study has numbers for; intervals only over several images, top-1 only with labels."""
     return [
         (title, form, names)
@@ -186,10 +330,10 @@ def _columns(study: Studied, table: xr.Dataset) -> list[tuple[str, str, tuple[st
     ]
 
 
-def _rows(study: Studied, table: xr.Dataset, chosen: list[tuple[int, int]]) -> list[list[str]]:
+def _rows(study: ReportData, table: xr.Dataset, chosen: list[tuple[int, int]]) -> list[list[str]]:
     columns = [(form, [table[name].to_numpy() for name in names]) for _, form, names in _columns(study, table)]
     return [
-        [head_name(*head), *(_cell(form, [float(values[head]) for values in held]) for form, held in columns)]
+        [head_name(*head), *(_cell(form, [float(values[head]) for values in arrays]) for form, arrays in columns)]
         for head in chosen
     ]
 
@@ -200,21 +344,22 @@ def _cell(form: str, values: list[float]) -> str:
 
 
 def _all_heads(table: xr.Dataset) -> list[list[int]]:
-    known = [~np.isnan(table[name].to_numpy()) for name in table if str(name).endswith("_mean")]
+    finite = [~np.isnan(table[name].to_numpy()) for name in table if str(name).endswith("_mean")]
     shape = (table.sizes["layer"], table.sizes["head"])
-    there: list[list[int]] = np.argwhere(np.any(known, axis=0) if known else np.ones(shape, dtype=bool)).tolist()
-    return there
+    present = np.any(finite, axis=0) if finite else np.ones(shape, dtype=bool)
+    heads: list[list[int]] = np.argwhere(present).tolist()
+    return heads
 
 
-def _told(study: Studied) -> str:
-    shown = main_metric(study.data)
-    if shown is None or shown not in MAIN:
+def _table_explanation(study: ReportData) -> str:
+    metric = main_metric(study.data)
+    if metric is None or metric not in IMPORTANCE_MEASURES:
         return ""
-    *_, source = head_values(study.data, shown).reading()
+    *_, source = describe_measure(study.data[metric].attrs)
     lost = (
         "p lost: the label's probability with every head less that without this one."
-        if shown == "head_probability"
+        if metric == "head_probability"
         else ""
     )
-    interval = "Intervals: 95 %, bootstrap over images." if study.n_images > 1 else ""
+    interval = "Intervals: 95 %, over images." if study.n_images > 1 else ""
     return " ".join(filter(None, (lost, interval, source)))

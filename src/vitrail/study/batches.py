@@ -1,7 +1,8 @@
 """One batch of a study: images loaded ahead in a thread, one recorded pass, and what the collectors make of it."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,65 +12,119 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from vitrail.data import ImageEntry, ImageSource, load_image, load_mask
+from vitrail.analysis import BASE, Calibrates, Collector, TakesMasks, declaration, make_collectors
+from vitrail.contract.outlook import reason_of_chance
+from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask
 from vitrail.errors import DataError, ModelError
-from vitrail.measure import MEASURES
-from vitrail.study import rooms
-from vitrail.study.plan import Plan
-from vitrail.study.store import N_TOP, THUMBNAIL_PX, declared
-from vitrail.vit.open import Vit
-from vitrail.vit.tap import Readers
+from vitrail.models.objects import in_view, object_shares
+from vitrail.models.open import Vit
+from vitrail.models.task import Task
+from vitrail.models.token_grid import pad_patches
+from vitrail.study.plan import N_TOP, THUMBNAIL_PX, Plan
+from vitrail.study.progress import Progress
+from vitrail.study.writing import StudyFolder
+from vitrail.tap.budget import budget_of, halve
+from vitrail.tap.tap import Readers
 
-__all__ = ["BatchRun", "Loaded", "loaded_batches"]
+__all__ = ["BatchRun", "LoadedBatch", "StudyRun", "load_batches"]
 
 Arrays = dict[str, np.ndarray]
 
+DEVICE_ERRORS = ("CUDA error", "HIP error")
+"""How torch's messages begin when a device has failed or is gone."""
+
+
+@dataclass(frozen=True, eq=False)
+class StudyRun:
+    """A study that is being computed, as `Analysis.derive` receives it.
+
+    Attributes:
+        vit: The model.
+        source: What loads the images.
+        manifest: The images, in order.
+        folder: What writes the study.
+        progress: What is said meanwhile.
+    """
+
+    vit: Vit
+    source: ImageSource
+    manifest: Manifest
+    folder: StudyFolder
+    progress: Progress
+
 
 @dataclass(frozen=True)
-class Loaded:
-    """Images of a batch, ready for the model."""
+class LoadedBatch:
+    """Images of a batch, ready for the model.
+
+    Attributes:
+        entries: What the manifest says of them.
+        prepared: What goes into the model.
+        thumbnails: What the model sees, small; uint8.
+        masks: Instance ids as the model sees the image; None where it has no mask.
+    """
 
     entries: Sequence[ImageEntry]
     prepared: Float[Tensor, "image channel row column"]
-    thumbnails: UInt8[np.ndarray, "image thumb_row thumb_column channel"]
+    thumbnails: UInt8[np.ndarray, "image thumb_row thumb_column colour"]
     masks: Sequence[Int64[np.ndarray, "_ _"] | None]
 
 
 @contextmanager
-def loaded_batches(
-    vit: Vit, source: ImageSource, batches: Sequence[Sequence[ImageEntry]]
-) -> Iterator[Iterator[Loaded]]:
-    """The batches in order, each decoded in a thread while the one before it is studied."""
+def load_batches(
+    vit: Vit, source: ImageSource, batches: Iterable[Sequence[ImageEntry]]
+) -> Iterator[Iterator[LoadedBatch]]:
+    """The batches in order, each decoded in a thread while the one before it is studied.
+
+    Args:
+        vit: Whose preprocessing prepares them.
+        source: What the entries are of.
+        batches: Entries of each batch; asked for one batch ahead.
+
+    Yields:
+        The batches.
+    """
     with ThreadPoolExecutor(max_workers=1) as thread:
         yield _one_ahead(vit, source, batches, thread)
 
 
 def _one_ahead(
-    vit: Vit, source: ImageSource, batches: Sequence[Sequence[ImageEntry]], thread: ThreadPoolExecutor
-) -> Iterator[Loaded]:
-    coming = thread.submit(_load, vit, source, batches[0])
-    for following in batches[1:]:
-        loaded = coming.result()
-        coming = thread.submit(_load, vit, source, following)
-        yield loaded
-    yield coming.result()
+    vit: Vit, source: ImageSource, batches: Iterable[Sequence[ImageEntry]], thread: ThreadPoolExecutor
+) -> Iterator[LoadedBatch]:
+    coming: Future[LoadedBatch] | None = None
+    for entries in batches:
+        loaded = None if coming is None else coming.result()
+        coming = thread.submit(_load, vit, source, entries)
+        if loaded is not None:
+            yield loaded
+    if coming is not None:
+        yield coming.result()
 
 
-def _load(vit: Vit, source: ImageSource, entries: Sequence[ImageEntry]) -> Loaded:
-    images = [load_image(source, entry) for entry in entries]
-    thumbnails = np.stack([_thumbnail(vit.view(image)) for image in images])
-    masks = [_mask(entry, image) for entry, image in zip(entries, images, strict=True)]
-    return Loaded(entries, vit.prepare(images), thumbnails, masks)
+def _load(vit: Vit, source: ImageSource, entries: Sequence[ImageEntry]) -> LoadedBatch:
+    views, masks = zip(*(_view(vit, source, entry) for entry in entries), strict=True)
+    thumbnails = np.stack([_thumbnail(view) for view in views])
+    return LoadedBatch(entries, vit.prepare_views(views), thumbnails, masks)
 
 
-def _mask(entry: ImageEntry, image: Image.Image) -> Int64[np.ndarray, "_ _"] | None:
+def _view(
+    vit: Vit, source: ImageSource, entry: ImageEntry
+) -> tuple[Image.Image, Int64[np.ndarray, "row column"] | None]:
+    """What the model sees of a photograph, which may take 240 MB itself and is gone before the next is decoded."""
+    image = load_image(source, entry)
+    return vit.view(image), _mask_in_view(entry, image, vit)
+
+
+def _mask_in_view(entry: ImageEntry, image: Image.Image, vit: Vit) -> Int64[np.ndarray, "_ _"] | None:
     mask = load_mask(entry)
-    if mask is not None and mask.shape != (image.height, image.width):
+    if mask is None:
+        return None
+    if mask.shape != (image.height, image.width):
         raise DataError(
             f"The mask of {entry.id} has {mask.shape[1]} x {mask.shape[0]} pixels and the image {image.width} x "
             f"{image.height}; a mask is as large as its image."
         )
-    return mask
+    return in_view(mask, vit.preprocessing)
 
 
 def _thumbnail(view: Image.Image) -> UInt8[np.ndarray, "row column channel"]:
@@ -79,55 +134,154 @@ def _thumbnail(view: Image.Image) -> UInt8[np.ndarray, "row column channel"]:
 
 
 class BatchRun:
-    """Runs batches of one study through its model; call it with one batch after the other."""
+    """Runs batches of one study through its model; call it with one batch after the other.
+
+    Args:
+        vit: The model.
+        plan: Of the study; every measure in it is the business of one collector.
+    """
 
     def __init__(self, vit: Vit, plan: Plan) -> None:
         self._vit, self._plan, self._tap = vit, plan, vit.tap()
-        self._collectors = rooms.collectors(vit, tuple(plan.measures), plan.options)
-        self._readers = Readers.joined([collector.readers() for collector in self._collectors])
-        base = {name for name in plan.measures if MEASURES[name].room == "base"}
-        self._computed = base | {name for collector in self._collectors for name in collector.measures}
-        wanted = {name for name in plan.measures if not MEASURES[name].derived}
-        assert self._computed == wanted, f"no collector for {wanted - self._computed}"
+        self._collectors = make_collectors(vit, tuple(plan.measures), plan.options)
+        self._calibration: Sequence[Mapping[str, np.ndarray]] = ()
+        self._object_grid = vit.anatomy.blocks[0].grid
+        self._base = frozenset(name for name in plan.measures if declaration(name).analysis == BASE)
+        computed = self._base.union(*(collector.measures for collector in self._collectors))
+        expected_names = {name for name in plan.measures if not declaration(name).derived}
+        assert computed == expected_names, f"no collector for {expected_names - computed}"
 
-    def __call__(self, batch: Loaded) -> Arrays:
-        """All arrays of the batch, checked. Raises `ModelError` if the model's answer is not finite."""
+    def __call__(self, batch: LoadedBatch, existing: Container[str] = ()) -> Arrays:
+        """Measures one batch.
+
+        Args:
+            batch: Its images.
+            existing: Names of arrays that need not be computed. A collector that gives any other array gives all of
+                its own, so that every array has the bytes that it has where all are computed together.
+
+        Returns:
+            Arrays by name, checked against their declarations.
+
+        Raises:
+            ModelError: The model's answer is not finite, the device's memory does not take the smallest chunks, or the
+                device is gone.
+        """
+        while True:
+            try:
+                return self._measure(batch, existing)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            except RuntimeError as error:
+                if not str(error).startswith(DEVICE_ERRORS):
+                    raise
+                raise ModelError(
+                    f"{self._vit.device} does not answer any more ({str(error).splitlines()[0]}). What was written is "
+                    "safe: run the same command again, there or on another device of the same kind."
+                ) from error
+            self._shrink_chunks(reason)  # after the exception, whose frames keep tensors alive
+
+    def _shrink_chunks(self, reason: str) -> None:
+        """Halves the chunks of the device and begins the batch anew, with collectors that have seen nothing of it."""
+        n_halvings = budget_of(self._vit.device).n_halvings
+        if not halve(self._vit.device):
+            raise ModelError(
+                f"The memory of {self._vit.device} does not take a batch of {self._plan.batch_size} images, however "
+                f"small the chunks ({reason}). Give a smaller --batch-size and, as it is part of the plan, another "
+                "folder."
+            )
+        if n_halvings == 0:
+            warnings.warn(
+                f"The memory of {self._vit.device} did not suffice ({reason}); the batch is computed again in smaller "
+                "chunks.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if torch.device(self._vit.device).type == "cuda":
+            torch.cuda.empty_cache()
+        self._collectors = make_collectors(self._vit, tuple(self._plan.measures), self._plan.options)
+        self.load_calibration(self._calibration)
+
+    def load_calibration(self, statistics: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Hands the statistics of all images to the collectors that need them.
+
+        Args:
+            statistics: Arrays by name, of each such collector.
+        """
+        self._calibration = statistics
+        for collector, arrays in zip(self.calibrating, statistics, strict=True):
+            collector.load_calibration(arrays)
+
+    def _measure(self, batch: LoadedBatch, existing: Container[str]) -> Arrays:
         n_images = len(batch.entries)
-        self._hand_out_masks(batch.masks)
-        keep = any(collector.replays for collector in self._collectors)
-        images = _padded(batch.prepared, self._plan.batch_size)
-        replay, logits = self._tap.record(images, self._readers, keep=keep)
+        collectors = [each for each in self._collectors if any(name not in existing for name in each.measures)]
+        self._hand_out_masks(collectors, batch.masks)
+        keep = any(collector.replays for collector in collectors)
+        images = _pad(batch.prepared, self._plan.batch_size)
+        readers = Readers.join([collector.readers() for collector in collectors])
+        replay, logits = self._tap.record(images, readers, keep=keep)
         _refuse_not_finite(batch.entries, logits[:n_images])
-        with_classes = self._vit.n_classes is not None
-        labels = _labels(batch.entries, logits, with_classes)
-        arrays = _answers(logits, labels) if with_classes else {"label": labels.astype(np.int32)}
-        for collector in self._collectors:
+        labels = _labels(batch.entries, logits, self._vit.n_classes is not None)
+        arrays: Arrays = {}
+        for collector in collectors:
             arrays |= collector.finish(self._tap, replay, logits, labels)
-        arrays = {name: values[:n_images] for name, values in arrays.items()} | {"thumbnail": batch.thumbnails}
+        if any(name not in existing for name in self._base):
+            arrays |= self._prediction_arrays(logits, labels) | {"thumbnail": batch.thumbnails}
+            if self._plan.options.get("masks") == "given" and self._object_grid is not None:
+                arrays["object_share"] = object_shares(batch.masks, self._object_grid)
+        arrays = {name: values[:n_images] for name, values in pad_patches(self._vit, arrays).items()}
         for name, values in arrays.items():
             self._check(name, values, n_images)
         return arrays
 
+    def _prediction_arrays(self, logits: Float[Tensor, "batch class"], labels: Int64[np.ndarray, "batch"]) -> Arrays:
+        """What the model says of each image."""
+        with_classes = self._vit.n_classes is not None
+        arrays = (
+            _prediction_arrays(self._vit.task, logits, labels) if with_classes else {"label": labels.astype(np.int32)}
+        )
+        if self._vit.task.has_value:
+            arrays["value"] = self._vit.task.value(logits.detach()).cpu().numpy()
+        return arrays
+
+    def refuse_chance(self, batch: LoadedBatch) -> None:
+        """Refuses a model that answers the same images differently each time.
+
+        Args:
+            batch: Any images of the study.
+
+        Raises:
+            ModelError: Two passes over them differ.
+        """
+        reason = reason_of_chance(self._tap, _pad(batch.prepared, self._plan.batch_size))
+        if reason:
+            raise ModelError(f"{self._vit.name} {reason}")
+
     @property
-    def surveys(self) -> list[rooms.Surveys]:
+    def calibrating(self) -> list[Calibrates]:
         """The collectors that see all images before the first is measured."""
-        return [collector for collector in self._collectors if isinstance(collector, rooms.Surveys)]
+        return [collector for collector in self._collectors if isinstance(collector, Calibrates)]
 
-    def survey(self, batch: Loaded) -> None:
-        """Shows one batch to those collectors."""
-        images = _padded(batch.prepared, self._plan.batch_size)
-        for collector in self.surveys:
-            collector.survey(self._tap, images, len(batch.entries))
+    def calibrate(self, batch: LoadedBatch) -> None:
+        """Hands one batch to the collectors that see all images before the first is measured.
 
-    def _hand_out_masks(self, masks: Sequence[Int64[np.ndarray, "_ _"] | None]) -> None:
+        Args:
+            batch: Its images.
+        """
+        images = _pad(batch.prepared, self._plan.batch_size)
+        for collector in self.calibrating:
+            collector.calibrate(self._tap, images, len(batch.entries))
+
+    def _hand_out_masks(
+        self, collectors: Sequence[Collector], masks: Sequence[Int64[np.ndarray, "_ _"] | None]
+    ) -> None:
         padded = [*masks, *[masks[-1]] * (self._plan.batch_size - len(masks))]
-        for collector in self._collectors:
-            if isinstance(collector, rooms.TakesMasks):
+        for collector in collectors:
+            if isinstance(collector, TakesMasks):
                 collector.take_masks(padded)
 
     def _check(self, name: str, values: np.ndarray, n_images: int) -> None:
         """What a collector returns is what its measure declares."""
-        measure = declared(name)
+        measure = declaration(name)
         sizes = {"image": n_images, "layer": self._plan.n_layers, "head": max(self._plan.n_heads)}
         expected = tuple(sizes.get(dim, size) for dim, size in zip(measure.dims, values.shape, strict=False))
         assert len(values.shape) == len(measure.dims), f"{name} has shape {values.shape}, declared {measure.dims}"
@@ -135,7 +289,7 @@ class BatchRun:
         assert values.dtype == measure.dtype, f"{name} is {values.dtype}, declared {measure.dtype}"
 
 
-def _padded(
+def _pad(
     images: Float[Tensor, "image channel row column"], batch_size: int
 ) -> Float[Tensor, "batch channel row column"]:
     """The last image repeated up to the batch size, because another batch size gives other last digits."""
@@ -160,12 +314,12 @@ def _labels(entries: Sequence[ImageEntry], logits: Tensor, with_classes: bool) -
     """
     own = logits.argmax(dim=-1).cpu().numpy() if with_classes else np.full(len(logits), -1)
     padded = [*entries, *[entries[-1]] * (len(logits) - len(entries))]
-    given = [entry.label if entry.label is not None else top for entry, top in zip(padded, own, strict=True)]
-    return np.asarray(given, dtype=np.int64)
+    labels = [entry.label if entry.label is not None else top for entry, top in zip(padded, own, strict=True)]
+    return np.asarray(labels, dtype=np.int64)
 
 
-def _answers(logits: Float[Tensor, "batch class"], labels: Int64[np.ndarray, "batch"]) -> Arrays:
-    probabilities: Float32[np.ndarray, "batch class"] = logits.detach().float().softmax(dim=-1).cpu().numpy()
+def _prediction_arrays(task: Task, logits: Float[Tensor, "batch class"], labels: Int64[np.ndarray, "batch"]) -> Arrays:
+    probabilities: Float32[np.ndarray, "batch class"] = task.probabilities(logits).cpu().numpy()
     best = np.argsort(-logits.detach().float().cpu().numpy(), axis=-1, kind="stable")[:, :N_TOP]
     return {
         "label": labels.astype(np.int32),

@@ -10,111 +10,132 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitrail.analysis import declaration
 from vitrail.data import ImageSource, Manifest
-from vitrail.heads.maps import MapSource
-from vitrail.heads.pattern_maps import PatternGround, Pictures, pattern_ground, read_pictures
-from vitrail.heads.patterns import (
+from vitrail.models.open import Vit
+from vitrail.patterns.maps import ComparableLayers, PatternMaps, comparable_layers, read_pattern_maps
+from vitrail.patterns.model import (
     KINDS,
+    MapSample,
     PatternModel,
-    Placing,
-    SampleOfMaps,
-    drawn,
+    PatternStatistics,
+    coder_shape,
+    draw_held_out,
+    draw_sample,
     fit_patterns,
-    held_out,
-    shape_of,
 )
-from vitrail.measure import MEASURES
-from vitrail.study.batches import loaded_batches
+from vitrail.study.batches import StudyRun, load_batches
 from vitrail.study.plan import Plan
-from vitrail.study.progress import Progress
-from vitrail.study.writing import StudyFolder
-from vitrail.vit.attention import LayerAttention, Readers
-from vitrail.vit.open import Vit
+from vitrail.tap.attention import LayerAttention, Readers
+from vitrail.tap.maps import MapSource
 
 __all__ = ["Passes", "derive_patterns"]
 
-Take = Callable[[int, int, Pictures], None]
-"""(place of the batch's first image, layer, pictures)"""
+AddMaps = Callable[[int, int, PatternMaps], None]
+"""Called with the position of the batch's first image, the layer, and its maps."""
 
 
-def derive_patterns(vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFolder, shown: Progress) -> None:
-    """Fits and stores what the plan asks for of attention patterns, unless that is done."""
-    wanted = [name for name in study.plan.measures if MEASURES[name].derived]
-    if not wanted or not study.patterns_are_missing:
+def derive_patterns(run: StudyRun) -> None:
+    """Fits and stores what the plan asks for of attention patterns, unless that is done.
+
+    Args:
+        run: the study, all of whose parts are complete.
+    """
+    vit, source, manifest, study, bars = run.vit, run.source, run.manifest, run.folder, run.progress
+    declared = [declaration(name) for name in study.plan.measures]
+    names = [measure.name for measure in declared if measure.derived and measure.analysis == "patterns"]
+    if not names or not study.patterns_are_missing:
         return
-    ground = pattern_ground(vit)
-    kinds = [kind for kind in KINDS if any(name.startswith(f"pattern_{kind}_") for name in wanted)]
-    passes = Passes(vit, source, manifest, study.plan, ground)
-    plan, seed, held = study.plan, study.plan.seed, held_out(study.plan.n_images, study.plan.seed)
-    missing = [kind for kind in kinds if not study.pattern_model(kind).is_file()]
-    samples = [SampleOfMaps(shape_of(k, ground), drawn(k, ground, plan.n_heads, plan.n_images, seed)) for k in missing]
+    layers = comparable_layers(vit)
+    kinds = [kind for kind in KINDS if any(name.startswith(f"pattern_{kind}_") for name in names)]
+    passes = Passes(vit, source, manifest, study.plan, layers)
+    plan, seed, is_held_out = study.plan, study.plan.seed, draw_held_out(study.plan.n_images, study.plan.seed)
+    missing = [kind for kind in kinds if not study.pattern_model_file(kind).is_file()]
+    samples = [
+        MapSample(coder_shape(k, layers), draw_sample(k, layers, plan.n_heads, plan.n_images, seed)) for k in missing
+    ]
     if samples:
-        passes.run([sample.take for sample in samples], shown.step("sampling patterns"))
+        passes.run([sample.add for sample in samples], bars.step("sampling patterns"))
     while samples:
         sample = samples.pop(0)  # its memory goes when it is fitted
         kind = sample.shape.kind
-        model = fit_patterns(sample, ground, held, seed, shown.step(f"learning {kind} patterns"))
+        model = fit_patterns(sample, layers, is_held_out, seed, bars.step(f"learning {kind} patterns"))
         study.write_pattern_model(kind, model.to_bytes())
-    models = [PatternModel.load(study.pattern_model(kind)) for kind in kinds]
-    placing = Placing(models, ground, plan.n_heads, plan.n_images)
-    passes.run([placing.take], shown.step("reading patterns"))
-    arrays = _arrays(placing, ground, shown.step("placing patterns"))
+    models = [PatternModel.load(study.pattern_model_file(kind)) for kind in kinds]
+    placing = PatternStatistics(models, layers, plan.n_heads, plan.n_images)
+    passes.run([placing.add], bars.step("reading patterns"))
+    arrays = _arrays(placing, layers, bars.step("placing patterns"))
     of_clusters = {f"{kind}_cluster_map" for kind in kinds}
-    arrays = {name: values for name, values in arrays.items() if name in wanted or name in of_clusters}
-    study.write_patterns(arrays, _about(models, ground))
+    arrays = {name: values for name, values in arrays.items() if name in names or name in of_clusters}
+    study.write_patterns(arrays, _about(models, layers))
 
 
 class Passes:
-    """Plain passes over all images of a study, for readers of maps."""
+    """Plain passes over all images of a study, for readers of maps.
 
-    def __init__(self, vit: Vit, source: ImageSource, manifest: Manifest, plan: Plan, ground: PatternGround) -> None:
-        self._vit, self._source, self._images, self._ground = vit, source, manifest.images, ground
+    Args:
+        vit: The model.
+        source: What loads the images.
+        manifest: The images.
+        plan: Of the study.
+        layers: The layers that take part.
+    """
+
+    def __init__(self, vit: Vit, source: ImageSource, manifest: Manifest, plan: Plan, layers: ComparableLayers) -> None:
+        self._vit, self._source, self._images, self._layers = vit, source, manifest.images, layers
         self._size = plan.batch_size
         self._maps = MapSource(torch.bfloat16 if plan.options.get("maps") == "bfloat16" else None)
 
-    def run(self, takers: Sequence[Take], told: Callable[[int, int], None]) -> None:
-        """Shows every map that takes part to all of `takers`; `told` hears how many images are done."""
+    def run(self, readers: Sequence[AddMaps], report: Callable[[int, int], None]) -> None:
+        """Hands every map that takes part to all readers, in one pass over the images.
+
+        Args:
+            readers: Called for each piece of maps.
+            report: Called with the images done, and all of them.
+        """
         batches = [self._images[at : at + self._size] for at in range(0, len(self._images), self._size)]
         tap, first = self._vit.tap(), 0
 
         def read(attention: LayerAttention) -> None:
-            for pictures in read_pictures(attention, self._ground, self._maps):
-                for take in takers:
-                    take(first, attention.layer, pictures)
+            for maps in read_pattern_maps(attention, self._layers, self._maps):
+                for add in readers:
+                    add(first, attention.layer, maps)
 
-        with loaded_batches(self._vit, self._source, batches) as loaded, torch.no_grad():
+        with load_batches(self._vit, self._source, batches) as loaded, torch.no_grad():
             for batch in loaded:
                 tap.read(batch.prepared, Readers(attention=read))
                 first += len(batch.entries)
-                told(first, len(self._images))
+                report(first, len(self._images))
 
 
-def _arrays(placing: Placing, ground: PatternGround, told: Callable[[int, int], None]) -> dict[str, np.ndarray]:
+def _arrays(
+    placing: PatternStatistics, layers: ComparableLayers, report: Callable[[int, int], None]
+) -> dict[str, np.ndarray]:
     """Every array of patterns by its name."""
     arrays: dict[str, np.ndarray] = {"image_dependence": placing.image_dependence()}
     for done, (kind, model) in enumerate(placing.models.items()):
-        told(done, len(placing.models))
+        report(done, len(placing.models))
         latents = placing.latents[kind]
-        there = ~np.isnan(latents).any(-1)
-        xy, cluster = model.map.place(latents[there])
-        arrays[f"pattern_{kind}_xy"] = np.full((*there.shape, 2), np.nan, np.float32)
-        arrays[f"pattern_{kind}_xy"][there] = xy
-        arrays[f"pattern_{kind}_cluster"] = np.full(there.shape, -1, np.int32)
-        arrays[f"pattern_{kind}_cluster"][there] = cluster
+        present = ~np.isnan(latents).any(-1)
+        xy, cluster = model.layout.place(latents[present])
+        arrays[f"pattern_{kind}_xy"] = np.full((*present.shape, 2), np.nan, np.float32)
+        arrays[f"pattern_{kind}_xy"][present] = xy
+        arrays[f"pattern_{kind}_cluster"] = np.full(present.shape, -1, np.int32)
+        arrays[f"pattern_{kind}_cluster"][present] = cluster
         means = placing.cluster_maps(kind)
-        n_patches = ground.n_patches
+        n_patches = layers.n_patches
         arrays[f"{kind}_cluster_map"] = means.reshape(-1, n_patches, n_patches) if kind == "patch" else means
-        told(done + 1, len(placing.models))
+        report(done + 1, len(placing.models))
     return arrays
 
 
-def _about(models: Sequence[PatternModel], ground: PatternGround) -> dict[str, Any]:
+def _about(models: Sequence[PatternModel], layers: ComparableLayers) -> dict[str, Any]:
     """What a reader of the arrays has to know: how they were made, and how well."""
     about: dict[str, Any] = {
-        "grid": list(ground.grid),
-        "note": ground.note,
-        "layers": sorted(ground.grids),
-        "refused": {str(layer): reason for layer, reason in ground.refused.items()},
+        "grid": list(layers.grid),
+        "note": layers.note,
+        "layers": sorted(layers.grids),
+        "refused": {str(layer): reason for layer, reason in layers.refused.items()},
     }
     for model in models:
         fit, coder = model.coder.fit, model.coder
@@ -126,7 +147,7 @@ def _about(models: Sequence[PatternModel], ground: PatternGround) -> dict[str, A
             "pca_error": _number(fit.pca_error),
             "n_train": fit.n_train,
             "n_held": fit.n_held,
-            "n_clusters": model.map.n_clusters,
+            "n_clusters": model.layout.n_clusters,
         }
     return about
 

@@ -4,21 +4,38 @@ Two runs with the same plan give the same numbers, byte for byte on a CPU, so a 
 its plan and under no other. No torch here: the plan of a finished study is read without it.
 """
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
-from vitrail.errors import PlanMismatch, StudyError
+from vitrail.data import LabelSource
+from vitrail.errors import DamagedStudy, PlanMismatch, StudyError
 
-__all__ = ["Part", "Plan", "differences", "refuse_other_plan"]
+__all__ = ["N_TOP", "THUMBNAIL_PX", "Part", "Plan", "differences", "refuse_other_plan"]
 
 FORMAT = 1
 """Of the folder. Raise it when the layout changes such that older readers would go wrong."""
 
 
+N_TOP = 5
+"""Classes of `top_class`: as many as the page lists."""
+
+THUMBNAIL_PX = 64
+"""Longest side of a thumbnail."""
+
+
 class Part(NamedTuple):
-    """Images `start` to `stop` (exclusive): one chunk of every array, complete or absent."""
+    """Images `start` to `stop` (exclusive): one chunk of every array, complete or absent.
+
+    Attributes:
+        number: Of the part, from 0.
+        start: Position of its first image.
+        stop: Position after its last.
+    """
 
     number: int
     start: int
@@ -29,9 +46,40 @@ class Part(NamedTuple):
 class Plan:
     """What the numbers of a study depend on. Fields hold what JSON can, so that a plan reads back equal to itself.
 
-    `grid` (rows, columns) and `prefix` are those of all layers where they agree, else None; `grids` and `prefixes` have
-    them by layer. `left_out` names the measures that the model cannot have, with the reason. `threads` are torch's:
-    they decide the order of sums, so a resumed study goes on with those it began with.
+    Attributes:
+        model: Name that opens the model.
+        weight_digest: Of the weights.
+        n_classes: Of the classifier; None without one.
+        class_names: Of the classes; None where nobody knows them.
+        n_layers: Layers with attention.
+        n_heads: Heads of each layer.
+        grid: (rows, columns) of patches of all layers where they agree, else None.
+        prefix: Tokens before the patches, where all layers agree, else None.
+        grids: The grid of each layer; None for a layer without.
+        prefixes: The prefix of each layer.
+        class_token: The model has one.
+        preprocessing: From photograph to input.
+        data_digest: Of the images, their labels and masks.
+        n_images: How many there are.
+        labels_from: The sentence that says how the labels came about.
+        measures: Version of each measure that is computed.
+        left_out: Why each measure that the model cannot have is left out.
+        options: Of the analyses, those that differ from the default.
+        precision: Of the passes.
+        batch_size: Images in a pass.
+        part_size: Images in a part.
+        seed: Of all that is random.
+        device: Type of device.
+        threads: Of torch, which decide the order of sums; a resumed study goes on with those it began with.
+        versions: Of the packages that can change a number.
+        labels: A `LabelSource`.
+        task: What the output means (`vitrail.models.task.TASKS`).
+        output: Which of several outputs is looked at.
+        target: Name of the number that is explained in place of a class; None for classes.
+        weights_from: Where the weights come from; decides no number.
+        notes: What is particular about the model's attention; decides no number.
+        device_name: Of a GPU, as two kinds of GPU round differently; empty for a processor and in older plans.
+        format: Of the folder.
     """
 
     model: str
@@ -59,6 +107,13 @@ class Plan:
     device: str
     threads: int
     versions: dict[str, str]
+    labels: str
+    task: str = ""
+    output: str | int | None = None
+    target: str | None = None
+    weights_from: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    device_name: str = ""
     format: int = FORMAT
 
     @property
@@ -70,27 +125,91 @@ class Plan:
         )
 
     def to_json(self) -> str:
-        """The same text for the same plan, always."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The plan as text, with a digest that tells a plan which was changed by hand.
+
+        Returns:
+            The same text for the same plan, always.
+        """
+        content = asdict(self)
+        return json.dumps({**content, "digest": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Raises `StudyError` if this is not a plan that this version reads."""
-        try:
-            held = json.loads(text)
-            version = held.get("format")
-        except (ValueError, AttributeError) as error:
-            raise StudyError(f"study.json is not a plan: {error}.") from error
-        if version != FORMAT:
+        """The plan that a text describes.
+
+        Args:
+            text: From `to_json`; one without a digest is of an older version and is taken as it is.
+
+        Returns:
+            The plan.
+
+        Raises:
+            StudyError: The text is not a plan that this version reads.
+            DamagedStudy: The plan was changed after it was written.
+        """
+        content = _json_object(text)
+        if content.get("format") != FORMAT:
             raise StudyError(
-                f"study.json has format {version}, and this Vitrail reads format {FORMAT}; use its version."
+                f"study.json has format {content.get('format')}, and this Vitrail reads format {FORMAT}; use its "
+                "version."
             )
+        digest = content.pop("digest", None)
+        if digest is not None and digest != _digest(content):
+            raise DamagedStudy(
+                "study.json was changed after the study had begun (its digest is of another plan), so it no longer "
+                "says what the numbers depend on. Restore it from a copy, or begin anew in another folder."
+            )
+        if "labels" not in content and isinstance(content.get("labels_from"), str):
+            content["labels"] = LabelSource.of_sentence(content["labels_from"]).value
+        if "task" not in content:  # an older version, which knew classes and feature vectors
+            content["task"] = "embedding" if content.get("n_classes") is None else "classes"
+            content |= {"output": None, "target": None}
+        content = {"weights_from": "", "notes": [], "device_name": "", **content}
         names = {field.name for field in fields(cls)}
-        if set(held) != names:
+        if set(content) != names:
             raise StudyError(
-                f"study.json is not a plan: these fields are missing or unknown: {sorted(set(held) ^ names)}."
+                f"study.json is not a plan: these fields are missing or unknown: {sorted(set(content) ^ names)}."
             )
-        return cls(**held)
+        _refuse_wrong_types(content)
+        return cls(**content)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"study.json is not a plan: {error}.") from error
+    if not isinstance(content, dict):
+        raise StudyError(f"study.json is not a plan: it holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _refuse_wrong_types(content: dict[str, Any]) -> None:
+    """Refuses fields that hold something else than a plan does, as one without a digest may."""
+    for field in fields(Plan):
+        if not _fits(content[field.name], field.type):
+            raise StudyError(f"study.json is not a plan: {field.name} cannot be {_short(content[field.name])}.")
+    if content["labels"] not in list(LabelSource):
+        raise StudyError(f"study.json is not a plan: labels cannot be {_short(content['labels'])}.")
+    for name in ("batch_size", "part_size"):
+        if content[name] < 1:
+            raise StudyError(f"study.json is not a plan: {name} is {content[name]}, and is 1 or more.")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value of JSON has the type of a field."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is UnionType:
+        return any(_fits(value, each) for each in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, arguments[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
+    return annotation is Any or type(value) is annotation
 
 
 NAMES = {
@@ -104,21 +223,38 @@ NAMES = {
     "left_out": "measures left out",
     "batch_size": "batch size",
     "part_size": "images in a part",
+    "device_name": "name of the device",
 }
 """Fields whose own name is not what people call them."""
 
 
-def differences(held: Plan, asked: Plan) -> list[str]:
-    """What the folder holds and what this run asks for, a phrase for each difference; empty where there is none.
+DEVICES = ("device: ", "name of the device: ")
+"""How differences of the device begin."""
 
-    The number of threads is not compared, as a run takes it from the folder.
+MIXED_DEVICES = " With --allow-mixed it goes on here; numbers then agree up to rounding only."
+
+NOT_COMPARED = ("threads", "weights_from", "notes")
+"""Fields that may differ: a run takes the number of threads from the folder, and the others decide no number, as the
+digest tells the weights."""
+
+
+def differences(existing: Plan, requested: Plan) -> list[str]:
+    """In what two plans differ.
+
+    Args:
+        existing: The plan of the folder.
+        requested: The plan of this run.
+
+    Returns:
+        A phrase for each difference, with both values; fields of `NOT_COMPARED` are left out.
     """
-    found: list[str] = []
+    phrases: list[str] = []
     for field in fields(Plan):
-        old, new = getattr(held, field.name), getattr(asked, field.name)
-        if old != new and field.name != "threads":
-            found.extend(_difference(NAMES.get(field.name, field.name), old, new))
-    return found
+        old, new = getattr(existing, field.name), getattr(requested, field.name)
+        unknown = field.name == "device_name" and "" in (old, new)
+        if old != new and field.name not in NOT_COMPARED and not unknown:
+            phrases.extend(_difference(NAMES.get(field.name, field.name), old, new))
+    return phrases
 
 
 def _difference(name: str, old: Any, new: Any) -> Iterator[str]:
@@ -137,12 +273,22 @@ def _short(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 4] + " ..."
 
 
-def refuse_other_plan(folder: str, held: Plan, asked: Plan) -> None:
-    """Raises `PlanMismatch` that names every difference, if there is one."""
-    found = differences(held, asked)
-    if found:
+def refuse_other_plan(folder: str, existing: Plan, requested: Plan) -> None:
+    """Refuses a plan that is not the folder's.
+
+    Args:
+        folder: Named in the message.
+        existing: The plan of the folder.
+        requested: The plan of this run.
+
+    Raises:
+        PlanMismatch: The plans differ; the message has every difference.
+    """
+    phrases = differences(existing, requested)
+    if phrases:
         raise PlanMismatch(
             f"{folder} was begun with another plan:\n  "
-            + "\n  ".join(found)
+            + "\n  ".join(phrases)
             + "\nGive the values that the folder has to go on with it, or another folder to begin anew."
+            + (MIXED_DEVICES if any(phrase.startswith(DEVICES) for phrase in phrases) else "")
         )

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 import vitrail
-from vitrail.data import Manifest
+from vitrail.analysis import in_order_of_declaration
+from vitrail.data import LabelSource, Manifest
 from vitrail.measure import Measure
+from vitrail.models.open import Vit
 from vitrail.study.plan import Plan
-from vitrail.vit.open import Vit
 
 __all__ = ["make_plan"]
 
@@ -35,10 +36,27 @@ def make_plan(
     batch_size: int,
     seed: int,
     threads: int,
+    part_images: int | None = None,
 ) -> Plan:
-    """The plan of studying `measures` of `vit` over the images of `manifest`."""
+    """Makes the plan of a study.
+
+    Args:
+        vit: The model.
+        manifest: The images.
+        measures: To be computed.
+        left_out: Reason by name of each measure that the model cannot have.
+        options: Of the analyses, those that differ from the default.
+        batch_size: Images in a pass.
+        seed: Of all that is random.
+        threads: Of torch.
+        part_images: About how many images make a part; None: 64.
+
+    Returns:
+        The plan, as it would be read back from its file.
+    """
     blocks = vit.anatomy.blocks
     prefixes = {block.prefix for block in blocks}
+    labels = _labels(vit, manifest)
     plan = Plan(
         model=vit.name,
         weight_digest=vit.weight_digest,
@@ -54,19 +72,31 @@ def make_plan(
         preprocessing=asdict(vit.preprocessing),
         data_digest=manifest.digest,
         n_images=len(manifest.images),
-        labels_from=_labels_from(vit, manifest),
-        measures={measure.name: measure.version for measure in measures},
-        left_out=dict(left_out),
-        options=dict(options),
+        labels_from=_labels_from(labels, manifest),
+        labels=labels.value,
+        measures=in_order_of_declaration({measure.name: measure.version for measure in measures}),
+        left_out=in_order_of_declaration(left_out),
+        options=dict(sorted(options.items())),
         precision=vit.precision,
         batch_size=batch_size,
-        part_size=batch_size * max(1, round(PART_IMAGES / batch_size)),
+        part_size=batch_size * max(1, round((part_images or PART_IMAGES) / batch_size)),
         seed=seed,
         device=torch.device(vit.device).type,
+        device_name=_device_name(vit),
         threads=threads,
+        task=vit.task.kind,
+        output=vit.read_output.output,
+        weights_from=vit.weights_source,
+        notes=list(vit.anatomy.notes),
+        target=vit.task.target.name if vit.task.target is not None else None,
         versions={"vitrail": vitrail.__version__, **_versions(measures)},
     )
     return Plan.from_json(plan.to_json())  # tuples become lists here, once, instead of at every comparison
+
+
+def _device_name(vit: Vit) -> str:
+    """Of a GPU; empty otherwise."""
+    return torch.cuda.get_device_name(vit.device) if torch.device(vit.device).type == "cuda" else ""
 
 
 def _versions(measures: Sequence[Measure]) -> dict[str, str]:
@@ -74,9 +104,15 @@ def _versions(measures: Sequence[Measure]) -> dict[str, str]:
     return {package: metadata.version(package) for package in (*PACKAGES, *(PATTERN_PACKAGES if fits else ()))}
 
 
-def _labels_from(vit: Vit, manifest: Manifest) -> str:
+def _labels(vit: Vit, manifest: Manifest) -> LabelSource:
     if any(entry.label is not None for entry in manifest.images):
+        return LabelSource.GIVEN
+    return LabelSource.NONE if vit.n_classes is None else LabelSource.PREDICTED
+
+
+def _labels_from(labels: LabelSource, manifest: Manifest) -> str:
+    if labels is LabelSource.GIVEN:
         return manifest.labels_from
-    if vit.n_classes is None:
+    if labels is LabelSource.NONE:
         return f"no labels: {manifest.labels_from}"
     return f"the model's own top-1 prediction, as {manifest.labels_from}"

@@ -4,47 +4,72 @@ import json
 from pathlib import Path
 
 from vitrail.errors import StudyError, UnknownModel, WeightsMismatch
+from vitrail.models.open import Vit, open_vit
+from vitrail.models.preprocessing import Preprocessing
+from vitrail.models.sources import split_python_name
+from vitrail.study.ownership import MODEL, write_atomic
 from vitrail.study.store import read_plan
-from vitrail.study.writing import write_whole
-from vitrail.vit.open import Vit, open_vit
 
-__all__ = ["remember", "reopen"]
-
-FILE = "model.json"
-"""How the model was opened. Apart from the plan: where a weights file lies changes no number, what is in it does."""
+__all__ = ["reopen", "save_model_arguments"]
 
 
-def remember(folder: Path, vit: Vit) -> None:
-    """Writes down how the model was opened."""
-    write_whole(folder / FILE, json.dumps(vit.opened_with, indent=1) + "\n")
+def save_model_arguments(folder: Path, vit: Vit) -> None:
+    """Stores how the model was opened, for `reopen`.
+
+    Args:
+        folder: The study.
+        vit: Its model.
+    """
+    write_atomic(folder / MODEL, json.dumps(vit.opened_with, indent=1) + "\n")
 
 
 def reopen(folder: str | Path, *, weights: str | Path | None = None, device: str = "cpu") -> Vit:
-    """The model of a study, opened as it was then; `weights` where the file has moved.
+    """Opens the model of a study as it was opened then.
 
-    Raises `UnknownModel` for a model that was handed over as a Python object, `WeightsMismatch` if the weights are not
-    those that were studied.
+    Args:
+        folder: The study.
+        weights: A file of the same weights, where they have moved; None: where they were.
+        device: Where it runs.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnknownModel: The model was handed over as a Python object, or made by a Python file.
+        WeightsMismatch: The weights are not those that were studied.
+        StudyError: The folder is no study, or does not say how its model was opened.
     """
     folder = Path(folder)
     plan = read_plan(folder)
     try:
-        opened = json.loads((folder / FILE).read_text())
+        opened = json.loads((folder / MODEL).read_text())
     except (OSError, ValueError) as error:
-        raise StudyError(f"{folder / FILE}, which says how the model was opened, cannot be read: {error}.") from error
+        raise StudyError(f"{folder / MODEL}, which says how the model was opened, cannot be read: {error}.") from error
     if opened is None:
         raise UnknownModel(
             f"{plan.model} was handed to the study as a Python object and cannot be opened again from here. "
-            "Serve it from Python: vitrail.app.server.serve(study, vitrail.live.Live(vit))."
+            "Serve it from Python: vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
+        )
+    if split_python_name(opened["model"]) is not None:
+        raise UnknownModel(
+            f"The model of this study was made by running {opened['model']}. Vitrail runs a Python file only when you "
+            "name it, never because a study does: open it with vitrail.open_vit and serve it from Python, "
+            "vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
         )
     size = opened["image_size"]
+    preprocessing = Preprocessing.from_dict(plan.preprocessing)
     vit = open_vit(
         opened["model"],
         image_size=tuple(size) if isinstance(size, list) else size,
+        preprocessing=preprocessing,
         weights=weights or opened["weights"],
         device=device,
         precision=opened["precision"],
         n_classes=opened["n_classes"],
         class_names=plan.class_names,
+        task=opened.get("task"),
+        output=opened.get("output"),
+        prompts=opened.get("prompts"),
     )
     if vit.weight_digest != plan.weight_digest:
         raise WeightsMismatch(

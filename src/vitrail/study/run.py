@@ -1,28 +1,51 @@
 """`run_study`: measures of a model over many images, part by part, into a folder that can be resumed at any moment."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
-from vitrail.data import ImageSource, Manifest, open_images, scan, with_masks
-from vitrail.errors import DataError, Unsupported, UsageError
-from vitrail.measure import ROOMS, Measure, measures_named
-from vitrail.study import rooms
-from vitrail.study.batches import BatchRun, Loaded, loaded_batches
-from vitrail.study.derived import image_xy
-from vitrail.study.patterns import derive_patterns
+from vitrail.analysis import (
+    BASE,
+    Calibrates,
+    analyses,
+    changed_options,
+    is_analysis,
+    is_of_other_models,
+    make_collectors,
+    measures_named,
+    split_names,
+    unavailable,
+)
+from vitrail.analysis import measures as all_measures
+from vitrail.data import MAX_PIXELS, EarlierScan, ImageEntry, ImageSource, Manifest, open_images, scan, with_masks
+from vitrail.data.files import some
+from vitrail.errors import DamagedStudy, DataError, PlanMismatch, Unsupported, UsageError
+from vitrail.measure import Measure
+from vitrail.models.open import Vit
+from vitrail.models.preprocessing import Preprocessing
+from vitrail.outputs import is_address, local_path
+from vitrail.study.batches import BatchRun, LoadedBatch, StudyRun, load_batches
+from vitrail.study.engines import ENGINES, work_on_ray
+from vitrail.study.growth import arrange_images, merge_plans, starts_with
+from vitrail.study.locking import POLL_S, Access
+from vitrail.study.object_store import open_objects
+from vitrail.study.ownership import refuse_foreign_folder, store_access, worker_access, write_access
 from vitrail.study.plan import Part, Plan
 from vitrail.study.planning import make_plan
 from vitrail.study.progress import Progress
-from vitrail.study.reopen import remember
-from vitrail.study.store import open_study
-from vitrail.study.writing import StudyFolder, locked, plan_of, refuse_foreign_folder
-from vitrail.vit.open import Vit
+from vitrail.study.reopen import save_model_arguments
+from vitrail.study.store import IMAGES, open_study, read_manifest
+from vitrail.study.writing import StudyFolder, plan_of
 
 __all__ = ["run_study"]
 
@@ -38,64 +61,216 @@ def run_study(
     seed: int = 0,
     options: Mapping[str, str] | None = None,
     masks: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
     progress: bool = False,
+    worker: bool = False,
+    allow_mixed: bool = False,
+    part_images: int | None = None,
+    engine: str = "local",
+    n_workers: int = 1,
 ) -> xr.Dataset:
-    """Studies `measures` of `vit` over `images` (what `open_images` takes) and returns the study that `out` then holds.
+    """Measures a model over images and writes the study to a folder; goes on where an earlier run of it ended.
 
-    Goes on where an earlier run under the same plan ended, however it ended. The batch size is part of the plan, and
-    the last batch is padded to it, so that no number depends on how many images follow. `options` are those of the
-    rooms (`rooms.options_of_rooms`); `seed` is of the map of images. `masks` is a folder of
-    PNGs of instance ids, named like the images, for measures that need objects. `progress` shows images a second and
-    the time left.
+    No number depends on how many images follow: the batch size is part of the plan, and the last batch is padded to it.
+    So a finished study grows: a run with other measures, a higher limit or more images adds what the folder lacks, and
+    the arrays are then those of a study that was made at once. Images that are added come after those that are there.
 
-    Raises `PlanMismatch` if `out` was begun with another plan, `StudyError` if it is no study, another process is
-    writing it or the disk is full; `DataError` if images cannot be used or have changed since the study began;
-    `Unsupported` if the model lacks what a measure asked for by name needs; `UsageError` for arguments without meaning.
+    Args:
+        vit: The model.
+        images: Anything that `open_images` takes: a folder, a list of files, a dataset, `"photos"`.
+        out: The folder of the study: new or empty, or a study that this run goes on with or adds to. Or its address in
+            an object store, `s3://bucket/study` (with the extra `s3`), where every run is one of several workers.
+        measures: Names of analyses or measures, comma-separated or in a sequence.
+        limit: The first so many usable images.
+        batch_size: Images in a pass.
+        seed: Of the map of images.
+        options: Of the analyses, by name (`vitrail.analysis.all_options`).
+        masks: A folder of PNGs of instance ids, named like the images, for measures that need objects.
+        max_pixels: Largest image that is decoded, rows x columns; larger ones are skipped and named.
+        progress: Shows images a second and the time left.
+        worker: Shares the work with other workers on the same folder, on this machine or others: each computes the
+            parts that nobody else does, and returns when all are done. The bytes are those of one process.
+        allow_mixed: Goes on with a study that was begun on another kind of device; numbers then agree up to rounding.
+        part_images: About how many images make a part: what an interruption costs, and what a worker takes at a time
+            (64 if nothing is said).
+        engine: "local", or "ray", which starts workers on the machines of a cluster (with the extra `ray`).
+        n_workers: How many workers the engine starts.
+
+    Returns:
+        The study, read lazily, as `open_study` returns it.
+
+    Raises:
+        PlanMismatch: `out` was begun with another plan, which differs in more than what a study can gain.
+        StudyError: `out` is no study, another process is writing it, the disk is full, or a worker asks for more than
+            those that are at work.
+        DataError: Images cannot be used, or have changed since the study began.
+        ModelError: The model answers the same images differently each time, or with NaN.
+        Unsupported: The model lacks what a measure that was asked for by name needs.
+        UsageError: An argument has no meaning.
+
+    Example:
+        >>> import vitrail
+        >>> vit = vitrail.open_vit("vitrail:photos")
+        >>> study = vitrail.run_study(vit, "vitrail:photos", out="study", limit=64)  # doctest: +SKIP
     """
-    folder = Path(out)
     if batch_size < 1:
         raise UsageError(f"A batch of {batch_size} images cannot be run; give 1 or more.")
-    options = {**(options or {}), **({"masks": "given"} if masks is not None else {})}
-    chosen, left_out = _chosen(vit, measures, options)
+    if part_images is not None and part_images < 1:
+        raise UsageError(f"A part of {part_images} images cannot be made; give 1 or more.")
+    if engine not in ENGINES:
+        raise UsageError(f"There is no engine {engine!r}; choose from {', '.join(ENGINES)}.")
+    if engine == "ray":
+        arguments = {
+            "out": out,
+            "measures": measures,
+            "limit": limit,
+            "batch_size": batch_size,
+            "seed": seed,
+            "options": options,
+            "masks": masks,
+            "max_pixels": max_pixels,
+            "allow_mixed": allow_mixed,
+            "part_images": part_images,
+        }
+        work_on_ray(vit, images, n_workers, arguments)
+        return open_study(out)
+    objects = open_objects(out) if is_address(out) else None
+    folder = local_path(out) if objects is None else objects.folder
+    options = changed_options({**(options or {}), **({"masks": "given"} if masks is not None else {})})
+    selected, left_out = _select_measures(vit, measures, options)
     refuse_foreign_folder(folder)
-    source = open_images(images, class_names=vit.class_names, n_classes=vit.n_classes, limit=limit)
-    with Progress(progress) as shown, locked(folder):
-        manifest = scan(source, progress=shown.scanning)
-        manifest = with_masks(manifest, masks) if masks is not None else manifest
-        _refuse_unknown_labels(manifest, vit)
-        plan = make_plan(
-            vit, manifest, chosen, left_out=left_out, options=options,
-            batch_size=batch_size, seed=seed, threads=torch.get_num_threads(),
-        )  # fmt: skip
-        held = plan_of(folder)
-        plan = replace(plan, threads=held.threads) if held else plan
-        study = StudyFolder(folder, plan, manifest)
-        remember(folder, vit)
-        with _threads(plan.threads), _resumable(study):
-            _run_parts(vit, source, manifest, study, shown)
-            _derive(study)
-            derive_patterns(vit, source, manifest, study, shown)
+    source = open_images(
+        images, class_names=vit.class_names, n_classes=vit.n_classes, limit=limit, max_pixels=max_pixels
+    )
+    request = _Request(selected, left_out, options, batch_size, part_images, seed, masks, allow_mixed)
+    with nullcontext() if objects is None else objects.errors(), Progress(progress) as bars, ExitStack() as held:
+        if objects is not None:
+            access: _Access = partial(store_access, objects, held)
+        else:
+            access = partial(worker_access, folder, held) if worker else partial(_alone, folder, held)
+        study, manifest = _open_folder(vit, source, folder, request, bars, access)
+        with _threads(study.plan.threads), _resumable(study):
+            _run_parts(vit, source, manifest, study, bars)
+            with study.access.one_at_a_time("derived"):
+                if objects is not None:
+                    objects.pull(values=True)
+                study.list_arrays()
+                _derive(StudyRun(vit, source, manifest, study, bars))
+                study.remove_traces()
     return open_study(folder)
 
 
-def _chosen(
+@dataclass(frozen=True)
+class _Request:
+    """What a run asks for, checked."""
+
+    measures: Sequence[Measure]
+    left_out: Mapping[str, str]
+    options: Mapping[str, str]
+    batch_size: int
+    part_images: int | None
+    seed: int
+    masks: str | Path | None
+    allow_mixed: bool
+
+
+_Access = Callable[[], AbstractContextManager[Access]]
+"""Gives the right to write a study; what it holds while the study is opened ends with the context."""
+
+
+@contextmanager
+def _alone(folder: Path, held: ExitStack) -> Iterator[Access]:
+    """The right to write a folder that nobody else has until `held` is closed."""
+    yield held.enter_context(write_access(folder))
+
+
+def _open_folder(
+    vit: Vit, source: ImageSource, folder: Path, request: _Request, bars: Progress, access_of_folder: _Access
+) -> tuple[StudyFolder, Manifest]:
+    """The folder, begun, gone on with, grown or joined."""
+    with access_of_folder() as access:
+        existing = plan_of(folder)
+        manifest = _scan(vit, source, folder, request, bars)
+        if existing is not None and not starts_with(manifest, existing):
+            manifest = arrange_images(existing, read_manifest(folder), manifest)
+        plan = _plan(vit, manifest, request, existing)
+        study = StudyFolder(folder, plan, manifest, access)
+        if not access.others:
+            save_model_arguments(folder, vit)
+    return study, manifest
+
+
+def _scan(vit: Vit, source: ImageSource, folder: Path, request: _Request, bars: Progress) -> Manifest:
+    preprocessing = vit.preprocessing.as_dict()
+    manifest = scan(source, bars.scanning, preprocessing, _earlier_scan(folder, preprocessing))
+    manifest = with_masks(manifest, request.masks) if request.masks is not None else manifest
+    _refuse_unknown_labels(manifest, vit)
+    return manifest
+
+
+def _earlier_scan(folder: Path, preprocessing: Mapping[str, Any]) -> EarlierScan | None:
+    """The scan that a study began with, if it has one of the same preprocessing that can be read."""
+    plan = plan_of(folder)
+    if plan is None or Preprocessing.from_dict(plan.preprocessing).as_dict() != preprocessing:
+        return None
+    try:
+        return EarlierScan(read_manifest(folder), (folder / IMAGES).stat().st_mtime)
+    except (DamagedStudy, OSError):
+        return None  # every image is read again, and the list is then written anew
+
+
+def _plan(vit: Vit, manifest: Manifest, request: _Request, existing: Plan | None) -> Plan:
+    """The plan of a new study, or of one that has gained what is asked for."""
+    declared = all_measures()
+    earlier = [declared[name] for name in (existing.measures if existing else ()) if name in declared]
+    plan = make_plan(
+        vit,
+        manifest,
+        tuple({each.name: each for each in (*request.measures, *earlier)}.values()),
+        left_out=request.left_out,
+        options=request.options,
+        batch_size=request.batch_size,
+        part_images=request.part_images,
+        seed=request.seed,
+        threads=torch.get_num_threads(),
+    )
+    if existing is None:
+        return plan
+    if request.allow_mixed:
+        plan = replace(plan, device=existing.device, device_name=existing.device_name)
+    plan = merge_plans(existing, plan, [measure.name for measure in request.measures])
+    _refuse_other_calibration(vit, existing, plan)
+    return plan
+
+
+def _select_measures(
     vit: Vit, measures: str | Sequence[str], options: Mapping[str, str]
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures to compute, and those that this model does not have, with reasons."""
-    asked = measures_named(measures)
-    left_out = rooms.skipped(vit, [each.name for each in asked], options)
-    if vit.n_classes is None:
-        base = [each.name for each in asked if each.room == "base" and "classifier" in each.needs]
-        left_out |= dict.fromkeys(base, "the model has no classifier, its output is a feature vector")
-    by_name = measures.split(",") if isinstance(measures, str) else measures
-    refused = [
-        f"{name}: {left_out[name]}" for name in map(str.strip, by_name) if name in left_out and name not in ROOMS
-    ]
-    chosen = [each for each in asked if each.name not in left_out]
-    if refused or all(each.room == "base" for each in chosen):
-        told = refused or [f"{name}: {reason}" for name, reason in left_out.items()]
-        raise Unsupported(f"{vit.name} cannot give what was asked for:\n  " + "\n  ".join(told))
-    return chosen, left_out
+    candidates = measures_named(measures)
+    left_out = unavailable(vit, [each.name for each in candidates], options)
+    by_name = [name for name in split_names(measures) if name in left_out and not is_analysis(name)]
+    refused = [f"{name}: {left_out[name]}" for name in by_name]
+    selected = [each for each in candidates if each.name not in left_out]
+    left_out = {name: reason for name, reason in left_out.items() if name in by_name or not is_of_other_models(name)}
+    if refused or all(each.analysis == BASE for each in selected):
+        reasons = refused or [f"{name}: {reason}" for name, reason in left_out.items()]
+        raise Unsupported(f"{vit.name} cannot give what was asked for:\n  " + "\n  ".join(reasons))
+    return selected, left_out
+
+
+def _refuse_other_calibration(vit: Vit, existing: Plan, plan: Plan) -> None:
+    """Refuses more images where the numbers of each image depend on all images."""
+    if plan.n_images == existing.n_images:
+        return
+    collectors = make_collectors(vit, tuple(existing.measures), existing.options)
+    names = [name for each in collectors if isinstance(each, Calibrates) for name in each.measures]
+    if names:
+        raise PlanMismatch(
+            f"number of images: the folder has {existing.n_images}, this run {plan.n_images}; {some(names, 3)} are "
+            "measured against means over all images of the study, so it cannot gain any. Name another folder to begin "
+            "anew."
+        )
 
 
 def _refuse_unknown_labels(manifest: Manifest, vit: Vit) -> None:
@@ -108,58 +283,82 @@ def _refuse_unknown_labels(manifest: Manifest, vit: Vit) -> None:
         )
 
 
-def _run_parts(vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFolder, shown: Progress) -> None:
+def _run_parts(vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFolder, bars: Progress) -> None:
+    """Computes what is missing; a worker goes on until nothing is, as another one may end before its part is done."""
     missing = study.missing
     if not missing:
         return
     run = BatchRun(vit, study.plan)
     size = study.plan.batch_size
-    _survey(vit, source, manifest, study, run, shown)
-    batches = [manifest.images[at : min(at + size, part.stop)] for part in missing for at in _starts(part, size)]
-    shown.studying(study.plan.n_images - sum(len(batch) for batch in batches), study.plan.n_images)
-    with loaded_batches(vit, source, batches) as loaded:
-        for part in missing:
-            study.write_part(part, _part_arrays(run, part, study.plan, loaded, shown))
+    with load_batches(vit, source, [manifest.images[:size]]) as loaded:
+        run.refuse_chance(next(loaded))
+    with study.access.one_at_a_time("calibration"):
+        _calibrate(vit, source, manifest, study, run, bars)
+    bars.studying(study.plan.n_images - sum(part.stop - part.start for part in missing), study.plan.n_images)
+    while missing:
+        n_parts = _compute_parts(vit, source, manifest, study, run, bars)
+        missing = study.missing
+        if missing and n_parts == 0:
+            time.sleep(POLL_S)
 
 
-def _survey(
-    vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFolder, run: BatchRun, shown: Progress
-) -> None:
-    """What collectors need to have seen of all images; made once, and kept for later runs of the same study."""
-    if not run.surveys:
-        return
-    if not study.is_surveyed:
-        size = study.plan.batch_size
-        batches = [manifest.images[start : start + size] for start in range(0, study.plan.n_images, size)]
-        shown.studying(0, study.plan.n_images, "surveying")
-        with loaded_batches(vit, source, batches) as loaded:
-            for batch in loaded:
-                run.survey(batch)
-                shown.advance(len(batch.entries))
-        study.write_survey([collector.surveyed() for collector in run.surveys])
-    for collector, arrays in zip(run.surveys, study.read_survey(), strict=True):
-        collector.take_survey(arrays)
+def _compute_parts(
+    vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFolder, run: BatchRun, bars: Progress
+) -> int:
+    """Computes every part that can be claimed; their number."""
+    claimed: deque[Part] = deque()
+    size, n_parts = study.plan.batch_size, 0
 
+    def batches() -> Iterator[Sequence[ImageEntry]]:
+        for part in study.claim_parts():
+            claimed.append(part)
+            for start in range(part.start, part.stop, size):
+                yield manifest.images[start : min(start + size, part.stop)]
 
-def _starts(part: Part, batch_size: int) -> range:
-    return range(part.start, part.stop, batch_size)
+    with load_batches(vit, source, batches()) as loaded:
+        for first in loaded:
+            part = claimed.popleft()
+            n_batches = -(-(part.stop - part.start) // size)
+            study.write_part(
+                part, _part_arrays(run, study.arrays_of(part), chain([first], islice(loaded, n_batches - 1)), bars)
+            )
+            n_parts += 1
+    return n_parts
 
 
 def _part_arrays(
-    run: BatchRun, part: Part, plan: Plan, loaded: Iterator[Loaded], shown: Progress
+    run: BatchRun, existing: Container[str], batches: Iterable[LoadedBatch], bars: Progress
 ) -> dict[str, np.ndarray]:
     pieces: list[dict[str, np.ndarray]] = []
-    for _ in _starts(part, plan.batch_size):
-        batch = next(loaded)
-        pieces.append(run(batch))
-        shown.advance(len(batch.entries))
+    for batch in batches:
+        pieces.append(run(batch, existing))
+        bars.advance(len(batch.entries))
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _derive(study: StudyFolder) -> None:
-    if study.derived_is_missing and "head_probability" in study.plan.measures:
-        table = open_study(study.folder)["head_probability"].values
-        study.write_derived({"image_xy": image_xy(table, study.plan.seed)})
+def _calibrate(
+    vit: Vit, source: ImageSource, manifest: Manifest, study: StudyFolder, run: BatchRun, bars: Progress
+) -> None:
+    """What collectors need to have seen of all images; made once, and kept for later runs of the same study."""
+    if not run.calibrating:
+        return
+    if not study.has_calibration or len(study.read_calibration()) != len(run.calibrating):
+        size = study.plan.batch_size
+        batches = [manifest.images[start : start + size] for start in range(0, study.plan.n_images, size)]
+        bars.studying(0, study.plan.n_images, "calibrating")
+        with load_batches(vit, source, batches) as loaded:
+            for batch in loaded:
+                run.calibrate(batch)
+                bars.advance(len(batch.entries))
+        study.write_calibration([collector.calibration_statistics() for collector in run.calibrating])
+    run.load_calibration(study.read_calibration())
+
+
+def _derive(run: StudyRun) -> None:
+    """What needs all images, of every analysis that has a measure in the plan."""
+    for analysis in analyses().values():
+        if analysis.derive is not None and set(analysis.measure_names) & set(run.folder.plan.measures):
+            analysis.derive(run)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 study.json        the plan
 images.json       the images in order, and the files that were skipped, with reasons
 arrays.zarr/      one array per measure, first dimension `image`, chunked along it by part
-parts/00012.json  part 12 is complete; the digest of each of its arrays
+parts/00012.json  what there is of part 12; the digest of each of its arrays
 parts/derived.json  the same of the arrays that need all images
 patterns/           the fitted models of attention patterns, and arrays.zarr with what they say of every head
 parts/patterns.json  the same of these arrays
@@ -11,29 +11,43 @@ parts/patterns.json  the same of these arrays
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+from zarr.registry import register_pipeline
 
+from vitrail.analysis import measures
 from vitrail.data import Manifest
+from vitrail.data.files import sentence, some
+from vitrail.dataset import MeasureDataset
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.measure import MEASURES, Measure
+from vitrail.outputs import is_address
 from vitrail.study.plan import Part, Plan
 
 __all__ = [
     "ARRAYS",
     "DERIVED",
+    "FROM_ALL_PARTS",
     "IMAGES",
     "PARTS",
     "PATTERNS",
     "PLAN",
+    "UNREADABLE",
     "array_digest",
-    "declared",
+    "arrays_by_part",
     "missing_parts",
     "open_study",
+    "part_digests",
     "part_file",
     "read_manifest",
     "read_plan",
@@ -41,47 +55,6 @@ __all__ = [
 ]
 
 PLAN, IMAGES, ARRAYS, PARTS = "study.json", "images.json", "arrays.zarr", "parts"
-
-THUMBNAIL_PX = 64
-N_TOP = 5
-
-ACCOMPANYING = {
-    measure.name: measure
-    for measure in (
-        Measure(
-            "thumbnail", "thumbnail", ("image", "row", "column", "channel"), "8-bit RGB", "", "",
-            f"what the model sees, resized to at most {THUMBNAIL_PX} px", "For looking at only.", "base", dtype="uint8",
-        ),
-        Measure(
-            "top_class", f"the {N_TOP} most probable classes", ("image", "class"), "class", "", "",
-            "order of the logits, nothing pruned", "Ties go to the first class.", "base",
-            frozenset({"classifier"}), "int32",
-        ),
-        Measure(
-            "top_probability", f"probabilities of the {N_TOP} most probable classes", ("image", "class"), "1", "", "",
-            "softmax of the logits, nothing pruned", "Softmax probabilities are seldom calibrated.", "base",
-            frozenset({"classifier"}),
-        ),
-        Measure(
-            "image_xy", "map of the images", ("image", "xy"), "layout units", "", "",
-            "t-SNE of each image's head_probability over all heads (below 5 images: principal components)",
-            "Near means alike; distances between far groups and sizes of groups mean nothing.", "base",
-            frozenset({"classifier"}),
-        ),
-        Measure(
-            "patch_cluster_map", "mean map of a cluster", ("cluster", "query", "key"), "mean attention weight", "", "",
-            "mean over all heads in the cluster, on the common grid of patches", "A mean: no head need look like it.",
-            "patterns", frozenset({"grid"}),
-        ),
-        Measure(
-            "cls_cluster_map", "mean class row and column of a cluster", ("cls_cluster", "cell"),
-            "mean attention weight", "", "", "mean over all heads in the cluster: what the class token gives to each "
-            "token, then what each other token gives to it", "A mean: no head need look like it.", "patterns",
-            frozenset({"grid", "class_token"}),
-        ),
-    )
-}  # fmt: skip
-"""Arrays beside the measures: the store writes them of itself."""
 
 DERIVED = ("image_xy",)
 """Arrays that need all images, computed after the last part."""
@@ -91,54 +64,209 @@ PATTERNS = "patterns"
 """The folder of the fitted patterns, and the name of their part."""
 
 
-FROM_ALL_PARTS = ("derived", PATTERNS)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+"""What zarr, xarray and their codecs raise on files that are not what they seem."""
+
+DERIVED_PART = "derived"
+
+FROM_ALL_PARTS = (DERIVED_PART, PATTERNS)
 """Parts that are made of all others."""
 
 
-def declared(name: str) -> Measure:
-    """The declaration of any array of a study."""
-    return MEASURES[name] if name in MEASURES else ACCOMPANYING[name]
-
-
 def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
-    """The study as a dataset, read lazily: arrays with title, unit, low, high, source, limits; the plan in `attrs`.
+    """Opens a study as a dataset that is read lazily.
 
-    The coordinate `image` holds the ids. `partial=True` opens a study that is not finished, without the images that are
-    still missing; `attrs["missing_images"]` counts them. Raises `StudyError` if the folder is no study or not finished.
+    Args:
+        path: The folder of the study, or its address in an object store, from which all of it is downloaded.
+        partial: Opens a study that is not finished: without images that are still to come, and without measures that
+            are being added to it and are not complete.
+
+    Returns:
+        Arrays with title, unit, low, high, source and limits in their attributes; the coordinate `image` holds the ids;
+        `attrs` holds the plan, `missing_images` (a count) and `missing_measures` (names).
+
+    Raises:
+        StudyError: The folder is no study, or not finished and `partial` is False.
+        DamagedStudy: Something that was written is lost or cannot be read.
+
+    Example:
+        >>> import vitrail
+        >>> study = vitrail.open_study("study")  # doctest: +SKIP
+        >>> study["head_probability"].mean("image")  # doctest: +SKIP
     """
+    if is_address(path):
+        from vitrail.study.object_store import open_objects
+
+        objects = open_objects(path)
+        with objects.errors():
+            objects.pull(values=True)
+            return open_study(objects.folder, partial=partial)
     folder = Path(path)
     plan = read_plan(folder)
+    listed = arrays_by_part(folder, plan)
     missing = missing_parts(folder, plan)
     if missing and not partial:
-        raise StudyError(_unfinished(folder, plan, missing) + " Or open what is there with partial=True.")
-    if len(missing) == len(plan.parts):
-        raise StudyError(_unfinished(folder, plan, missing))
-    ids = [entry.id for entry in read_manifest(folder).images]
+        raise StudyError(_not_finished_message(folder, plan, missing) + " Or open what is there with partial=True.")
+    parts = [part for part in plan.parts if part.number in listed]
+    names = frozenset.intersection(*listed.values()) if listed else frozenset()
+    if not names:
+        raise StudyError(_not_finished_message(folder, plan, missing))
+    ids = [entry.id for entry in read_manifest(folder).images][: plan.n_images]
     if len(ids) != plan.n_images:
         raise DamagedStudy(f"{folder / IMAGES} lists {len(ids)} images, and the plan has {plan.n_images}.")
-    dataset = _arrays(folder / ARRAYS).assign_coords(image=np.asarray(ids, dtype=np.str_))
+    dataset = _arrays(folder / ARRAYS, part_digests(folder, parts[0].number))
+    if missing:
+        dataset = dataset.drop_vars([name for name in dataset.variables if name not in names])
+    lost = _missing_chunks(folder, dataset, parts)
     about = {}
     if not missing and part_file(folder, PATTERNS).is_file():
-        patterns = _arrays(folder / PATTERNS / ARRAYS)
+        patterns = _arrays(folder / PATTERNS / ARRAYS, part_digests(folder, PATTERNS))
+        lost |= _missing_pattern_chunks(folder, patterns)
         about, dataset = {PATTERNS: patterns.attrs}, dataset.assign(patterns.data_vars)
-    n_missing = sum(part.stop - part.start for part in missing)
-    if missing:
-        there = np.concatenate([np.arange(part.start, part.stop) for part in plan.parts if part not in missing])
-        dataset = dataset.drop_vars(DERIVED, errors="ignore").isel(image=there)
-    return dataset.assign_attrs({**json.loads(plan.to_json()), "missing_images": n_missing, **about})
+    if lost:
+        raise DamagedStudy(_missing_chunks_message(folder, lost))
+    dataset = _select_images(folder, dataset, ids, None if len(parts) == len(plan.parts) else parts)
+    left = {
+        "missing_images": plan.n_images - dataset.sizes["image"],
+        "missing_measures": sorted(_arrays_of_every_part(plan, listed) - names),
+    }
+    study = MeasureDataset(dataset.data_vars, dataset.coords, {**asdict(plan), **left, **about})
+    study.encoding["source"] = str(folder.resolve())  # as xarray's own readers note it; `vitrail.show` reads it
+    return study
 
 
-def _unfinished(folder: Path, plan: Plan, missing: Sequence[Part]) -> str:
+def _select_images(folder: Path, dataset: xr.Dataset, ids: Sequence[str], parts: Sequence[Part] | None) -> xr.Dataset:
+    """The images of some parts, or all, with their ids."""
+    n_rows = len(ids) if parts is None else parts[-1].stop
+    if dataset.sizes.get("image", 0) < n_rows:
+        raise DamagedStudy(
+            f"{folder / ARRAYS} has room for {dataset.sizes.get('image', 0)} images, and {n_rows} were written. "
+            "Restore the folder from a copy."
+        )
+    if parts is not None:
+        rows = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+        ids, dataset = [ids[row] for row in rows], dataset.isel(image=rows)
+    return dataset.assign_coords(image=np.asarray(ids, dtype=np.str_))
+
+
+def _missing_chunks(folder: Path, arrays: xr.Dataset, parts: Sequence[Part]) -> dict[int | str, list[str]]:
+    """Arrays of which a complete part has no chunk on disk, by part. zarr reads such chunks as the fill value."""
+    lost: dict[int | str, list[str]] = {}
+    derived = {DERIVED_PART: 0} if part_file(folder, DERIVED_PART).is_file() else {}
+    numbers = {part.number: part.number for part in parts}
+    for name, array in arrays.data_vars.items():
+        chunks: Mapping[Any, int] = derived if name in DERIVED else numbers
+        for part in _parts_without_chunk(folder / ARRAYS, str(name), array.shape, chunks):
+            lost.setdefault(part, []).append(str(name))
+    return lost
+
+
+def _missing_pattern_chunks(folder: Path, arrays: xr.Dataset) -> dict[int | str, list[str]]:
+    group, shapes = folder / PATTERNS / ARRAYS, {str(name): array.shape for name, array in arrays.data_vars.items()}
+    names = [name for name, shape in shapes.items() if _parts_without_chunk(group, name, shape, {PATTERNS: 0})]
+    return {PATTERNS: names} if names else {}
+
+
+def _parts_without_chunk(group: Path, name: str, shape: Sequence[int], chunks: Mapping[Any, int]) -> list[Any]:
+    """The parts whose chunk of an array is missing or empty; chunks divide the first dimension only."""
+    if 0 in shape:
+        return []
+    start, end = f"{group}/{name}/c/", "/0" * (len(shape) - 1)
+    return [part for part, chunk in chunks.items() if _size(f"{start}{chunk}{end}") == 0]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _missing_chunks_message(folder: Path, lost: Mapping[int | str, Sequence[str]]) -> str:
+    parts = [f"part {part} ({some(names, 3)})" for part, names in lost.items()]
+    return (
+        f"{folder} has lost values that were written: those of {some(parts, 4)}. Restore the folder from a copy, or "
+        f"run `vitrail verify {folder} --repair` and then the same `vitrail study` command again, which computes them "
+        "anew."
+    )
+
+
+def _not_finished_message(folder: Path, plan: Plan, missing: Sequence[Part]) -> str:
     done = len(plan.parts) - len(missing)
     return f"{folder} has {done} of {len(plan.parts)} parts; run the same `vitrail study` command again to finish it."
 
 
-def _arrays(path: Path) -> xr.Dataset:
+def part_digests(folder: Path, name: int | str) -> dict[str, str]:
+    """The digest of each array that is written of a part.
+
+    Args:
+        folder: The study.
+        name: Number of the part, "derived" or "patterns".
+
+    Returns:
+        Digests by name of the array.
+
+    Raises:
+        DamagedStudy: The file of the part cannot be read.
+    """
+    file = part_file(folder, name)
     try:
-        found: xr.Dataset = xr.open_zarr(path, chunks=None, consolidated=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedStudy(f"{path} cannot be opened: {error}. {_redo(path)}") from error
-    return found
+        return {str(array): str(digest) for array, digest in json.loads(file.read_bytes())["digests"].items()}
+    except UNREADABLE as error:
+        raise DamagedStudy(
+            f"{file} cannot be read: {sentence(error)}. Delete it and run the same `vitrail study` command again."
+        ) from error
+
+
+def _arrays(path: Path, names: Iterable[str]) -> xr.Dataset:
+    """The group of arrays at `path`, in which `names` are."""
+    try:
+        # without a cache of their own, as `_read_lazily` has one
+        with zarr.config.set(_reader()):
+            arrays = xr.open_dataset(path, engine="zarr", chunks=None, cache=False, consolidated=True)
+    except UNREADABLE as error:
+        raise DamagedStudy(f"{path} cannot be opened: {sentence(error)}. {_redo(path)}") from error
+    lacking = [name for name in names if name not in arrays]
+    if lacking:
+        raise DamagedStudy(f"{path} has lost its arrays {some(lacking)}. {_redo(path)}")
+    return arrays.assign({name: _read_lazily(path, str(name), array) for name, array in arrays.variables.items()})
+
+
+def _reader() -> dict[str, str]:
+    """The options of zarr with which many small chunks are read in a tenth of the time, where zarrs is installed."""
+    if find_spec("zarrs") is None:
+        return {}
+    from zarrs import ZarrsCodecPipeline
+
+    register_pipeline(ZarrsCodecPipeline)  # its first versions do not tell zarr by themselves
+    return {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+
+
+def _read_lazily(path: Path, name: str, array: xr.Variable) -> xr.Variable:
+    """The array, read when it is needed and then cached; what cannot be read then is a `DamagedStudy`."""
+    lazy = indexing.LazilyIndexedArray(_StoredArray(path, name, array))
+    cached = indexing.MemoryCachedArray(lazy)  # type: ignore[no-untyped-call]
+    return xr.Variable(array.dims, cached, array.attrs, array.encoding)
+
+
+class _StoredArray(BackendArray):
+    def __init__(self, path: Path, name: str, array: xr.Variable) -> None:
+        self.shape, self.dtype = array.shape, array.dtype
+        self._path, self._name, self._array = path, name, array
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        try:
+            return np.asarray(self._array[key].values)
+        except UNREADABLE as error:
+            study = self._path.parents[1] if self._path.parent.name == PATTERNS else self._path.parent
+            raise DamagedStudy(
+                f"Values of {self._name} in {self._path} cannot be read: {sentence(error)}. Restore the folder from a "
+                f"copy, or run `vitrail verify {study} --repair` and then the same `vitrail study` command again, "
+                "which computes them anew."
+            ) from error
 
 
 def _redo(path: Path) -> str:
@@ -149,87 +277,211 @@ def _redo(path: Path) -> str:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan of a study. Raises `StudyError` if the folder is no study."""
+    """The plan of a study.
+
+    Args:
+        path: The folder of the study.
+
+    Returns:
+        The plan.
+
+    Raises:
+        StudyError: The folder is no study.
+        DamagedStudy: The plan cannot be read.
+    """
     file = Path(path) / PLAN
     if not file.is_file():
         raise StudyError(
             f"{path} is not a study: it has no {PLAN}. A study is made by `vitrail study MODEL IMAGES --out`."
         )
-    return Plan.from_json(file.read_text(encoding="utf-8"))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedStudy(f"{file}, the plan of the study, cannot be read: {sentence(error)}.") from error
+    return Plan.from_json(text)
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The images of a study, in order, and what was skipped. Raises `DamagedStudy` if the list cannot be read."""
+    """The images of a study, in order, and what was skipped.
+
+    Args:
+        path: The folder of the study.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DamagedStudy: The list of images cannot be read.
+    """
     file = Path(path) / IMAGES
     try:
-        return Manifest.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedStudy(f"{file}, the list of the study's images, cannot be read: {error!r}.") from error
+        stat = file.stat()
+        return _read_manifest(file, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    except UNREADABLE as error:  # RuntimeError: JSON that is nested too deep
+        raise DamagedStudy(
+            f"{file}, the list of the study's images, cannot be read: {sentence(error)}. Restore it from a copy."
+        ) from error
+
+
+@lru_cache(maxsize=1)  # whoever opens a study reads its list more than once, and a million images take seconds
+def _read_manifest(file: Path, *_version: int) -> Manifest:
+    return Manifest.from_json(file.read_text(encoding="utf-8"))
 
 
 def part_file(folder: Path, name: int | str) -> Path:
-    """Where the completion of a part is written, `name` being its number or "derived"."""
+    """The path of the file that says what is complete of a part.
+
+    Args:
+        folder: The study.
+        name: Number of the part, "derived" or "patterns".
+
+    Returns:
+        A path in the study, whether the file is there or not.
+    """
     return folder / PARTS / (f"{name:05d}.json" if isinstance(name, int) else f"{name}.json")
 
 
-def missing_parts(folder: Path, plan: Plan) -> list[Part]:
-    """The parts that are not complete."""
-    return [part for part in plan.parts if not part_file(folder, part.number).is_file()]
+def missing_parts(folder: Path, plan: Plan, parts: Sequence[Part] | None = None) -> list[Part]:
+    """The parts that lack an array of the plan.
+
+    Args:
+        folder: The study.
+        plan: Its plan.
+        parts: Some of its parts; None: all.
+
+    Returns:
+        Parts, in order.
+    """
+    parts = plan.parts if parts is None else parts
+    listed = arrays_by_part(folder, plan, parts)
+    expected = _arrays_of_every_part(plan, listed)
+    return [part for part in parts if not expected <= listed.get(part.number, frozenset())]
+
+
+def arrays_by_part(folder: Path, plan: Plan, parts: Sequence[Part] | None = None) -> dict[int, frozenset[str]]:
+    """The names of the arrays that are written of each part.
+
+    A file of a part that cannot be read counts as listing all that the plan asks for: that it is damaged is found when
+    the part is read, and it is not measured again without a word.
+
+    Args:
+        folder: The study.
+        plan: Its plan.
+        parts: Some of its parts; None: all.
+
+    Returns:
+        Names by number of the part; without parts that have none.
+    """
+    listed = {}
+    for part in plan.parts if parts is None else parts:
+        try:
+            content = json.loads(part_file(folder, part.number).read_bytes())
+            listed[part.number] = frozenset(map(str, content["digests"]))
+        except FileNotFoundError:
+            continue
+        except UNREADABLE:
+            listed[part.number] = frozenset(plan.measures)
+    return listed
+
+
+def _arrays_of_every_part(plan: Plan, listed: Mapping[int, frozenset[str]]) -> frozenset[str]:
+    """Measures that every part has. What no installed package declares is expected where any part has it."""
+    declared = measures()
+    anywhere = frozenset().union(*listed.values())
+    per_image = (name for name in plan.measures if name in declared and not declared[name].derived)
+    return frozenset(per_image) | (anywhere & plan.measures.keys())
 
 
 def array_digest(values: np.ndarray) -> str:
-    """Of dtype, shape and every value; NaNs count by their bits."""
+    """Digest of dtype, shape and every value; NaNs count by their bits.
+
+    Args:
+        values: An array.
+
+    Returns:
+        SHA-256 as hex.
+    """
     header = f"{values.dtype.str} {values.shape} ".encode()
     return hashlib.sha256(header + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def verify(path: str | Path, *, repair: bool = False) -> int:
-    """Reads every complete part back and compares it with the digests written beside it; the number of parts read.
+    """Reads every complete part back and compares it with the digests written beside it.
 
-    Raises `DamagedStudy` that names the damaged parts. With `repair` they are marked as missing instead, so that the
-    same `vitrail study` command computes them again; the number is then of the sound parts. Raises `StudyError` if the
-    folder is no study.
+    Args:
+        path: The folder of the study.
+        repair: Marks damaged parts as missing, so that the same `vitrail study` command computes them again, instead of
+            raising.
+
+    Returns:
+        Number of sound parts.
+
+    Raises:
+        DamagedStudy: Some parts are damaged; the message names them. Or the list of images is another.
+        StudyError: The folder is no study.
     """
     folder = Path(path)
     plan = read_plan(folder)
     _verify_images(folder, plan)
-    complete = [part for part in plan.parts if part_file(folder, part.number).is_file()]
-    ranges: dict[int | str, slice] = {part.number: slice(part.start, part.stop) for part in complete}
+    written = [part for part in plan.parts if part_file(folder, part.number).is_file()]
+    ranges: dict[int | str, slice] = {part.number: slice(part.start, part.stop) for part in written}
     ranges |= {name: slice(None) for name in FROM_ALL_PARTS if part_file(folder, name).is_file()}
+    _verify_metadata(folder, ranges)
     damaged = {name: reason for name, rows in ranges.items() if (reason := _damage(folder, name, rows))}
     if damaged and not repair:
-        told = "\n  ".join(f"{part_file(folder, name)}: {reason}" for name, reason in damaged.items())
+        reasons = "\n  ".join(f"{part_file(folder, name)}: {reason}" for name, reason in damaged.items())
         raise DamagedStudy(
-            f"{len(damaged)} of {len(ranges)} parts do not read back as they were written:\n  {told}\n"
+            f"{len(damaged)} of {len(ranges)} parts do not read back as they were written:\n  {reasons}\n"
             "Delete these files (`--repair` does it) and run the same `vitrail study` command again."
         )
     for name in damaged:
         part_file(folder, name).unlink()
     for name in FROM_ALL_PARTS if damaged else ():
         part_file(folder, name).unlink(missing_ok=True)
-    return len(complete) - sum(name not in FROM_ALL_PARTS for name in damaged)
+    return len(written) - sum(name not in FROM_ALL_PARTS for name in damaged)
 
 
 def _verify_images(folder: Path, plan: Plan) -> None:
     manifest = read_manifest(folder)
-    if manifest.digest != plan.data_digest:
+    studied = replace(manifest, images=manifest.images[: plan.n_images])  # more where a run that adds some was ended
+    if studied.digest != plan.data_digest:
         raise DamagedStudy(f"{folder / IMAGES} is not the list that the study was begun with; restore it from a copy.")
+
+
+def _verify_metadata(folder: Path, names: Iterable[int | str]) -> None:
+    if any(name != PATTERNS for name in names):
+        _arrays(folder / ARRAYS, ())
+    if PATTERNS in names:
+        _arrays(folder / PATTERNS / ARRAYS, ())
 
 
 def _damage(folder: Path, name: int | str, rows: slice) -> str | None:
     """What is wrong with a part, or None."""
     try:
-        digests = json.loads(part_file(folder, name).read_text(encoding="utf-8"))["digests"]
+        digests = part_digests(folder, name)
         path = folder / PATTERNS / ARRAYS if name == PATTERNS else folder / ARRAYS
         group = zarr.open_group(path, mode="r", use_consolidated=False)
-        wrong = list(_wrong_arrays(group, digests, rows))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what zarr and its codecs raise
-        return f"cannot be read: {error}"
+        lost = _arrays_without_chunk(group, path, digests, name if isinstance(name, int) else 0)
+        wrong = list(_wrong_arrays(group, digests, rows)) if not lost else []
+    except (*UNREADABLE, DamagedStudy) as error:
+        return f"cannot be read: {sentence(error)}"
+    if lost:
+        return f"lost values of {', '.join(lost)}"
     return f"other values in {', '.join(wrong)}" if wrong else None
+
+
+def _arrays_without_chunk(group: zarr.Group, path: Path, names: Iterable[str], chunk: int) -> list[str]:
+    return [name for name in names if _parts_without_chunk(path, name, _array(group, name).shape, {name: chunk})]
 
 
 def _wrong_arrays(group: zarr.Group, digests: Mapping[str, str], rows: slice) -> Iterator[str]:
     for name, digest in digests.items():
-        array = group[name]
-        if not isinstance(array, zarr.Array) or array_digest(np.asarray(array[rows])) != digest:
+        if array_digest(np.asarray(_array(group, name)[rows])) != digest:
             yield name
+
+
+def _array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise TypeError(f"{name} is no array")
+    return array

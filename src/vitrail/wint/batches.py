@@ -25,7 +25,7 @@ from vitrail.data import decode_image, open_images
 from vitrail.errors import DataError, UsageError
 from vitrail.wint.recipe import Recipe
 
-__all__ = ["Batches", "Images", "derived_seed", "normalised", "read_images"]
+__all__ = ["Batches", "Images", "derive_seed", "normalise", "read_images"]
 
 ORDER, CROPS, PICTURES, MIXING, SUBSET, DROPS = range(6)
 """What a seed is derived for; numbers enter the seeds, so they stay."""
@@ -46,47 +46,82 @@ class Images:
         return len(self.contents)
 
     def image(self, index: int) -> Image.Image:
-        """One image, RGB."""
+        """Decodes one image.
+
+        Args:
+            index: Which.
+
+        Returns:
+            An RGB image.
+        """
         content = self.contents[index]()
         return decode_image(content) if isinstance(content, bytes) else content
 
-    def some(self, limit: int | None) -> "Images":
-        """A fixed random subset, whatever the seed of a run."""
+    def subset(self, limit: int | None) -> "Images":
+        """Takes a fixed random subset, whatever the seed of a run.
+
+        Args:
+            limit: How many images; None for all.
+
+        Returns:
+            These images, in their order.
+
+        Raises:
+            UsageError: The limit is below 1.
+        """
         if limit is None or limit >= len(self):
             return self
         if limit < 1:
             raise UsageError(f"A limit of {limit} images leaves nothing to train on.")
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(SUBSET))[:limit].sort().values
-        return Images(self.name, [self.contents[i] for i in chosen.tolist()], self.labels[chosen], self.class_names)
+        indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(SUBSET))[:limit].sort().values
+        return Images(self.name, [self.contents[i] for i in indices.tolist()], self.labels[indices], self.class_names)
 
     def pixels(self, size: int, progress: Callable[[int, int], None] | None = None) -> UInt8[Tensor, "image 3 px px"]:
-        """All images decoded: the short side resized, the middle cut out."""
-        whole = torch.empty((len(self), 3, size, size), dtype=torch.uint8)
+        """Decodes all images: the short side resized, the middle cut out.
+
+        Args:
+            size: Rows and columns of pixels.
+            progress: Called with the images done and their number.
+
+        Returns:
+            Bytes.
+        """
+        decoded = torch.empty((len(self), 3, size, size), dtype=torch.uint8)
         for index in range(len(self)):
-            whole[index] = torch.from_numpy(np.array(_square(self.image(index), size))).permute(2, 0, 1)
+            decoded[index] = torch.from_numpy(np.array(_crop_square(self.image(index), size))).permute(2, 0, 1)
             if progress is not None:
                 progress(index + 1, len(self))
-        return whole
+        return decoded
 
 
 def read_images(source: str) -> Images:
-    """The images and labels that `source` names. Raises `DataError` where they cannot be read or have no labels."""
+    """Opens labelled images.
+
+    Args:
+        source: A packed .npz, a folder of class folders, or hf:NAME:SPLIT.
+
+    Returns:
+        The images, decoded when asked for.
+
+    Raises:
+        DataError: They cannot be read or have no labels.
+    """
     if source.endswith(".npz"):
-        return _packed(Path(source))
-    found = open_images(source, labels=False)
-    named = [item.class_name for item in found.items]
-    if None in named or len(set(named)) < 2:
+        return _read_packed(Path(source))
+    opened = open_images(source, labels=False)
+    class_of_item = [item.class_name for item in opened.items]
+    if None in class_of_item or len(set(class_of_item)) < 2:
         raise DataError(f"{source} has no classes to learn; give a folder of class folders, or a labelled dataset.")
-    classes = tuple(sorted(map(str, set(named))))
-    place = {name: index for index, name in enumerate(classes)}
+    classes = tuple(sorted(map(str, set(class_of_item))))
+    number = {name: index for index, name in enumerate(classes)}
     contents = [
         partial(Path.read_bytes, item.content) if isinstance(item.content, Path) else item.content
-        for item in found.items
+        for item in opened.items
     ]
-    return Images(source, contents, torch.tensor([place[str(name)] for name in named]), classes)
+    return Images(source, contents, torch.tensor([number[str(name)] for name in class_of_item]), classes)
 
 
-def _packed(path: Path) -> Images:
+def _read_packed(path: Path) -> Images:
     try:
         with np.load(path, allow_pickle=False) as pack:
             blob, offset, label = pack["blob"], pack["offset"], pack["label"]
@@ -95,15 +130,15 @@ def _packed(path: Path) -> Images:
         raise DataError(f"{path} cannot be read as packed images (blob, offset, label, classes): {error}.") from error
     if len(offset) != len(label) + 1 or int(label.min()) < 0 or int(label.max()) >= len(classes):
         raise DataError(f"{path} is damaged: {len(label)} labels up to {label.max()}, {len(offset)} offsets.")
-    contents = [partial(_part, blob, int(offset[index]), int(offset[index + 1])) for index in range(len(label))]
+    contents = [partial(_byte_range, blob, int(offset[index]), int(offset[index + 1])) for index in range(len(label))]
     return Images(str(path), contents, torch.from_numpy(label.astype(np.int64)), classes)
 
 
-def _part(blob: UInt8[np.ndarray, "byte"], start: int, stop: int) -> bytes:
+def _byte_range(blob: UInt8[np.ndarray, "byte"], start: int, stop: int) -> bytes:
     return blob[start:stop].tobytes()
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def _crop_square(image: Image.Image, size: int) -> Image.Image:
     if image.size != (size, size):
         short = min(image.size)
         left, top = (image.width - short) / 2, (image.height - short) / 2
@@ -111,18 +146,34 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     return image
 
 
-def normalised(
+def normalise(
     pixels: UInt8[Tensor, "image 3 row column"] | Float[Tensor, "image 3 row column"],
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> Float[Tensor, "image 3 row column"]:
-    """From 0..255 to what a model is given: mean and standard deviation are of values 0..1."""
+    """Turns pixels into what a model is given.
+
+    Args:
+        pixels: 0..255.
+        mean: Of each channel, of values 0..1.
+        std: The same.
+
+    Returns:
+        Floats, about -2 to 2.
+    """
     centre, unit = (255 * torch.tensor(list(each)).view(3, 1, 1) for each in (mean, std))
     return pixels.float().sub(centre).div_(unit)
 
 
-def derived_seed(*numbers: int) -> int:
-    """A seed that depends on all the numbers; neighbours give unrelated seeds."""
+def derive_seed(*numbers: int) -> int:
+    """Derives a seed that depends on all the numbers; neighbours give unrelated seeds.
+
+    Args:
+        numbers: Seed of the run, what the seed is for, step, ...
+
+    Returns:
+        A number below 2^63.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -145,8 +196,8 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         if self.per_epoch == 0:
             raise UsageError(f"{len(images)} training images do not fill one batch of {size}.")
         self.n_steps = max(1, round(recipe.run.epochs * self.per_epoch))
-        place = torch.arange(size)
-        half = place.minimum(size - 1 - place)
+        position = torch.arange(size)
+        half = position.minimum(size - 1 - position)
         self.mine = (half * world // ((size + 1) // 2) == rank).nonzero().flatten()
 
     def __len__(self) -> int:
@@ -154,43 +205,50 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         seed = self.recipe.run.seed
-        chosen = self._chosen(step)
-        labels = self.images.labels[chosen]
+        indices = self._batch_indices(step)
+        labels = self.images.labels[indices]
         if self.pixels is None:
-            images = torch.stack([self._transformed(step, int(index)) for index in chosen])
+            images = torch.stack([self._transform_image(step, int(index)) for index in indices])
         elif self.recipe.data.augmentation == "crop_flip":
-            generator = torch.Generator().manual_seed(derived_seed(seed, CROPS, step))
-            images = self._normalised(self._cropped(self.pixels[chosen], generator))
+            generator = torch.Generator().manual_seed(derive_seed(seed, CROPS, step))
+            images = self._normalise(self._crop_and_flip(self.pixels[indices], generator))
         else:
-            images = self._normalised(self.pixels[chosen])
+            images = self._normalise(self.pixels[indices])
         if not self._mixes:
             return images, labels
-        with seeded(derived_seed(seed, MIXING, step)):
+        with temporary_seed(derive_seed(seed, MIXING, step)):
             mixed: tuple[Tensor, Tensor] = self._mixup(images, labels)
         return mixed
 
     def from_step(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from a step to the last, prepared by `workers` processes."""
+        """Yields the batches from a step to the last, prepared by `workers` processes.
+
+        Args:
+            first: The step of the first batch.
+
+        Returns:
+            Images and labels, step by step.
+        """
         loader = DataLoader(
             self, batch_size=None, sampler=range(first, self.n_steps), num_workers=self.recipe.data.workers
         )
         yield from loader
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        return normalised(pixels, self.recipe.data.mean, self.recipe.data.std)
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return normalise(pixels, self.recipe.data.mean, self.recipe.data.std)
 
-    def _chosen(self, step: int) -> Int[Tensor, "image"]:
-        epoch, place = divmod(step, self.per_epoch)
+    def _batch_indices(self, step: int) -> Int[Tensor, "image"]:
+        epoch, position = divmod(step, self.per_epoch)
         size = self.recipe.run.batch_size
-        return self._order(epoch)[place * size : (place + 1) * size][self.mine]
+        return self._order(epoch)[position * size : (position + 1) * size][self.mine]
 
     def _order(self, epoch: int) -> Int[Tensor, "image"]:
         if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(derived_seed(self.recipe.run.seed, ORDER, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.recipe.run.seed, ORDER, epoch))
             self._epoch, self._permuted = epoch, torch.randperm(len(self.images), generator=generator)
         return self._permuted
 
-    def _cropped(self, pixels: UInt8[Tensor, "image 3 row column"], generator: torch.Generator) -> Tensor:
+    def _crop_and_flip(self, pixels: UInt8[Tensor, "image 3 row column"], generator: torch.Generator) -> Tensor:
         """Random crops of the image with a reflected border, half of them flipped, by one index operation a batch."""
         border, size, (rows, columns) = self.recipe.data.border_px, self.recipe.run.batch_size, pixels.shape[-2:]
         top, left = torch.randint(0, 2 * border + 1, (2, size), generator=generator)[:, self.mine]
@@ -201,8 +259,8 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         image, channel = torch.arange(len(pixels))[:, None, None, None], torch.arange(3)[None, :, None, None]
         return wide[image, channel, row[:, None, :, None], column[:, None, None, :]]
 
-    def _transformed(self, step: int, index: int) -> Tensor:
-        with seeded(derived_seed(self.recipe.run.seed, PICTURES, step, index)):
+    def _transform_image(self, step: int, index: int) -> Tensor:
+        with temporary_seed(derive_seed(self.recipe.run.seed, PICTURES, step, index)):
             out: Tensor = self._transform(self.images.image(index))
         return out
 
@@ -231,15 +289,15 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def temporary_seed(seed: int) -> Iterator[None]:
     """Within, the global generators that timm's transforms draw from start at `seed`; afterwards they are as before."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -1,141 +1,194 @@
-"""What a recipe asks for, made: the model with the weights it begins with, its teacher, optimiser and schedule."""
+"""What a recipe asks for: the model with the weights it starts from, optimiser, schedule and averaged weights."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
 from vitrail.errors import UsageError
-from vitrail.vit.open import open_vit
+from vitrail.grid import Grid
 from vitrail.wint.batches import Batches
-from vitrail.wint.folder import fitted, shape_of, weights_of
-from vitrail.wint.model import Shape, WindowHead, WinT, attach, window_heads
+from vitrail.wint.folder import fit_state, read_shape, read_weights
+from vitrail.wint.model import Architecture, Shape, WinT, attach, window_heads
 from vitrail.wint.recipe import Recipe
-from vitrail.wint.teacher import Teacher
 
 __all__ = [
-    "average_of",
-    "built",
-    "edges",
+    "build_average",
+    "build_model",
+    "build_optimiser",
+    "build_schedule",
+    "edge_temperature",
     "grid_of",
-    "optimiser_of",
-    "schedule_of",
-    "teacher_of",
-    "temperature",
-    "timm_model",
+    "temperature_at",
+    "timm_description",
 ]
 
 
-def built(recipe: Recipe) -> nn.Module:
-    """The model of a recipe with the weights it begins with; draws from torch's global generator.
+def build_model(recipe: Recipe) -> nn.Module:
+    """The model of a recipe with the weights that it starts from; draws from torch's global generator.
 
-    Raises `UsageError` or `WeightsMismatch` if `start_from` does not fit.
+    Args:
+        recipe: The training run.
+
+    Returns:
+        A `WinT`, or a timm ViT with window heads.
+
+    Raises:
+        UsageError: timm has no such model, or the shape has no meaning.
+        WeightsMismatch: `start_from` does not fit.
     """
     model, classes, size = recipe.model, recipe.data.classes, recipe.data.image_px
-    start = tuple(tuple(sides) for sides in model.start)
     if model.timm:
         import timm
 
         if not timm.is_model(model.timm):
             raise UsageError(f"[model] timm = {model.timm!r} is no model of timm.")
-        made = timm.create_model(
+        timm_vit: nn.Module = timm.create_model(
             model.timm, pretrained=model.timm_weights, num_classes=classes, img_size=size, **model.timm_args
         )
-        return made if model.windows == "none" else attach(made, start, edges(recipe))  # type: ignore[no-any-return]
-    keys = ("patch_px", "width", "depth", "heads", "mlp_ratio", "class_token", "dropped_paths", "windows")
-    shape = Shape(
-        image_px=(size, size), n_classes=classes, start=start, edges=edges(recipe),
-        **{key: getattr(model, key) for key in keys},
-    )  # fmt: skip
-    module = WinT(shape)
+        if model.windows != "none":
+            attach(timm_vit, model.start, edge_temperature(recipe))
+        return timm_vit
+    architecture = {field.name: getattr(model, field.name) for field in fields(Architecture)}
+    module = WinT(Shape(**architecture, image_px=(size, size), n_classes=classes, edges=edge_temperature(recipe)))
     if model.start_from:
-        state = weights_of(model.start_from)
-        same_classes = shape_of(model.start_from).n_classes == classes
-        module.load_state_dict(fitted(state, module, new_head=not same_classes, new_windows=not model.keep_windows))
+        same_classes = read_shape(model.start_from).n_classes == classes
+        state = read_weights(model.start_from)
+        module.load_state_dict(fit_state(state, module, new_head=not same_classes, new_windows=not model.keep_windows))
     return module
 
 
-def edges(recipe: Recipe) -> float:
-    """The temperature of windows' edges in evaluation; 0: hard."""
-    return recipe.windows.last if recipe.windows.edges == "soft" else 0.0
+def edge_temperature(recipe: Recipe) -> float:
+    """Gives the temperature of windows' edges in evaluation.
+
+    Args:
+        recipe: The training run.
+
+    Returns:
+        The sigmoid's unit in patches; 0: hard edges.
+    """
+    return recipe.windows.final_temperature if recipe.windows.edges == "soft" else 0.0
 
 
-def temperature(recipe: Recipe, done: float) -> float:
-    """How soft windows are when the share `done` of training is over."""
+def temperature_at(recipe: Recipe, progress: float) -> float:
+    """How soft windows are in training.
+
+    Args:
+        recipe: The training run.
+        progress: The share of training that is over, 0 to 1.
+
+    Returns:
+        The sigmoid's unit in patches, on a geometric path.
+    """
     windows = recipe.windows
-    return float(windows.first * (windows.last / windows.first) ** min(1.0, done / windows.until))
+    ratio = windows.final_temperature / windows.temperature
+    return float(windows.temperature * ratio ** min(1.0, progress / windows.anneal_until))
 
 
-def grid_of(module: nn.Module) -> tuple[int, int]:
-    """Rows and columns of patches."""
+def grid_of(module: nn.Module) -> Grid:
+    """Finds the grid of a WinT or a timm ViT.
+
+    Args:
+        module: The model.
+
+    Returns:
+        Rows and columns of patches.
+    """
     if isinstance(module, WinT):
         return module.shape.grid
     rows, columns = module.patch_embed.grid_size  # type: ignore[union-attr, misc]
     return int(rows), int(columns)
 
 
-def teacher_of(recipe: Recipe, module: nn.Module, grid: tuple[int, int], device: str) -> Teacher | None:
-    """Who guides the window heads; None without a folder, or without heads that predict."""
-    heads = [head for head in window_heads(module) if isinstance(head, WindowHead)]
-    if not recipe.teacher.folder or not heads:
-        return None
-    data, teaching = recipe.data, recipe.teacher
-    vit = open_vit(teaching.folder, device=device)
-    return Teacher(vit, teaching.area, len(heads), heads[0].n_windows, grid, data.mean, data.std)
+def build_optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimiser, with the window heads at their own learning rate.
 
+    Args:
+        recipe: The training run.
+        module: The model to be trained.
 
-def optimiser_of(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """timm's, with the window heads at their own rate."""
+    Returns:
+        An optimiser whose groups have `lr_scale`.
+    """
     from timm.optim import create_optimizer_v2
     from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
-    chosen = recipe.optimiser
-    spared: set[str] = getattr(module, "no_weight_decay", set)()
-    own = {id(parameter) for head in window_heads(module) for parameter in head.parameters()}
+    settings = recipe.optimiser
+    no_decay: set[str] = getattr(module, "no_weight_decay", set)()
+    of_windows = {id(parameter) for head in window_heads(module) for parameter in head.parameters()}
 
     def groups(_: nn.Module) -> list[dict[str, Any]]:
-        if chosen.layer_decay is None:
-            made = param_groups_weight_decay(module, chosen.weight_decay, no_weight_decay_list=spared)
+        if settings.layer_decay is None:
+            timm_groups = param_groups_weight_decay(module, settings.weight_decay, no_weight_decay_list=no_decay)
         else:
-            made = param_groups_layer_decay(
-                module, chosen.weight_decay, no_weight_decay_list=spared, layer_decay=chosen.layer_decay
+            timm_groups = param_groups_layer_decay(
+                module, settings.weight_decay, no_weight_decay_list=no_decay, layer_decay=settings.layer_decay
             )
         split = []
-        for group in made:
-            for is_window, scale in ((False, 1.0), (True, recipe.windows.rate)):
-                members = [parameter for parameter in group["params"] if (id(parameter) in own) is is_window]
+        for group in timm_groups:
+            for is_window, scale in ((False, 1.0), (True, recipe.windows.lr_scale)):
+                members = [parameter for parameter in group["params"] if (id(parameter) in of_windows) is is_window]
                 if members:
                     split.append({**group, "params": members, "lr_scale": group.get("lr_scale", 1.0) * scale})
         return split
 
     optimiser: torch.optim.Optimizer = create_optimizer_v2(
-        module, opt=chosen.name, lr=chosen.rate, weight_decay=chosen.weight_decay, param_group_fn=groups
+        module, opt=settings.name, lr=settings.lr, weight_decay=settings.weight_decay, param_group_fn=groups
     )
     return optimiser
 
 
-def schedule_of(recipe: Recipe, optimiser: torch.optim.Optimizer, batches: Batches) -> Any:
-    """timm's cosine by step: a function of the step, so it needs no state of its own."""
+def build_schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, batches: Batches) -> Any:
+    """timm's warm-up and cosine by step: a function of the step, so it needs no state of its own.
+
+    Args:
+        recipe: The training run.
+        optimiser: What the learning rate is set in.
+        batches: The batches of the run, which say how many steps there are.
+
+    Returns:
+        timm's scheduler.
+    """
     from timm.scheduler import CosineLRScheduler
 
-    warm_up = min(len(batches) - 1, round(recipe.optimiser.warm_up_epochs * batches.per_epoch))
+    warmup_steps = min(len(batches) - 1, round(recipe.optimiser.warmup_epochs * batches.per_epoch))
     return CosineLRScheduler(
-        optimiser, t_initial=len(batches), lr_min=recipe.optimiser.last_rate, warmup_t=warm_up,
-        warmup_lr_init=recipe.optimiser.last_rate, t_in_epochs=False,
-    )  # fmt: skip
+        optimiser,
+        t_initial=len(batches),
+        lr_min=recipe.optimiser.min_lr,
+        warmup_t=warmup_steps,
+        warmup_lr_init=recipe.optimiser.min_lr,
+        t_in_epochs=False,
+    )
 
 
-def average_of(decay: float, module: nn.Module) -> Any:
-    """timm's averaged weights, None for a decay of 0."""
+def build_average(decay: float, module: nn.Module) -> Any:
+    """Builds timm's averaged weights of a model.
+
+    Args:
+        decay: Of the average, by step.
+        module: The model.
+
+    Returns:
+        The average; None for a decay of 0.
+    """
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(module, decay=decay, use_warmup=True) if decay else None
 
 
-def timm_model(recipe: Recipe) -> dict[str, Any] | None:
-    """How a timm model with window heads is made again, for its folder; None for ours."""
+def timm_description(recipe: Recipe) -> dict[str, Any] | None:
+    """Describes how a timm model with window heads is made again, for its folder.
+
+    Args:
+        recipe: The training run.
+
+    Returns:
+        timm's name and arguments, start and edges of the windows; None for a WinT of ours.
+    """
     model, data = recipe.model, recipe.data
     if not model.timm:
         return None
     args = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
-    return {"name": model.timm, "args": args, "start": model.start, "edges": edges(recipe)}
+    return {"name": model.timm, "args": args, "start": model.start, "edges": edge_temperature(recipe)}

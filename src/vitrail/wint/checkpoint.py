@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrail.errors import DamagedStudy
-from vitrail.wint.folder import written
+from vitrail.models.checkpoint import write_tensors
+from vitrail.outputs import write_atomically
 
 __all__ = ["load", "save"]
 
@@ -26,7 +26,15 @@ def save(
     optimiser: torch.optim.Optimizer,
     progress: Mapping[str, Any],
 ) -> None:
-    """`progress` is plain data; everything random is a function of the recipe's seed and of the step in it."""
+    """Writes a checkpoint.
+
+    Args:
+        path: The file, replaced whole.
+        model: The weights that are trained.
+        average: The averaged weights.
+        optimiser: Whose state is kept by the parameters' names.
+        progress: Plain data; everything random is a function of the recipe's seed and of the step in it.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     if average is not None:
         tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
@@ -35,15 +43,25 @@ def save(
             tensors[f"optimiser/{key}/{name}"] = torch.as_tensor(value)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     header = {"progress": json.dumps(progress)}
-    written(path, lambda beside: save_file(tensors, beside, header))
+    write_atomically(path, lambda beside: write_tensors(beside, tensors, header))
 
 
 def load(
     path: Path, model: nn.Module, average: nn.Module | None, optimiser: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
-    """Puts a checkpoint back and returns its progress; None where there is none yet.
+    """Puts a checkpoint back.
 
-    Raises `DamagedStudy` if the file does not read back as a checkpoint of this model.
+    Args:
+        path: The file.
+        model: Gets its weights.
+        average: Gets the averaged weights.
+        optimiser: Gets its state.
+
+    Returns:
+        The progress that was saved; None where there is no checkpoint yet.
+
+    Raises:
+        DamagedStudy: The file does not read back as a checkpoint of this model.
     """
     if not path.is_file():
         return None
@@ -51,9 +69,9 @@ def load(
         with safe_open(path, "pt") as file:
             progress: dict[str, Any] = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        model.load_state_dict(_under("model/", tensors))
+        model.load_state_dict(_without_prefix("model/", tensors))
         if average is not None:
-            average.load_state_dict(_under("average/", tensors))
+            average.load_state_dict(_without_prefix("average/", tensors))
         _load_optimiser(optimiser, model, tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedStudy(
@@ -71,9 +89,11 @@ def _load_optimiser(optimiser: torch.optim.Optimizer, model: nn.Module, tensors:
         }
         if state:
             optimiser.state[parameter] = {
-                key: value if key == "step" else value.to(parameter) for key, value in state.items()
+                # PyTorch keeps the step on the CPU
+                key: value if key == "step" else value.to(parameter)
+                for key, value in state.items()
             }
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,37 +1,63 @@
 """A WinT as a folder: config.json and model.safetensors, which `open_vit` opens like any other model."""
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vitrail.errors import UnknownModel, WeightsMismatch
-from vitrail.vit.preprocessing import Preprocessing
-from vitrail.vit.sources import Found, Request
+from vitrail.errors import UnknownModel, UsageError, WeightsMismatch
+from vitrail.models.checkpoint import write_tensors
+from vitrail.models.preprocessing import Preprocessing
+from vitrail.models.sources import LoadedModel, Request
+from vitrail.outputs import local_path, write_atomically
 from vitrail.wint.model import Shape, WinT, attach
 
 __all__ = [
     "ARCHITECTURE",
-    "as_text",
-    "described",
-    "fitted",
-    "found_in",
+    "fit_state",
+    "load_folder",
     "open_model",
+    "read_shape",
+    "read_weights",
     "save",
-    "shape_of",
-    "weights_of",
-    "written",
 ]
 
 ARCHITECTURE = "vitrail_wint"
 HALF = (0.5, 0.5, 0.5)
+
+OPTIONS = frozenset(
+    [
+        "class_token",
+        "depth",
+        "drop_path_rate",
+        "dynamic_img_size",
+        "embed_dim",
+        "fc_norm",
+        "final_norm",
+        "global_pool",
+        "img_size",
+        "in_chans",
+        "init_values",
+        "mlp_ratio",
+        "no_embed_class",
+        "num_classes",
+        "num_heads",
+        "patch_size",
+        "pos_embed",
+        "pre_norm",
+        "proj_bias",
+        "qk_norm",
+        "qkv_bias",
+        "reg_tokens",
+    ]
+)
+"""Arguments of timm's ViTs that a folder may give: its shape, nothing that names a file, an address or a class."""
 
 
 def save(
@@ -44,26 +70,55 @@ def save(
 ) -> Path:
     """Writes a WinT, or a timm ViT with window heads, so that `open_vit(folder)` gives equal logits.
 
-    `timm_model`: for the latter what made it, {"name": .., "args": {..}, "start": [..]}. `mean`, `std`: how its
-    images are normalised. Each file is replaced whole or not at all.
+    Each file is replaced whole or not at all.
+
+    Args:
+        model: The model.
+        folder: Where to; created if need be.
+        class_names: In the order of the logits.
+        timm_model: For a timm ViT what made it, {"name": .., "args": {..}, "start": [..]}.
+        mean: By which its images are normalised, of values 0..1.
+        std: The same.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: The folder holds another model, which is not overwritten.
+        UnknownModel: The model is a timm ViT and `timm_model` is missing.
+
+    Example:
+        save(model, "runs/mine", class_names=["cat", "dog"])
     """
-    folder = Path(folder)
+    folder = local_path(folder)
+    _refuse_other_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(described(model, class_names, timm_model, mean, std), indent=2) + "\n"
-    written(folder / "config.json", lambda path: as_text(path, text))
+    text = json.dumps(_describe(model, class_names, timm_model, mean, std), indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    written(folder / "model.safetensors", lambda path: save_file(state, path))
+    write_atomically(folder / "model.safetensors", lambda path: write_tensors(path, state))
     return folder
 
 
-def described(
+def _refuse_other_model(folder: Path) -> None:
+    files = [name for name in ("config.json", "model.safetensors") if (folder / name).exists()]
+    if not files:
+        return
+    try:
+        _config(folder)
+    except UnknownModel as error:
+        raise UsageError(
+            f"A WinT was to be written to {folder}, which holds another model ({', '.join(files)}); name a new folder."
+        ) from error
+
+
+def _describe(
     model: nn.Module,
     class_names: Sequence[str] | None,
     timm_model: Mapping[str, Any] | None = None,
     mean: Sequence[float] = HALF,
     std: Sequence[float] = HALF,
 ) -> dict[str, Any]:
-    """What config.json says. Raises `UnknownModel` for a model that it cannot describe."""
     named: dict[str, Any] = {"mean": list(mean), "std": list(std)}
     named |= {"label_names": list(class_names)} if class_names else {}
     if isinstance(model, WinT):
@@ -76,31 +131,35 @@ def described(
     return {"architecture": ARCHITECTURE, "timm": dict(timm_model), **named}
 
 
-def written(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside the file, then takes its place: a reader, or a killed run, finds the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def as_text(path: Path, text: str) -> None:
-    """What `written` is handed to write a text."""
-    path.write_text(text)
-
-
 def open_model(folder: str | Path) -> nn.Module:
-    """The model of a folder as it was saved, in evaluation mode."""
+    """Opens the model of a folder as it was saved.
+
+    Args:
+        folder: As `save` wrote it.
+
+    Returns:
+        The module, in evaluation mode.
+
+    Raises:
+        UnknownModel: The folder holds no WinT.
+        WeightsMismatch: Its weights do not fit.
+    """
     folder = Path(folder)
-    return found_in(folder, _config(folder), Request()).module
+    return load_folder(folder, _config(folder), Request()).module
 
 
-def shape_of(folder: str | Path) -> Shape:
-    """The shape of a saved WinT. Raises `UnknownModel` for a folder that holds none."""
+def read_shape(folder: str | Path) -> Shape:
+    """Reads the shape of a saved WinT.
+
+    Args:
+        folder: As `save` wrote it.
+
+    Returns:
+        The shape.
+
+    Raises:
+        UnknownModel: The folder holds no WinT of ours.
+    """
     folder = Path(folder)
     config = _config(folder)
     if "shape" not in config:
@@ -108,8 +167,21 @@ def shape_of(folder: str | Path) -> Shape:
     return _shape(folder, config["shape"])
 
 
-def found_in(folder: Path, config: Mapping[str, Any], request: Request) -> Found:
-    """What `open_vit` makes a `Vit` of: `config` is the folder's config.json, already read."""
+def load_folder(folder: Path, config: Mapping[str, Any], request: Request) -> LoadedModel:
+    """Builds the model of a folder for `open_vit`.
+
+    Args:
+        folder: As `save` wrote it.
+        config: Its config.json, already read.
+        request: Image size, weights and classes that were asked for.
+
+    Returns:
+        The module with its preprocessing and class names.
+
+    Raises:
+        UnknownModel: The folder describes no model that can be built.
+        WeightsMismatch: Its weights do not fit.
+    """
     size = request.image_size
     if "timm" in config:
         module: nn.Module = _timm_module(config["timm"], request)
@@ -120,7 +192,7 @@ def found_in(folder: Path, config: Mapping[str, Any], request: Request) -> Found
         classes = shape.n_classes if request.n_classes is None else request.n_classes
         module = WinT(replace(shape, image_px=image_px, n_classes=classes))
     if request.pretrained:
-        module.load_state_dict(fitted(weights_of(folder), module, new_head=request.n_classes is not None))
+        module.load_state_dict(fit_state(read_weights(folder), module, new_head=request.n_classes is not None))
     module.eval()
     preprocessing = Preprocessing(
         tuple(image_px),
@@ -128,31 +200,51 @@ def found_in(folder: Path, config: Mapping[str, Any], request: Request) -> Found
         tuple(config.get("std", HALF)),
         str(config.get("interpolation", "bicubic")),
         float(config.get("crop_pct", 1.0)),
+        source=f"config.json of {folder.name}",
     )
     names = config.get("label_names")
-    fits = lambda state: fitted(state, module)  # noqa: E731
+    fits = lambda state: fit_state(state, module)  # noqa: E731
     n_classes = int(getattr(module, "num_classes", 0)) or None
-    return Found("", module, preprocessing, n_classes, tuple(names) if names else None, fits)
+    return LoadedModel("", module, preprocessing, n_classes, tuple(names) if names else None, fits)
 
 
-def weights_of(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors of a folder's model.safetensors. Raises `WeightsMismatch` where they cannot be read."""
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Reads the tensors of a folder's model.safetensors.
+
+    Args:
+        folder: As `save` wrote it.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        WeightsMismatch: There is no such file.
+    """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise WeightsMismatch(f"{folder} has no model.safetensors.")
     return dict(load_file(path))
 
 
-def fitted(
+def fit_state(
     state: Mapping[str, Tensor], module: nn.Module, *, new_head: bool = False, new_windows: bool = False
 ) -> dict[str, Tensor]:
-    """A state that the module can load: positions resampled to its grid; the classifier and the window heads kept as
-    the module drew them, where `new_head` (and its class count differs) or `new_windows` says so.
+    """Makes a state that a module can load; positions are resampled to its grid.
 
-    Raises `WeightsMismatch` if the rest does not fit.
+    Args:
+        state: Tensors by name, of a model like it.
+        module: What is to load them.
+        new_head: Keep the module's own classifier if its class count differs.
+        new_windows: Keep the module's own window heads.
+
+    Returns:
+        Tensors for all names of the module.
+
+    Raises:
+        WeightsMismatch: The rest does not fit.
     """
     own = module.state_dict()
-    state = {name: _resampled(tensor, own.get(name), name, module) for name, tensor in state.items()}
+    state = {name: _resample(tensor, own.get(name), name, module) for name, tensor in state.items()}
     if new_windows:
         state = {name: tensor for name, tensor in state.items() if ".windows." not in name}
         state |= {name: tensor for name, tensor in own.items() if ".windows." in name}
@@ -162,16 +254,16 @@ def fitted(
             for name, tensor in state.items()
             if not name.startswith("head.") or name in own
         }
-    wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-    if wrong:
+    misfits = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    if misfits:
         raise WeightsMismatch(
-            f"The weights do not fit this {type(module).__name__}: {', '.join(wrong[:4])}"
-            f"{' ...' if len(wrong) > 4 else ''} are missing, unknown or of another shape."
+            f"The weights do not fit this {type(module).__name__}: {', '.join(misfits[:4])}"
+            f"{' ...' if len(misfits) > 4 else ''} are missing, unknown or of another shape."
         )
     return state
 
 
-def _resampled(tensor: Tensor, own: Tensor | None, name: str, module: nn.Module) -> Float[Tensor, "..."]:
+def _resample(tensor: Tensor, own: Tensor | None, name: str, module: nn.Module) -> Float[Tensor, "..."]:
     if name not in ("positions", "pos_embed") or own is None or own.shape == tensor.shape:
         return tensor
     if isinstance(module, WinT):
@@ -184,21 +276,39 @@ def _resampled(tensor: Tensor, own: Tensor | None, name: str, module: nn.Module)
     return resampled
 
 
-def _timm_module(made_of: Mapping[str, Any], request: Request) -> nn.Module:
+def _timm_module(description: Any, request: Request) -> nn.Module:
     import timm
 
-    options = dict(made_of.get("args", {}))
+    options = _known_options(description)
     if request.image_size is not None:
         options["img_size"] = request.image_size
     if request.n_classes is not None:
         options["num_classes"] = request.n_classes
     try:
         module: nn.Module = attach(
-            timm.create_model(made_of["name"], **options), made_of["start"], made_of.get("edges", 0.0)
+            timm.create_model(description["name"], **options), description["start"], description.get("edges", 0.0)
         )
     except (KeyError, RuntimeError, TypeError) as error:
         raise UnknownModel(f"config.json describes a timm model that cannot be made: {error}.") from error
     return module
+
+
+def _known_options(description: Any) -> dict[str, Any]:
+    """What a folder says of its timm model, if nothing of it could make timm load or run anything else."""
+    import timm
+
+    if not isinstance(description, dict):
+        raise UnknownModel(f"config.json has {description!r} where it should describe a timm model. Check the folder.")
+    name, options = description.get("name"), description.get("args", {})
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise UnknownModel(f"config.json names the timm model {name!r}, which timm does not have. Check the folder.")
+    if not isinstance(options, dict) or not OPTIONS.issuperset(options):
+        unknown = sorted(set(options) - OPTIONS) if isinstance(options, dict) else type(options).__name__
+        raise UnknownModel(
+            f"config.json gives {name} the arguments {unknown}, which no WinT has. Check where the folder comes from; "
+            f"there are: {', '.join(sorted(OPTIONS))}."
+        )
+    return dict(options)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -211,10 +321,17 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _shape(folder: Path, described: Mapping[str, Any]) -> Shape:
-    known = {field.name for field in fields(Shape)}
-    if set(described) - known:
-        raise UnknownModel(f"{folder / 'config.json'} has unknown keys {sorted(set(described) - known)} in its shape.")
-    tuples = {key: tuple(value) for key, value in described.items() if key == "image_px"}
-    start = {"start": tuple(tuple(sides) for sides in described["start"])} if "start" in described else {}
-    return Shape(**{**described, **tuples, **start})
+OLD_SHAPE_KEYS = {"dropped_paths": "drop_path_rate"}
+"""Names of earlier folders, still read."""
+
+
+def _shape(folder: Path, description: Mapping[str, Any]) -> Shape:
+    values = {OLD_SHAPE_KEYS.get(key, key): value for key, value in description.items()}
+    unknown = sorted(values.keys() - {field.name for field in fields(Shape)})
+    if unknown:
+        raise UnknownModel(f"{folder / 'config.json'} has unknown keys {unknown} in its shape.")
+    if "image_px" in values:
+        values["image_px"] = tuple(values["image_px"])
+    if "start" in values:
+        values["start"] = tuple(tuple(sides) for sides in values["start"])
+    return Shape(**values)

@@ -12,6 +12,7 @@ unless the model is asked to keep soft ones (`edges`).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitrail.errors import Unsupported, UsageError
+from vitrail.grid import Grid, positions
+from vitrail.patches import windows
+from vitrail.tap.clone import clone_sharing
 
 __all__ = [
     "FULL",
+    "Architecture",
     "FixedWindows",
     "Shape",
     "WinT",
@@ -30,15 +35,13 @@ __all__ = [
     "attach",
     "attention_bias",
     "hard_mask",
-    "recorded_sides",
-    "rounded",
+    "moved_windows",
+    "record_sides",
+    "round_sides",
     "set_temperature",
     "soft_mask",
     "window_heads",
 ]
-
-Grid = tuple[int, int]
-"""(rows, columns)"""
 
 Sides = Float[Tensor, "image window patch side"]
 """How far each window reaches from its query: patches left, top, right, bottom. One window a head, or one for all."""
@@ -85,13 +88,24 @@ class WindowHead(nn.Module):
         """Whether edges are hard; None: in evaluation, unless `edges` says otherwise. While training, hard windows keep
         the soft ones' gradient."""
         self.record: list[Tensor] | None = None
+        self.change: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Sides:
-        """Sides in patches, float32 or wider, from the tokens of patches (no prefix)."""
+        """Predicts how far each patch sees.
+
+        Args:
+            tokens: Normalised tokens of patches, without the prefix.
+            grid: Rows and columns of patches.
+
+        Returns:
+            Patches left, top, right, bottom of each query, 0 to n - 1, float32 or wider.
+        """
         raw = self.sides(F.gelu(self.hidden(tokens)))
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         share = raw.sigmoid().unflatten(-1, (self.n_windows, 4)).transpose(1, 2)
-        sides: Tensor = share * longest(grid, share)
+        sides: Tensor = share * max_sides(grid, share)
+        if self.change is not None:
+            sides = self.change(sides)
         if self.record is not None:
             self.record.append(sides)
         return sides
@@ -99,12 +113,20 @@ class WindowHead(nn.Module):
     def mask(
         self, tokens: Float[Tensor, "image patch channel"], grid: Grid
     ) -> Float[Tensor, "image window q k"] | None:
-        """What to add to the scores between patches; None if every window is full."""
+        """Turns predicted windows into what is added to the scores between patches.
+
+        Args:
+            tokens: Normalised tokens of patches, without the prefix.
+            grid: Rows and columns of patches.
+
+        Returns:
+            0 where a key is open, down to log(1e-6) (soft edges) or -inf (hard ones); None if every window is full.
+        """
         sides = self(tokens, grid)
         hard = not self.training and not self.edges if self.hard is None else self.hard
         if not self.training and hard:
             mask = hard_mask(sides, grid)
-            return None if bool(mask.all()) else _closed(mask)
+            return None if bool(mask.all()) else _hard_bias(mask)
         temperature = self.temperature if self.training or not self.edges else self.edges
         soft = (soft_mask(sides, grid, temperature) + FLOOR).log()
         return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if hard else soft
@@ -118,76 +140,131 @@ class FixedWindows(nn.Module):
         self.n_windows = len(sides)
         self.sides = tuple(tuple(float(side) for side in window) for window in sides)
         self.record: list[Tensor] | None = None
+        self.change: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Sides:
-        """The sides for every image and patch, cut to the grid's size."""
+        """Repeats the windows for every image and patch.
+
+        Args:
+            tokens: Tokens of patches, which say how many there are.
+            grid: Rows and columns of patches.
+
+        Returns:
+            Patches left, top, right, bottom of each query.
+        """
         sides = torch.tensor(self.sides, device=tokens.device)[None, :, None]
         sides = sides.expand(len(tokens), -1, tokens.shape[1], -1)
+        if self.change is not None:
+            sides = self.change(sides)
         if self.record is not None:
             self.record.append(sides)
         return sides
 
     def mask(self, tokens: Float[Tensor, "image patch channel"], grid: Grid) -> Float[Tensor, "one window q k"] | None:
-        """What to add to the scores between patches, the same for all images; None if every window is full."""
+        """Turns the windows into what is added to the scores between patches, the same for all images.
+
+        Args:
+            tokens: Tokens of patches, which say how many there are.
+            grid: Rows and columns of patches.
+
+        Returns:
+            0 where a key is open, -inf elsewhere; None if every window is full.
+        """
         sides = self(tokens[:1], grid)
         most = (grid[1] - 1, grid[0] - 1)
-        full = all(side + 0.5 >= most[place % 2] for window in self.sides for place, side in enumerate(window))
-        return None if full else _closed(hard_mask(sides, grid))
+        full = all(side + 0.5 >= most[index % 2] for window in self.sides for index, side in enumerate(window))
+        return None if full else _hard_bias(hard_mask(sides, grid))
 
 
 def soft_mask(
     sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""]
 ) -> Float[Tensor, "*batch patch other"]:
-    """How open each patch is to each query, 0..1: the product of sigmoids over four edges; 1 for the query itself."""
+    """Opens windows with soft edges: the product of sigmoids over four edges; 1 for the query itself.
+
+    Args:
+        sides: Patches left, top, right, bottom of each query.
+        grid: Rows and columns of patches.
+        temperature: The sigmoid's unit, in patches.
+
+    Returns:
+        How open each patch is to each query, 0 to 1.
+    """
     left, top, right, bottom = sides.unsqueeze(-1).unbind(-2)
     down, across = _offsets(grid, sides)
     open_across = ((left + across + 0.5) / temperature).sigmoid() * ((right - across + 0.5) / temperature).sigmoid()
     open_down = ((top + down + 0.5) / temperature).sigmoid() * ((bottom - down + 0.5) / temperature).sigmoid()
     mask = (open_down.unsqueeze(-1) * open_across.unsqueeze(-2)).flatten(-2)
-    return mask.masked_fill(_itself(mask), 1.0)
+    return mask.masked_fill(_identity(mask), 1.0)
 
 
 def hard_mask(sides: Float[Tensor, "*batch patch side"], grid: Grid) -> Bool[Tensor, "*batch patch other"]:
-    """Which patches lie in each query's window, sides rounded; the query itself always does."""
-    left, top, right, bottom = rounded(sides).unsqueeze(-1).unbind(-2)
-    down, across = _offsets(grid, sides)
-    open_across = (across >= -left) & (across <= right)
-    open_down = (down >= -top) & (down <= bottom)
-    mask = (open_down.unsqueeze(-1) & open_across.unsqueeze(-2)).flatten(-2)
-    return mask | _itself(mask)
+    """Opens windows with hard edges; the query itself always lies in its window.
+
+    Args:
+        sides: Patches left, top, right, bottom of each query; rounded here.
+        grid: Rows and columns of patches.
+
+    Returns:
+        Whether each patch lies in each query's window.
+    """
+    return windows.masks(windows.boxes_of_sides(round_sides(sides), grid), grid)
 
 
-def rounded(sides: Float[Tensor, "*batch side"]) -> Float[Tensor, "*batch side"]:
-    """Sides in whole patches; halves go up, which is where a soft edge is more than half open."""
+def round_sides(sides: Float[Tensor, "*batch side"]) -> Float[Tensor, "*batch side"]:
+    """Rounds sides to whole patches; halves go up, which is where a soft edge is more than half open.
+
+    Args:
+        sides: In patches.
+
+    Returns:
+        Whole numbers, of the same type.
+    """
     return (sides + 0.5).floor()
 
 
 def attention_bias(
     mask: Float[Tensor, "#image window patch other"] | None, prefix: int, like: Tensor
 ) -> Float[Tensor, "#image window query key"] | None:
-    """The addition to scores of all tokens: prefix rows and columns are open; None, as given, for no mask at all."""
+    """Widens an addition to scores from patches to all tokens; rows and columns of the prefix are open.
+
+    Args:
+        mask: What is added between patches; None for nothing.
+        prefix: Number of prefix tokens.
+        like: A tensor of the type that is needed.
+
+    Returns:
+        What is added between all tokens; None for nothing.
+    """
     return None if mask is None else F.pad(mask.to(like.dtype), (prefix, 0, prefix, 0))
 
 
-def longest(grid: Grid, like: Tensor) -> Float[Tensor, "side"]:
-    """The longest sides there are: n - 1 patches each way."""
+def max_sides(grid: Grid, like: Tensor) -> Float[Tensor, "side"]:
+    """Gives the longest sides of a grid.
+
+    Args:
+        grid: Rows and columns of patches.
+        like: A tensor of the type and device that are needed.
+
+    Returns:
+        n - 1 patches left, top, right and bottom.
+    """
     rows, columns = grid
     return like.new_tensor([columns - 1, rows - 1, columns - 1, rows - 1])
 
 
 def _offsets(grid: Grid, like: Tensor) -> tuple[Float[Tensor, "patch row"], Float[Tensor, "patch column"]]:
     """How many patches each row lies below, and each column right of, each patch."""
-    rows, columns = torch.arange(grid[0], device=like.device), torch.arange(grid[1], device=like.device)
-    down = (rows - rows[:, None]).repeat_interleave(grid[1], 0)
-    across = (columns - columns[:, None]).repeat(grid[0], 1)
+    row, column = positions(grid, partial(torch.arange, device=like.device))
+    down = torch.arange(grid[0], device=like.device) - row[:, None]
+    across = torch.arange(grid[1], device=like.device) - column[:, None]
     return down.to(like.dtype), across.to(like.dtype)
 
 
-def _itself(mask: Tensor) -> Bool[Tensor, "patch other"]:
+def _identity(mask: Tensor) -> Bool[Tensor, "patch other"]:
     return torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
-def _closed(mask: Bool[Tensor, "*batch patch other"]) -> Float[Tensor, "*batch patch other"]:
+def _hard_bias(mask: Bool[Tensor, "*batch patch other"]) -> Float[Tensor, "*batch patch other"]:
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
@@ -195,25 +272,35 @@ def _closed(mask: Bool[Tensor, "*batch patch other"]) -> Float[Tensor, "*batch p
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a WinT looks like; goes into config.json as it is.
+class Architecture:
+    """What a WinT is made of, whatever images it is given.
 
-    image_px: (rows, columns). windows: "predicted", "fixed" (sides in patches) or "none", a plain ViT. start: for each
-    window of a layer its four sides, one window for all heads or one a head; shares of n - 1 where they are predicted.
-    edges: the temperature of predicted windows' edges in evaluation, in patches; 0: rounded, with hard edges.
+    windows: "predicted", "fixed" (sides in patches) or "none", a plain ViT. start: for each window of a layer its four
+    sides, one window for all heads or one a head; shares of n - 1 where they are predicted. drop_path_rate: of
+    stochastic depth, growing from 0 in the first layer to this in the last.
     """
 
-    image_px: tuple[int, int] = (32, 32)
     patch_px: int = 4
-    n_classes: int = 10
     width: int = 96
     depth: int = 6
     heads: int = 4
     mlp_ratio: float = 4.0
     class_token: bool = True
-    dropped_paths: float = 0.0
+    drop_path_rate: float = 0.0
     windows: str = "predicted"
-    start: Start = ((0.38, 0.38, 0.38, 0.38),)
+    start: tuple[tuple[float, ...], ...] = ((0.38, 0.38, 0.38, 0.38),)
+
+
+@dataclass(frozen=True)
+class Shape(Architecture):
+    """An architecture for images of one size and a number of classes; goes into config.json as it is.
+
+    image_px: (rows, columns). edges: the temperature of predicted windows' edges in evaluation, in patches; 0: rounded,
+    with hard edges.
+    """
+
+    image_px: tuple[int, int] = (32, 32)
+    n_classes: int = 10
     edges: float = 0.0
 
     def __post_init__(self) -> None:
@@ -259,26 +346,26 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on normalised tokens and added to them."""
 
-    def __init__(self, shape: Shape, dropped: float) -> None:
+    def __init__(self, shape: Shape, drop_rate: float) -> None:
         super().__init__()
         hidden = int(shape.width * shape.mlp_ratio)
         self.norm1 = nn.LayerNorm(shape.width, eps=1e-6)
         self.attn = Attention(shape)
         self.norm2 = nn.LayerNorm(shape.width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(shape.width, hidden), nn.GELU(), nn.Linear(hidden, shape.width))
-        self.dropped = dropped
+        self.drop_rate = drop_rate
 
     def forward(self, tokens: Float[Tensor, "image token channel"]) -> Float[Tensor, "image token channel"]:
         """The tokens of the next layer."""
-        tokens = tokens + self._kept(self.attn(self.norm1(tokens)))
-        return tokens + self._kept(self.mlp(self.norm2(tokens)))
+        tokens = tokens + self._drop_path(self.attn(self.norm1(tokens)))
+        return tokens + self._drop_path(self.mlp(self.norm2(tokens)))
 
-    def _kept(self, branch: Tensor) -> Tensor:
+    def _drop_path(self, branch: Tensor) -> Tensor:
         """Stochastic depth: in training a branch is left out for some images, and made up for in the others."""
-        if not self.training or self.dropped == 0:
+        if not self.training or self.drop_rate == 0:
             return branch
-        kept = torch.rand((len(branch), 1, 1), device=branch.device) >= self.dropped
-        return branch * kept / (1 - self.dropped)
+        survives = torch.rand((len(branch), 1, 1), device=branch.device) >= self.drop_rate
+        return branch * survives / (1 - self.drop_rate)
 
 
 class WinT(nn.Module):
@@ -295,16 +382,23 @@ class WinT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width)) if shape.class_token else None
         n_tokens = int(shape.class_token) + shape.grid[0] * shape.grid[1]
         self.positions = nn.Parameter(torch.zeros(1, n_tokens, shape.width))
-        drops = torch.linspace(0, shape.dropped_paths, shape.depth).tolist()
-        self.blocks = nn.ModuleList(Block(shape, dropped) for dropped in drops)
+        rates = torch.linspace(0, shape.drop_path_rate, shape.depth).tolist()
+        self.blocks = nn.ModuleList(Block(shape, rate) for rate in rates)
         self.norm = nn.LayerNorm(shape.width, eps=1e-6)
         self.head = nn.Linear(shape.width, shape.n_classes) if shape.n_classes else nn.Identity()
-        self._drawn()
+        self._init_weights()
         for attention in [module for module in self.modules() if isinstance(module, Attention)]:
-            attention.windows = _windows(shape)
+            attention.windows = _build_windows(shape)
 
     def forward(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image class"]:
-        """Logits; the pooled feature of a model without classes."""
+        """Classifies images.
+
+        Args:
+            images: Normalised.
+
+        Returns:
+            Logits; the pooled feature of a model without classes, [image channel].
+        """
         patches = self.patch_embed(images).flatten(2).mT
         prefix = [] if self.cls_token is None else [self.cls_token.expand(len(patches), -1, -1)]
         tokens = torch.cat([*prefix, patches], 1) + self.positions
@@ -316,10 +410,14 @@ class WinT(nn.Module):
         return logits
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that a decay would only push around (timm's optimisers ask for them)."""
+        """Names the parameters that weight decay spares (timm's optimisers ask for them).
+
+        Returns:
+            Tokens, positions and the windows' start, which a decay would pull to places without meaning.
+        """
         return {"cls_token", "positions", *(name for name, _ in self.named_parameters() if name.endswith("sides.bias"))}
 
-    def _drawn(self) -> None:
+    def _init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -329,7 +427,7 @@ class WinT(nn.Module):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
 
-def _windows(shape: Shape) -> WindowHead | FixedWindows | None:
+def _build_windows(shape: Shape) -> WindowHead | FixedWindows | None:
     if shape.windows == "none":
         return None
     return FixedWindows(shape.start) if shape.windows == "fixed" else WindowHead(shape.width, shape.start, shape.edges)
@@ -362,20 +460,33 @@ class WindowedAttention(nn.Module):
 
 
 def attach(model: Any, start: Start = FULL, edges: float = 0.0) -> Any:
-    """Gives every block of a plain timm ViT window heads, in place; returns the model. `start`, `edges`: as in `Shape`.
+    """Gives every block of a plain timm ViT window heads, in place.
 
     With the default start the model answers as before, bitwise, in evaluation; while training, soft edges change its
     answers a little. The heads are drawn anew: call `torch.manual_seed` first for a run that can be repeated.
 
-    Raises `Unsupported` for a model that is no plain timm ViT, `UsageError` for a start that fits no head.
+    Args:
+        model: timm's `VisionTransformer`, with the image size that it is to have.
+        start: Where windows begin, as in `Architecture`.
+        edges: The temperature of edges in evaluation, as in `Shape`.
+
+    Returns:
+        The model.
+
+    Raises:
+        Unsupported: The model is no plain timm ViT.
+        UsageError: The start fits no head.
+
+    Example:
+        model = attach(timm.create_model("deit_tiny_patch16_224", pretrained=True))
     """
     from timm.models.vision_transformer import Attention as TimmAttention
 
     blocks = list(getattr(model, "blocks", ()))
     if not blocks or not all(isinstance(getattr(block, "attn", None), TimmAttention) for block in blocks):
-        found = sorted({type(getattr(block, "attn", None)).__name__ for block in blocks}) or "no blocks"
+        kinds = sorted({type(getattr(block, "attn", None)).__name__ for block in blocks}) or "no blocks"
         raise Unsupported(
-            f"Window heads were to go onto {type(model).__name__}, whose blocks hold {found}; they fit timm's "
+            f"Window heads were to go onto {type(model).__name__}, whose blocks hold {kinds}; they fit timm's "
             "VisionTransformer (vit_*, deit_*) with its own Attention."
         )
     heads = blocks[0].attn.num_heads
@@ -393,13 +504,29 @@ def attach(model: Any, start: Start = FULL, edges: float = 0.0) -> Any:
 
 
 def window_heads(model: nn.Module) -> list[WindowHead | FixedWindows]:
-    """The windows of each layer, first layer first; empty for a plain ViT."""
+    """Finds the modules that hold the windows of each layer.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The windows, first layer first; empty for a plain ViT.
+    """
     return [module for module in model.modules() if isinstance(module, (WindowHead, FixedWindows))]
 
 
 def set_temperature(model: nn.Module, temperature: float, *, hard: bool | None = None) -> None:
-    """How soft the edges of windows are while training: the sigmoid's unit, in patches. With `hard` they are hard as in
-    evaluation, and the soft ones only give the gradient (straight through); None leaves that as it is."""
+    """Sets how soft the edges of predicted windows are while training.
+
+    Args:
+        model: A model with windows.
+        temperature: The sigmoid's unit, in patches, above 0.
+        hard: Whether edges are hard as in evaluation, the soft ones giving the gradient only (straight through). None
+            leaves that as it is.
+
+    Raises:
+        UsageError: The temperature is not above 0.
+    """
     if temperature <= 0:
         raise UsageError(f"A temperature of {temperature} has no meaning; it is above 0.")
     for head in window_heads(model):
@@ -409,13 +536,65 @@ def set_temperature(model: nn.Module, temperature: float, *, hard: bool | None =
                 head.hard = hard or None
 
 
-@contextmanager
-def recorded_sides(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, the list fills with the sides that each layer predicts as the model runs, gradients and all.
+def moved_windows(
+    model: nn.Module, moves: Sequence[tuple[int, Sequence[float | int], int | None, int | None]]
+) -> nn.Module:
+    """A copy of a model, with the same weights, some of whose windows have other sides than it predicts.
 
-    with recorded_sides(model) as sides:
-        logits = model(images)
-    sides[3]     # layer 3: [image window patch side]
+    Args:
+        model: A model with windows.
+        moves: Layer; patches left, top, right, bottom of the query; head, None for all; patch, None for every query. A
+            later move counts where two are of the same window.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Example:
+        wider = moved_windows(model, [(3, (2, 2, 5, 2), None, 17)])     # layer 3, the window of patch 17
+    """
+    copy = clone_sharing(model)
+    heads = window_heads(copy)
+    for layer in {move[0] for move in moves}:
+        n_heads = next(module.num_heads for module in _attention_modules(copy, heads[layer]))
+        heads[layer].change = _change_sides([move[1:] for move in moves if move[0] == layer], n_heads)
+    return copy
+
+
+def _change_sides(
+    moves: Sequence[tuple[Sequence[float | int], int | None, int | None]], n_heads: int
+) -> Callable[[Tensor], Tensor]:
+    def change(sides: Sides) -> Tensor:  # one window for all heads becomes one a head, as a move may be of one head
+        changed = sides.expand(-1, n_heads, -1, -1).clone()
+        for new, head, patch in moves:
+            heads = slice(None) if head is None else slice(head, head + 1)
+            queries = slice(None) if patch is None else slice(patch, patch + 1)
+            changed[:, heads, queries] = changed.new_tensor(list(new))
+        return changed
+
+    return change
+
+
+def _attention_modules(model: nn.Module, windows: nn.Module) -> Iterator[Any]:
+    """The attention modules that hold these windows."""
+    for module in model.modules():
+        if getattr(module, "windows", None) is windows:
+            yield getattr(module, "attn", module)
+
+
+@contextmanager
+def record_sides(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Records, within, the sides that each layer predicts as the model runs, gradients and all.
+
+    Args:
+        model: A model with windows.
+
+    Returns:
+        A list that fills layer by layer, [image window patch side] in patches.
+
+    Example:
+        with record_sides(model) as sides:
+            logits = model(images)
+        sides[3]     # layer 3
     """
     sides: list[Tensor] = []
     heads = window_heads(model)

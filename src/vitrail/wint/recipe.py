@@ -7,15 +7,25 @@ plain data: the same recipe and seed give the same weights, bit for bit on a CPU
 import difflib
 import tomllib
 import types
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from vitrail.data.files import text
 from vitrail.errors import UsageError
+from vitrail.wint.model import Architecture
 
-__all__ = ["Data", "Model", "Optimiser", "Recipe", "Run", "Teaching", "Windows", "read_recipe", "recipe_from"]
+__all__ = ["Data", "Distillation", "Model", "Optimiser", "Recipe", "Run", "Windows", "read_recipe", "recipe_from"]
+
+OLD_TABLES = {"teacher": "distillation"}
+OLD_KEYS = {
+    "model": {"dropped_paths": "drop_path_rate"},
+    "windows": {"first": "temperature", "last": "final_temperature", "until": "anneal_until", "rate": "lr_scale"},
+    "distillation": {"folder": "teacher", "from_share": "warmup_share", "share": "batch_share"},
+    "optimiser": {"rate": "lr", "last_rate": "min_lr", "warm_up_epochs": "warmup_epochs"},
+}
+"""Names of earlier recipes, still read: run folders go on, and files that users wrote still train."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +53,13 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A WinT of this shape, or with `timm` that model of timm with window heads.
+class Model(Architecture):
+    """A WinT of this architecture, or with `timm` that model of timm with window heads.
 
-    windows: "predicted", "fixed" (start in patches) or "none". start: four sides of each window, one window for all
-    heads or one a head; of predicted windows as shares of the longest. start_from: a saved WinT whose weights to begin
-    with; window heads and a classifier of other classes are drawn anew unless `keep_windows`.
+    start_from: a saved WinT whose weights to begin with; window heads and a classifier of other classes are drawn anew
+    unless `keep_windows`.
     """
 
-    patch_px: int = 4
-    width: int = 96
-    depth: int = 6
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    class_token: bool = True
-    dropped_paths: float = 0.0
-    windows: str = "predicted"
-    start: list[list[float]] = field(default_factory=lambda: [[0.38, 0.38, 0.38, 0.38]])
     start_from: str = ""
     keep_windows: bool = False
     timm: str = ""
@@ -69,46 +69,51 @@ class Model:
 
 @dataclass(frozen=True)
 class Windows:
-    """How windows are trained. The temperature falls from `first` to `last` (a geometric path) over the share `until`
-    of training. edges: "hard": sides are rounded in evaluation, and in training after the share `hard_from`, with the
-    soft windows' gradient; "soft": edges keep the temperature `last` for good, which needs a dense mask. rate: learning
-    rate of the window heads relative to the rest."""
+    """How windows are trained. Their edges' temperature (patches) falls from `temperature` to `final_temperature`, on a
+    geometric path, over the share `anneal_until` of training. edges: "hard": sides are rounded in evaluation, and in
+    training after the share `hard_from`, with the soft windows' gradient; "soft": edges keep the final temperature for
+    good, which needs a dense mask. lr_scale: learning rate of the window heads relative to the rest. area_weight:
+    weight of the windows' mean area in the loss."""
 
-    first: float = 1.0
-    last: float = 0.15
-    until: float = 0.7
+    temperature: float = 1.0
+    final_temperature: float = 0.15
+    anneal_until: float = 0.7
     edges: str = "hard"
     hard_from: float = 0.7
-    rate: float = 1.0
+    lr_scale: float = 1.0
+    area_weight: float = 0.0
 
 
 @dataclass(frozen=True)
-class Teaching:
-    """Windows of a frozen trained ViT guide the predicted ones: loss += weight * mean |b - b*| / (n - 1).
+class Distillation:
+    """Predicted windows are drawn to those of a frozen trained ViT: loss += weight * mean |b - b*| / (n - 1).
 
-    folder: the teacher as `open_vit` opens it; empty: none. area: percent of the grid that its windows have. The weight
-    grows from 0 over the share `from_share` of training and is 0 after `until`. share: part of each batch that is
-    taught. shuffled: each image gets the windows of another, the control with right areas in wrong places.
+    teacher: a model as `open_vit` opens it; empty: none. area: percent of the grid that its windows have. The weight
+    grows from 0 over the share `warmup_share` of training and is 0 after `until`. batch_share: part of each batch that
+    the teacher is shown. shuffled: each image gets the windows of another, the control with right areas in wrong
+    places. shared_budget: the windows of all heads and layers share that area (`vitrail.patches.head_windows`), instead
+    of having it each.
     """
 
-    folder: str = ""
+    teacher: str = ""
     weight: float = 0.5
     area: int = 25
-    from_share: float = 0.0
+    warmup_share: float = 0.0
     until: float = 1.0
-    share: float = 1.0
+    batch_share: float = 1.0
     shuffled: bool = False
+    shared_budget: bool = False
 
 
 @dataclass(frozen=True)
 class Optimiser:
-    """timm's optimiser `name`, with a warm-up and a cosine down to `last_rate`."""
+    """timm's optimiser `name`, with a warm-up and a cosine from `lr` down to `min_lr`."""
 
     name: str = "adamw"
-    rate: float = 1e-3
-    last_rate: float = 1e-5
+    lr: float = 1e-3
+    min_lr: float = 1e-5
     weight_decay: float = 0.05
-    warm_up_epochs: float = 1.0
+    warmup_epochs: float = 1.0
     clip: float = 0.0
     layer_decay: float | None = None
 
@@ -149,76 +154,124 @@ class Recipe:
     data: Data
     model: Model = Model()
     windows: Windows = Windows()
-    teacher: Teaching = Teaching()
+    distillation: Distillation = Distillation()
     optimiser: Optimiser = Optimiser()
     run: Run = Run()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, as the run's folder holds it."""
+        """Gives plain data.
+
+        Returns:
+            Tables of keys, as the run's recipe.json holds them.
+        """
         return asdict(self)
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a TOML file. Raises `UsageError` with the valid keys if it is none."""
+def read_recipe(path: str | Path, note: Callable[[str], None] | None = None) -> Recipe:
+    """The recipe in a TOML file; its relative paths count from its folder.
+
+    Args:
+        path: The file.
+        note: Called with a sentence for each key that has another name now.
+
+    Returns:
+        The recipe, checked.
+
+    Raises:
+        UsageError: The file is no recipe; the message has the valid keys.
+    """
     path = Path(path)
     try:
         content = tomllib.loads(text(path))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
-    return recipe_from(content, path.parent)
+    return recipe_from(content, path.parent, note)
 
 
-def recipe_from(content: Mapping[str, Any], folder: Path = Path()) -> Recipe:
-    """The recipe that plain data describes; relative paths count from `folder`."""
-    recipe: Recipe = _made(Recipe, content, "the recipe")
-    _checked(recipe)
-    data, model, teacher = recipe.data, recipe.model, recipe.teacher
-    return Recipe(
-        **{
-            **{each.name: getattr(recipe, each.name) for each in fields(Recipe)},
-            "data": Data(**{**vars(data), "train": _path(data.train, folder), "test": _path(data.test, folder)}),
-            "model": Model(**{**vars(model), "start_from": _path(model.start_from, folder)}),
-            "teacher": Teaching(**{**vars(teacher), "folder": _path(teacher.folder, folder)}),
-        }
+def recipe_from(content: Mapping[str, Any], folder: Path = Path(), note: Callable[[str], None] | None = None) -> Recipe:
+    """The recipe that plain data describes.
+
+    Args:
+        content: Tables of keys, as in a TOML file or a run's recipe.json.
+        folder: Where relative paths count from.
+        note: Called with a sentence for each key that has another name now.
+
+    Returns:
+        The recipe, checked.
+
+    Raises:
+        UsageError: Keys, types or values have no meaning; the message has the valid keys.
+    """
+    recipe: Recipe = _parse(Recipe, _rename_old_keys(content, note or (lambda _: None)), "the recipe")
+    _check(recipe)
+    return replace(
+        recipe,
+        data=replace(recipe.data, train=_path(recipe.data.train, folder), test=_path(recipe.data.test, folder)),
+        model=replace(recipe.model, start_from=_path(recipe.model.start_from, folder)),
+        distillation=replace(recipe.distillation, teacher=_path(recipe.distillation.teacher, folder)),
     )
 
 
-def _made(kind: Any, content: Any, where: str) -> Any:
+def _rename_old_keys(content: Mapping[str, Any], note: Callable[[str], None]) -> dict[str, Any]:
+    tables = _rename(content, OLD_TABLES, "[{}]", note)
+    for table, names in OLD_KEYS.items():
+        if isinstance(tables.get(table), Mapping):
+            tables[table] = _rename(tables[table], names, f"[{table}] {{}}", note)
+    return tables
+
+
+def _rename(
+    content: Mapping[str, Any], names: Mapping[str, str], form: str, note: Callable[[str], None]
+) -> dict[str, Any]:
+    for old, new in names.items():
+        if old in content and new in content:
+            raise UsageError(f"{form.format(old)} is the old name of {form.format(new)}, and both are given; keep one.")
+        if old in content:
+            note(f"{form.format(old)} is called {form.format(new)} now; it is read as that.")
+    return {names.get(key, key): value for key, value in content.items()}
+
+
+def _parse(kind: Any, content: Any, where: str) -> Any:
     if not isinstance(content, Mapping):
         raise UsageError(f"{where} must be a table, not {content!r}.")
     hints = get_type_hints(kind)
-    known = {each.name: each for each in fields(kind)}
+    valid = {each.name: each for each in fields(kind)}
     for key in content:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            meant = f" Did you mean {close[0]!r}?" if close else ""
-            raise UsageError(f"{where} has no key {key!r}.{meant} Valid keys: {', '.join(known)}.")
+        if key not in valid:
+            close = difflib.get_close_matches(key, valid, 1)
+            suggestion = f" Did you mean {close[0]!r}?" if close else ""
+            raise UsageError(f"{where} has no key {key!r}.{suggestion} Valid keys: {', '.join(valid)}.")
     missing = [
-        name for name, each in known.items()
+        name
+        for name, each in valid.items()
         if name not in content and each.default is MISSING and each.default_factory is MISSING
-    ]  # fmt: skip
+    ]
     if missing:
-        raise UsageError(f"{where} lacks {', '.join(missing)}. Valid keys: {', '.join(known)}.")
-    return kind(**{key: _value(hints[key], value, f"{where}: {key}") for key, value in content.items()})
+        raise UsageError(f"{where} lacks {', '.join(missing)}. Valid keys: {', '.join(valid)}.")
+    return kind(**{key: _parse_value(hints[key], value, f"{where}: {key}") for key, value in content.items()})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _parse_value(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
-        return _made(hint, value, f"[{where.rpartition(': ')[2]}]")
+        return _parse(hint, value, f"[{where.rpartition(': ')[2]}]")
     if isinstance(hint, types.UnionType):
-        return _value(get_args(hint)[0], value, where)
+        return None if value is None else _parse_value(get_args(hint)[0], value, where)
     kind = get_origin(hint) or hint
     if kind is float and type(value) is int:
         return float(value)
+    if kind is tuple and type(value) is list:
+        value = tuple(value)
     if type(value) is not kind:
-        raise UsageError(f"{where} = {value!r} is a {type(value).__name__}; it must be a {kind.__name__}.")
-    if kind is list and get_args(hint):
-        return [_value(get_args(hint)[0], each, where) for each in value]
+        name = "list" if kind is tuple else kind.__name__
+        raise UsageError(f"{where} = {value!r} is a {type(value).__name__}; it must be a {name}.")
+    if kind in (list, tuple) and get_args(hint):
+        return kind(_parse_value(get_args(hint)[0], each, where) for each in value)
     return value
 
 
-def _checked(recipe: Recipe) -> None:
-    data, run, windows, teacher = recipe.data, recipe.run, recipe.windows, recipe.teacher
+def _check(recipe: Recipe) -> None:
+    data, run, windows, distillation = recipe.data, recipe.run, recipe.windows, recipe.distillation
+    temperatures = (windows.temperature, windows.final_temperature)
     rules = {
         f"[data] augmentation = {data.augmentation!r}; choose crop_flip, timm or none": data.augmentation
         in ("crop_flip", "timm", "none"),
@@ -230,14 +283,21 @@ def _checked(recipe: Recipe) -> None:
         f"[run] batch_size = {run.batch_size}, accumulate = {run.accumulate}; each is 1 or more, and one divides the "
         "other": run.accumulate >= 1 and run.batch_size >= 1 and run.batch_size % run.accumulate == 0,
         f"[run] epochs = {run.epochs}; give more than 0": run.epochs > 0,
-        f"[windows] first = {windows.first}, last = {windows.last}; both are above 0": min(windows.first, windows.last)
+        f"[windows] temperature = {temperatures[0]}, final_temperature = {temperatures[1]}; both are above 0": min(
+            temperatures
+        )
         > 0,
-        f"[windows] until = {windows.until}; give a share above 0, at most 1": 0 < windows.until <= 1,
+        f"[windows] anneal_until = {windows.anneal_until}; give a share above 0, at most 1": 0
+        < windows.anneal_until
+        <= 1,
         f"[windows] edges = {windows.edges!r}; choose hard or soft": windows.edges in ("hard", "soft"),
         f"[windows] hard_from = {windows.hard_from}; give a share": 0 <= windows.hard_from <= 1,
-        f"[teacher] area = {teacher.area} percent; give 1 to 100": 1 <= teacher.area <= 100,
-        f"[teacher] share = {teacher.share}; give a share above 0, at most 1": 0 < teacher.share <= 1,
-        '[teacher] a teacher needs [model] windows = "predicted"': not teacher.folder
+        f"[windows] area_weight = {windows.area_weight}; give 0 or more": windows.area_weight >= 0,
+        f"[distillation] area = {distillation.area} percent; give 1 to 100": 1 <= distillation.area <= 100,
+        f"[distillation] batch_share = {distillation.batch_share}; give a share above 0, at most 1": 0
+        < distillation.batch_share
+        <= 1,
+        '[distillation] a teacher needs [model] windows = "predicted"': not distillation.teacher
         or recipe.model.windows == "predicted",
         "[run] mixup and cutmix need an even batch_size": not (run.mixup or run.cutmix) or run.batch_size % 2 == 0,
     }

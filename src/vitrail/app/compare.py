@@ -1,0 +1,162 @@
+"""A second study of the same images beside the one that is open: what differs, with intervals.
+
+    GET /api/compare                          the studies that were handed over, by name
+    GET /api/compare/{study}                  what differs: sentences, a table of measures, the images that changed most
+    GET /api/compare/{study}/image/{image}    every measure of one image in both
+    GET /api/compare/{study}/{variable}       one variable of `vitrail.compare`, as numbers
+
+`{study}` counts the studies of `--with` from 0. A comparison resamples images and deals out signs, which takes seconds,
+so it is made when first asked for, once, and kept.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from vitrail.app.answers import binary, json_answer
+from vitrail.app.once import Once
+from vitrail.app.study_arrays import MAX_INDEX_DIGITS
+from vitrail.comparison import compare, open_pair
+from vitrail.comparison.findings import ALPHA, comparison_findings, measures_by_effect
+from vitrail.comparison.pairs import Pair
+from vitrail.sentence import Sentence
+
+if TYPE_CHECKING:
+    from vitrail.app.server import AppState
+
+__all__ = ["routes"]
+
+N_IMAGES = 24
+"""Images that changed most: four rows of thumbnails."""
+
+COLUMNS = ("mean_a", "mean_b", "mean_difference", "low", "high", "p", "standardised")
+
+
+def routes(state: "AppState") -> list[Route]:
+    """The routes of comparisons.
+
+    Args:
+        state: What the server's routes share.
+
+    Returns:
+        Routes for the application.
+    """
+    once = Once()
+
+    def comparison_of(request: Request) -> tuple[Pair, xr.Dataset]:
+        number = _study(state, request)
+        pair_and_numbers: tuple[Pair, xr.Dataset] = once.get(
+            str(number), lambda: (open_pair(state.folder, state.others[number]), _compare(state, number))
+        )
+        return pair_and_numbers
+
+    async def studies(_request: Request) -> Response:
+        return json_answer({"studies": [folder.resolve().name for folder in state.others]})
+
+    async def differences(request: Request) -> Response:
+        return json_answer(await run_in_threadpool(lambda: _differences(*comparison_of(request))))
+
+    async def image(request: Request) -> Response:
+        index = state.image_index(request.path_params["image"])
+        return json_answer(await run_in_threadpool(lambda: _of_image(*comparison_of(request), index)))
+
+    async def variable(request: Request) -> Response:
+        name = request.path_params["variable"]
+        _, compared = await run_in_threadpool(comparison_of, request)
+        if name not in compared.data_vars or compared[name].dtype.kind not in "bif":
+            raise HTTPException(404, f"The comparison has no numbers called {name[:60]!r}.")
+        values = compared[name]
+        return binary([str(dim) for dim in values.dims], values.to_numpy())
+
+    return [
+        Route("/api/compare", studies),
+        Route("/api/compare/{study}", differences),
+        Route("/api/compare/{study}/image/{image}", image),
+        Route("/api/compare/{study}/{variable}", variable),
+    ]
+
+
+def _study(state: "AppState", request: Request) -> int:
+    text = request.path_params["study"]
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_INDEX_DIGITS and int(text) < len(state.others)):
+        raise HTTPException(
+            404,
+            f"There is no study {text[:20]!r} to compare with; {len(state.others)} were handed over. "
+            "Give them as: vitrail open STUDY --with OTHER.",
+        )
+    return int(text)
+
+
+def _compare(state: "AppState", number: int) -> xr.Dataset:
+    return compare(state.folder, state.others[number])
+
+
+def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
+    attrs = compared.attrs
+    order = np.argsort(-np.nan_to_num(compared["change"].to_numpy(), nan=-1.0), kind="stable")[:N_IMAGES]
+    return {
+        "names": [attrs["name_a"], attrs["name_b"]],
+        "models": [attrs["model_a"], attrs["model_b"]],
+        "n_shared": attrs["n_shared"],
+        "n_compared": attrs["n_compared"],
+        "same_heads": bool(attrs["same_heads"]),
+        "heads_correspond": bool(attrs["heads_correspond"] and attrs["heads_correspond"]["p"] < ALPHA),
+        "alpha": ALPHA,
+        "labels": attrs["labels"],
+        "left_out": attrs["left_out"],
+        "depth": _numbers(compared["depth"].to_numpy()) if "depth" in compared.coords else [],
+        "findings": [Sentence.of(each).to_json() for each in comparison_findings(compared)],
+        "measures": [_measure(compared, name) for name in measures_by_effect(compared)],
+        "images": [
+            {"image": int(pair.a.rows[at]), "change": float(compared["change"][at]), "same": _same(compared, int(at))}
+            for at in order
+        ],
+    }
+
+
+def _measure(compared: xr.Dataset, name: str) -> dict[str, Any]:
+    row = compared.sel(measure=name)
+    by_layer = f"{name}_difference"
+    return {
+        "name": name,
+        "title": str(row["title"].item()),
+        "unit": str(row["unit"].item()),
+        "by_layer": by_layer in compared and compared[by_layer].dims == ("layer",),
+        "by_head": f"{name}_head_difference" in compared,
+        **{column: _number(float(row[column])) for column in COLUMNS},
+    }
+
+
+def _of_image(pair: Pair, compared: xr.Dataset, image: int) -> Mapping[str, Any]:
+    """How far each measure of one image differs, in its unit; none where the other study does not have the image."""
+    rows = np.flatnonzero(pair.a.rows == image)
+    if not len(rows):
+        return {"compared": False, "differences": {}}
+    at = int(rows[0])
+    values = compared["difference"].to_numpy()[at]
+    names = compared["measure"].values.tolist()
+    return {
+        "compared": True,
+        "change": float(compared["change"][at]),
+        "same": _same(compared, at),
+        "differences": {name: _number(float(value)) for name, value in zip(names, values, strict=True)},
+    }
+
+
+def _same(compared: xr.Dataset, at: int) -> bool | None:
+    return bool(compared["same_prediction"][at]) if "same_prediction" in compared else None
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [_number(float(value)) for value in values]

@@ -1,0 +1,112 @@
+"""The description of a study that the page needs before it draws: plan, sizes, measures and accuracy, as JSON."""
+
+import shlex
+from typing import Any
+
+from vitrail.analysis import BASE, Analysis, analyses
+from vitrail.app.study_arrays import StudyArrays
+from vitrail.data import Manifest, class_title
+from vitrail.data.sources import PHOTOS
+from vitrail.stats import share_interval
+from vitrail.study.plan import Plan
+
+__all__ = ["describe_study"]
+
+MEASURE_TEXTS = ("title", "unit", "low", "high", "source", "limits", "analysis")
+
+
+def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str) -> dict[str, Any]:
+    """Describe a study for the page.
+
+    Args:
+        arrays: The study's arrays.
+        plan: The plan that the study was made by.
+        manifest: The list of its images.
+        name: The study's name, in the page's address.
+
+    Returns:
+        Values that JSON can hold: sizes by dimension, the plan's facts, each measure's dimensions and texts, and every
+        registered analysis with the measures that this study holds of it and the command that measures it.
+    """
+    dataset = arrays.dataset
+    return {
+        "name": name,
+        "model": plan.model,
+        "sizes": {str(dimension): int(size) for dimension, size in dataset.sizes.items()},
+        "n_heads": plan.n_heads,
+        "grids": plan.grids,
+        "prefixes": plan.prefixes,
+        "class_token": plan.class_token,
+        "measures": {measure: _describe_measure(arrays, measure) for measure in arrays.measures},
+        "start": arrays.start(),
+        "analyses": _describe_analyses(arrays, plan, manifest, name),
+        "left_out": plan.left_out,
+        "notes": plan.notes,
+        "weights_from": plan.weights_from,
+        "class_names": [class_title(name) for name in plan.class_names or ()],
+        "accuracy": _accuracy(arrays),
+        "labels_from": plan.labels_from,
+        "own_labels": any(entry.label is not None for entry in manifest.images),
+        "missing_images": int(dataset.attrs["missing_images"]),
+        "has_thumbnails": "thumbnail" in dataset,
+    }
+
+
+def _describe_analyses(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str) -> list[dict[str, Any]]:
+    """Every registered analysis; then those whose numbers are stored, but whose package is not installed here."""
+    described = [
+        {
+            "name": analysis.name,
+            "title": analysis.title,
+            "question": analysis.question,
+            "only_for": analysis.only_for,
+            "measures": list(analysis.measure_names),
+            "stored": [name for name in analysis.measure_names if name in arrays.dataset],
+            "command": _command(analysis, plan, manifest, name),
+        }
+        for analysis in analyses().values()
+    ]
+    elsewhere: dict[str, list[str]] = {}
+    for measure in arrays.undeclared:
+        elsewhere.setdefault(str(arrays.dataset[measure].attrs["analysis"]), []).append(measure)
+    return described + [
+        {
+            "name": name,
+            "title": name.replace("_", " ").capitalize(),
+            "question": "Measured by a package that is not installed here.",
+            "only_for": "",
+            "measures": names,
+            "stored": names,
+            "command": "",
+        }
+        for name, names in elsewhere.items()
+    ]
+
+
+def _command(analysis: Analysis, plan: Plan, manifest: Manifest, name: str) -> str:
+    """What adds an analysis to this study, which grows by it; of special models, to a study of one."""
+    if analysis.only_for:
+        return f"vitrail study MODEL IMAGES --measures {analysis.name} --out FOLDER"
+    words = [plan.model, "IMAGES"]
+    if manifest.source == PHOTOS:
+        words[1:] = [PHOTOS, "--limit", str(plan.n_images)]
+    words += [] if analysis.name == BASE else ["--measures", analysis.name]
+    return shlex.join(["vitrail", "study", *words, "--out", name])
+
+
+def _describe_measure(arrays: StudyArrays, name: str) -> dict[str, Any]:
+    array = arrays.dataset[name]
+    return {
+        "dims": [str(dimension) for dimension in array.dims],
+        "baseline": arrays.baseline(name),
+        **{key: str(array.attrs.get(key, "")) for key in MEASURE_TEXTS},
+    }
+
+
+def _accuracy(arrays: StudyArrays) -> dict[str, Any] | None:
+    """Share of images whose top-1 prediction is the label, with its interval; None without a classifier."""
+    if "prediction" not in arrays.dataset:
+        return None
+    correct = arrays.load("prediction") == arrays.load("label")
+    low, high, _ = share_interval(correct)
+    return {"value": float(correct.mean()), "low": float(low), "high": float(high), "n_right": int(correct.sum())}

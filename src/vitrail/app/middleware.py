@@ -1,0 +1,128 @@
+"""Access control: known hosts, pages that the server sent itself, and the token when it is not on loopback.
+
+A page on the web can make a browser send requests to 127.0.0.1. It cannot choose the Host header (so a name rebound to
+127.0.0.1 is caught by it), cannot forge Origin, and cannot read answers, since no CORS header is ever sent.
+"""
+
+import ipaddress
+import secrets
+from collections.abc import Iterable
+from urllib.parse import urlencode, urlsplit
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vitrail.app.answers import refusal
+
+__all__ = ["HEADERS", "LOOPBACK_HOSTS", "AccessMiddleware", "is_loopback"]
+
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+COOKIE = "vitrail_token"
+POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host can be reached from this machine only.
+
+    Args:
+        host: A name or an IP address, without port and brackets.
+
+    Returns:
+        True for localhost and loopback addresses.
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class AccessMiddleware:
+    """ASGI middleware: refuses unknown hosts, other origins and missing tokens, and adds the security headers."""
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str], token: str | None) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application behind it.
+            allowed_hosts: Names in the Host header that are answered.
+            token: A secret that every visitor must have, or None.
+        """
+        self.app = app
+        self.allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
+        self.token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
+        response = self._refusal(Request(scope)) or self.app
+        await response(scope, receive, send_with_headers)
+
+    def _refusal(self, request: Request) -> Response | None:
+        host = _host_name(request.headers.get("host", ""))
+        if host not in self.allowed_hosts:
+            names = ", ".join(sorted(self.allowed_hosts))
+            return refusal(403, f"This server does not answer to the host {host!r}. It answers to: {names}.")
+        if not _same_origin(request):
+            return refusal(403, "Another site asked. This server answers only the page that it served itself.")
+        return self._check_token(request) if self.token else None
+
+    def _check_token(self, request: Request) -> Response | None:
+        assert self.token is not None
+        from_address = request.query_params.get("token", "")
+        if from_address and secrets.compare_digest(from_address.encode(), self.token.encode()):
+            return self._move_token_to_cookie(request) if request.url.path == "/" else None
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        token = request.cookies.get(COOKIE, "") or bearer
+        if secrets.compare_digest(token.encode(), self.token.encode()):
+            return None
+        return refusal(401, "The token is missing or wrong. Open the whole address that `vitrail open` printed.")
+
+    def _move_token_to_cookie(self, request: Request) -> Response:
+        """Take the token out of the address bar, where it would be shared with a copied link."""
+        rest = [(key, value) for key, value in request.query_params.multi_items() if key != "token"]
+        response = RedirectResponse("/?" + urlencode(rest) if rest else "/", status_code=303)
+        response.set_cookie(COOKIE, self.token or "", httponly=True, samesite="strict")
+        return response
+
+
+def _host_name(header: str) -> str:
+    """The host of a Host header, without port and brackets; "" for one that does not parse."""
+    try:
+        return (urlsplit(f"//{header}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _same_origin(request: Request) -> bool:
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        # A link or a bookmark on another site may open the page itself, never its data.
+        return request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
+    origin = request.headers.get("origin")
+    if origin is None:
+        return True
+    try:
+        return urlsplit(origin).netloc == request.headers.get("host")
+    except ValueError:  # brackets that do not close: no browser sends it
+        return False

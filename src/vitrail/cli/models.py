@@ -1,0 +1,274 @@
+"""Commands about a model: `check` it, `look` at single images, `artefacts`, `matches`, `prune` its heads, `curves`."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitrail.analysis import split_names
+from vitrail.cli.entry import app
+from vitrail.cli.options import (
+    Device,
+    Format,
+    Formats,
+    Json,
+    ModelOptions,
+    Out,
+    Study,
+    Weights,
+    analysis_names,
+    decode,
+    with_model_options,
+)
+from vitrail.errors import UsageError
+
+
+@app.command()
+@with_model_options
+def check(model: ModelOptions, as_json: Json = False) -> None:
+    """Print a model's anatomy, check that what Vitrail says of it can be trusted, and say what a study will hold."""
+    from vitrail.contract.check import check_vit
+    from vitrail.contract.outlook import study_outlook
+
+    vit = model.open()
+    report, outlook = check_vit(vit), study_outlook(vit)
+    if as_json:
+        record = {"ok": report.ok and outlook.ok, **asdict(report), "study": asdict(outlook)}
+        typer.echo(json.dumps(record, ensure_ascii=False))
+    else:
+        typer.echo(f"{report.text()}\n\n{outlook.text()}")
+    if not (report.ok and outlook.ok):
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_model_options
+def look(
+    model: ModelOptions,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more image files.")],
+    out: Out = Path("look"),
+    measures: Annotated[
+        str | None,
+        typer.Option(help=f"Analyses to show: {', '.join(analysis_names())}, comma-separated. Default: all."),
+    ] = None,
+    patch: Annotated[
+        str | None,
+        typer.Option(help="The patch to look at; default: the one the answer rests on.", metavar="ROW,COLUMN"),
+    ] = None,
+    channel: Annotated[int | None, typer.Option(help="The neuron to look at.", min=0)] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A PNG of instance ids, for t-SNE by object; with one image.", metavar="FILE")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Also write every array, as DIR/IMAGE/look.zarr.")] = False,
+    formats: Formats = [Format.png],  # noqa: B006 - typer copies it
+) -> None:
+    """Show what a model does with single images: findings, and figures of its heads, patches, tokens and neurons."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from vitrail.data import read_mask
+    from vitrail.figures.style import refuse_formats
+    from vitrail.figures.whole import draw_all, save_figures
+    from vitrail.one_image import look as look_at
+    from vitrail.one_image import missing_by_reason, save_look
+    from vitrail.report import findings_of, write_look
+
+    refuse_formats([each.value for each in formats])
+    if mask is not None and len(images) > 1:
+        raise UsageError(f"--mask {mask} is of one image, and {len(images)} were given; look at them one by one.")
+    ids = None if mask is None else read_mask(mask)
+    for path in images:
+        decode(path)  # one that cannot be read is named before a model is opened; a hundred do not fit in memory
+    vit = model.open()
+    for path, stem in zip(images, _folder_names(images), strict=True):
+        image, folder = decode(path), out / stem
+        with Console(stderr=True).status(escape(path.name)) as status:
+
+            def step(doing: str, name: str = path.name, spinner: Any = status) -> None:
+                spinner.update(escape(f"{name}: {doing}"))
+
+            dataset = look_at(
+                vit,
+                image,
+                name=path.name,
+                measures=None if measures is None else split_names(measures),
+                mask=ids,
+                patch=_parse_patch(patch),
+                channel=channel,
+                progress=step,
+            )
+            step("drawing")
+            drawn = list(draw_all(dataset, one_image=True))
+            files = save_figures(drawn, folder, [each.value for each in formats])
+            step("writing the page")
+            page = write_look(dataset, folder / "look.html", drawn)
+        for reason, names in missing_by_reason(dataset, by_name=measures is not None).items():
+            typer.secho(f"left out: {', '.join(names)}: {reason}", err=True)
+        for sentence in findings_of(dataset):
+            typer.echo(sentence)
+        for file in files:
+            typer.echo(file)
+        if save:
+            typer.echo(save_look(dataset, folder / "look.zarr"))
+        typer.echo(f"\nLook at it:  {page}")
+
+
+@app.command()
+@with_model_options
+def artefacts(
+    model: ModelOptions,
+    images: Annotated[str, typer.Argument(help="A folder of images, or photos for the built-in ones.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The figure, as PNG, SVG or PDF.", metavar="FILE")] = Path(
+        "artefacts.png"
+    ),
+    limit: Annotated[int, typer.Option(help="Images at most; half find the neurons, half try registers.", min=2)] = 64,
+    neurons: Annotated[int, typer.Option(help="Neurons that registers listen to.", min=1)] = 8,
+    registers: Annotated[int, typer.Option(help="Registers.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the other neurons that they are compared with.")] = 0,
+) -> None:
+    """Tokens of outlying length: which neurons write them, and what registers at test time make of the model."""
+    from rich.console import Console
+
+    from vitrail.data import load_image, open_images, scan
+    from vitrail.figures.artefacts import artefact_trial
+    from vitrail.figures.style import save
+    from vitrail.tokens.artefact_trial import artefact_findings, try_registers
+
+    vit = model.open()
+    source = open_images(images, limit=limit, labels=False)
+    with Console(stderr=True).status("reading images") as status:
+        manifest = scan(source, lambda done, total: status.update(f"reading images: {done} of {total}"))
+        views = [vit.view(load_image(source, entry)) for entry in manifest.images]
+        status.update(f"{len(views)} images with and without registers")
+        trial = try_registers(vit, views, neurons, registers, seed)
+        file = save(artefact_trial(trial), out)
+    for sentence in artefact_findings(trial):
+        typer.echo(sentence)
+    columns = (trial[f"neuron_{each}"].to_numpy() for each in ("layer", "index", "share"))
+    for layer, index, share in zip(*columns, strict=True):
+        typer.echo(f"L{layer} neuron {index}: {share:.1%} of the length")
+    typer.echo(file)
+
+
+@app.command()
+@with_model_options
+def matches(
+    model: ModelOptions,
+    photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="The photograph whose patch is meant.")],
+    images: Annotated[str, typer.Argument(help="Where to search: a folder, or photos for the built-in ones.")],
+    patch: Annotated[str, typer.Option(help="The patch, counted from 0 on the layer's grid.", metavar="ROW,COLUMN")],
+    layer: Annotated[int | None, typer.Option(help="After which layer; default: the last with patches.", min=0)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The figure, as PNG, SVG or PDF.", metavar="FILE")] = Path(
+        "matches.png"
+    ),
+    limit: Annotated[int | None, typer.Option(help="Images to search, at most.", min=1)] = None,
+) -> None:
+    """Find the patches of other images whose tokens are most like one of a photograph."""
+    from rich.console import Console
+
+    from vitrail.data import open_images, scan
+    from vitrail.figures.matches import patch_matches
+    from vitrail.figures.style import save
+    from vitrail.tokens.matches import match_findings, match_patches
+
+    place, image = _parse_patch(patch), decode(photo)
+    assert place is not None
+    vit = model.open()
+    source = open_images(images, limit=limit, labels=False)
+    with Console(stderr=True).status("reading images") as status:
+        manifest = scan(source, lambda n, total: status.update(f"reading images: {n} of {total}"))
+        search = match_patches(
+            vit,
+            image,
+            source,
+            manifest,
+            place,
+            layer=layer,
+            progress=lambda n, total: status.update(f"searching: {n} of {total}"),
+        )
+        file = save(patch_matches(search), out)
+    for sentence in match_findings(search):
+        typer.echo(sentence)
+    typer.echo(file)
+
+
+@app.command()
+def prune(
+    study: Study,
+    out: Out,
+    heads: Annotated[str | None, typer.Option(help="Heads to remove, as L0H4,L3H1.", metavar="HEADS")] = None,
+    keep_accuracy: Annotated[
+        float | None, typer.Option(help="Remove as many as leave this share of the accuracy, such as 0.99.")
+    ] = None,
+    ranking: Annotated[
+        str | None, typer.Option(help="What heads are ranked by; default: flips, the best in our curves.")
+    ] = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
+) -> None:
+    """Remove heads of a studied model for good: a smaller model, its parameters, speed and accuracy."""
+    from rich.console import Console
+
+    from vitrail.pruning.prune import prune_study
+    from vitrail.pruning.ranking import parse_heads
+    from vitrail.study.table import pruning_summary
+
+    done = prune_study(
+        study,
+        out,
+        heads=parse_heads(heads) if heads is not None else None,
+        keep_accuracy=keep_accuracy,
+        ranking=ranking,
+        weights=weights,
+        device=device,
+        seed=seed,
+        progress=True,
+    )
+    for item in pruning_summary(done):
+        Console().print(item)
+
+
+@app.command()
+def curves(
+    study: Study,
+    test: Annotated[
+        int, typer.Option(help="Images that are asked, at most: of the half that ranks nothing.", min=1)
+    ] = 200,
+    random_orders: Annotated[int, typer.Option(help="Orders at random beside the rankings.", min=1)] = 5,
+    weights: Weights = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
+) -> None:
+    """Prune heads one after the other by every ranking of a study: how many can go, and which ranking knows it."""
+    from vitrail.pruning.curves import measure_curves
+    from vitrail.report.heads import curve_findings
+
+    measured = measure_curves(
+        study, n_test=test, n_random=random_orders, weights=weights, device=device, seed=seed, progress=True
+    )
+    for sentence in curve_findings(measured):
+        typer.echo(sentence)
+    typer.echo(f"The report draws them: vitrail report {study}")
+
+
+def _folder_names(images: Sequence[Path]) -> list[str]:
+    """A folder for each image: its name without suffix, with a number where an earlier one has that name."""
+    names: list[str] = []
+    for path in images:
+        numbered = (f"{path.stem}-{number}" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain([path.stem], numbered) if name not in names))
+    return names
+
+
+def _parse_patch(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = [part.strip() for part in text.split(",")]
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise UsageError(f"--patch {text!r} has no meaning; write ROW,COLUMN, counted from 0.")
+    return int(numbers[0]), int(numbers[1])

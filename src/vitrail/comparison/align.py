@@ -1,0 +1,202 @@
+"""One measure of two studies on common cells: heads of a layer and patches are averaged, layers joined by depth."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+
+from vitrail.analysis import measures
+from vitrail.comparison.pairs import Pair, StudySide
+from vitrail.errors import UsageError
+from vitrail.measure import Measure
+
+__all__ = ["AlignedMeasure", "align", "comparable_measures", "depths_of", "mean_of_present"]
+
+AVERAGED = ("head", "patch", "token")
+"""Dimensions whose members of two models need not correspond."""
+
+BLOCK_BYTES = 64 * 2**20
+"""Read at a time: measures of every patch are too large to hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedMeasure:
+    """A measure of the paired images in both studies.
+
+    Attributes:
+        measure: Its declaration.
+        dims: What remains beside the image: "layer", and dimensions of fixed meaning such as "hop".
+        a, b: The values, [image, *dims] in float64; NaN where an image has none.
+        by_head: The same [image layer head] of both, where both models have the same heads and the measure is of heads.
+    """
+
+    measure: Measure
+    dims: tuple[str, ...]
+    a: Float[np.ndarray, "image *cells"]
+    b: Float[np.ndarray, "image *cells"]
+    by_head: tuple[Float[np.ndarray, "image layer head"], Float[np.ndarray, "image layer head"]] | None
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The range that a difference can have at all, if there is one."""
+        is_flag = self.measure.dtype == "bool"
+        value_range = (0.0, 1.0) if is_flag else self.measure.value_range
+        return None if value_range is None else (value_range[0] - value_range[1], value_range[1] - value_range[0])
+
+
+def comparable_measures(pair: Pair, names: list[str] | None = None) -> tuple[list[Measure], dict[str, str]]:
+    """The measures that both studies hold and that mean the same in both.
+
+    Args:
+        pair: Two studies.
+        names: Of measures that are asked for; None for all.
+
+    Returns:
+        The measures, and the reason by name of each that only one study holds or that cannot be compared.
+
+    Raises:
+        UsageError: A measure that is asked for cannot be compared, or there is none at all.
+    """
+    stored = [{str(name) for name in side.data.data_vars} for side in (pair.a, pair.b)]
+    candidates = [
+        measure
+        for measure in measures().values()
+        if measure.is_quantity and measure.dims[0] == "image" and measure.name in stored[0] | stored[1]
+    ]
+    reasons = {measure.name: reason for measure in candidates if (reason := _why_not(pair, measure, stored))}
+    usable = [measure for measure in candidates if measure.name not in reasons]
+    if names is not None:
+        _refuse_missing(names, reasons, {measure.name for measure in candidates})
+        usable = [measure for measure in usable if measure.name in names]
+    if not usable:
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UsageError(
+            f"{pair.a.folder} and {pair.b.folder} hold no measure that can be compared. {said or 'Measure both'}."
+        )
+    return usable, reasons
+
+
+def _refuse_missing(names: list[str], reasons: dict[str, str], candidates: set[str]) -> None:
+    for name in names:
+        if name in reasons:
+            raise UsageError(f"{name} was to be compared: {reasons[name]}.")
+        if name not in candidates:
+            raise UsageError(f"{name} was to be compared; the studies hold: {', '.join(sorted(candidates))}.")
+
+
+def _why_not(pair: Pair, measure: Measure, stored: list[set[str]]) -> str:
+    name = measure.name
+    for side, own, other in ((pair.a, stored[0], stored[1]), (pair.b, stored[1], stored[0])):
+        if name in other and name not in own:
+            return f"{side.folder.name} does not hold it"
+    versions = [side.plan.measures.get(name) for side in (pair.a, pair.b)]
+    if versions[0] != versions[1]:
+        return f"it was computed by versions {versions[0]} and {versions[1]} of its definition"
+    for choice in measure.depends_on or ():
+        if choice == "label":
+            if pair.label_reason:
+                return pair.label_reason
+        elif pair.a.option(choice) != pair.b.option(choice):
+            return f"the studies differ in the option {choice} ({pair.a.option(choice)} and {pair.b.option(choice)})"
+    sizes = [dict(side.data[name].sizes) for side in (pair.a, pair.b)]
+    for dimension in measure.dims[1:]:
+        fixed = dimension not in ("layer", *AVERAGED)
+        if fixed and sizes[0][dimension] != sizes[1][dimension]:
+            return (
+                f"it has {sizes[0][dimension]} and {sizes[1][dimension]} values along {dimension!r}, as the grids of "
+                "the two models differ"
+            )
+    return ""
+
+
+def align(pair: Pair, measure: Measure) -> AlignedMeasure:
+    """Reads one measure of both studies onto common cells.
+
+    Args:
+        pair: Two studies.
+        measure: One of `comparable_measures`.
+
+    Returns:
+        Its values of the paired images. Where the models differ in depth, values are taken at the depths of the
+        shallower one, linearly between layers.
+    """
+    keep = measure.dims == ("image", "layer", "head") and pair.same_heads
+    full = [_read(side, measure, reduce=not keep) for side in (pair.a, pair.b)]
+    if "label" in (measure.depends_on or ()):
+        for values in full:
+            values[~pair.same_label()] = np.nan
+    by_head = (full[0], full[1]) if keep else None
+    cells = [mean_of_present(values, (2,)) for values in full] if keep else full
+    dims = tuple(dimension for dimension in measure.dims[1:] if dimension not in AVERAGED)
+    if "layer" in dims:
+        at = 1 + dims.index("layer")
+        common = depths_of(min(pair.a.plan.n_layers, pair.b.plan.n_layers))
+        cells = [_at_depths(values, at, common) for values in cells]
+    return AlignedMeasure(measure, dims, cells[0], cells[1], by_head)
+
+
+def depths_of(n_layers: int) -> Float[np.ndarray, "layer"]:
+    """Where the layers of a model lie between its input and its output.
+
+    Args:
+        n_layers: Number of layers.
+
+    Returns:
+        The middle of each layer, 0 to 1.
+    """
+    return (np.arange(n_layers) + 0.5) / n_layers
+
+
+def _read(side: StudySide, measure: Measure, *, reduce: bool) -> Float[np.ndarray, "image *cells"]:
+    """The rows of the pair; means over heads, patches and tokens where the measure has them."""
+    array = side.data[measure.name]
+    axes = tuple(axis for axis, name in enumerate(measure.dims) if name in AVERAGED) if reduce else ()
+    step = max(1, int(BLOCK_BYTES / max(1, array.nbytes / array.sizes["image"])))
+    blocks = [
+        _block(side, array.isel(image=slice(start, start + step)), axes)
+        for start in range(0, array.sizes["image"], step)
+    ]
+    values: Float[np.ndarray, "image *cells"] = np.concatenate(blocks)[side.rows]
+    return values
+
+
+def _block(side: StudySide, block: xr.DataArray, axes: tuple[int, ...]) -> Float[np.ndarray, "image *cells"]:
+    values = np.asarray(block.values, dtype=np.float64)
+    if {"layer", "head"} <= set(block.dims) and block.dtype.kind in "bui":
+        present = np.arange(block.sizes["head"]) < np.asarray(side.plan.n_heads)[:, None]
+        order = [block.dims.index(name) for name in ("layer", "head")]
+        shape = [size if axis in order else 1 for axis, size in enumerate(values.shape)]
+        values = np.where(present.reshape(shape), values, np.nan)  # padding of such measures looks like a value
+    return mean_of_present(values, axes) if axes else values
+
+
+def mean_of_present(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The mean over what is there.
+
+    Args:
+        values: Numbers, NaN where there is none.
+        axes: Which axes go.
+
+    Returns:
+        Means; NaN where nothing is there.
+    """
+    is_present = ~np.isnan(values)
+    count = is_present.sum(axes)
+    total = np.where(is_present, values, 0.0).sum(axes)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _at_depths(values: Float[np.ndarray, "image *cells"], axis: int, depths: Float[np.ndarray, "depth"]) -> np.ndarray:
+    """Linear between the middles of layers; the outermost layers stand for what lies beyond their middle."""
+    n_layers = values.shape[axis]
+    if n_layers == len(depths):
+        return values
+    position: Float[np.ndarray, "depth"] = np.clip(depths * n_layers - 0.5, 0, n_layers - 1)
+    below: Int[np.ndarray, "depth"] = np.floor(position).astype(np.int64)
+    above = np.minimum(below + 1, n_layers - 1)
+    shape = [1] * values.ndim
+    shape[axis] = len(depths)
+    share = (position - below).reshape(shape)
+    lower, upper = np.take(values, below, axis), np.take(values, above, axis)
+    return np.where(share > 0, lower + share * (upper - lower), lower)

@@ -1,0 +1,79 @@
+"""DICOM, the format of medical scanners, through pydicom: one frame, as its window shows it."""
+
+import importlib
+import importlib.util
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitrail.data.files import sentence
+from vitrail.errors import BadImage
+
+__all__ = ["is_dicom", "read_dicom"]
+
+PREAMBLE_BYTES = 128
+"""Free bytes before the magic word."""
+
+
+def is_dicom(content: bytes) -> bool:
+    """Whether a file is DICOM, by its magic word.
+
+    Args:
+        content: The bytes of the file.
+
+    Returns:
+        True if it says so.
+    """
+    return content[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == b"DICM"
+
+
+def read_dicom(
+    content: bytes, refuse_size: Callable[[int, int], None], broken: tuple[type[Exception], ...]
+) -> tuple[Image.Image, str | None]:
+    """The picture in a DICOM file: greys as the file's window shows them, or over the range of its values.
+
+    Args:
+        content: The bytes of the file.
+        refuse_size: Raises for a picture of too many (columns, rows), before it is decoded.
+        broken: Exceptions that a decoder raises on damaged bytes.
+
+    Returns:
+        An image of 8 bits, grey or RGB, and how its values were scaled.
+
+    Raises:
+        BadImage: pydicom is not installed, or the file is broken or holds several frames or no picture.
+    """
+    if importlib.util.find_spec("pydicom") is None:
+        raise BadImage("a DICOM file, which needs the library that reads it: pip install 'vitrail[dicom]'")
+    try:
+        dataset = importlib.import_module("pydicom").dcmread(io.BytesIO(content))
+        if int(dataset.get("NumberOfFrames") or 1) > 1:
+            raise BadImage("it holds several frames; save the one that is meant as a file of its own")
+        if "Rows" not in dataset or "Columns" not in dataset:
+            raise BadImage("a DICOM file without a picture")
+        refuse_size(int(dataset.Columns), int(dataset.Rows))
+        return _picture(dataset)
+    except broken as error:  # among them RuntimeError, and so NotImplementedError
+        raise BadImage(f"a DICOM file that cannot be decoded: {sentence(error)}") from error
+
+
+def _picture(dataset: Any) -> tuple[Image.Image, str | None]:
+    pixels = importlib.import_module("pydicom.pixels")
+    values = dataset.pixel_array
+    if dataset.SamplesPerPixel > 1:
+        if values.dtype != np.uint8:
+            raise BadImage("its colours have more than 8 bits; save it with 8 bits")
+        if dataset.PhotometricInterpretation == "YBR_FULL":
+            values = pixels.convert_color_space(values, "YBR_FULL", "RGB")
+        return Image.fromarray(values), None
+    shades = np.asarray(pixels.apply_voi_lut(pixels.apply_modality_lut(values, dataset), dataset), np.float64)
+    black, white = shades.min(), shades.max()
+    how = "window" if "WindowCenter" in dataset or "VOILUTSequence" in dataset else "own range"
+    share = (shades - black) / (white - black) if white > black else np.zeros_like(shades)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":  # whose lowest value is white
+        share = 1 - share
+    scaling = f"DICOM values by the file's {how}: {black:g} is black and {white:g} white"
+    return Image.fromarray((255 * share).round().astype(np.uint8)), scaling

@@ -1,0 +1,172 @@
+"""The grid of patches of an image: positions, distances, and windows as sides, boxes or masks.
+
+Patches are counted row by row from the top left. A window of a query patch is given in one of three forms:
+
+sides  how far it reaches from the query, in patches: left, top, right, bottom; (0, 0, 0, 0) is the query alone
+box    (top, left, bottom, right) in rows and columns, half open: rows top .. bottom - 1. It need not hold its query
+mask   for each patch of the grid whether it lies in the window
+
+This module needs NumPy alone. Every function makes its tables with `arange`: a caller with tensors passes
+`functools.partial(torch.arange, device=...)` and gets tensors back.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+__all__ = [
+    "Grid",
+    "box_masks",
+    "box_means",
+    "boxes_of_sides",
+    "distances",
+    "n_patches",
+    "positions",
+    "sides_of_boxes",
+    "window_masks",
+]
+
+Grid = tuple[int, int]
+"""(rows, columns) of patches"""
+
+Arange = Callable[[int], Any]
+
+
+def n_patches(grid: Grid) -> int:
+    """Number of patches of a grid.
+
+    Args:
+        grid: Rows and columns.
+
+    Returns:
+        Rows times columns.
+    """
+    return grid[0] * grid[1]
+
+
+def positions(grid: Grid, arange: Arange = np.arange) -> tuple[Shaped[Any, "patch"], Shaped[Any, "patch"]]:
+    """Row and column of every patch.
+
+    Args:
+        grid: Rows and columns.
+        arange: Makes 0 .. n - 1 as an array of the caller's library.
+
+    Returns:
+        Two integer arrays [patch]: the rows, then the columns.
+    """
+    patch = arange(n_patches(grid))
+    return patch // grid[1], patch % grid[1]
+
+
+def distances(grid: Grid) -> Float[np.ndarray, "patch other"]:
+    """Euclidean distance between the centres of every two patches, in patches.
+
+    Args:
+        grid: Rows and columns.
+
+    Returns:
+        Symmetric matrix [patch other] in float64, zero on the diagonal.
+    """
+    row, column = positions(grid)
+    return np.asarray(np.hypot(np.subtract.outer(row, row), np.subtract.outer(column, column)))
+
+
+def sides_of_boxes(
+    boxes: Shaped[Any, "*batch query 4"], grid: Grid, arange: Arange = np.arange
+) -> tuple[Shaped[Any, "*batch query"], ...]:
+    """How far the box of each query patch reaches from it.
+
+    Args:
+        boxes: (top, left, bottom, right) for every patch of the grid, half open.
+        grid: Rows and columns.
+        arange: Makes 0 .. n - 1 as an array of the caller's library.
+
+    Returns:
+        Left, top, right and bottom, each [.. query] in patches, negative where the box lies beyond the query; to be
+        stacked by the caller. The box has (left + right + 1) x (top + bottom + 1) patches.
+    """
+    row, column = positions(grid, arange)
+    top, left, bottom, right = (boxes[..., side] for side in range(4))
+    return column - left, row - top, right - 1 - column, bottom - 1 - row
+
+
+def boxes_of_sides(
+    sides: Shaped[Any, "*batch query 4"], grid: Grid, arange: Arange = np.arange, first: int = 0
+) -> tuple[Shaped[Any, "*batch query"], ...]:
+    """The box that each query patch's sides describe: the inverse of `sides_of_boxes`.
+
+    Args:
+        sides: Left, top, right, bottom in whole patches, for the patches `first`, `first` + 1, ... of the grid.
+        grid: Rows and columns.
+        arange: Makes 0 .. n - 1 as an array of the caller's library.
+        first: The patch that the first query is, where sides are those of a few patches.
+
+    Returns:
+        Top, left, bottom and right, each [.. query], half open, not cut to the grid; to be stacked by the caller.
+    """
+    row, column = (axis[first : first + sides.shape[-2]] for axis in positions(grid, arange))
+    left, top, right, bottom = (sides[..., side] for side in range(4))
+    return row - top, column - left, row + bottom + 1, column + right + 1
+
+
+def box_masks(boxes: Shaped[Any, "*batch 4"], grid: Grid, arange: Arange = np.arange) -> Bool[Any, "*batch patch"]:
+    """Which patches of the grid lie in each box.
+
+    Args:
+        boxes: (top, left, bottom, right), half open; parts beyond the grid hold no patch.
+        grid: Rows and columns.
+        arange: Makes 0 .. n - 1 as an array of the caller's library.
+
+    Returns:
+        True where a patch lies in the box, one row of the grid's patches for each box.
+    """
+    top, left, bottom, right = (boxes[..., side, None] for side in range(4))
+    row, column = arange(grid[0]), arange(grid[1])
+    rows, columns = (row >= top) & (row < bottom), (column >= left) & (column < right)
+    return (rows[..., :, None] & columns[..., None, :]).reshape(*boxes.shape[:-1], n_patches(grid))
+
+
+def box_means(
+    values: Float[np.ndarray, "*#batch patch"], boxes: Int[np.ndarray, "*#batch query 4"], grid: Grid
+) -> Float[np.ndarray, "*batch query"]:
+    """The mean of a value of patches over each box, in four numbers a box: sums above and left of its corners.
+
+    Args:
+        values: A value for each patch, any unit; leading dimensions of 1 go with all boxes.
+        boxes: (top, left, bottom, right), half open, within the grid and not empty.
+        grid: Rows and columns.
+
+    Returns:
+        Means in the unit of the values; NaN where any value of the image is.
+    """
+    corners = np.zeros((*values.shape[:-1], grid[0] + 1, grid[1] + 1))
+    corners[..., 1:, 1:] = values.reshape(*values.shape[:-1], *grid).cumsum(-2).cumsum(-1)
+    flat = corners.reshape(*values.shape[:-1], -1)
+    top, left, bottom, right = (boxes[..., side] for side in range(4))
+
+    def before(row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        at = row * (grid[1] + 1) + column
+        return np.take_along_axis(np.broadcast_to(flat, (*at.shape[:-1], flat.shape[-1])), at, axis=-1)
+
+    sums = before(bottom, right) - before(top, right) - before(bottom, left) + before(top, left)
+    return np.asarray(sums / ((bottom - top) * (right - left)))
+
+
+def window_masks(
+    boxes: Shaped[Any, "*batch query 4"], grid: Grid, arange: Arange = np.arange, first: int = 0
+) -> Bool[Any, "*batch query patch"]:
+    """Which patches each query may see: those in its box, and always itself.
+
+    Args:
+        boxes: (top, left, bottom, right), half open, for the patches `first`, `first` + 1, ... of the grid.
+        grid: Rows and columns.
+        arange: Makes 0 .. n - 1 as an array of the caller's library.
+        first: The patch that the first query is, where boxes are those of a few patches.
+
+    Returns:
+        True where the query (row) may see the patch (column).
+    """
+    patch = arange(n_patches(grid))
+    return box_masks(boxes, grid, arange) | (patch[first : first + boxes.shape[-2], None] == patch)

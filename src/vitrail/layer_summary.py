@@ -1,0 +1,99 @@
+"""Quantities over the layers of a model, summed up over the images of a study. No torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+
+from vitrail.stats import mean_interval
+
+__all__ = ["LayerQuantity", "LayerStatistics", "finite_mean", "layer_quantity"]
+
+CENTRAL_90 = (0.05, 0.95)
+"""Quantiles between which nine images in ten lie."""
+
+
+class LayerStatistics(NamedTuple):
+    """Statistics over images of the layers that have any value.
+
+    Attributes:
+        layers: Indices of those layers.
+        mean: Mean over the images that have a value.
+        low: Lower end of the 95 % interval of the mean; NaN where images are too few.
+        high: Upper end of the same interval.
+        bottom: 5 % quantile over images.
+        top: 95 % quantile over images.
+    """
+
+    layers: Int[np.ndarray, "known"]
+    mean: Float[np.ndarray, "known"]
+    low: Float[np.ndarray, "known"]
+    high: Float[np.ndarray, "known"]
+    bottom: Float[np.ndarray, "known"]
+    top: Float[np.ndarray, "known"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerQuantity:
+    """One quantity of each image and layer.
+
+    Attributes:
+        title: What it is.
+        unit: Its unit.
+        values: The values, [image layer]; NaN where a layer has none.
+    """
+
+    title: str
+    unit: str
+    values: Float[np.ndarray, "image layer"]
+
+    @cached_property
+    def statistics(self) -> LayerStatistics:
+        """Mean, interval and spread over images, layer by layer."""
+        finite = np.isfinite(self.values)
+        layers = np.flatnonzero(finite.any(0))
+        rows = np.full((len(layers), 5), np.nan)
+        for row, layer in zip(rows, layers, strict=True):
+            values = self.values[finite[:, layer], layer]
+            low, high, _ = mean_interval(values)
+            row[:] = values.mean(), low, high, *np.quantile(values, CENTRAL_90)
+        return LayerStatistics(layers, *rows.T)
+
+    @property
+    def layer_means(self) -> Float[np.ndarray, "layer"]:
+        """Mean over images of every layer; NaN for a layer without a value."""
+        return finite_mean(self.values.T)
+
+
+def layer_quantity(study: xr.Dataset, name: str) -> LayerQuantity:
+    """A measure of images and layers, averaged over whatever else it has dimensions for.
+
+    Args:
+        study: A study that holds the measure.
+        name: Name of a measure whose first dimensions are image and layer.
+
+    Returns:
+        The quantity with the measure's title and unit.
+    """
+    array = study[name]
+    numbers = array.to_numpy().astype(np.float64)
+    unit = str(array.attrs.get("unit", ""))
+    values = finite_mean(numbers.reshape(*numbers.shape[:2], -1))
+    return LayerQuantity(str(array.attrs.get("title", name)), "0 to 1" if unit == "1" else unit, values)
+
+
+def finite_mean(values: Float[np.ndarray, "*lead item"]) -> Float[np.ndarray, "*lead"]:
+    """The mean over the last dimension of what is finite.
+
+    Args:
+        values: Numbers, NaN where there is none.
+
+    Returns:
+        Means; NaN where nothing is finite.
+    """
+    finite = np.isfinite(values)
+    sums = np.where(finite, values, 0).sum(-1)
+    return np.where(finite.any(-1), sums / np.maximum(finite.sum(-1), 1), np.nan)

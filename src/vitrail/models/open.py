@@ -1,0 +1,437 @@
+"""Opening a vision transformer: `open_vit` finds it, describes it and gives a `Vit`."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from vitrail.errors import UsageError
+from vitrail.markup import html_table
+from vitrail.models.choose import OutputReader
+from vitrail.models.preprocessing import HALF, Preprocessing, UnknownPreprocessing, override
+from vitrail.models.processors import read_preprocessing
+from vitrail.models.sources import LoadedModel, Request, describe_module, load_model, split_python_name
+from vitrail.models.task import Task, as_target, resolve_task
+from vitrail.models.zero_shot import Prompts, parse_prompts
+from vitrail.tap.anatomy import Anatomy, discover
+from vitrail.tap.anatomy_table import anatomy_html
+from vitrail.tap.clone import clone_sharing, image_channels, unwrap_compiled
+from vitrail.tap.tap import Tap
+
+__all__ = ["PRECISIONS", "Vit", "open_vit"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class Vit:
+    """An opened vision transformer: the model as it is, its anatomy, and a tap per thread.
+
+    Attributes:
+        name: what it was opened with, such as "timm:deit_tiny_patch16_224".
+        model: the user's own module, never edited (of a compiled one, the module inside).
+        anatomy: blocks, heads, grid, prefix tokens, as found by tracing.
+        task: what its output means: classes, labels, values, a feature vector.
+        n_classes: classes or labels it tells apart; None for a model whose output is neither.
+        read_output: picks the [image, value] tensor out of what the module returns.
+        class_names: one per class, or None.
+        weights_source: where the weights come from and, of a file that holds several, which were taken, in words.
+        device, precision: where and in which type it runs.
+        opened_with: the arguments of `open_vit` that open the same model again, as plain data; None for an own module.
+    """
+
+    def __init__(self, loaded: LoadedModel, device: str, precision: str, class_names: Sequence[str] | None) -> None:
+        self.name = loaded.name
+        self.model = loaded.module
+        self._preprocessing = loaded.preprocessing
+        self.task: Task = loaded.task or _task_of_count(loaded)
+        self.n_classes = self.task.n_classes
+        self.read_output = OutputReader(loaded.output)
+        self.weights_source = loaded.weights_source
+        self.device, self.precision = device, precision
+        self.class_names = _match_class_names(class_names, loaded, self.n_classes)
+        self.opened_with: dict[str, Any] | None = None
+        self._taps = threading.local()
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Found by tracing the model once, when first asked for."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((3, self.n_channels, *self.image_size), generator=generator)
+        return discover(self.model, images.to(self.device, PRECISIONS[self.precision]))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(rows, columns) of the images that the model takes, in pixels."""
+        return self._preprocessing.size
+
+    @cached_property
+    def n_channels(self) -> int:
+        """Channels of the images that the model takes: 3 for photographs."""
+        return image_channels(self.model)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The steps from a photograph to the model's input.
+
+        Raises:
+            UsageError: nobody stated them, so no photograph can be shown to this model.
+        """
+        if isinstance(self._preprocessing, UnknownPreprocessing):
+            raise UsageError(
+                f"How photographs are prepared for {self.name} is not known: {self._preprocessing.reason}. Give "
+                "open_vit(.., mean=(..), std=(..)) the values that the model was trained with (--mean, --std), or "
+                "preprocessing= a vitrail.Preprocessing, transforms of torchvision or a processor of transformers; "
+                'for an untrained model, weights="random" says so.'
+            )
+        return self._preprocessing
+
+    @property
+    def preprocessing_source(self) -> str:
+        """Where the preprocessing comes from, or that it is not known and why, in words."""
+        if isinstance(self._preprocessing, UnknownPreprocessing):
+            return f"unknown: {self._preprocessing.reason}"
+        return self._preprocessing.source
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks with attention."""
+        return len(self.anatomy.blocks)
+
+    @property
+    def n_heads(self) -> tuple[int, ...]:
+        """Heads of each layer."""
+        return tuple(block.heads for block in self.anatomy.blocks)
+
+    @cached_property
+    def weight_digest(self) -> str:
+        """SHA-256 over names, shapes and bytes of parameters and buffers, as hex."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(_as_numbers(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def prepare(self, images: Sequence[Image.Image]) -> Float[Tensor, "image channel row column"]:
+        """Photographs as the model's input.
+
+        Args:
+            images: photographs of any size and colour mode.
+
+        Returns:
+            [image, channel, row, column] on the model's device and in its precision.
+
+        Raises:
+            UsageError: the preprocessing is not known.
+        """
+        return self.prepare_views([self.view(image) for image in images])
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """The part of a photograph that the model sees: resized and cropped, not normalised.
+
+        Args:
+            image: a photograph of any size and colour mode.
+
+        Returns:
+            An RGB image of `image_size`.
+
+        Raises:
+            UsageError: the preprocessing is not known.
+        """
+        return self.preprocessing.view(image)
+
+    def prepare_views(self, views: Sequence[Image.Image]) -> Float[Tensor, "image channel row column"]:
+        """Views as the model's input: `prepare` for images that were resized already.
+
+        Args:
+            views: images from `view`.
+
+        Returns:
+            [image, channel, row, column] on the model's device and in its precision.
+
+        Raises:
+            UsageError: the preprocessing is not known.
+        """
+        return self.preprocessing.normalize(views).to(self.device, PRECISIONS[self.precision])
+
+    def tap(self) -> Tap:
+        """This thread's tap, made on first use.
+
+        Returns:
+            The tap of the calling thread; taps of different threads do not disturb each other.
+        """
+        if not hasattr(self._taps, "tap"):
+            self._taps.tap = Tap(self.model, self.anatomy, self.read_output)
+        tap: Tap = self._taps.tap
+        return tap
+
+    @torch.no_grad()
+    def logits(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image class"]:
+        """The model's own answer, untapped: logits, or the pooled feature of a model without classifier.
+
+        Args:
+            images: [image, channel, row, column], as `prepare` gives them.
+
+        Returns:
+            [image, class] logits; [image, channel] for a model without classifier.
+        """
+        return self.read_output(self._plain(images))
+
+    def look(self, image: Image.Image, **options: Any) -> xr.Dataset:
+        """Every analysis of one image: `vitrail.look` of this model.
+
+        Args:
+            image: the photograph.
+            options: those of `vitrail.look`, such as `measures="heads"` or `patch=(3, 4)`.
+
+        Returns:
+            The arrays of a study with one image, and those of one image only.
+        """
+        from vitrail.one_image import look
+
+        return look(self, image, **options)
+
+    def what_if(self, image: Image.Image, **changes: Any) -> xr.Dataset:
+        """What the answer becomes if heads, patches or windows are changed: `vitrail.what_if.what_if` of this model.
+
+        Args:
+            image: the photograph.
+            changes: `heads_off="L2H0,L3H1"`, `patches=[(3, 4)]` with `how="removed"`, `windows=[..]`, and the other
+                options of `vitrail.what_if.what_if`.
+
+        Returns:
+            Answer, drift of tokens and attention, step by step.
+        """
+        from vitrail.what_if import what_if
+
+        return what_if(self, image, **changes)
+
+    @cached_property
+    def _plain(self) -> nn.Module:
+        """An untapped clone in evaluation mode: the user's module keeps its own mode."""
+        return clone_sharing(self.model)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.image_size))
+        heads = sorted(set(self.n_heads))
+        return (
+            f"Vit({self.name}: {self.n_layers} layers, {'/'.join(map(str, heads))} heads, {size} px, "
+            f"{self.task}, {self.precision} on {self.device}; weights: {self.weights_source}; "
+            f"preprocessing: {self.preprocessing_source})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Its anatomy as a table, for notebooks."""
+        facts = [
+            ("answers with", str(self.task)),
+            ("input", f"{self.image_size[0]} x {self.image_size[1]} pixels"),
+            ("weights", self.weights_source),
+            ("preprocessing", self.preprocessing_source),
+            ("runs", f"{self.precision} on {self.device}"),
+        ]
+        return html_table(self.name, facts) + anatomy_html(self.anatomy)
+
+
+def open_vit(
+    model: str | Path | nn.Module,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+    n_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    task: str | None = None,
+    output: str | int | None = None,
+    target: Any = None,
+    prompts: Any = None,
+    preprocessing: Any = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop: float | str | None = None,
+) -> Vit:
+    """Opens a vision transformer, unedited.
+
+    Args:
+        model: "timm:NAME", "hf:NAME", "tv:NAME", "openclip:NAME/TAG", a folder with a config.json (timm's or
+            transformers' form), "vitrail:photos" (the small model that comes with Vitrail), "FILE.py:FUNCTION" (runs
+            that file and calls the function without arguments; it returns the module), or any `nn.Module` that takes
+            [image, 3, row, column].
+        image_size: pixels, one number or (rows, columns), where it is not the model's own.
+        weights: a file: safetensors, the index.json of safetensors in shards, or a .pth, .pt, .ckpt or .bin file of
+            tensors, as timm's train.py, Lightning, DINO and others write them. Of several state dicts in a file the
+            averaged ones (state_dict_ema, teacher) are taken, as timm and DINO do; "FILE:KEY" names another.
+            `weights_source` says which were taken. None for the library's own; "random" for an untrained model, also
+            to say so of a module handed over, whose photographs may then be prepared in any way.
+        device: as torch names it.
+        precision: "float32", "bfloat16", "float16" or "float64".
+        n_classes: of a new or own classifier; 0: none, the output is a feature vector. None with a weights file: as
+            many as the classifier in the file has.
+        class_names: one per class.
+        task: what the output means, where the model's library or configuration does not say so or says otherwise:
+            "classes" (softmax), "labels" (a sigmoid each), "regression" (values), "embedding" (a feature vector) or
+            "none". A module of unknown origin needs it for measures of importance, unless `n_classes` is given or its
+            last layer is a linear one with a name such as `head`, `fc` or `classifier`.
+        output: name or index of one of several outputs.
+        target: a number that is explained in place of a class: a function of the output, [image, value] -> [image],
+            or a vector whose cosine with the output is taken (of another image, of a text, the mean of a class).
+        prompts: of a whole CLIP or SigLIP model, which they make a classifier: a file with a prompt a line, or
+            "CLASS<tab>PROMPT" (prompts of one class are averaged); a sequence of prompts; or a mapping of class to
+            prompt, prompts or text features.
+        preprocessing: how photographs are prepared, where the model's library, configuration or image processor does
+            not say so or says otherwise: a `Preprocessing`, its `as_dict`, timm's data configuration, the transforms()
+            of torchvision's weights or an image processor of transformers.
+        mean: per channel or one number, on values 0..1; in place of the model's own.
+        std: per channel or one number, on values 0..1; in place of the model's own.
+        interpolation: such as "bicubic"; in place of the model's own.
+        crop: "center", "squash" or "border", a share such as 0.875, or both: "squash:0.875".
+
+    Returns:
+        The opened model. Where its preprocessing is not known, it runs on tensors and refuses photographs.
+
+    Raises:
+        UnknownModel: the name leads nowhere.
+        WeightsMismatch: the weights file does not fit.
+        ModelError: the image processor beside the weights is broken.
+        NoAttention: it is no vision transformer.
+        Unsupported: it cannot be followed.
+        UsageError: an argument has no meaning here.
+
+    Example:
+        >>> import vitrail
+        >>> vit = vitrail.open_vit("vitrail:photos")
+        >>> vit.image_size
+        (64, 64)
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"There is no precision {precision!r}; choose from {', '.join(PRECISIONS)}.")
+    stated = None if preprocessing is None else read_preprocessing(preprocessing)
+    by_class = None if prompts is None else parse_prompts(prompts)
+    request = Request(image_size, weights, n_classes, stated, output, by_class)
+    if isinstance(model, nn.Module):
+        loaded = _own_module(unwrap_compiled(model), request)
+    else:
+        loaded = load_model(str(model), request)
+    loaded.output = output
+    loaded.task = resolve_task(
+        loaded.task or _task_of_count(loaded), task, n_classes, class_names or loaded.class_names, as_target(target)
+    )
+    if stated is not None:
+        loaded.preprocessing = stated if image_size is None else stated.with_size(image_size)
+    elif isinstance(loaded.preprocessing, UnknownPreprocessing) and weights == "random":
+        half = HALF[:1] * image_channels(loaded.module)
+        loaded.preprocessing = Preprocessing(
+            loaded.preprocessing.size, half, half, source="assumed, as the weights are random: mean = std = 0.5"
+        )
+    loaded.preprocessing = override(
+        loaded.preprocessing,
+        mean=_per_channel("mean", mean, loaded.module),
+        std=_per_channel("std", std, loaded.module),
+        interpolation=interpolation,
+        crop=crop,
+    )
+    _move(loaded, device, precision, own=isinstance(model, nn.Module))
+    vit = Vit(loaded, device, precision, class_names)
+    if not isinstance(model, nn.Module):
+        vit.opened_with = {
+            "model": _absolute_name(str(model)),
+            "image_size": image_size,
+            "weights": str(weights if weights in (None, "random") else Path(weights).absolute()) if weights else None,
+            "precision": precision,
+            "n_classes": n_classes,
+            "task": task,
+            "output": output,
+            "prompts": _as_plain_data(by_class),
+        }
+    _ = vit.anatomy  # a model that cannot be followed is refused here, not in the middle of a study
+    return vit
+
+
+def _as_numbers(tensor: Tensor) -> Tensor:
+    """The numbers of a parameter or buffer; of quantised weights (a class of their own) what they stand for."""
+    plain = tensor.detach()
+    return plain if type(plain) is Tensor else plain.dequantize()
+
+
+def _per_channel(
+    name: str, values: float | Sequence[float] | None, module: nn.Module
+) -> Sequence[float] | float | None:
+    """One number for each channel of the model's images."""
+    channels = image_channels(module)
+    if isinstance(values, (int, float)):
+        return (float(values),) * channels
+    if values is not None and len(values) != channels:
+        raise UsageError(
+            f"{name} has {len(values)} numbers and this model's images {channels} channel{'s' * (channels != 1)}; give "
+            f"one number for each (--{name}), or one for all."
+        )
+    return values
+
+
+def _as_plain_data(prompts: Prompts | None) -> dict[str, Any] | None:
+    if prompts is None:
+        return None
+    return {name: each.tolist() if isinstance(each, Tensor) else list(each) for name, each in prompts.items()}
+
+
+def _absolute_name(name: str) -> str:
+    python = split_python_name(name)
+    return name if python is None else f"{python[0].absolute()}:{python[1]}"
+
+
+def _own_module(module: nn.Module, request: Request) -> LoadedModel:
+    if request.file is not None:
+        raise UsageError(
+            f"weights={str(request.file)!r} was given with a module, which has weights already: load them into the "
+            "module before it is opened."
+        )
+    loaded = describe_module(module, request)
+    loaded.name = f"module:{type(module).__name__}"
+    loaded.weights_source = "random" if request.weights == "random" else "those of the module"
+    return loaded
+
+
+def _task_of_count(loaded: LoadedModel) -> Task:
+    """Of a folder or library that says only how many classes there are."""
+    if loaded.n_classes is None:
+        return Task("embedding", "it has no classifier")
+    return Task("classes", f"{loaded.n_classes} classes stated by {loaded.name or 'its source'}", loaded.n_classes)
+
+
+def _move(loaded: LoadedModel, device: str, precision: str, *, own: bool) -> None:
+    """On the device and in the precision asked for; a module of the user's own is copied first if it must change."""
+    try:
+        torch_device = torch.device(device)
+        torch.empty(0, device=torch_device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"There is no device {device!r} here ({str(error).splitlines()[0]}).") from error
+    dtype = PRECISIONS[precision]
+    weights = [weight for weight in loaded.module.parameters() if weight.is_floating_point()]
+    if all(weight.dtype == dtype and weight.device.type == torch_device.type for weight in weights):
+        return
+    if own:
+        import copy
+
+        loaded.module = copy.deepcopy(loaded.module)
+    loaded.module.to(torch_device, dtype)
+
+
+def _match_class_names(
+    class_names: Sequence[str] | None, loaded: LoadedModel, n_classes: int | None
+) -> tuple[str, ...] | None:
+    names = tuple(class_names) if class_names is not None else loaded.class_names
+    if names is None or n_classes is None:
+        return None
+    if len(names) != n_classes:
+        if class_names is None:
+            return None
+        raise UsageError(f"{len(names)} class names were given for a model of {n_classes} classes.")
+    return names

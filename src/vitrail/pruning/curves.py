@@ -1,0 +1,108 @@
+"""Pruning curves of a study: its model answers the other half of the images with more and more heads pruned."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vitrail.errors import Unsupported, UsageError
+from vitrail.pruning.masked import predictions_without
+from vitrail.pruning.ranking import CURVES_FILE, Curves, halves, orders, random_orders, scores
+from vitrail.pruning.study_images import StudyImages
+from vitrail.study.ownership import write_atomic
+from vitrail.study.progress import Progress
+from vitrail.study.reopen import reopen
+from vitrail.study.store import open_study, read_manifest, read_plan
+
+__all__ = ["measure_curves"]
+
+RANKINGS = ("probability", "divergence", "loss", "flips", "class token", "tokens")
+"""The rankings that are compared where nothing else is asked for."""
+
+SHARES = (0, 1 / 18, 1 / 9, 7 / 36, 5 / 18, 7 / 18, 19 / 36, 13 / 18, 1)
+"""Shares of the heads that are pruned: dense where accuracy falls."""
+
+
+def measure_curves(
+    study: str | Path,
+    *,
+    rankings: Sequence[str] | None = None,
+    n_test: int = 200,
+    n_random: int = 5,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
+) -> Curves:
+    """Prunes heads one after the other by every ranking that a study has, and writes the curves into the study.
+
+    Heads are ranked on one half of the images and pruned on images of the other half. The report then shows the curves.
+
+    Args:
+        study: The folder of a study of heads, of a classifier.
+        rankings: Names of rankings (`vitrail.pruning.ranking.scores`); None: six of them, as far as the study has them.
+        n_test: Images of the other half that are asked, at most.
+        n_random: Orders at random beside the rankings.
+        weights: The weights file, where it has moved.
+        device: Where the model runs.
+        seed: Of the two halves and of the orders at random.
+        progress: Shows a bar.
+
+    Returns:
+        The curves, as `vitrail.pruning.ranking.read_curves` reads them again.
+
+    Raises:
+        UsageError: A ranking that the study does not have, or too few images.
+        Unsupported: The model is no classifier.
+        DataError: The images have moved or changed.
+
+    Example:
+        >>> from vitrail.pruning.curves import measure_curves
+        >>> measure_curves("study").accuracy("least", "flips")  # doctest: +SKIP
+    """
+    dataset = open_study(study)
+    vit = reopen(study, weights=weights, device=device)
+    if vit.n_classes is None:
+        raise Unsupported(f"Pruning curves are of accuracy: {vit.task.without('a classifier')}.")
+    half = halves(dataset.sizes["image"], seed)
+    held = scores(dataset, half.calibration)
+    names = [name for name in RANKINGS if name in held] if rankings is None else list(rankings)
+    unknown = [name for name in names if name not in held]
+    if unknown or not names:
+        raise UsageError(f"This study has no ranking {', '.join(unknown)}; it has {', '.join(held)}.")
+    by_rank = {name: orders(held[name]) for name in names}
+    heads = next(iter(by_rank.values()))
+    counts = sorted({round(share * len(heads)) for share in SHARES})
+    ranked = [order for least in by_rank.values() for order in (least, least[::-1])]
+    every = [*ranked, *random_orders(sorted(heads), n_random, seed=seed + 1)]
+    sets = [frozenset(order[:count]) for order in every for count in counts]
+    images, test = StudyImages(vit, read_manifest(study), dataset["label"].to_numpy()), half.test[:n_test]
+    with Progress(progress) as bars:
+        bars.studying(0, len(test), "pruning")
+        parts = list(
+            images.correct(test, lambda part: predictions_without(vit, images.prepare(part), sets), bars),
+        )
+    right = np.concatenate(parts, -1).reshape(len(every), len(counts), -1)
+    curves = Curves(
+        np.array(counts),
+        {name: right[2 * at] for at, name in enumerate(names)},
+        {name: right[2 * at + 1] for at, name in enumerate(names)},
+        right[len(ranked) :],
+    )
+    _write(Path(study), curves)
+    return curves
+
+
+def _write(folder: Path, curves: Curves) -> None:
+    stream = io.BytesIO()
+    np.savez_compressed(
+        stream,
+        data_digest=np.array(read_plan(folder).data_digest),
+        names=np.array(list(curves.least)),
+        counts=curves.counts,
+        least=np.stack(list(curves.least.values())),
+        most=np.stack(list(curves.most.values())),
+        random=curves.random,
+    )
+    write_atomic(folder / CURVES_FILE, stream.getvalue())

@@ -1,0 +1,81 @@
+"""Pruning many heads at once: what the model answers without them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitrail.errors import Unsupported
+from vitrail.models.open import Vit
+from vitrail.pruning.removal import Heads, remove_heads, why_not_removable
+from vitrail.tap.edits import Edit
+
+__all__ = ["logits_without", "predictions_without", "pruning_edits"]
+
+
+def pruning_edits(heads: Heads) -> list[Edit]:
+    """Edits of the tap that set heads to zero.
+
+    Args:
+        heads: (layer, head) of each.
+
+    Returns:
+        One edit for each layer.
+    """
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in sorted(heads):
+        by_layer.setdefault(layer, []).append(head)
+    return [Edit(layer, prune=tuple(each)) for layer, each in by_layer.items()]
+
+
+@torch.no_grad()
+def logits_without(
+    vit: Vit, images: Float[Tensor, "image channel row column"], heads: Heads
+) -> Float[Tensor, "image class"]:
+    """The output with heads masked, by the tap; works for every model.
+
+    Args:
+        vit: The model.
+        images: Prepared images.
+        heads: (layer, head) of each head to mask.
+
+    Returns:
+        Logits.
+    """
+    return vit.tap().read(images, edits=pruning_edits(heads))
+
+
+@torch.no_grad()
+def predictions_without(
+    vit: Vit, images: Float[Tensor, "image channel row column"], sets: Sequence[Heads]
+) -> Int[np.ndarray, "set image"]:
+    """The predicted class with each set of heads pruned.
+
+    Where heads can be removed they are, which makes the pass cheaper; elsewhere they are masked. Equal sets are run
+    once.
+
+    Args:
+        vit: The model.
+        images: Prepared images.
+        sets: Heads (layer, head) of each set.
+
+    Returns:
+        Indices of classes.
+
+    Raises:
+        Unsupported: The model has no classifier.
+    """
+    if vit.n_classes is None:
+        raise Unsupported(f"Predictions were asked for of {vit.name}: {vit.task.without('a classifier')}.")
+    removes = not why_not_removable(vit)
+    predictions: dict[frozenset[tuple[int, int]], np.ndarray] = {}
+    for heads in map(frozenset, sets):
+        if heads not in predictions:
+            if removes:
+                logits = vit.read_output(remove_heads(vit, heads).module(images))
+            else:
+                logits = logits_without(vit, images, heads)
+            predictions[heads] = logits.float().argmax(-1).cpu().numpy()
+    return np.stack([predictions[frozenset(heads)] for heads in sets])

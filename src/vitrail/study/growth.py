@@ -1,0 +1,133 @@
+"""A study that grows: more measures or more images than its folder has, and no other difference.
+
+What exists is kept, and a study that has grown has the same arrays, byte for byte, as one that was made at once. No
+torch here.
+"""
+
+from collections.abc import Container, Iterable
+from dataclasses import replace
+
+from vitrail.analysis import analyses, in_order_of_declaration
+from vitrail.data import ImageEntry, Manifest
+from vitrail.data.files import some
+from vitrail.errors import PlanMismatch
+from vitrail.study.plan import Plan
+
+__all__ = ["arrange_images", "comparable_plan", "merge_plans", "starts_with"]
+
+
+def arrange_images(existing: Plan, earlier: Manifest, manifest: Manifest) -> Manifest:
+    """Puts the images that a study has in front of those that a run adds, in the study's order.
+
+    Args:
+        existing: The plan of the study.
+        earlier: The images of the study.
+        manifest: Those of a new scan, in the order of their source.
+
+    Returns:
+        The new scan, reordered if it holds every image of the study unchanged; otherwise as it is.
+
+    Raises:
+        PlanMismatch: Some of the study's images are missing or have changed.
+    """
+    scanned = {entry.id: entry for entry in manifest.images}
+    missing = [entry.id for entry in earlier.images if entry.id not in scanned]
+    if missing and len(manifest.images) < existing.n_images:
+        return manifest  # fewer images were asked for, which the plans tell
+    changed = [
+        each.id for each in earlier.images if each.id in scanned and _content(each) != _content(scanned[each.id])
+    ]
+    if missing or changed:
+        phrases = [f"{some(missing)} missing"] * bool(missing) + [f"{some(changed)} changed"] * bool(changed)
+        raise PlanMismatch(
+            f"images: the folder has {existing.n_images} and this run {len(manifest.images)}, among which those of the "
+            f"folder are not as they were: {'; '.join(phrases)}. A study can gain images; put the old ones back, or "
+            "name another folder to begin anew."
+        )
+    first = tuple(scanned[entry.id] for entry in earlier.images)
+    ids = {entry.id for entry in first}
+    return replace(manifest, images=(*first, *(entry for entry in manifest.images if entry.id not in ids)))
+
+
+def merge_plans(existing: Plan, requested: Plan, names: Iterable[str]) -> Plan:
+    """The plan of a study after a run has added to it what it asks for.
+
+    Args:
+        existing: The plan of the folder.
+        requested: The plan of this run: its measures and the folder's, its images.
+        names: The measures that this run asks for.
+
+    Returns:
+        `requested` with what it need not repeat: measures of the folder whose analysis is not installed, options that
+        only the folder's measures depend on.
+    """
+    requested_names = set(names)
+    existing_options = {
+        name: value for name, value in existing.options.items() if not _depends_on(name, requested_names)
+    }
+    requested_options = {name: value for name, value in requested.options.items() if _depends_on(name, requested_names)}
+    left_out = {**existing.left_out, **requested.left_out}
+    other_versions = {name: value for name, value in existing.versions.items() if name not in requested.versions}
+    measures = in_order_of_declaration({**existing.measures, **requested.measures})
+    return replace(
+        requested,
+        measures=measures,
+        left_out=in_order_of_declaration({name: why for name, why in left_out.items() if name not in measures}),
+        options=dict(sorted({**existing_options, **requested_options}.items())),
+        versions={**requested.versions, **other_versions},
+        threads=existing.threads,
+    )
+
+
+def comparable_plan(plan: Plan, manifest: Manifest, existing: Plan) -> Plan:
+    """The part of a plan that must be equal to the plan of the folder it is to be run in.
+
+    Args:
+        plan: From `merge_plans`.
+        manifest: Its images.
+        existing: The plan of the folder.
+
+    Returns:
+        `plan` without the measures, options, versions and images that the folder does not have.
+    """
+    options = {name: value for name, value in existing.options.items() if not _depends_on(name, existing.measures)}
+    options |= {name: value for name, value in plan.options.items() if _depends_on(name, existing.measures)}
+    comparable = replace(
+        plan,
+        measures={name: version for name, version in plan.measures.items() if name in existing.measures},
+        left_out=existing.left_out,
+        versions={name: version for name, version in plan.versions.items() if name in existing.versions},
+        options=options,
+    )
+    if plan.n_images > existing.n_images and starts_with(manifest, existing):
+        comparable = replace(
+            comparable,
+            n_images=existing.n_images,
+            data_digest=existing.data_digest,
+            labels_from=existing.labels_from,
+        )
+    return comparable
+
+
+def _depends_on(option: str, names: Container[str]) -> bool:
+    """Whether an option may change one of these measures; True for an option that nothing declares."""
+    owners = [each for each in analyses().values() if any(option == own.name for own in each.options)]
+    return not owners or any(name in names for each in owners for name in each.measure_names)
+
+
+def starts_with(manifest: Manifest, existing: Plan) -> bool:
+    """Whether the first images of a scan are those of a study, with the same labels and masks.
+
+    Args:
+        manifest: The scan.
+        existing: The plan of the study.
+
+    Returns:
+        True where the study can go on with them in this order.
+    """
+    first = manifest.images[: existing.n_images]
+    return len(first) == existing.n_images and replace(manifest, images=first).digest == existing.data_digest
+
+
+def _content(entry: ImageEntry) -> tuple[str, int | None, str | None]:
+    return entry.digest, entry.label, entry.mask_digest

@@ -1,0 +1,240 @@
+"""A structural copy of a model that shares every tensor with the original.
+
+The tap works on such a copy, so the user's modules are never touched, another thread that runs them is never
+disturbed, and nothing can be left behind.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrail.errors import Unsupported
+
+__all__ = [
+    "clone_sharing",
+    "has_compiled_parts",
+    "image_channels",
+    "images_accepted",
+    "same_tensors",
+    "unwrap_compiled",
+]
+
+
+def clone_sharing(model: nn.Module) -> nn.Module:
+    """Copies the modules of a model, not its tensors, in evaluation mode.
+
+    Compiled modules, the model itself or parts of it, are unwrapped: what is observed is the uncompiled model. Gradient
+    checkpointing is off in the copy: it runs blocks a second time in the backward pass, where no tap watches.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        New module objects with the same parameters and buffers.
+
+    Raises:
+        Unsupported: The model is scripted, its activations are quantised, or its modules hold something that Python
+            cannot copy.
+    """
+    model = unwrap_compiled(model)
+    _refuse_quantised_activations(model)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    try:
+        for module in reversed([*model.modules()]):  # inner ones first
+            if _COMPILED in module._modules:
+                memo[id(module)] = copy.deepcopy(module._modules[_COMPILED], memo)
+        clone: nn.Module = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise Unsupported(
+            f"{type(model).__name__} cannot be tapped: its modules cannot be copied ({error}). "
+            "Vitrail works on a copy that shares the weights; keep locks, streams and open files out of the modules."
+        ) from error
+    for module in clone.modules():
+        for name in _CHECKPOINTING:
+            if getattr(module, name, None) is True:
+                setattr(module, name, False)
+    return clone.eval()
+
+
+def _refuse_quantised_activations(model: nn.Module) -> None:
+    """Scales that are drawn from the whole batch make each image's numbers depend on what else is on it."""
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(_PACKED):
+            raise Unsupported(
+                f"{path or 'The model'} is a {type(module).__name__} with quantised activations: their scale comes "
+                "from everything on the batch, so a head's number would depend on the images and heads beside it. "
+                "Open the model as it was before, or quantise it with torchao, whose scales are each token's own."
+            )
+
+
+_PACKED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Where torch keeps the modules whose weights are packed integers and whose inputs are quantised as they run."""
+
+
+def same_tensors(model: nn.Module, clone: nn.Module) -> bool:
+    """Whether a clone still shares all its parameters with the model.
+
+    Args:
+        model: The model; after `load_state_dict(assign=True)` it has other tensors.
+        clone: What `clone_sharing` gave for it.
+
+    Returns:
+        True where each parameter of the model is the very tensor of the clone.
+    """
+    of_clone = dict(clone.named_parameters(remove_duplicate=False))
+    of_model = {
+        name.replace(f"{_COMPILED}.", ""): tensor
+        for name, tensor in unwrap_compiled(model).named_parameters(remove_duplicate=False)
+    }
+    return of_clone.keys() == of_model.keys() and all(of_clone[name] is of_model[name] for name in of_clone)
+
+
+_COMPILED = "_orig_mod"
+"""Where `torch.compile`'s wrapper holds the module that it was given."""
+
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint")
+"""Switches of gradient checkpointing in timm and open_clip, in transformers, and in Swin's own code."""
+
+_MESSAGE_LENGTH = 200
+"""Characters of a library's message that are quoted: the sentence, not the listing that some append."""
+
+_CANNOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def images_accepted(model: nn.Module, shape: Sequence[int]) -> Iterator[None]:
+    """Around a model's first run, turns what it raises into a sentence.
+
+    Args:
+        model: The model.
+        shape: [image, channel, row, column] of the images that it is given.
+
+    Returns:
+        Nothing; a context manager.
+
+    Raises:
+        Unsupported: The model cannot be run on such images.
+    """
+    try:
+        yield
+    except _CANNOT_RUN as error:
+        message = " ".join(str(error).split())[:_MESSAGE_LENGTH]
+        raise Unsupported(
+            f"{type(model).__name__} cannot be run on images of shape {list(shape)} "
+            f"({type(error).__name__}: {message}). {_why_no_images(model)}"
+        ) from error
+
+
+def _why_no_images(model: nn.Module) -> str:
+    """What a model takes in place of images, as far as it says so, and what to do."""
+    reads = getattr(model, "main_input_name", "pixel_values")
+    if reads not in ("pixel_values", "pixel_values_videos"):
+        tower = next((path for path, inner in model.named_modules() if path and _reads(inner) == "pixel_values"), None)
+        rest = f" Open its image tower alone: open_vit(model.{tower})." if tower else ""
+        if "grid_thw" in inspect.signature(model.forward).parameters:
+            return (
+                "It takes the patches of all images in one sequence (grid_thw), not images on a batch, so its images "
+                "cannot be told apart. Open a tower that takes [image, channel, row, column]."
+            )
+        return f"It reads {reads}, so it is no vision model; Vitrail opens models that take images.{rest}"
+    needed = [
+        name
+        for name, each in inspect.signature(model.forward).parameters.items()
+        if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        return (
+            f"Its forward takes {' and '.join(needed)}, and Vitrail opens models of one image. Wrap it in a module "
+            f"that holds the rest: forward(self, images): return self.model(images, self.{needed[1]})."
+        )
+    frames = next((name for name in ("num_frames", "frames") if hasattr(getattr(model, "config", None), name)), None)
+    volumes = next((path for path, inner in model.named_modules() if isinstance(inner, nn.Conv3d)), None)
+    if frames is not None or volumes is not None:
+        why = f"its {volumes} is a convolution in three dimensions" if volumes else f"its configuration states {frames}"
+        return (
+            f"It takes volumes or several frames ({why}), and Vitrail opens models of single images, [image, channel, "
+            "row, column]. To look at a still, wrap it in a module that repeats the image: "
+            "forward(self, images): return self.model(images[:, None].expand(-1, self.frames, -1, -1, -1))."
+        )
+    return "Vitrail opens models that take [image, channel, row, column]; check --image-size."
+
+
+def _reads(module: nn.Module) -> str | None:
+    """What a model of transformers says that it takes."""
+    return getattr(module, "main_input_name", None) if hasattr(module, "config") else None
+
+
+_USUAL_CHANNELS, _MOST_CHANNELS = 3, 16
+
+
+def image_channels(model: nn.Module) -> int:
+    """How many channels the images of a model have: as many as its first convolution takes.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The number of channels; 3 for a model without a convolution that states none.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            if module.in_channels <= _MOST_CHANNELS:
+                return module.in_channels
+            break  # a stem without a convolution gives it features: it does not read the image
+    config = getattr(model, "config", None)
+    stated = getattr(getattr(config, "vision_config", config), "num_channels", None)
+    return stated if isinstance(stated, int) else _USUAL_CHANNELS
+
+
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s wrapper, or the model itself.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The module that was compiled; parts that were compiled on their own stay as they are.
+
+    Raises:
+        Unsupported: The model is scripted or traced.
+    """
+    inner = getattr(model, _COMPILED, model)
+    if isinstance(inner, torch.jit.ScriptModule):
+        raise Unsupported(
+            f"{type(inner).__name__} is a scripted or traced model, whose Python code is gone. "
+            "Open the model it was made from."
+        )
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def has_compiled_parts(model: nn.Module) -> bool:
+    """Whether the model or a module in it runs compiled, whose sums may be in another order.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        True where at least one part runs compiled.
+    """
+    return any(
+        _COMPILED in module._modules or module._compiled_call_impl is not None  # `module.compile()` in place
+        for module in model.modules()
+    )
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that hangs on a module: parameters, buffers and plain attributes."""
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                yield from (item for item in value if isinstance(item, torch.Tensor))
+            elif isinstance(value, dict):
+                yield from (item for item in value.values() if isinstance(item, torch.Tensor))

@@ -1,0 +1,726 @@
+"""Reading and editing a running model: the only file that does.
+
+A `Tap` owns a clone of the model that shares its weights, with replaced `forward`s on the blocks, and enters an
+`Interceptor` around each pass. It never touches the user's modules, so there is nothing to remove afterwards.
+
+A pass does one of three things: it reads (and edits), it records what enters and leaves each block, or it starts at a
+block from what was recorded. On modules that a native kernel answers, a shadow run beside the kernel serves the reader.
+
+One tap serves one thread; `Vit.tap()` gives each thread its own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from vitrail.errors import TapError, Unsupported, UsageError
+from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Call
+from vitrail.tap.attention import CallResult, LayerAttention, Readers
+from vitrail.tap.clone import clone_sharing, same_tensors
+from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
+from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
+from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, repeat_images
+from vitrail.tap.rounding import rounding_bound
+from vitrail.tap.slots import measure_window_slots
+
+__all__ = ["LayerAttention", "Readers", "Replay", "Tap"]
+
+Forward = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class _BlockRecord:
+    """What entered and left a block in a recorded pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(eq=False)
+class Replay:
+    """What entered and left each block in one recorded pass, from which passes can start in the middle.
+
+    Attributes:
+        images: The batch [image, channel, row, column].
+        blocks: Arguments and output of each block, in the order they ran.
+        convolutions: By module path, the outputs of each convolution before and between the blocks.
+        logits: What the pass gave [image, class].
+    """
+
+    images: Tensor
+    blocks: list[_BlockRecord] = field(default_factory=list)
+    convolutions: dict[str, list[Tensor]] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """Where a pass begins, and how, if it begins in the middle.
+
+    Attributes:
+        layer: The first block that runs; blocks before it return their recorded output.
+        replay: The recorded pass.
+        from_stem: Copies are on the batch from the images on, not only from `layer` on.
+        stop_at_residual: The pass ends when block `layer` has added attention to its input.
+        class_token_only: From the last block's residual on only the class token is carried.
+    """
+
+    layer: int
+    replay: Replay
+    from_stem: bool = False
+    stop_at_residual: bool = False
+    class_token_only: bool = False
+
+
+@dataclass(eq=False)
+class _Position:
+    """The block that is running.
+
+    Attributes:
+        layer: Its index.
+        stream: The token tensors it was given, and their sums with what its attention calls gave so far, by identity:
+            the residual is the first sum with one of them after the last call.
+        n_calls: Attention calls so far.
+        residual_added: All attention has been added to the input.
+    """
+
+    layer: int
+    stream: tuple[Tensor, ...]
+    n_calls: int = 0
+    residual_added: bool = False
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One pass: what it is to do (first part) and how far it has come (second part).
+
+    Attributes:
+        n_rows: Images times copies.
+        copies: How often each image is on the batch.
+        readers: Who is called.
+        edits: What is changed, each in one attention call.
+        record: Where inputs and outputs of blocks are kept, if they are.
+        start: Where the pass begins; None at the images.
+        position: The block that is running; None outside the blocks.
+        visited: Blocks that were entered, in order.
+        used: Indices of edits that were applied.
+        n_block_runs: By path, how often a module that is a block has run.
+        n_convolution_runs: By path, how often a convolution has been answered from the record.
+        native: Whether a native kernel is answering ("kernel"), a shadow run beside it is serving the reader
+            ("shadow"), or neither ("off").
+    """
+
+    n_rows: int
+    copies: int = 1
+    readers: Readers = field(default_factory=Readers)
+    edits: tuple[Edit, ...] = ()
+    record: Replay | None = None
+    start: _Start | None = None
+
+    position: _Position | None = None
+    visited: list[int] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
+    n_block_runs: dict[str, int] = field(default_factory=dict)
+    n_convolution_runs: dict[str, int] = field(default_factory=dict)
+    native: Literal["off", "kernel", "shadow"] = "off"
+
+    def edits_of(self, position: _Position) -> tuple[Edit, ...]:
+        """Edits of the attention call that comes next."""
+        return tuple(edit for edit in self.edits if edit.layer == position.layer and edit.call == position.n_calls)
+
+    def stops_at_residual(self, layer: int) -> bool:
+        """Whether the pass ends at this layer's residual."""
+        return self.start is not None and self.start.stop_at_residual and self.start.layer == layer
+
+
+class Tap:
+    """Runs one model with readers and edits, and leaves it as it is.
+
+    Not re-entrant: a reader may run another model's tap, not this one. One tap serves one thread.
+
+    Args:
+        model: The user's model; a copy that shares its weights is run.
+        anatomy: What `discover` gave for it.
+        choose: Picks the [image class] tensor out of what the model returns.
+
+    Attributes:
+        anatomy: Blocks, heads, grids of the model.
+
+    Example:
+        >>> tap = vit.tap()
+        >>> replay, logits = tap.record(images)
+        >>> without = tap.run_from(5, replay, [Edit(5, prune=(2,))])  # L5H2 pruned; L0 to L4 are not run again
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, choose: Callable[[Any], Tensor]) -> None:
+        self.anatomy = anatomy
+        self._original = model
+        self._choose = choose
+        self._pass: _Pass | None = None
+        self._slots: dict[tuple[int, int], Tensor] = {}
+        self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
+        self._class_token_suffices: bool | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._clone = clone_sharing(self._original)
+        self._mode = Interceptor(self)
+        for path, module in self._clone.named_modules():
+            in_block = any(path.startswith(block.path) for block in self.anatomy.blocks)
+            if has_native_path(module) and in_block:
+                self._wrap_native(module)
+            if isinstance(module, nn.Conv2d) and not in_block:
+                self._wrap_convolution(path, module)
+        layers: dict[str, dict[int, int]] = {}
+        for layer, block in enumerate(self.anatomy.blocks):
+            layers.setdefault(block.path, {})[block.run] = layer
+        for path, by_run in layers.items():
+            self._wrap_block(path, by_run)
+
+    # --- passes ------------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        images: Float[Tensor, "image channel row column"],
+        readers: Readers | None = None,
+        edits: Sequence[Edit] = (),
+    ) -> Float[Tensor, "image class"]:
+        """Runs the model once, with readers and edits. Gradients flow if they are enabled.
+
+        Args:
+            images: Prepared images.
+            readers: Functions to call on the way.
+            edits: Changes to attention calls.
+
+        Returns:
+            Logits; without edits bitwise the model's own.
+
+        Raises:
+            UsageError: An edit names a layer, call or head that does not exist.
+            Unsupported: An edit would not mean what it says on that kind of attention.
+            TapError: The pass went another way than when the model was opened, or a reader ran this model.
+        """
+        return self._logits(self._run(images, _Pass(len(images), 1, readers or Readers(), self._validate(edits, 1))))
+
+    @torch.no_grad()
+    def record(
+        self,
+        images: Float[Tensor, "image channel row column"],
+        readers: Readers | None = None,
+        *,
+        keep: bool = True,
+    ) -> tuple[Replay, Float[Tensor, "image class"]]:
+        """Runs the model once without edits and records what enters and leaves its blocks, for `run_from`.
+
+        Args:
+            images: Prepared images.
+            readers: Functions to call on the way.
+            keep: Without it only images and logits are kept.
+
+        Returns:
+            The record, and the logits.
+
+        Raises:
+            TapError: The pass went another way than when the model was opened, or a reader ran this model.
+        """
+        replay = Replay(images)
+        state = _Pass(len(images), readers=readers or Readers(), record=replay if keep else None)
+        replay.logits = self._logits(self._run(images, state))
+        return replay, replay.logits
+
+    @torch.no_grad()
+    def run_from(
+        self,
+        layer: int,
+        replay: Replay,
+        edits: Sequence[Edit] = (),
+        copies: int = 1,
+        readers: Readers | None = None,
+        *,
+        until_residual: bool = False,
+    ) -> Float[Tensor, "row class"]:
+        """Runs the blocks from `layer` on, on recorded tokens, with several copies of each image on the batch.
+
+        Args:
+            layer: The first block that runs, zero-based.
+            replay: What `record` gave.
+            edits: Changes to attention calls; those with `copy=c` act on one copy.
+            copies: How often each image is on the batch, copy-major: rows 0 .. n - 1 are copy 0.
+            readers: Functions to call on the way.
+            until_residual: End the pass when block `layer` has added attention to its residual.
+
+        Returns:
+            Logits [copy x image, class]; empty with `until_residual`.
+
+        Raises:
+            UsageError: There is no such layer, or an edit names a layer, call, head or copy that does not exist.
+            Unsupported: An edit would not mean what it says on that kind of attention.
+            TapError: An edit before `layer`, or a layer without an observable residual with `until_residual`.
+        """
+        self._check_layer(layer)
+        needs_all_tokens = until_residual or (readers is not None and readers.output is not None)
+        start = _Start(
+            layer,
+            replay,
+            from_stem=copies > 1 and self._needs_copies_from_stem(replay),
+            stop_at_residual=until_residual,
+            class_token_only=not needs_all_tokens and self._class_token_is_enough(replay),
+        )
+        return self._run_from(start, self._validate(edits, copies), copies, readers or Readers())
+
+    def _run_from(
+        self, start: _Start, edits: tuple[Edit, ...] = (), copies: int = 1, readers: Readers | None = None
+    ) -> Tensor:
+        images = start.replay.images
+        state = _Pass(len(images) * copies, copies, readers or Readers(), edits, start=start)
+        if start.from_stem:
+            images = images.repeat(copies, *[1] * (images.ndim - 1))
+        output = self._run(images, state)
+        if output is None:
+            return images.new_zeros((0, 0))
+        return self._logits(output)
+
+    def _logits(self, output: Any) -> Tensor:
+        return self._choose(output)
+
+    def _run(self, images: Tensor, state: _Pass) -> Any:
+        """What the model returns; None where the pass was to stop at a residual."""
+        if self._pass is not None:
+            raise TapError(
+                "This model is already being tapped in this thread: a reader may not run the model it reads. "
+                "Keep what you need and run after the pass, or open the model a second time."
+            )
+        if not same_tensors(self._original, self._clone):
+            self._prepare()
+        self._pass = state
+        try:
+            with torch._C._EnableTorchFunction(), self._mode:  # a reader of another model may be the caller
+                output = self._clone(images)
+        except Captured:
+            if state.start is None or not state.start.stop_at_residual:
+                raise
+            output = None
+        finally:
+            self._pass = None
+            self._mode.forget()
+        self._check_pass(state, complete=output is not None)
+        return output
+
+    def _check_pass(self, state: _Pass, *, complete: bool) -> None:
+        missing = [index for index in range(len(self.anatomy.blocks)) if index not in state.visited]
+        if complete and missing:
+            raise TapError(f"Blocks {', '.join(f'L{index}' for index in missing)} did not run in this pass.")
+        if complete and state.start is not None and state.start.stop_at_residual:
+            raise TapError(
+                f"L{state.start.layer} is not seen to add its attention to the tokens that it was given; the pass "
+                "could not stop there."
+            )
+        unused = [edit for index, edit in enumerate(state.edits) if index not in state.used]
+        if unused:
+            first_layer = state.start.layer if state.start else 0
+            raise TapError(
+                f"An edit touched nothing: L{unused[0].layer} call {unused[0].call} did not run in this pass "
+                f"(it began at L{first_layer})."
+            )
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < len(self.anatomy.blocks):
+            raise UsageError(f"There is no L{layer}: this model has L0 to L{len(self.anatomy.blocks) - 1}.")
+
+    def _validate(self, edits: Sequence[Edit], copies: int) -> tuple[Edit, ...]:
+        """Refuses edits that name what does not exist; those of a whole layer become edits of its calls."""
+        by_call: list[Edit] = []
+        for edit in edits:
+            self._check_layer(edit.layer)
+            block = self.anatomy.blocks[edit.layer]
+            if not block.calls:
+                raise Unsupported(
+                    f"L{edit.layer} ({block.path}) computes its attention in an operator that cannot be observed, so "
+                    "it cannot be edited."
+                )
+            if edit.call is not None and not 0 <= edit.call < len(block.calls):
+                raise UsageError(
+                    f"L{edit.layer} makes {len(block.calls)} attention calls; there is no call {edit.call}."
+                )
+            if edit.copy is not None and not 0 <= edit.copy < copies:
+                raise UsageError(f"An edit names copy {edit.copy} of a run with {copies} copies.")
+            _check_heads(edit, block.heads if edit.call is None else block.calls[edit.call].heads)
+            parts = edits_by_call(edit, block)
+            for part in parts:
+                assert part.call is not None
+                _check_kind(part, block.calls[part.call])
+            by_call.extend(parts)
+        return tuple(by_call)
+
+    # --- what a run from the middle may leave out --------------------------------------------------------------------
+
+    def _needs_copies_from_stem(self, replay: Replay) -> bool:
+        """Whether copies must be on the batch from the images on. Tried once: most models take them at any block.
+
+        Once for batches of one image and once for others: a single row is broadcast to any number, and tells nothing.
+        """
+        single = len(replay.images) == 1
+        if single not in self._copies_from_stem:
+            last = len(self.anatomy.blocks) - 1
+            self._copies_from_stem[single] = not all(
+                self._gives_plain_logits(_Start(layer, replay), copies=2) for layer in {0, last // 2, last}
+            )
+        return self._copies_from_stem[single]
+
+    def _class_token_is_enough(self, replay: Replay) -> bool:
+        """Whether the last block's residual on the class token alone decides the logits. Tried once and compared."""
+        if self._class_token_suffices is None:
+            last = len(self.anatomy.blocks) - 1
+            block = self.anatomy.blocks[last]
+            self._class_token_suffices = False
+            if self.anatomy.class_index(last) == 0 and block.kind == "token" and block.layout.token_axis is not None:
+                start = _Start(last, replay, class_token_only=True)
+                self._class_token_suffices = self._gives_plain_logits(start, copies=1)
+        return self._class_token_suffices
+
+    def _gives_plain_logits(self, start: _Start, copies: int) -> bool:
+        """Whether a run without edits gives the recorded logits for every copy, up to rounding."""
+        logits = start.replay.logits
+        assert logits is not None
+        try:
+            rows = self._run_from(start, copies=copies)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False  # a model that keeps its batch size takes no more rows midway; a head may read every token
+        if rows.shape != (copies * logits.shape[0], *logits.shape[1:]):
+            return False
+        difference = (rows.unflatten(0, (copies, -1)).float() - logits.float()).abs().max()
+        return bool(difference <= rounding_bound(logits.dtype) * logits.float().abs().max())
+
+    # --- modules -----------------------------------------------------------------------------------------------------
+
+    def _wrap_block(self, path: str, layers: Mapping[int, int]) -> None:
+        """`layers` says which layer each run of the module is; a run that is none passes through."""
+        module = self._clone.get_submodule(path)
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state = self._pass
+            if state is None:
+                return inner(*args, **kwargs)
+            run = state.n_block_runs.get(path, 0)
+            state.n_block_runs[path] = run + 1
+            if run not in layers:
+                return inner(*args, **kwargs)
+            return self._block_output(state, layers[run], inner, args, kwargs)
+
+        module.forward = forward
+
+    def _wrap_convolution(self, path: str, module: nn.Module) -> None:
+        """Before the block that a run starts at, convolutions need not run: what they lead to comes from the record.
+
+        Copies are recorded and returned, since models go on to add to them in place.
+        """
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state = self._pass
+            start = None if state is None else state.start
+            if state is not None and start is not None and not start.from_stem and start.layer not in state.visited:
+                run = state.n_convolution_runs.get(path, 0)
+                state.n_convolution_runs[path] = run + 1
+                return start.replay.convolutions[path][run].clone()
+            output = inner(*args, **kwargs)
+            if state is not None and state.record is not None:
+                state.record.convolutions.setdefault(path, []).append(output.clone())
+            return output
+
+        module.forward = forward
+
+    def _block_output(
+        self, state: _Pass, index: int, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        block, start = self.anatomy.blocks[index], state.start
+        n_images = state.n_rows // state.copies
+        state.visited.append(index)
+        if start is not None and index < start.layer:
+            output = start.replay.blocks[index].output
+            return repeat_images(output, block.outputs, n_images, state.copies) if start.from_stem else output
+        if start is not None and index == start.layer:
+            args, kwargs = start.replay.blocks[index].args, start.replay.blocks[index].kwargs
+        if state.copies > 1:
+            args, kwargs = repeat_images((args, kwargs), block.inputs, n_images, state.copies)
+        output = self._run_block(state, index, inner, args, kwargs)
+        if state.record is not None:
+            state.record.blocks.append(_BlockRecord(args, kwargs, output))
+        if state.readers.output is not None:
+            self._report_output(state.readers.output, block, index, output)
+        return output
+
+    def _run_block(
+        self, state: _Pass, index: int, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        around = state.position  # another block, where blocks are nested
+        position = _Position(index, _token_tensors((args, kwargs)))
+        state.position = position
+        try:
+            output = inner(*args, **kwargs)
+            self._mode.forget()
+            block = self.anatomy.blocks[index]
+            # a native kernel hides calls where nobody reads or edits, so they are counted only where somebody does
+            observed = state.readers.attention is not None or any(edit.layer == index for edit in state.edits)
+            if observed and position.n_calls != len(block.calls):
+                raise TapError(
+                    f"L{index} ({block.path}) made {position.n_calls} attention calls; "
+                    f"{len(block.calls)} were found when the model was opened."
+                )
+        finally:
+            state.position = around
+        return output
+
+    def _report_output(self, read: Callable[[int, Tensor], None], block: Block, index: int, output: Any) -> None:
+        tokens = _token_tensors(output)
+        if not tokens:
+            return
+        with torch._C.DisableTorchFunction():
+            layout = block.output_layout
+            fitting = [leaf for leaf in tokens if leaf.ndim == layout.n_axes and not _is_map(leaf, block)]
+            main = max(fitting or tokens, key=lambda leaf: leaf.numel())
+            read(index, layout.canonical(main) if main.ndim == layout.n_axes else main)
+
+    def _wrap_native(self, module: nn.Module) -> None:
+        """A native kernel answers, as it does untapped; a shadow run that stops at attention serves the reader."""
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state = self._pass
+            if state is None or state.native != "off" or not self._keeps_native(state, module, args):
+                return inner(*args, **kwargs)
+            state.native = "kernel"
+            try:
+                with torch._C.DisableTorchFunction():
+                    output = inner(*args, **kwargs)
+            finally:
+                state.native = "off"
+            if state.readers.attention is not None:
+                self._shadow_run(state, inner, args, kwargs)
+            elif isinstance(module, nn.MultiheadAttention) and state.position is not None:
+                # counted, so that the sum that follows is known as the residual though nobody reads the attention
+                state.position.n_calls += 1
+            return output
+
+        module.forward = forward
+
+    def _shadow_run(self, state: _Pass, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state.native = "shadow"
+        try:
+            with self._mode:
+                inner(*args, **kwargs)
+        except Captured:
+            pass  # the reader has been called, which is all that the shadow run was for
+        finally:
+            state.native = "off"
+
+    def _keeps_native(self, state: _Pass, module: nn.Module, args: tuple[Any, ...]) -> bool:
+        layer = None if state.position is None else state.position.layer
+        edits_here = any(edit.layer == layer for edit in state.edits)
+        tensors = (*module.parameters(), *(item for item in args if isinstance(item, Tensor)))
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return native_path_enabled() and not edits_here and not needs_gradient and not module.training
+
+    # --- what the interceptor reports --------------------------------------------------------------------------------
+
+    def attention(self, raw: RawCall) -> Tensor:
+        """Applies the edits of an attention call, calls the reader, returns the output.
+
+        Args:
+            raw: The call, as the interceptor describes it.
+
+        Returns:
+            [.., query, channel], which the model goes on with.
+
+        Raises:
+            TapError: The block makes more calls than were found by tracing.
+        """
+        state = self._pass
+        position = None if state is None else state.position
+        if state is None or position is None:
+            return raw.run(None, None)
+        block, shadow = self.anatomy.blocks[position.layer], state.native == "shadow"
+        if position.n_calls >= len(block.calls):
+            raise TapError(
+                f"L{position.layer} ({block.path}) made more attention calls than the {len(block.calls)} found when "
+                "the model was opened."
+            )
+        result = CallResult() if shadow else self._apply_edits(state, position, raw)
+        if state.readers.attention is not None:
+            layer, call = position.layer, position.n_calls
+            with torch._C.DisableTorchFunction(), _reader_errors():
+                state.readers.attention(
+                    LayerAttention(
+                        layer, call, block, raw, state.n_rows, result, lambda: self.window_slots(layer, call)
+                    )
+                )
+        position.n_calls += 1
+        if shadow:
+            raise Captured
+        assert result.out is not None
+        return result.out
+
+    def _apply_edits(self, state: _Pass, position: _Position, raw: RawCall) -> CallResult:
+        spec = self.anatomy.blocks[position.layer].calls[position.n_calls]
+        edits = state.edits_of(position)
+        first_query = self._first_query_run(state, position, raw, edits)
+        if not edits:
+            return CallResult(first_query() if first_query else raw.run(None, None))
+        state.used.update(index for index, edit in enumerate(state.edits) if edit in edits)
+        if not raw.fused and not raw.scores_changed and any(edit.changes_scores for edit in edits):
+            raise TapError(f"A bias on L{position.layer} did not reach its softmax, so the numbers are withheld.")
+        edited_maps: list[Tensor] = []
+        bias = _bias_in_layout(state, spec, edits, raw.v if raw.q is None else raw.q) if raw.fused else None
+
+        def change(weights: Tensor, queries: slice) -> Tensor:
+            windows = spec.layout.canonical(weights, state.n_rows, MAP_AXES).unbind(1)
+            edited = torch.stack([apply_regions(window, edits, state.copies, queries) for window in windows], 1)
+            if state.readers.attention is not None:
+                edited_maps.append(edited)
+            return spec.layout.original(edited, weights, MAP_AXES)
+
+        has_region = any(edit.region is not None for edit in edits)
+        region = Region(change, by_query=spec.layout.non_patches.behind == 0) if has_region else None
+        out = first_query() if first_query else raw.run(bias, region)
+        if any(edit.changes_output for edit in edits):
+            canonical = apply_to_output(spec.layout.canonical(out, state.n_rows), edits, state.copies)
+            out = spec.layout.original(canonical, out)
+        return CallResult(out, torch.cat(edited_maps, -2) if edited_maps else None, bias)
+
+    def _first_query_run(
+        self, state: _Pass, position: _Position, raw: RawCall, edits: tuple[Edit, ...]
+    ) -> Callable[[], Tensor] | None:
+        """Where the class token alone goes on and nobody reads, the other queries need no answer."""
+        if not self._carries_class_token_only(state, position.layer):
+            return None
+        if state.readers.attention is not None or state.readers.residual is not None:
+            return None
+        plain = not any(edit.changes_scores or edit.region is not None for edit in edits)
+        return raw.first_query if plain else None
+
+    def _carries_class_token_only(self, state: _Pass, layer: int) -> bool:
+        return state.start is not None and state.start.class_token_only and layer == len(self.anatomy.blocks) - 1
+
+    def score_bias(self, scores: Tensor) -> Tensor | None:
+        """Sums what edits add to scores on their way to a hand-written softmax.
+
+        Args:
+            scores: [.., query, key] before softmax.
+
+        Returns:
+            A tensor that broadcasts to the scores; None where no edit adds anything.
+        """
+        state = self._pass
+        position = None if state is None else state.position
+        if state is None or position is None:
+            return None
+        calls = self.anatomy.blocks[position.layer].calls
+        if position.n_calls >= len(calls):
+            return None
+        return _bias_in_layout(state, calls[position.n_calls], state.edits_of(position), scores)
+
+    def addition(self, left: Any, right: Any, result: Tensor) -> Tensor:
+        """Recognises the residual: the first sum after the last attention call with the block's own input, or with what
+        attention has been added to so far.
+
+        Args:
+            left: First operand of the sum.
+            right: Second operand.
+            result: The sum.
+
+        Returns:
+            The sum that the model goes on with.
+        """
+        state = self._pass
+        position = None if state is None else state.position
+        if state is None or position is None or state.native == "shadow":
+            return result
+        if position.residual_added or position.n_calls == 0:
+            return result
+        if not any(left is token or right is token for token in position.stream):
+            return result
+        block = self.anatomy.blocks[position.layer]
+        if position.n_calls < len(block.calls):
+            position.stream += (result,)
+            return result
+        position.residual_added = True
+        layout = block.layout
+        if state.readers.residual is not None and result.ndim == layout.n_axes:
+            with torch._C.DisableTorchFunction(), _reader_errors():
+                state.readers.residual(position.layer, layout.canonical(result))
+        if state.stops_at_residual(position.layer):
+            raise Captured
+        if self._carries_class_token_only(state, position.layer) and layout.token_axis is not None:
+            return result.narrow(layout.token_axis, 0, 1)
+        return result
+
+    # --- windows -----------------------------------------------------------------------------------------------------
+
+    def window_slots(self, layer: int, call: int = 0) -> Int[Tensor, "window slot"]:
+        """Finds which token sits in each slot of each window of a layer, by moving tokens. Measured once.
+
+        Args:
+            layer: Zero-based index of the block.
+            call: Which attention call of the block.
+
+        Returns:
+            Token index at each slot, -1 for padding.
+
+        Raises:
+            Unsupported: Tokens are not each in exactly one slot (convolution or pooling inside the block).
+        """
+        if (layer, call) not in self._slots:
+            self._slots[layer, call] = measure_window_slots(self._original, self.anatomy, layer, call)
+        return self._slots[layer, call]
+
+
+@contextmanager
+def _reader_errors() -> Iterator[None]:
+    """Python takes a `TypeError` inside `a + b` or `a @ b` for operands that do not fit, and hides its message."""
+    try:
+        yield
+    except TypeError as error:
+        raise TapError(f"A reader failed: {error}") from error
+
+
+def _is_map(leaf: Tensor, block: Block) -> bool:
+    """Whether a block hands on one of its attention maps, which are larger than its tokens."""
+    return any(tuple(leaf.shape[-3:]) == (call.heads, call.queries, call.keys) for call in block.calls)
+
+
+def _token_tensors(tree: Any) -> tuple[Tensor, ...]:
+    leaves = tree_flatten(tree)[0]
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim >= MIN_TOKEN_AXES)
+
+
+def _bias_in_layout(state: _Pass, spec: Call, edits: tuple[Edit, ...], like: Tensor) -> Tensor | None:
+    """The sum of the edits' biases, with the leading dimensions, dtype and device of `like`."""
+    shape = (state.n_rows, spec.heads, spec.queries, spec.keys)
+    bias = score_bias(edits, state.copies, shape, like)
+    return None if bias is None else spec.layout.original(bias.unsqueeze(1), like, MAP_AXES)
+
+
+def _check_heads(edit: Edit, n_heads: int) -> None:
+    absent = [head for head in edit.prune if not 0 <= head < n_heads]
+    if absent:
+        raise UsageError(f"L{edit.layer} has heads H0 to H{n_heads - 1}; an edit names H{absent[0]}.")
+
+
+def _check_kind(edit: Edit, call: Call) -> None:
+    if edit.changes_scores and not call.row_stochastic:
+        raise Unsupported(
+            f"L{edit.layer} mixes its heads' maps after softmax, so a bias or a dropped key does not mean what it "
+            "says. Pruning and regions work."
+        )
+    if (edit.region is not None or edit.changes_scores) and call.kind in MAPLESS_KINDS:
+        raise Unsupported(f"L{edit.layer} has no token map (kind {call.kind!r}); its heads can be pruned, no more.")
+    if edit.changes_scores and call.windows > 1:
+        raise Unsupported(f"L{edit.layer} attends within windows; biases and dropped keys are not offered there.")

@@ -1,0 +1,384 @@
+"""Forward passes of a clone whose modules report their path, and which of those modules are the blocks.
+
+Blocks are found, not configured: for each attention call the innermost child of a container (`ModuleList`,
+`Sequential`) whose siblings with attention are *chained*, that is, work on what the one before gave. A module that runs
+several times in a pass (shared weights) is a block each time.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor, equal, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from vitrail.tap.intercept import Interceptor, PassiveHandler, RawCall
+from vitrail.tap.layout import MIN_TOKEN_AXES
+
+__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "units_of"]
+
+_PROJECTING = {F.linear, F.conv1d, F.conv2d}
+
+
+class Unit(NamedTuple):
+    """A block of the chain: a module, and which of its runs in a pass."""
+
+    path: str
+    run: int
+
+
+class Frame(NamedTuple):
+    """A module that is running: its path, which of its runs in the pass this is, and the shapes of its inputs."""
+
+    path: str
+    run: int
+    inputs: tuple[tuple[int, ...], ...]
+
+    @property
+    def unit(self) -> Unit:
+        """The run as a unit."""
+        return Unit(self.path, self.run)
+
+
+@dataclass(eq=False)
+class TracedCall:
+    """An attention call of a trace.
+
+    Attributes:
+        frames: The modules it was inside, outermost first.
+        step: When it happened, counted with the runs of modules.
+        q: Shape of q, empty where the map is computed by hand.
+        v: Shape of v.
+        weights: Shape of the map.
+        fused: Made by `scaled_dot_product_attention`.
+        row_error: Largest distance of a row's sum from 1.
+        projection: Name of the first weight that a linear map or convolution used after it; None where none did.
+    """
+
+    frames: tuple[Frame, ...]
+    step: int
+    q: tuple[int, ...]
+    v: tuple[int, ...]
+    weights: tuple[int, ...]
+    fused: bool
+    row_error: float
+    projection: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Path of the module that makes the call."""
+        return self.frames[-1].path
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Paths of the modules it was inside, outermost first."""
+        return tuple(frame.path for frame in self.frames)
+
+
+@dataclass(eq=False)
+class ModuleRun:
+    """One run of a module.
+
+    Attributes:
+        step: When it began.
+        inputs: Leaves of its arguments. Tensors are referenced, so that their identities stay unique.
+        outputs: Leaves of what it returned.
+    """
+
+    step: int
+    inputs: list[Any]
+    outputs: list[Any]
+
+
+class ConvolutionGrid(NamedTuple):
+    """The picture that a convolution put out: when, which module, and its (rows, columns)."""
+
+    step: int
+    path: str
+    grid: tuple[int, int]
+
+
+@dataclass(eq=False)
+class Trace:
+    """One traced pass.
+
+    Attributes:
+        calls: Attention calls, in order.
+        runs: By path, the runs of every module whose inputs and outputs are recorded.
+        convolutions: What convolutions put out, in order.
+    """
+
+    calls: list[TracedCall] = field(default_factory=list)
+    runs: dict[str, list[ModuleRun]] = field(default_factory=dict)
+    convolutions: list[ConvolutionGrid] = field(default_factory=list)
+
+
+class Tracer(PassiveHandler):
+    """Runs a clone whose modules report their path.
+
+    Args:
+        clone: A copy of the model; its modules' `forward`s are replaced.
+        record: Paths of modules whose inputs and outputs are recorded, besides the children of containers.
+    """
+
+    def __init__(self, clone: nn.Module, record: Collection[str] = ()) -> None:
+        self.model = clone
+        self._record = frozenset(record)
+        self._trace = Trace()
+        self._stack: list[Frame] = []
+        self._n_runs: dict[str, int] = {}
+        self._weights = {id(weight): name for name, weight in clone.named_parameters()}
+        self._step = 0
+        self._disturb: str | None = None
+        self._without_attention = False
+        self._value_step: int | None = None
+        self._values: list[Tensor] = []
+        self._disturb_step: int | None = None
+        for path, module in clone.named_modules():
+            self._wrap(path, module)
+
+    def run(self, images: Tensor, disturb: str | None = None, *, without_attention: bool = False) -> Trace:
+        """Traces one pass.
+
+        Args:
+            images: [image, channel, row, column].
+            disturb: Path of a module to whose output one is added.
+            without_attention: Attention gives zeros.
+
+        Returns:
+            What the pass did.
+        """
+        self._without_attention = without_attention
+        self._trace, self._stack, self._step, self._disturb = Trace(), [], 0, disturb
+        self._n_runs = {}
+        with _Projections(self._project), Interceptor(self):
+            self.model(images)
+        return self._trace
+
+    def values_of(self, call: TracedCall, images: Tensor, disturb: TracedCall | None = None) -> Tensor:
+        """The v that an attention call multiplies, in the model's own layout, on other images.
+
+        Args:
+            call: The call, of an earlier trace.
+            images: [image, channel, row, column].
+            disturb: An attention call to whose output one is added.
+
+        Returns:
+            [.., key, channel], as the call has it.
+        """
+        self._value_step, self._values = call.step, []
+        self._disturb_step = None if disturb is None else disturb.step
+        try:
+            self.run(images)
+        finally:
+            self._value_step = self._disturb_step = None
+        return self._values[0]
+
+    def container_of(self, path: str) -> str | None:
+        """Path of the container that a module is a child of; None if its parent is no container.
+
+        Args:
+            path: Path of the module.
+
+        Returns:
+            A path, or None.
+        """
+        if not path:
+            return None
+        parent = _parent(path)
+        is_container = isinstance(self.model.get_submodule(parent), (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+        return parent if is_container else None
+
+    def attention(self, call: RawCall) -> Tensor:
+        """Notes the call's shapes and lets it run.
+
+        Args:
+            call: The attention call.
+
+        Returns:
+            [.., query, channel], as the model computes it.
+        """
+        shape, row_error = _shape_and_row_error(call)
+        self._step += 1
+        if self._step == self._value_step:
+            self._values.append(call.v)
+        self._trace.calls.append(
+            TracedCall(
+                tuple(self._stack),
+                self._step,
+                tuple(call.q.shape) if call.q is not None else (),
+                tuple(call.v.shape),
+                shape,
+                call.fused,
+                row_error,
+            )
+        )
+        out = super().attention(call)
+        if self._without_attention:
+            return torch.zeros_like(out)
+        return _plus_one(out) if self._step == self._disturb_step else out
+
+    def _project(self, weights: list[Tensor]) -> None:
+        """Notes a weight that takes what attention gave, for the calls that none has taken yet."""
+        name = next((self._weights[id(weight)] for weight in weights if id(weight) in self._weights), None)
+        for call in reversed(self._trace.calls if name else []):
+            if call.projection is not None:
+                break
+            call.projection = name
+
+    def _wrap(self, path: str, module: nn.Module) -> None:
+        inner = module.forward
+        record = not path or path in self._record or self.container_of(path) is not None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            shapes = tuple(tuple(leaf.shape) for leaf in _tensors(tree_flatten((args, kwargs))[0]))
+            run = self._n_runs.get(path, 0)
+            self._n_runs[path] = run + 1
+            self._stack.append(Frame(path, run, shapes))
+            self._step += 1
+            step = self._step
+            try:
+                out = inner(*args, **kwargs)
+            finally:
+                self._stack.pop()
+            if path == self._disturb:
+                out = _plus_one(out)
+            if record:
+                entry = ModuleRun(step, tree_flatten((args, kwargs))[0], tree_flatten(out)[0])
+                self._trace.runs.setdefault(path, []).append(entry)
+            if isinstance(module, nn.Conv2d) and out.ndim == 4:
+                self._trace.convolutions.append(ConvolutionGrid(step, path, (out.shape[2], out.shape[3])))
+            return out
+
+        module.forward = forward
+
+
+def _shape_and_row_error(call: RawCall) -> tuple[tuple[int, ...], float]:
+    """The shape of a call's map, and how far a row of it is from summing to one at most."""
+    pieces = [(slice(None), call.weights(None))] if call.pieces is None else call.pieces(None)
+    n_queries, shape, errors = 0, torch.Size(), []
+    for _, weights in pieces:
+        n_queries, shape = n_queries + weights.shape[-2], weights.shape
+        errors.append((weights.float().sum(-1) - 1).abs().max())
+    return (*shape[:-2], n_queries, shape[-1]), float(torch.stack(errors).max())
+
+
+def _plus_one(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out + 1 if out.is_floating_point() else out
+    if isinstance(out, tuple) and not hasattr(out, "_fields"):
+        return tuple(_plus_one(item) for item in out)
+    return out
+
+
+class _Projections(TorchFunctionMode):
+    """Reports the tensors that linear maps and convolutions are called with besides their input."""
+
+    def __init__(self, report: Callable[[list[Tensor]], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PROJECTING:
+            self._report([value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)])
+        return func(*args, **kwargs)
+
+
+# --- which modules are the blocks ------------------------------------------------------------------------------------
+
+
+def units_of(tracer: Tracer, trace: Trace, images: Tensor) -> dict[Unit | None, list[int]]:
+    """Groups attention calls into blocks.
+
+    Args:
+        tracer: The tracer that made the trace; it runs again where chaining cannot be seen from identities.
+        trace: A trace of the model.
+        images: What was traced.
+
+    Returns:
+        Unit -> indices of its calls in the trace. The key None holds calls outside all blocks.
+    """
+    children: dict[str, list[Unit]] = {}
+    for call in trace.calls:
+        for unit in _candidates(tracer, call):
+            siblings = children.setdefault(_parent(unit.path), [])
+            if unit not in siblings:
+                siblings.append(unit)
+    chained = {parent: _is_chain(tracer, trace, images, siblings) for parent, siblings in children.items()}
+    unit_by_call = [_unit_of(tracer, call, children, chained) for call in trace.calls]
+    if not any(unit_by_call):
+        unit_by_call = list[Unit | None](call.frames[-1].unit for call in trace.calls)
+    paths = {unit.path for unit in unit_by_call if unit}
+    units: dict[Unit | None, list[int]] = {}
+    for index, (call, around) in enumerate(zip(trace.calls, unit_by_call, strict=True)):
+        units.setdefault(_without_other_units(call, around, paths), []).append(index)
+    return units
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _candidates(tracer: Tracer, call: TracedCall) -> list[Unit]:
+    """The modules around a call that are children of a container, outermost first."""
+    return [frame.unit for frame in call.frames if tracer.container_of(frame.path) is not None]
+
+
+def _unit_of(
+    tracer: Tracer, call: TracedCall, children: dict[str, list[Unit]], chained: dict[str, bool]
+) -> Unit | None:
+    candidates = _candidates(tracer, call)
+    for unit in reversed(candidates):
+        parent = _parent(unit.path)
+        if len(children[parent]) > 1 and chained[parent]:
+            return unit
+    for unit in reversed(candidates):
+        if len(children[_parent(unit.path)]) == 1:
+            return unit
+    return None
+
+
+def _without_other_units(call: TracedCall, unit: Unit | None, paths: set[str]) -> Unit | None:
+    """A unit that contains other units hands its own calls to the outermost module below that contains none."""
+    if unit is None:
+        return None
+    for frame in call.frames[call.stack.index(unit.path) :]:
+        if not any(other != frame.path and other.startswith(f"{frame.path}.") for other in paths):
+            return frame.unit
+    return call.frames[-1].unit
+
+
+def _is_chain(tracer: Tracer, trace: Trace, images: Tensor, siblings: list[Unit]) -> bool:
+    """Whether each of the siblings works on what the one before it gave, or is the first one on another input.
+
+    An encoder that runs once for each of two pictures starts over with the second.
+    """
+    first = siblings[0].path
+    return all(
+        (two.path == first and two.run > one.run) or _feeds(tracer, trace, images, one, two)
+        for one, two in pairwise(siblings)
+    )
+
+
+def _feeds(tracer: Tracer, trace: Trace, images: Tensor, one: Unit, two: Unit) -> bool:
+    """Whether unit `two` works on the output of `one`: the same tensor object, or its input moves with it."""
+    source, target = trace.runs[one.path][one.run], trace.runs[two.path][two.run]
+    target_ids = {id(leaf) for leaf in _tensors(target.inputs)}
+    if any(id(leaf) in target_ids for leaf in _tensors(source.outputs)):
+        return True
+    if any(id(leaf) in target_ids for leaf in _tensors(source.inputs) if leaf.ndim >= MIN_TOKEN_AXES):
+        return False  # both take the same tokens: they are parallel
+    disturbed = tracer.run(images, disturb=one.path).runs[two.path][two.run]
+    return any(
+        isinstance(before, Tensor) and before.is_floating_point() and not equal(before, after)
+        for before, after in zip(target.inputs, disturbed.inputs, strict=True)
+    )
+
+
+def _tensors(leaves: list[Any]) -> Iterator[Tensor]:
+    return (leaf for leaf in leaves if isinstance(leaf, Tensor))

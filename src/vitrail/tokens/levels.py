@@ -1,0 +1,165 @@
+"""The tokens of a model level by level: level 0 is what enters the first block, level l what block l - 1 returns."""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from vitrail.errors import Unsupported
+from vitrail.grid import Grid
+from vitrail.models.noise import noise_images
+from vitrail.models.open import Vit
+from vitrail.tap.anatomy import Anatomy, Block
+from vitrail.tap.tap import Readers, Replay, Tap
+
+__all__ = [
+    "Levels",
+    "block_returned",
+    "grids_returned",
+    "layers_of_own_grid",
+    "level_zero",
+    "read_levels",
+    "require_one_grid",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The tokens of one pass, level by level.
+
+    Attributes:
+        tokens: [image token channel] for the levels 0 to n_layers.
+        logits: What the model returns.
+        replay: Starts other passes from the middle.
+    """
+
+    tokens: tuple[Tensor, ...]
+    logits: Tensor
+    replay: Replay
+
+
+def read_levels(tap: Tap, images: Float[Tensor, "image channel row column"]) -> Levels:
+    """The tokens of all levels, from one pass without gradients.
+
+    Args:
+        tap: Of the model.
+        images: Prepared images.
+
+    Returns:
+        Tokens, logits, and the replay of the pass.
+    """
+    by_layer: dict[int, Tensor] = {}
+
+    def keep(layer: int, tokens: Tensor) -> None:
+        by_layer[layer] = tokens.clone()  # some blocks go on to add to it in place
+
+    replay, logits = tap.record(images, Readers(output=keep))
+    layers = range(len(tap.anatomy.blocks))
+    return Levels((level_zero(tap.anatomy, replay), *(by_layer[layer] for layer in layers)), logits, replay)
+
+
+def level_zero(anatomy: Anatomy, replay: Replay) -> Float[Tensor, "image token channel"]:
+    """What enters the first block: patches after embedding and position, behind the prefix tokens.
+
+    Args:
+        anatomy: Of the model.
+        replay: Of a recorded pass.
+
+    Returns:
+        The tokens of level 0.
+    """
+    block = anatomy.blocks[0]
+    recorded = replay.blocks[0]
+    leaf = tree_flatten((recorded.args, recorded.kwargs))[0][block.main_input]
+    assert isinstance(leaf, torch.Tensor)
+    return block.layout.canonical(leaf)
+
+
+def require_one_grid(anatomy: Anatomy, levels: int | None = None) -> tuple[int, int]:
+    """The grid of the first layers, which must all pass on the same tokens.
+
+    Args:
+        anatomy: Of the model.
+        levels: Number of layers; None: all.
+
+    Returns:
+        (rows, columns) of patches.
+
+    Raises:
+        Unsupported: A layer has another grid, joins tokens late, or has no map between them.
+    """
+    blocks = anatomy.blocks[: len(anatomy.blocks) if levels is None else max(levels, 1)]
+    first = blocks[0]
+    for layer, block in enumerate(blocks):
+        advice = "" if levels is None else f". Ask for a level up to {layer}."
+        if (block.grid, block.prefix, block.tokens) != (first.grid, first.prefix, first.tokens):
+            raise Unsupported(
+                f"L{layer} has {block.tokens} tokens on grid {block.grid}, and L0 has {first.tokens} on {first.grid}: "
+                f"tokens cannot be followed through it{advice}"
+            )
+        if not block.maps_on_grid:
+            raise Unsupported(
+                f"L{layer} has no map between its patches ({block.kind!r} attention on grid {block.grid}): tokens "
+                f"cannot be followed through it{advice}"
+            )
+    assert first.grid is not None
+    return first.grid
+
+
+_RETURNED: WeakKeyDictionary[Vit, dict[int, int]] = WeakKeyDictionary()
+"""Tokens that each layer returns, by model: asked for by each measure, and found by a pass."""
+
+
+def block_returned(anatomy: Anatomy, layer: int, n_tokens: int) -> Block | None:
+    """The block whose tokens a layer returns: its own, or the next where the layer puts patches together on the way.
+
+    Args:
+        anatomy: Of the model.
+        layer: Zero-based index.
+        n_tokens: How many tokens the layer returns.
+
+    Returns:
+        The block that says on which grid they lie, if on any; None where neither has so many.
+    """
+    return next((block for block in anatomy.blocks[layer : layer + 2] if block.tokens == n_tokens), None)
+
+
+def layers_of_own_grid(vit: Vit) -> frozenset[int]:
+    """Layers that return as many tokens as they were given, on a grid; tried on one image of noise, once a model.
+
+    Args:
+        vit: The opened model.
+
+    Returns:
+        Indices of layers; without those that put patches together, as the stages of a pyramid do.
+    """
+    blocks = vit.anatomy.blocks
+    return frozenset(
+        layer for layer, n in _tokens_returned(vit).items() if blocks[layer].grid and n == blocks[layer].tokens
+    )
+
+
+def grids_returned(vit: Vit) -> frozenset[Grid]:
+    """The grids on which layers return patches: their own, or the next layer's; tried as `layers_of_own_grid`.
+
+    Args:
+        vit: The opened model.
+
+    Returns:
+        (rows, columns) of patches, without layers whose tokens lie on no grid; empty where all merge their tokens.
+    """
+    returned = (block_returned(vit.anatomy, layer, n) for layer, n in _tokens_returned(vit).items())
+    return frozenset(block.grid for block in returned if block is not None and block.grid is not None)
+
+
+@torch.no_grad()
+def _tokens_returned(vit: Vit) -> dict[int, int]:
+    if vit not in _RETURNED:
+        n_tokens: dict[int, int] = {}
+        count = Readers(output=lambda layer, tokens: n_tokens.__setitem__(layer, tokens.shape[1]))
+        vit.tap().read(noise_images(vit), count)
+        _RETURNED[vit] = n_tokens
+    return _RETURNED[vit]

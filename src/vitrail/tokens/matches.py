@@ -1,0 +1,199 @@
+"""Which patches of other images are most like a chosen one: a search through a folder, in bounded memory.
+
+Patch tokens of a ViT as dense descriptors, after Amir et al. 2021 (arXiv 2112.05814). Two controls come with it, both
+ours: how well other patches of the same photograph are matched, and how often the match merely lies at the same place.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+import xarray as xr
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from vitrail.data import ImageSource, Manifest, load_image
+from vitrail.errors import Unsupported, UsageError
+from vitrail.models.open import Vit
+from vitrail.stats import mean_interval
+from vitrail.tap.tap import Readers
+from vitrail.tokens.levels import layers_of_own_grid
+
+__all__ = ["match_findings", "match_patches"]
+
+BATCH = 8
+SHOWN_FROM = 0.9
+"""Quantile of the cosines of the photograph and its best images, from which on a figure colours a patch: the few that
+are alike."""
+
+
+class _Match(NamedTuple):
+    """An image among the best; of equals the first in the folder is the better."""
+
+    cosine: float
+    minus_index: int
+    id: str
+    view: Image.Image
+    likeness: Float[np.ndarray, "patch"]
+
+
+def match_patches(
+    vit: Vit,
+    photo: Image.Image,
+    source: ImageSource,
+    manifest: Manifest,
+    patch: tuple[int, int],
+    *,
+    layer: int | None = None,
+    n_matches: int = 11,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Finds the patches of a folder's images whose tokens are most like that of one patch of a photograph.
+
+    The photograph itself, if it lies in the folder, is left out. Only the best images are held in memory.
+
+    Args:
+        vit: The model; the tokens of `layer` lie on a grid.
+        photo: A photograph.
+        source: Images to search, from `vitrail.open_images`.
+        manifest: The scan of `source`.
+        patch: Row and column on the layer's grid, counted from 0.
+        layer: Whose output is compared; None: the last that returns its patches on a grid.
+        n_matches: How many images are kept whole, the best ones.
+        progress: Called with the images done and their number.
+
+    Returns:
+        `cosine` and `place` [image]: the largest cosine similarity of a patch of each image to the chosen one, -1 to
+        1, and which patch it is, in raster order; `cosine_others` [image]: the same of the photograph's other patches
+        in place of the chosen one, their mean. Of the best images in falling order `match_view` [match row column
+        colour], `match_likeness` [match patch], cosine of each patch, and `match_place` [match], the most similar one;
+        of the photograph `view` and `likeness`. In `attrs` also `shown_from`: the cosine from which on a figure colours
+        a patch, nine tenths of all those kept lie below.
+
+    Raises:
+        UsageError: There is no such layer or patch, or no image is left to search.
+        Unsupported: The layer returns no token for each patch of a grid.
+
+    Example:
+        >>> source = vitrail.open_images("photos")  # doctest: +SKIP
+        >>> matches = match_patches(vit, photo, source, vitrail.data.scan(source), patch=(3, 4))  # doctest: +SKIP
+        >>> matches["cosine"].sortby("cosine", ascending=False)[:5]  # doctest: +SKIP
+    """
+    layer = _layer(vit, layer)
+    grid = vit.anatomy.blocks[layer].grid
+    assert grid is not None
+    if not all(0 <= at < n for at, n in zip(patch, grid, strict=True)):
+        raise UsageError(
+            f"There is no patch {patch[0]},{patch[1]}: L{layer} has {grid[0]} rows and {grid[1]} columns of patches, "
+            "counted from 0."
+        )
+    view = vit.view(photo)
+    chosen, pixels = patch[0] * grid[1] + patch[1], np.asarray(view)
+    queries = _directions(vit, [view], layer)[0]
+    others = np.arange(len(queries)) != chosen
+    ids: list[str] = []
+    columns: list[tuple[float, int, float]] = []
+    best: list[_Match] = []
+    for start in range(0, len(manifest.images), BATCH):
+        entries = manifest.images[start : start + BATCH]
+        views = [vit.view(load_image(source, entry)) for entry in entries]
+        for entry, other, keys in zip(entries, views, _directions(vit, views, layer), strict=True):
+            if np.array_equal(np.asarray(other), pixels):
+                continue
+            cosines = (queries @ keys.T).cpu().numpy()
+            likeness = cosines[chosen]
+            match = _Match(float(likeness.max()), -len(ids), entry.id, other, likeness)
+            ids.append(entry.id)
+            columns.append((match.cosine, int(likeness.argmax()), cosines[others].max(1).mean()))
+            (heapq.heappush if len(best) < n_matches else heapq.heappushpop)(best, match)
+        if progress is not None:
+            progress(start + len(entries), len(manifest.images))
+    if not ids:
+        raise UsageError("There is no image to search besides the photograph itself: give a folder of others.")
+    best.sort(reverse=True)
+    cosine, at, cosine_others = zip(*columns, strict=True)
+    likeness = (queries @ queries[chosen]).cpu().numpy()
+    match_likeness = np.stack([each.likeness for each in best])
+    return xr.Dataset(
+        {
+            "cosine": ("image", np.array(cosine, np.float32)),
+            "place": ("image", np.array(at, np.int32)),
+            "cosine_others": ("image", np.array(cosine_others, np.float32)),
+            "match_view": (("match", "row", "column", "colour"), np.stack([np.asarray(each.view) for each in best])),
+            "match_likeness": (("match", "patch"), match_likeness),
+            "match_place": ("match", match_likeness.argmax(1).astype(np.int32)),
+            "view": (("row", "column", "colour"), pixels),
+            "likeness": ("patch", likeness),
+        },
+        coords={"image": ids, "match": [each.id for each in best]},
+        attrs={
+            "name": vit.name,
+            "layer": layer,
+            "grid": list(grid),
+            "patch": list(patch),
+            "shown_from": float(np.quantile(np.concatenate([likeness[None], match_likeness]), SHOWN_FROM)),
+        },
+    )
+
+
+def match_findings(matches: xr.Dataset) -> list[str]:
+    """What a search found, against both controls.
+
+    Args:
+        matches: From `match_patches`.
+
+    Returns:
+        Sentences with numbers.
+    """
+    (row, column), (n_rows, n_columns) = matches.attrs["patch"], matches.attrs["grid"]
+    n_images, cosine = matches.sizes["image"], matches["cosine"].to_numpy().astype(np.float64)
+    places = matches["place"].to_numpy()
+    order = np.argsort(-cosine, kind="stable")[:3]
+    nearest = "; ".join(
+        f"patch {places[i] // n_columns},{places[i] % n_columns} of {matches['image'].values[i]} ({cosine[i]:.2f})"
+        for i in order
+    )
+    sentences = [f"Most like patch {row},{column} after L{matches.attrs['layer']}, by cosine similarity: {nearest}."]
+    ahead = cosine - matches["cosine_others"].to_numpy()
+    low, high, reason = mean_interval(ahead)
+    interval = f"{reason}" if reason else f"95 % interval {float(low):+.3f} to {float(high):+.3f}"
+    sentences.append(
+        f"The best patch of an image reaches {cosine.mean():.3f}, mean over {n_images} images; for the photograph's "
+        f"other patches {matches['cosine_others'].mean():.3f}: a difference of {ahead.mean():+.3f} ({interval})."
+    )
+    same = int((places == row * n_columns + column).sum())
+    sentences.append(
+        f"In {same} of {n_images} images it lies at the same place; {n_images / (n_rows * n_columns):.1f} would by "
+        "chance. Many more mean that the token tells where it lies rather than what it shows."
+    )
+    return sentences
+
+
+def _layer(vit: Vit, layer: int | None) -> int:
+    on_grid = sorted(layers_of_own_grid(vit))
+    if layer is None and on_grid:
+        return on_grid[-1]
+    if layer is not None and not 0 <= layer < vit.n_layers:
+        raise UsageError(f"There is no layer {layer}: {vit.name} has layers 0 to {vit.n_layers - 1}.")
+    if layer not in on_grid:
+        where = "in no layer" if not on_grid else f"in {', '.join(f'L{each}' for each in on_grid)} only"
+        raise Unsupported(f"Patches are matched by their tokens, and those of {vit.name} lie on a grid {where}.")
+    return layer
+
+
+def _directions(vit: Vit, views: Sequence[Image.Image], layer: int) -> Float[Tensor, "image patch channel"]:
+    """The tokens of patches after a layer, each of length 1."""
+    block = vit.anatomy.blocks[layer]
+    outputs: list[Tensor] = []
+
+    def read(at: int, tokens: Tensor) -> None:
+        if at == layer:
+            outputs.append(tokens)
+
+    with torch.no_grad():
+        vit.tap().read(vit.prepare_views(views), Readers(output=read))
+    return F.normalize(outputs[0][:, block.prefix :].float(), dim=-1)

@@ -1,0 +1,54 @@
+"""Which photographs of a study excite a neuron most, and which neurons answer to few of them; no torch."""
+
+import numpy as np
+import xarray as xr
+
+__all__ = ["peak_images", "selective_neurons", "selectivity"]
+
+TOP_SHARE = 0.05
+"""Share of the photographs that count as a neuron's strongest; at least one."""
+
+
+def peak_images(study: xr.Dataset, neuron: int) -> list[int]:
+    """Photographs in falling order of what their strongest patch gives a neuron.
+
+    Args:
+        study: A study that holds `neuron_peak`.
+        neuron: Index of the neuron.
+
+    Returns:
+        Positions in the study.
+    """
+    return [int(at) for at in np.argsort(-study["neuron_peak"][:, neuron].to_numpy(), kind="stable")]
+
+
+def selectivity(study: xr.Dataset) -> np.ndarray:
+    """How far a neuron's strongest photographs stand out.
+
+    Args:
+        study: A study that holds `neuron_peak`.
+
+    Returns:
+        Mean of the strongest twentieth of the photographs minus the median, in standard deviations over photographs,
+        by neuron; 0 for a neuron that never changes.
+    """
+    peaks = study["neuron_peak"].to_numpy().astype(np.float64)
+    n_top = max(1, round(TOP_SHARE * len(peaks)))
+    top = np.sort(peaks, axis=0)[-n_top:].mean(0)
+    spread = peaks.std(0)
+    selective: np.ndarray = np.divide(
+        top - np.median(peaks, axis=0), spread, out=np.zeros_like(spread), where=spread > 0
+    )
+    return selective
+
+
+def selective_neurons(study: xr.Dataset) -> list[int]:
+    """Neurons in falling order of `selectivity`.
+
+    Args:
+        study: A study that holds `neuron_peak`.
+
+    Returns:
+        Their indices.
+    """
+    return [int(at) for at in np.argsort(-selectivity(study), kind="stable")]

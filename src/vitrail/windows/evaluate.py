@@ -1,0 +1,119 @@
+"""What a trained model is worth: accuracy, the area of its windows, how they agree with a teacher's and with the
+windows that its own attention shows, and its speed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from vitrail.errors import DataError, UsageError
+from vitrail.models.open import Vit
+from vitrail.windows.collect import WindowCollector, overlap, predict_windows
+from vitrail.wint.batches import Images
+from vitrail.wint.model import hard_mask, window_heads
+from vitrail.wint.sparse import window_mode
+from vitrail.wint.teacher import Teacher
+
+__all__ = ["Evaluation", "evaluate"]
+
+MEASURES_BY_LAYER = {
+    "area": "predicted_area",
+    "overlap_own": "predicted_overlap",
+    "overlap_open": "predicted_overlap_open",
+    "overlap_chance": "predicted_overlap_moved",
+}
+"""Numbers of an evaluation that are measures of a study."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers over all images; those by layer are empty for a model without windows.
+
+    accuracy: share of correct predictions. area: mean share of the grid within a window. overlap_teacher: mean
+    intersection over union with the teacher's windows; overlap_own: with the windows measured in the model's own
+    attention, boxes of the predicted mean area, which its mask all but forces; overlap_open: with those that its
+    queries and keys would have without the mask; overlap_chance: with the latter moved to other queries at random.
+    """
+
+    n_images: int
+    accuracy: float
+    images_per_s: float
+    area: tuple[float, ...] = ()
+    overlap_teacher: tuple[float, ...] = ()
+    overlap_own: tuple[float, ...] = ()
+    overlap_open: tuple[float, ...] = ()
+    overlap_chance: tuple[float, ...] = ()
+
+
+def evaluate(
+    vit: Vit,
+    images: Images,
+    *,
+    teacher: Vit | None = None,
+    teacher_area: int = 25,
+    windows: str = "model",
+    batch_size: int = 50,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluates an opened model on labelled images.
+
+    Args:
+        vit: The model.
+        images: Labelled images of the model's classes.
+        teacher: A model of the same layers, heads and grid, with whose windows the predicted ones are compared.
+        teacher_area: Percent of the grid that the teacher's windows have.
+        windows: How the model attends while its answers are counted and timed: "model", as it was trained; "hard",
+            sides rounded; "sparse", the same through block-sparse attention; "tiles", block-sparse with windows that
+            the queries of a block share.
+        batch_size: Images at a time.
+        progress: Called with the images done and their number.
+
+    Returns:
+        Numbers over all images.
+
+    Raises:
+        DataError: The images have other classes than the model.
+        UsageError: The teacher does not fit, or the model has no windows to harden.
+    """
+    if vit.n_classes != len(images.class_names):
+        raise DataError(
+            f"{images.name} has {len(images.class_names)} classes, and {vit.name} tells {vit.n_classes} apart."
+        )
+    heads, grid = window_heads(vit.model), vit.anatomy.grid
+    guide = None
+    if teacher is not None:
+        if not heads or grid is None:
+            raise UsageError(f"{vit.name} predicts no windows that could be compared with a teacher's.")
+        own = vit.preprocessing
+        guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, own.mean, own.std)
+    n_correct, seconds, sums = 0, 0.0, dict[str, np.ndarray]()
+    reader = WindowCollector(vit, tuple(MEASURES_BY_LAYER.values()))
+    for start in range(0, len(images), batch_size):
+        batch = range(start, min(start + batch_size, len(images)))
+        pixels = vit.prepare_views([vit.view(images.image(index)) for index in batch])
+        start_time = time.perf_counter()
+        with window_mode(vit.model, windows):
+            logits = vit.logits(pixels)
+        seconds += time.perf_counter() - start_time
+        n_correct += int((logits.argmax(1).cpu() == images.labels[batch.start : batch.stop]).sum())
+        if heads and grid is not None:
+            by_layer = {name: values.mean(2) for name, values in reader.of(pixels).items()}
+            if guide is not None:
+                pairs = zip(predict_windows(vit, pixels), guide.sides(pixels), strict=True)
+                by_layer["teacher"] = np.stack([_overlap(predicted, target, grid) for predicted, target in pairs], 1)
+            for name, values in by_layer.items():
+                sums[name] = sums.get(name, 0) + values.sum(0, dtype=np.float64)
+        if progress is not None:
+            progress(batch.stop, len(images))
+    layers = {
+        field: tuple((sums[name] / len(images)).tolist())
+        for field, name in {**MEASURES_BY_LAYER, "overlap_teacher": "teacher"}.items()
+        if name in sums
+    }
+    return Evaluation(len(images), n_correct / len(images), len(images) / seconds, **layers)
+
+
+def _overlap(one: Tensor, two: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    return overlap(hard_mask(one, grid), hard_mask(two, grid)).mean((1, 2)).cpu().numpy()

@@ -1,0 +1,80 @@
+"""What was found, and why a head matters: the report's own sentences, each with the way to what it speaks of."""
+
+from playwright.sync_api import expect
+from served import Site, Visit, chosen_head, held
+
+from vitrail.heads.why import why_sentences
+from vitrail.report import findings_of
+
+
+def texts(page, where: str) -> list[str]:
+    sentences = page.locator(f"{where} [data-sentence]")
+    expect(sentences.first).to_be_visible()
+    return sentences.all_inner_texts()
+
+
+def test_the_page_opens_on_the_sentences_of_the_report(visit: Visit, site: Site) -> None:
+    page = visit()
+    page.wait_for_selector("[data-findings=heads] li")
+    page.wait_for_function("!document.querySelector('[data-view=findings] .skeleton')")
+    shown = " ".join(texts(page, "[data-view=findings]"))
+    for sentence in findings_of(site.dataset):
+        assert sentence in shown
+
+
+def test_a_sentence_of_a_head_has_a_small_chart_of_all_heads_and_the_hint_never_returns(
+    visit: Visit, site: Site
+) -> None:
+    page = visit()
+    lost = (site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values).mean(0)
+    chart = page.locator("[data-findings=heads] [data-mini=head_probability]").first
+    expect(chart.locator("rect")).to_have_count(lost.size)
+    assert abs(float(chart.get_attribute("data-value") or "nan") - lost.max()) < 1e-5
+    page.get_by_role("button", name="Got it").click()
+    expect(page.locator("[data-hint]")).to_have_count(0)
+    page.reload()
+    page.wait_for_selector("[data-findings=heads] li")
+    expect(page.locator("[data-hint]")).to_have_count(0)
+
+
+def test_a_sentence_leads_to_the_head_that_it_speaks_of(visit: Visit, site: Site) -> None:
+    page = visit("?tab=findings&layer=5&head=2")
+    lost = site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values
+    layer, head = divmod(int(lost.mean(0).argmax()), lost.shape[2])
+    page.locator("[data-findings=heads]").get_by_role("button", name=f"show L{layer}H{head}").first.click()
+    expect(chosen_head(page)).to_have_text(f"L{layer}H{head}")
+    assert held(page, "tab") == "heads"
+    page.go_back()
+    assert held(page, "tab") == "findings"
+
+
+def test_why_a_head_matters_is_said_of_the_chosen_head(visit: Visit, site: Site) -> None:
+    page = visit("?tab=heads&layer=2&head=1")
+    page.wait_for_selector("[data-view=why] li")
+    assert texts(page, "[data-view=why]") == [str(each) for each in why_sentences(site.dataset, 2, 1)]
+
+
+def test_three_clicks_lead_from_the_first_screen_to_what_happens_without_the_head_that_matters_most(
+    visit: Visit, site: Site
+) -> None:
+    page = visit()
+    lost = site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values
+    layer, head = divmod(int(lost.mean(0).argmax()), lost.shape[2])
+    name = f"L{layer}H{head}"
+    sentence = page.locator("[data-findings=heads] li").first
+    expect(sentence).to_contain_text(f"Without {name}")
+    sentence.locator(".pictures button").first.click()
+    expect(chosen_head(page)).to_have_text(name)
+    assert held(page, "image") == str(int(lost[:, layer, head].argmax()))
+    page.wait_for_selector("#photograph .hero svg[data-overlay=weights]")
+    page.get_by_role("button", name=f"what happens here without {name}").click()
+    assert (held(page, "tab"), held(page, "change")) == ("what-if", name)
+    plain, without = (
+        site.dataset[each].values[int(held(page, "image"))] for each in ("probability", "head_probability")
+    )
+    headline = page.locator("[data-view=change]")
+    expect(headline).to_contain_text(f"{float(plain):.3f} \u2192")
+    expect(page.locator("[data-view=answer]")).to_contain_text(f"\u2192 {float(without[layer, head]):.3f}")
+    page.get_by_role("button", name=f"Take back: {name} off").click()
+    page.get_by_role("button", name=f"switch {name} off").click()
+    assert held(page, "change") == name

@@ -1,0 +1,77 @@
+"""Heads off, patches painted over, windows moved: the answer of the model, its drift and what to run elsewhere."""
+
+from playwright.sync_api import Page, expect
+from served import Site, Visit, chosen_head, held, photograph, value
+
+IMAGE = 7
+
+
+def answered(page: Page, n_steps: int) -> None:
+    expect(page.locator("[data-view=answer] tbody tr")).to_have_count(n_steps)
+
+
+def test_a_head_is_switched_off_and_the_answer_is_that_of_the_library(visit: Visit, site: Site, study) -> None:
+    page = visit(f"?tab=what-if&image={IMAGE}&layer=1&head=0")
+    expect(page.locator("[data-view=answer]")).to_contain_text("the answer comes here")
+    page.locator("[data-view=change] rect[data-head=L2H1]").click()
+    expect(chosen_head(page)).to_have_text("L2H1")
+    answered(page, 2)
+    changed = site.live.what_if(photograph(study, IMAGE), heads_off="L2H1")
+    after = value(page, '[data-view=answer] [data-step="L2H1 off"] >> nth=0')
+    assert abs(after - float(changed["probability"][-1])) < 1e-5
+    drift = value(page, "[data-view=drift] circle[data-step='3']")
+    assert abs(drift - float(changed["token_drift"][-1, 3].mean())) < 1e-5
+    expect(page.locator("[data-use]")).to_have_text("vitrail prune crops --heads L2H1 --out NEW_FOLDER")
+    lost = site.dataset.probability.values - site.dataset.head_probability.values[:, 2, 1]
+    expect(page.locator("[data-study]")).to_contain_text(f"loses {lost.mean():.3f}")
+    # a second head adds a step; a change is taken back by its own button; the back button brings it again
+    page.locator("[data-view=change] rect[data-head=L3H0]").click()
+    answered(page, 3)
+    page.get_by_role("button", name="Take back: L2H1 off").click()
+    answered(page, 2)
+    assert held(page, "change") == "L3H0"
+
+
+def test_patches_are_painted_on_the_photograph(visit: Visit, site: Site, study) -> None:
+    page = visit(f"?tab=what-if&image={IMAGE}&change=black")
+    photo = page.locator("#photograph .hero svg")
+    expect(photo).to_have_attribute("data-overlay", "weights")
+    box = photo.bounding_box()
+    assert box
+
+    def over(row: int, column: int) -> None:
+        page.mouse.move(box["x"] + box["width"] * (column + 0.5) / 8, box["y"] + box["height"] * (row + 0.5) / 8)
+
+    over(2, 1)
+    page.mouse.down()
+    over(2, 2)
+    over(2, 3)
+    page.mouse.up()
+    expect(page.locator("#photograph .hero [data-cover]")).to_have_count(3)
+    answered(page, 2)
+    changed = site.live.what_if(photograph(study, IMAGE), patches=[17, 18, 19], how="black")
+    row = page.locator("[data-view=answer] tbody tr").last.locator("[data-value]").first
+    assert abs(float(row.get_attribute("data-value") or "nan") - float(changed["probability"][-1])) < 1e-5
+    expect(page.locator("[data-use]")).to_contain_text("patches=[17, 18, 19], how='black'")
+    over(2, 2)  # a stroke that begins on a changed patch changes it back
+    page.mouse.down()
+    page.mouse.up()
+    expect(page.locator("#photograph .hero [data-cover]")).to_have_count(2)
+
+
+def test_a_link_brings_back_the_change_and_names_what_is_gone(visit: Visit) -> None:
+    page = visit("?tab=what-if&layer=2&head=0&change=L2H0:4~window:L1H0:all:1,1,1,1~L99H0")
+    expect(page.locator("[data-view=change] [role=alert]")).to_contain_text("L99H0")
+    answered(page, 3)
+    expect(page.locator("[data-use]")).to_contain_text("windows=")
+    # the pointer asks nothing: the map under the change is there for every patch
+    expect(page.locator("select.overlay")).to_have_value("changed-looks")
+    page.locator("select.overlay").select_option("changed-tokens")
+    expect(page.locator("#photograph [data-floor]")).to_have_attribute("data-floor", "0")
+
+
+def test_without_a_model_the_tab_says_so_once(visit: Visit, study, serving) -> None:
+    from vitrail.app import create_app
+
+    page = visit("?tab=what-if", url=serving(create_app(study)))
+    expect(page.locator("[data-missing]")).to_have_count(1)

@@ -1,0 +1,257 @@
+"""Two studies compared: joined by content, aligned by depth, differences with intervals and a null that holds."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from numpy.testing import assert_allclose, assert_array_equal
+
+import vitrail
+from synthetic_study import plan_of
+from vitrail.analysis import declaration, measures
+from vitrail.data import ImageEntry, Manifest
+from vitrail.errors import StudyError, UsageError
+from vitrail.stats import sign_flip_p_values
+from vitrail.study.writing import StudyFolder
+
+N = 40
+
+
+def write(folder: Path, arrays: dict[str, np.ndarray], names: list[str], **changes: object) -> Path:
+    """A study of these arrays; images of the same name have the same content."""
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+    labels = arrays["label"].tolist()
+    entries = [
+        ImageEntry(f"{folder.name}/{name}.png", None, int(label), 1, digest)
+        for name, label, digest in zip(names, labels, digests, strict=True)
+    ]
+    manifest = Manifest(None, "planted", tuple(entries), ())
+    layers = next(values.shape[1] for values in arrays.values() if values.ndim > 1)
+    heads = next((values.shape[2] for values in arrays.values() if values.ndim > 2), 1)
+    counts = changes.pop("n_heads", [heads] * layers)
+    plan = plan_of(
+        len(names),
+        manifest.digest,
+        n_layers=layers,
+        n_heads=counts,
+        grids=[[14, 14]] * layers,
+        prefixes=[1] * layers,
+        weight_digest=hashlib.sha256(folder.name.encode()).hexdigest(),
+        measures={name: declaration(name).version for name in measures() if name in arrays},
+        part_size=16,
+        **changes,
+    )
+    folder.mkdir()
+    writing = StudyFolder(folder, plan, manifest)
+    for part in writing.missing:
+        rows = slice(part.start, part.stop)
+        writing.write_part(
+            part, {name: values[rows].astype(declaration(name).dtype) for name, values in arrays.items()}
+        )
+    return folder
+
+
+def numbers(seed: int, n: int = N, layers: int = 4, heads: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    label = np.arange(n) % 5
+    profile = np.random.default_rng(99).normal(0, 1, (layers, heads))  # what heads of the same index share
+    return {
+        "label": label,
+        "prediction": np.where(rng.random(n) < 0.2, (label + 1) % 5, label),
+        "probability": rng.uniform(0.5, 0.9, n),
+        "head_probability": rng.uniform(0.3, 0.9, (n, layers, heads)),
+        "head_flip": rng.random((n, layers, heads)) < 0.3,
+        "attention_distance": 4 + profile + rng.normal(0, 0.3, (n, layers, heads)),
+        "attention_strength": rng.uniform(0, 1, (n, layers, heads, 14)),
+        "sink_share": rng.uniform(0, 1, (n, layers)),
+    }
+
+
+NAMES = [f"image{i:03d}" for i in range(N)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict, dict]:
+    """The second study has the images in another order, without two and with one of its own, and reaches further."""
+    tmp = tmp_path_factory.mktemp("pair")
+    a, b = numbers(0), numbers(1)
+    b["attention_distance"] = b["attention_distance"] + 0.5
+    b["attention_distance"][7] += 6
+    order = np.random.default_rng(5).permutation(N)[2:]
+    names = [NAMES[i] for i in order] + ["another"]
+    rows = np.append(order, 0)
+    first = write(tmp / "before", a, NAMES)
+    second = write(tmp / "after", {name: values[rows] for name, values in b.items()}, names)
+    missing = set(range(N)) - set(order.tolist())
+    keep = np.array([i for i in range(N) if i not in missing])
+    return first, second, {k: v[keep] for k, v in a.items()}, {k: v[keep] for k, v in b.items()}
+
+
+@pytest.fixture(scope="module")
+def compared(folders):
+    return vitrail.compare(folders[0], folders[1])
+
+
+def test_images_are_joined_by_content_and_differences_are_of_the_same_image(compared, folders):
+    _, _, a, b = folders
+    assert compared.attrs["n_shared"] == N - 2
+    assert compared["image"].values[0].startswith("before/")
+    ids = [name.rpartition("/")[2] for name in compared["image"].values]
+    assert ids == [name.rpartition("/")[2] for name in compared["image_b"].values]
+    of_measure = compared.sel(measure="attention_distance")
+    expected = (b["attention_distance"] - a["attention_distance"]).astype(np.float64).mean((1, 2))
+    assert_allclose(of_measure["difference"], expected, rtol=1e-5)
+    assert_allclose(of_measure["mean_a"], a["attention_distance"].mean(), rtol=1e-5)
+    assert_allclose(of_measure["mean_difference"], expected.mean(), rtol=1e-5)
+    assert_allclose(of_measure["standardised"], expected.mean() / expected.std(), rtol=1e-4)
+    assert of_measure["title"] == "mean attention distance"
+    assert float(of_measure["low"]) < expected.mean() < float(of_measure["high"])
+    assert float(of_measure["low_all"]) < float(of_measure["low"])
+
+
+def test_a_comparison_is_written_as_netcdf(compared, tmp_path):
+    pytest.importorskip("h5netcdf", reason="h5netcdf writes netCDF, and is not installed")
+    compared.to_netcdf(tmp_path / "compared.nc")
+    with xr.open_dataset(tmp_path / "compared.nc", engine="h5netcdf") as read:
+        np.testing.assert_array_equal(read["change"], compared["change"])
+        assert json.loads(read.attrs["left_out"]) == compared.attrs["left_out"]
+
+
+def test_what_differs_is_told_from_what_does_not(compared):
+    p = dict(zip(compared["measure"].values, compared["p"].values, strict=True))
+    assert p["attention_distance"] < 0.05
+    assert all(value > 0.05 for name, value in p.items() if name != "attention_distance")
+    low, high = compared["low_all"].sel(measure="attention_distance").values, compared["high_all"].values
+    assert low > 0
+    assert (high > 0).all()
+
+
+def test_cells_are_layers_and_heads_with_their_own_correction(compared, folders):
+    _, _, a, b = folders
+    difference = (b["attention_distance"] - a["attention_distance"]).astype(np.float64)
+    assert_allclose(compared["attention_distance_difference"], difference.mean((0, 2)), rtol=1e-5)
+    assert_allclose(compared["attention_distance_head_difference"], difference.mean(0), rtol=1e-5)
+    assert compared["attention_strength_difference"].dims == ("layer", "hop")
+    assert compared["attention_distance_head_p"].dims == ("all_layer", "head")
+    assert_allclose(compared["depth"], [0.125, 0.375, 0.625, 0.875])
+    assert_array_equal(compared["sink_share_p"], sign_flip_p_values((b["sink_share"] - a["sink_share"]).astype("f4")))
+
+
+def test_flags_and_accuracy_are_shares_with_their_range(compared, folders):
+    _, _, a, b = folders
+    correct = (b["prediction"] == b["label"]).astype(float) - (a["prediction"] == a["label"])
+    assert_allclose(compared["mean_difference"].sel(measure="correct"), correct.mean(), atol=1e-12)
+    assert_array_equal(compared["same_prediction"], a["prediction"] == b["prediction"])
+    flips = b["head_flip"].mean() - a["head_flip"].mean()
+    assert_allclose(compared["mean_difference"].sel(measure="head_flip"), flips, atol=1e-6)
+
+
+def test_the_image_that_changed_most_is_the_one_that_was_changed(compared):
+    most = compared["image"].values[int(compared["change"].values.argmax())]
+    assert most == "before/image007.png"
+
+
+def test_heads_of_the_same_index_correspond_where_they_share_what_they_do(compared, folders, tmp_path):
+    told = compared.attrs["heads_correspond"]
+    assert told["correlation"] > 0.9
+    assert told["p"] <= 0.01
+    strangers = numbers(3)
+    strangers["attention_distance"] = np.random.default_rng(8).normal(4, 1, (1, 4, 3)) + np.zeros((N, 1, 1))
+    told = vitrail.compare(folders[0], write(tmp_path / "other", strangers, NAMES)).attrs["heads_correspond"]
+    assert told["p"] > 0.05
+
+
+def test_models_of_another_shape_are_compared_at_the_same_depth(folders, tmp_path):
+    deep = numbers(4, layers=8, heads=2)
+    slope = np.linspace(0.5, 7.5, 8)  # a measure that is its depth: value d * 8 in the middle of layer d
+    deep["attention_distance"] = np.broadcast_to(slope[None, :, None], (N, 8, 2)).copy()
+    flat = numbers(0)
+    flat["attention_distance"] = np.broadcast_to(np.arange(4)[None, :, None] * 2.0 + 1, (N, 4, 3)).copy()
+    first = write(tmp_path / "flat", flat, NAMES)
+    compared = vitrail.compare(first, write(tmp_path / "deep", deep, NAMES))
+    assert_allclose(compared["attention_distance_b"], [1, 3, 5, 7])
+    assert_allclose(compared["attention_distance_difference"], 0, atol=1e-12)
+    assert_allclose(compared["p"].sel(measure="attention_distance"), 1)
+    assert not any("_head_" in str(name) for name in compared)
+    assert compared.attrs["heads_correspond"] is None
+
+
+def test_padding_of_flags_is_no_value(folders, tmp_path):
+    pruned = numbers(0)
+    pruned["head_flip"][:] = True
+    pruned["head_flip"][:, 2, 1:] = False  # padding, as layer 2 has one head
+    for name in ("head_probability", "attention_distance", "attention_strength"):
+        pruned[name][:, 2, 1:] = np.nan
+    folder = write(tmp_path / "pruned", pruned, NAMES, n_heads=[3, 3, 1, 3])
+    compared = vitrail.compare(folders[0], folder)
+    assert_allclose(compared["head_flip_b"], 1)
+
+
+def test_measures_that_mean_something_else_are_left_out_or_refused(folders, tmp_path):
+    other = numbers(2)
+    del other["sink_share"]
+    other["attention_strength"] = other["attention_strength"][..., :7]
+    folder = write(tmp_path / "options", other, NAMES, options={"importance": "estimate"})
+    compared = vitrail.compare(folders[0], folder)
+    left_out = compared.attrs["left_out"]
+    assert "option importance (exact and estimate)" in left_out["head_probability"]
+    assert left_out["sink_share"] == "options does not hold it"
+    assert "14 and 7 values" in left_out["attention_strength"]
+    assert set(compared["measure"].values) == {"probability", "attention_distance", "correct"}
+    with pytest.raises(UsageError, match=r"head_flip was to be compared: .* option importance"):
+        vitrail.compare(folders[0], folder, measures="head_flip")
+    with pytest.raises(UsageError, match="nothing was to be compared; the studies hold"):
+        vitrail.compare(folders[0], folder, measures="nothing")
+
+
+def test_measures_of_the_label_are_of_images_with_the_same_label(folders, tmp_path):
+    other = numbers(6)
+    other["label"] = other["label"].copy()
+    other["label"][:10] = (other["label"][:10] + 1) % 5
+    compared = vitrail.compare(folders[0], write(tmp_path / "own", other, NAMES, labels="predicted"))
+    assert f"30 of {N} images" in compared.attrs["labels"]
+    assert np.isnan(compared["difference"].sel(measure="probability")[:10]).all()
+    assert not np.isnan(compared["difference"].sel(measure="attention_distance")).any()
+    assert "correct" not in compared["measure"].values
+    classes = write(tmp_path / "classes", numbers(7), NAMES, class_names=None, n_classes=9)
+    assert "other classes" in vitrail.compare(folders[0], classes).attrs["left_out"]["probability"]
+
+
+def test_what_cannot_be_compared_is_refused_in_a_sentence(folders, tmp_path):
+    first, second, _, _ = folders
+    with pytest.raises(UsageError, match="compared with itself"):
+        vitrail.compare(first, first)
+    strangers = write(tmp_path / "strangers", numbers(1), [f"x{i}" for i in range(N)])
+    with pytest.raises(UsageError, match="no image in common"):
+        vitrail.compare(first, strangers)
+    (tmp_path / "copy").mkdir()
+    same = write(tmp_path / "copy" / "before", numbers(0), NAMES)
+    with pytest.raises(UsageError, match="same weights"):
+        vitrail.compare(first, same)
+    with pytest.raises(StudyError, match="not a study"):
+        vitrail.compare(first, tmp_path / "nowhere")
+    (second / "parts" / "00001.json").rename(tmp_path / "part")
+    try:
+        with pytest.raises(StudyError, match="parts"):
+            vitrail.compare(first, second)
+    finally:
+        (tmp_path / "part").rename(second / "parts" / "00001.json")
+
+
+def test_random_signs_reject_as_rarely_as_they_say():
+    rng = np.random.default_rng(0)
+    smallest = []
+    for seed in range(60):
+        values = rng.standard_t(3, (12, 5)) @ rng.normal(0, 1, (5, 5))
+        values[rng.random((12, 5)) < 0.1] = np.nan
+        smallest.append(np.nanmin(sign_flip_p_values(values, seed=seed)))
+    assert np.mean(np.array(smallest) < 0.05) <= 0.15  # 5 % expected; 9 of 60 has a chance below 0.5 %
+    planted = rng.normal([0, 0, 2, 0], 1, (40, 4))
+    p = sign_flip_p_values(planted)
+    assert p[2] == 0.001
+    assert p[[0, 1, 3]].min() > 0.05
+    assert_array_equal(sign_flip_p_values(np.zeros((5, 2))), 1)
+    assert np.isnan(sign_flip_p_values(np.full((5, 1), np.nan))).all()

@@ -1,0 +1,282 @@
+"""Studies that gain measures and images: the same bytes as one that was made at once, whatever happens on the way."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from numpy.testing import assert_array_equal
+from PIL import Image
+from tiny_studies import BATCH_SIZE, N_IMAGES, folder_bytes, part_values, tiny_vit, write_model, write_photos
+
+from vitrail.analysis import declaration
+from vitrail.cli import app
+from vitrail.data import open_images, scan
+from vitrail.errors import PlanMismatch, StudyError
+from vitrail.models.open import Vit
+from vitrail.study import planning, writing
+from vitrail.study.growth import merge_plans
+from vitrail.study.ownership import write_access
+from vitrail.study.plan import Part
+from vitrail.study.run import run_study
+from vitrail.study.store import open_study, read_manifest, read_plan, verify
+from vitrail.study.writing import StudyFolder
+
+
+def run(vit: Vit, photos: Path, out: Path, **options: object) -> xr.Dataset:
+    return run_study(vit, photos, out=out, **{"batch_size": BATCH_SIZE, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def whole(vit: Vit, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of heads and patches of all images, made at once."""
+    out = tmp_path_factory.mktemp("whole") / "study"
+    before, planning.PART_IMAGES = planning.PART_IMAGES, BATCH_SIZE
+    try:
+        run(vit, photos, out, measures="heads,patches")
+    finally:
+        planning.PART_IMAGES = before
+    return out
+
+
+class TestGrowing:
+    @pytest.mark.parametrize(
+        "n_images", [6, 3, 4]
+    )  # a last part of two, a study below one part, a last part that is full
+    def test_a_study_that_gains_measures_then_images_is_the_study_made_at_once(
+        self, n_images: int, vit: Vit, photos: Path, whole: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "study"
+        run(vit, photos, out, measures="heads", limit=n_images)
+        run(vit, photos, out, measures="patches", limit=n_images)
+        assert verify(out) == -(-n_images // BATCH_SIZE)
+        run(vit, photos, out, measures="patches")
+        assert folder_bytes(out) == folder_bytes(whole)
+
+    def test_in_another_order_it_is_the_same_study(self, vit: Vit, photos: Path, whole: Path, tmp_path: Path) -> None:
+        out = tmp_path / "study"
+        run(vit, photos, out, measures="window,head_flip", limit=6)
+        run(vit, photos, out, measures="patches,prefix_share")
+        run(vit, photos, out, measures="heads")
+        assert folder_bytes(out) == folder_bytes(whole)
+
+    def test_what_is_there_is_not_measured_again(
+        self, vit: Vit, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        written: list[tuple[int, frozenset[str]]] = []
+        write = StudyFolder.write_part
+
+        def record(study: StudyFolder, part: Part, arrays: dict[str, np.ndarray]) -> None:
+            written.append((part.number, frozenset(arrays)))
+            write(study, part, arrays)
+
+        run(vit, photos, tmp_path / "study", measures="heads", limit=8)
+        monkeypatch.setattr(StudyFolder, "write_part", record)
+        run(vit, photos, tmp_path / "study", measures="patches", limit=8)
+        assert [number for number, _ in written] == [0, 1]
+        assert {declaration(name).analysis for _, names in written for name in names} == {"patches"}
+        written.clear()
+        run(vit, photos, tmp_path / "study", measures="heads")
+        assert [number for number, _ in written] == [2]
+        assert folder_bytes(tmp_path / "study") == folder_bytes(whole)
+
+    def test_a_run_that_asks_for_a_part_of_what_is_there_changes_nothing(
+        self, vit: Vit, photos: Path, whole: Path
+    ) -> None:
+        before = folder_bytes(whole)
+        run(vit, photos, whole, measures="head_flip")
+        assert folder_bytes(whole) == before
+
+    def test_images_that_lie_between_the_others_come_after_them(self, vit: Vit, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "photos", 6)
+        out = tmp_path / "study"
+        first = run(vit, photos, out, measures="prefix_share").load()
+        shutil.copy(photos / "class 1" / "3.png", photos / "class 0" / "1.png")
+        second = run(vit, photos, out, measures="prefix_share")
+        assert second["image"].values.tolist() == [*first["image"].values, "class 0/1.png"]
+        assert_array_equal(second["prefix_share"][:6], first["prefix_share"])
+        assert_array_equal(second["prefix_share"][6], first["prefix_share"].sel(image="class 1/3.png"))
+        before = folder_bytes(out)
+        run(vit, photos, out, measures="prefix_share")
+        assert folder_bytes(out) == before
+
+    def test_options_of_the_measures_that_are_there_need_not_be_repeated(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        estimate = {"importance": "estimate"}
+        run(vit, photos, tmp_path / "study", measures="head_loss_change", options=estimate, limit=4)
+        grown = run(vit, photos, tmp_path / "study", measures="field_size", options={"window_area": "36"}, limit=4)
+        assert grown.attrs["options"] == {"importance": "estimate", "window_area": "36"}
+        with pytest.raises(PlanMismatch, match='options, importance: the folder has "estimate", this run none'):
+            run(vit, photos, tmp_path / "study", measures="head_flip", limit=4)
+
+
+class TestRefusals:
+    def test_an_image_that_changed_or_went_is_named(self, vit: Vit, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "photos", 4)
+        run(vit, photos, tmp_path / "study", measures="prefix_share")
+        Image.new("RGB", (40, 40)).save(photos / "class 0" / "2.png")
+        (photos / "class 1" / "3.png").rename(photos / "class 1" / "4.png")
+        before = folder_bytes(tmp_path / "study")
+        with pytest.raises(PlanMismatch, match=r"class 1/3\.png missing; class 0/2\.png changed"):
+            run(vit, photos, tmp_path / "study", measures="prefix_share")
+        assert folder_bytes(tmp_path / "study") == before
+
+    def test_fewer_images_are_refused(self, vit: Vit, photos: Path, whole: Path) -> None:
+        with pytest.raises(PlanMismatch, match="number of images: the folder has 11, this run 5"):
+            run(vit, photos, whole, limit=5)
+
+    def test_other_weights_are_refused_also_where_measures_are_added(self, photos: Path, whole: Path) -> None:
+        with pytest.raises(PlanMismatch, match="weights: the folder has"):
+            run(tiny_vit(seed=1), photos, whole, measures="token_norm")
+
+    def test_images_cannot_be_added_where_all_images_count_in_each_number(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        mean = {"ablation": "mean"}
+        run(vit, photos, tmp_path / "study", measures="head_flip", options=mean, limit=4)
+        with pytest.raises(PlanMismatch, match="head_flip are measured against means over all images"):
+            run(vit, photos, tmp_path / "study", measures="head_flip", options=mean)
+
+
+class Killed(BaseException):
+    """Passes every `except Exception`, as the end of a process does."""
+
+
+def grow(folder: Path, vit: Vit, photos: Path, names: list[str], limit: int) -> None:
+    """A run that asks for these measures of the first images, with numbers that need no model."""
+    with write_access(folder):
+        existing = writing.plan_of(folder)
+        manifest = scan(open_images(photos, limit=limit))
+        declared = [declaration(name) for name in dict.fromkeys([*(existing.measures if existing else ()), *names])]
+        plan = planning.make_plan(
+            vit, manifest, declared, left_out={}, options={}, batch_size=BATCH_SIZE, seed=0, threads=1
+        )
+        study = StudyFolder(folder, merge_plans(existing, plan, names) if existing else plan, manifest)
+        for part in study.missing:
+            values = part_values(part.number, BATCH_SIZE)[: part.stop - part.start]
+            arrays = {"head_probability": values, "prefix_share": values + 1}
+            study.write_part(part, {n: arrays[n] for n in plan.measures if n not in study.arrays_of(part)})
+        if study.derived_is_missing:
+            study.write_derived({"image_xy": open_study(folder)["head_probability"].values[:, :, 0]})
+
+
+def test_ended_before_any_step_of_growing_it_is_a_study_and_grows_to_the_same_bytes(
+    vit: Vit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow(tmp_path / "whole", vit, photos, ["head_probability", "prefix_share"], 2 * BATCH_SIZE)
+    grow(tmp_path / "small", vit, photos, ["head_probability"], 6)
+    expected, values = folder_bytes(tmp_path / "whole"), open_study(tmp_path / "small")["head_probability"].values
+    for step in range(1, 200):
+        left = step
+
+        def stop_before(function: object) -> object:
+            def stopped(*arguments: object, **options: object) -> object:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise Killed
+                return function(*arguments, **options)  # type: ignore[operator]
+
+            return stopped
+
+        folder = tmp_path / f"stopped {step}"
+        shutil.copytree(tmp_path / "small", folder)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", stop_before(os.fsync))
+            for name in ("replace", "rename", "unlink", "rmdir"):
+                patched.setattr(Path, name, stop_before(getattr(Path, name)))
+            patched.setattr(writing, "_consolidate", stop_before(writing._consolidate))
+            try:
+                grow(folder, vit, photos, ["prefix_share"], 2 * BATCH_SIZE)
+            except Killed:
+                pass
+            else:
+                break
+        there = open_study(folder, partial=True)["head_probability"]
+        assert_array_equal(there[:BATCH_SIZE], values[:BATCH_SIZE])
+        grow(folder, vit, photos, ["prefix_share"], 2 * BATCH_SIZE)
+        assert folder_bytes(folder) == expected, f"stopped before step {step}"
+    assert 20 < step < 199
+
+
+def test_a_study_that_is_gaining_measures_opens_with_those_that_are_complete(
+    vit: Vit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    run(vit, photos, out, measures="prefix_share")
+    write = StudyFolder.write_part
+
+    def stop(study: StudyFolder, part: Part, arrays: dict[str, np.ndarray]) -> None:
+        if part.number == 1:
+            raise KeyboardInterrupt
+        write(study, part, arrays)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StudyFolder, "write_part", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(vit, photos, out, measures="token_norm")
+    with pytest.raises(StudyError, match="has 1 of 3 parts"):
+        open_study(out)
+    there = open_study(out, partial=True)
+    assert there.sizes["image"] == N_IMAGES
+    assert there.attrs["missing_images"] == 0
+    assert there.attrs["missing_measures"] == ["token_norm"]
+    assert "token_norm" not in there
+    assert set(read_plan(out).measures) == {"label", "prediction", "probability", "prefix_share", "token_norm"}
+    assert len(read_manifest(out).images) == N_IMAGES
+
+
+def test_heads_then_patches_then_images_then_a_second_worker_is_the_study_made_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, photos, later = write_model(tmp_path / "model"), write_photos(tmp_path / "photos", 22), tmp_path / "later"
+
+    def study(folder: str, measures: str, *options: str) -> None:
+        sizes = ["--batch-size", str(BATCH_SIZE), "--part-images", str(BATCH_SIZE)]
+        words = ["study", str(model), str(photos), "--out", str(tmp_path / folder), "--measures", measures, *sizes]
+        app([*words, "--no-figures", "--quiet", *options], standalone_mode=False)
+
+    study("whole", "heads,patches")
+    (photos / "class 1").rename(later)
+    study("study", "heads")
+    study("study", "patches")
+    later.rename(photos / "class 1")
+    asks_for_help, asked = os.pipe()
+    has_helped, helped = os.pipe()
+    write, written = StudyFolder.write_part, set[int]()
+
+    def write_and_tell(study: StudyFolder, part: Part, arrays: dict[str, np.ndarray]) -> None:
+        write(study, part, arrays)
+        os.write(helped, bytes([part.number]))
+
+    def ask_for_help_first(study: StudyFolder, part: Part, arrays: dict[str, np.ndarray]) -> None:
+        if not written:
+            os.write(asked, b"?")
+            assert os.read(has_helped, 1) == bytes([4])  # this process has claimed 2 and 3
+        write(study, part, arrays)
+        written.add(part.number)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(asked)
+            assert os.read(asks_for_help, 1)
+            monkeypatch.setattr(StudyFolder, "write_part", write_and_tell)
+            study("study", "heads,patches", "--worker")
+        finally:
+            os._exit(sys.exc_info()[0] is not None)
+    os.close(helped)
+    monkeypatch.setattr(StudyFolder, "write_part", ask_for_help_first)
+    study("study", "heads,patches", "--worker")
+    assert os.waitpid(child, 0)[1] == 0
+    for end in (asked, asks_for_help, has_helped):
+        os.close(end)
+    assert written in ({2, 3}, {2, 3, 5})  # 2 was not full before the images came
+    assert folder_bytes(tmp_path / "study") == folder_bytes(tmp_path / "whole")
+    with open_study(tmp_path / "study") as grown, open_study(tmp_path / "whole") as whole:
+        assert grown.identical(whole)
+        assert {declaration(name).analysis for name in grown.data_vars} >= {"heads", "patches"}

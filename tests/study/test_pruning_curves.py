@@ -1,0 +1,82 @@
+"""Pruning curves of a study: the answers are those of the model with heads masked, and the report draws them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vitrail.cli import app
+from vitrail.data import stored_image
+from vitrail.errors import DamagedStudy, Unsupported, UsageError
+from vitrail.models.open import open_vit
+from vitrail.pruning.curves import measure_curves
+from vitrail.pruning.ranking import CURVES_FILE, halves, orders, read_curves, scores
+from vitrail.report import write_report
+from vitrail.report.heads import curve_findings
+from vitrail.study.run import run_study
+from vitrail.study.store import open_study, read_manifest
+from vitrail.tap.edits import Edit
+
+N_PHOTOS, N_TEST = 20, 6
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("curves") / "study"
+    run_study(open_vit("vitrail:photos"), "photos", out=out, measures="heads", limit=N_PHOTOS)
+    return out
+
+
+def test_curves_are_the_answers_with_heads_masked_and_reach_the_report(study: Path, tmp_path: Path) -> None:
+    write_report(study, tmp_path / "before.html")
+    assert "vitrail curves STUDY" in (tmp_path / "before.html").read_text()
+    curves = measure_curves(study, rankings=["flips", "probability"], n_test=N_TEST, n_random=3)
+    dataset, vit = open_study(study), open_vit("vitrail:photos")
+    half = halves(N_PHOTOS)
+    order = orders(scores(dataset, half.calibration)["flips"])
+    manifest = read_manifest(study)
+    images = vit.prepare([stored_image(manifest, manifest.images[at]) for at in half.test[:N_TEST]])
+    labels = dataset["label"].to_numpy()[half.test[:N_TEST]]
+    assert curves.counts[0] == 0
+    assert curves.counts[-1] == len(order) == sum(vit.n_heads)
+    for at, count in enumerate(curves.counts):
+        for first, chosen in (("least", order[:count]), ("most", order[::-1][:count])):
+            with torch.no_grad():
+                edits = [Edit(layer, prune=(head,)) for layer, head in chosen]
+                answers = vit.tap().read(images, edits=edits).argmax(-1).numpy()
+            np.testing.assert_array_equal(getattr(curves, first)["flips"][at], answers == labels)
+    assert curves.random.shape == (3, len(curves.counts), N_TEST)
+    again = read_curves(study)
+    np.testing.assert_array_equal(again.most["probability"], curves.most["probability"])
+    np.testing.assert_array_equal(again.random, curves.random)
+    accuracy = curves.accuracy("least", next(iter(curves.least)))
+    finding = curve_findings(curves)[0]
+    assert f"Of {len(order)} heads" in finding
+    assert f"{100 * accuracy[0]:.0f} %" in finding.replace(".0 %", " %")
+    write_report(study, tmp_path / "after.html")
+    page = (tmp_path / "after.html").read_text()
+    assert "vitrail curves STUDY" not in page
+    assert "Accuracy with heads pruned one after the other" in page
+    assert finding in page
+
+
+def test_the_command_says_how_many_can_go(study: Path) -> None:
+    result = CliRunner().invoke(app, ["curves", str(study), "--test", "2", "--random-orders", "2"])
+    assert result.exit_code == 0, result.output
+    assert "can go together for at most one point of accuracy" in " ".join(result.output.split())
+
+
+def test_what_has_no_curves_says_so(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no ranking loudness; it has"):
+        measure_curves(study, rankings=["loudness"])
+    features = tmp_path / "features"
+    vit = open_vit("vitrail:photos", task="embedding")
+    run_study(vit, "photos", out=features, measures="head_output_shift", limit=2)
+    with pytest.raises(Unsupported, match="classifier"):
+        measure_curves(features)
+    assert read_curves(features) is None
+    (features / CURVES_FILE).write_bytes(b"no arrays")
+    with pytest.raises(DamagedStudy, match="vitrail curves"):
+        read_curves(features)

@@ -1,0 +1,194 @@
+"""The command line: what it says at once, in how many lines, and that it is never silent."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+from typer.testing import CliRunner
+
+import vitrail
+from synthetic_study import write_study
+from vitrail import cli
+from vitrail.cli import options
+from vitrail.cli.page import study_photographs
+from vitrail.report import write_report
+from vitrail.study import progress, store
+from vitrail.study.table import study_summary
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vitrail", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_version_is_printed() -> None:
+    completed = run_cli("--version")
+    assert (completed.returncode, completed.stdout.strip()) == (0, f"vitrail {vitrail.__version__}")
+
+
+@pytest.mark.parametrize("command", [["report"], ["figures"], ["verify"], ["open"], ["prune", "--out", "pruned"]])
+def test_a_folder_that_is_no_study_is_refused_before_anything_heavy_is_imported(
+    command: list[str], tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from vitrail import cli\n"
+        f"sys.argv = ['vitrail', *{command!r}, {str(tmp_path)!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert end.code == 1, end.code\n"
+        "heavy = {'torch', 'xarray', 'zarr', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert completed.returncode == 0, completed.stderr
+    assert "is not a study" in completed.stderr
+    assert options.STUDY_FILE == store.PLAN
+
+
+def test_measures_left_out_for_one_reason_share_a_line(tmp_path: Path) -> None:
+    study = write_study(tmp_path, 8)
+    left_out = {"first_measure": "no class token", "second_measure": "no class token", "third": "no grid"}
+    plan = replace(store.read_plan(study), left_out=left_out)
+    store_read = store.read_plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitrail.study.table.read_plan", lambda folder: plan if folder == study else store_read(folder))
+        headline = str(study_summary(store.open_study(study), study)[0])
+    assert [line for line in headline.splitlines() if "left out" in line] == [
+        "left out: first_measure, second_measure: no class token",
+        "left out: third: no grid",
+    ]
+
+
+def test_without_a_terminal_lines_say_that_a_study_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.02)
+    with progress.Progress(True) as bars:
+        bars.studying(0, 1_200)
+        bars.advance(300)
+        time.sleep(0.5)
+    assert "studying: 300 of 1,200" in capsys.readouterr().err
+    with progress.Progress(False) as bars:
+        bars.studying(0, 1_200)
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_commands_run_under_the_type_checks_of_the_tests(tmp_path: Path) -> None:
+    completed = CliRunner().invoke(cli.app, ["verify", str(write_study(tmp_path, 8))])
+    assert completed.exit_code == 0, completed.output
+
+
+OWN_MODEL = """
+from torch import nn
+from vitrail.contract.tiny_models import FAMILIES
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = next(each for each in FAMILIES if each.name == "timm ViT 18x2").model()
+
+    def forward(self, images):
+        values = self.inner(images)
+        return {"first": values, "second": 2 * values}
+
+
+def make():
+    return Two()
+"""
+
+
+def test_what_the_output_means_and_how_large_images_may_be_can_be_said(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_MODEL)
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, side in (("small", 40), ("large", 80)):
+        Image.new("RGB", (side, side), "teal").save(images / f"{name}.png")
+    arguments = [f"{tmp_path / 'own.py'}:make", str(images), "--out", str(tmp_path / "study"), "--image-size", "64"]
+    options = ["--task", "labels", "--output", "second", "--max-pixels", "2000", "--weights", "random", "--no-figures"]
+    completed = CliRunner().invoke(cli.app, ["study", *arguments, *options, "--measures", "head_probability"])
+    assert completed.exit_code == 0, completed.output
+    plan, manifest = store.read_plan(tmp_path / "study"), store.read_manifest(tmp_path / "study")
+    assert (plan.task, plan.output, plan.weights_from) == ("labels", "second", "random")
+    assert plan.notes == ["L0-L2: H0-H2 are those of attns.0.attn; H3-H5 are those of attns.1.attn."]
+    assert [entry.id for entry in manifest.images] == ["small.png"]
+    assert "at most 2,000 are decoded" in manifest.skipped[0].reason
+    write_report(tmp_path / "study", tmp_path / "report.html")
+    assert "H3-H5 are those of attns.1.attn" in (tmp_path / "report.html").read_text()
+
+
+def test_a_photograph_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("nonsense")
+    for command in ("look", "open"):
+        refused = CliRunner().invoke(cli.app, [command, "vitrail:photos", str(broken), str(tmp_path / "absent.png")])
+        assert str(refused.exception).startswith(f"{broken}: not an image")
+
+
+def test_photographs_are_opened_without_a_study(tmp_path: Path) -> None:
+    """The folders' names are no labels, and a photograph alone in its pass has the numbers of a look."""
+    files = [tmp_path / "cat" / "one.png", tmp_path / "dog" / "two.png"]
+    for file, colour in zip(files, ("red", "navy"), strict=True):
+        file.parent.mkdir()
+        Image.new("RGB", (80, 64), colour).save(file)
+    vit = vitrail.open_vit("vitrail:photos")
+    study = study_photographs(vit, files[:1], tmp_path / "of-one", "heads")
+    data = store.open_study(study)
+    assert data["image"].values.tolist() == ["one.png"]
+    assert "own" in str(data.attrs["labels_from"])
+    expected = vitrail.look(vit, Image.open(files[0]), measures="heads")
+    assert_array_equal(data["head_probability"].values, expected["head_probability"].values)
+    both = store.open_study(study_photographs(vit, files, tmp_path / "of-two", "heads"))
+    assert both.sizes["image"] == 2
+
+
+def test_a_machine_reads_a_report_and_quiet_is_quiet(tmp_path: Path) -> None:
+    study = write_study(tmp_path, 12)
+    result = CliRunner().invoke(cli.app, ["report", str(study), "--json"])
+    assert result.exit_code == 0, result.output
+    findings = json.loads(result.stdout)["findings"]
+    planted = [each for each in findings if (each["layer"], each["head"]) == (0, 1)]
+    assert planted, "the report singles out no L0H1, whose pruning costs the most"
+    assert {"section", "text", "measure", "images"} <= set(planted[0])
+    assert not (study / "report.html").exists()
+    refused = CliRunner().invoke(cli.app, ["report", str(study), "--json", "--out", "page.html"])
+    assert isinstance(refused.exception, vitrail.VitrailError)
+    quiet = CliRunner().invoke(cli.app, ["report", str(study), "--quiet"])
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    assert (study / "report.html").is_file()
+
+
+def test_a_machine_reads_a_check_and_a_study(tmp_path: Path) -> None:
+    checked = CliRunner().invoke(cli.app, ["check", "vitrail:photos", "--json"])
+    record = json.loads(checked.stdout)
+    assert record["ok"] is True
+    assert {each["name"]: each["holds"] for each in record["findings"]}
+    assert "head_probability" in record["study"]["measures"]
+    image = tmp_path / "images" / "one.png"
+    image.parent.mkdir()
+    Image.new("RGB", (64, 64), "teal").save(image)
+    (image.parent / "two.png").write_text("nonsense")
+    arguments = ["vitrail:photos", str(image.parent), "--out", str(tmp_path / "study"), "--no-figures"]
+    run = CliRunner().invoke(cli.app, ["study", *arguments, "--measures", "prefix_share", "--json"])
+    said = json.loads(run.stdout)
+    assert said["images"] == 1
+    assert said["accuracy"] is None
+    assert set(said["skipped"]) == {"two.png"}
+    again = CliRunner().invoke(cli.app, ["study", *arguments, "--measures", "prefix_share", "--quiet"])
+    assert (again.exit_code, again.output) == (0, "")
+
+
+def test_the_shell_completes_commands() -> None:
+    environment = {**os.environ, "_VITRAIL_COMPLETE": "complete_bash", "COMP_WORDS": "vitrail ex", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['vitrail']; from vitrail.cli import app; app(prog_name='vitrail')"
+    completed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert completed.stdout.split() == ["export"]

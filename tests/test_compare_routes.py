@@ -1,0 +1,61 @@
+"""The routes of a comparison: the numbers of `vitrail.compare`, looked up, and refused in sentences."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from starlette.testclient import TestClient
+
+import vitrail
+from synthetic_study import write_beside, write_study
+from vitrail.app import create_app
+from vitrail.comparison.findings import comparison_findings
+
+HOME = "http://127.0.0.1:8765"
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    tmp = tmp_path_factory.mktemp("two")
+    study = write_study(tmp, 30)
+    return study, write_beside(study, tmp / "another")
+
+
+@pytest.fixture(scope="module")
+def client(studies: tuple[Path, Path]) -> Iterator[TestClient]:
+    with TestClient(create_app(studies[0], others=studies[1:]), base_url=HOME) as client:
+        yield client
+
+
+def test_the_answers_are_those_of_the_library(client: TestClient, studies: tuple[Path, Path]) -> None:
+    compared = vitrail.compare(*studies)
+    assert client.get("/api/study").json()["others"] == client.get("/api/compare").json()["studies"] == ["another"]
+    found = client.get("/api/compare/0").json()
+    assert [each["text"] for each in found["findings"]] == list(map(str, comparison_findings(compared)))
+    first = found["measures"][0]
+    assert (first["name"], first["by_layer"], first["by_head"]) == ("attention_distance", True, True)
+    assert_allclose(first["mean_difference"], 0.5, atol=0.01)  # planted: 0.2 to 0.8 over the layers
+    assert first["low"] < 0.5 < first["high"]
+    values = np.frombuffer(client.get("/api/compare/0/attention_distance_difference").content, np.float32)
+    assert_allclose(values, np.linspace(0.2, 0.8, 12), atol=0.05)
+    image = found["images"][0]["image"]
+    one = client.get(f"/api/compare/0/image/{image}").json()
+    assert_allclose(one["change"], found["images"][0]["change"])
+    expected = compared["difference"].sel(measure="attention_distance").values[image]
+    assert_allclose(one["differences"]["attention_distance"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["1", "-1", "9" * 30, "0/nonsense", "0/image/30", "0/change%2F..", "0/image_b"])
+def test_what_is_not_there_is_refused(client: TestClient, path: str) -> None:
+    answer = client.get(f"/api/compare/{path}")
+    assert answer.status_code == 404
+    assert "error" in answer.json()
+
+
+def test_a_study_that_cannot_be_compared_is_refused_when_it_is_asked_for(studies: tuple[Path, Path]) -> None:
+    with TestClient(create_app(studies[0], others=[studies[0]]), base_url=HOME) as client:
+        answer = client.get("/api/compare/0")
+    assert answer.status_code == 422
+    assert "itself" in answer.json()["error"]

@@ -1,0 +1,227 @@
+"""One image as data: the same numbers as a study and as plain PyTorch, with the words of the declarations."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import xarray as xr
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+
+from vitrail.analysis import analyses, declaration, unavailable
+from vitrail.contract.tiny_models import FAMILIES
+from vitrail.errors import DataError, ModelError, UsageError
+from vitrail.figures.whole import draw_figures
+from vitrail.models.open import open_vit
+from vitrail.one_image import look, parts_of, record_image
+from vitrail.study.run import run_study
+from vitrail.tap.attention import Readers
+
+MASKED = {"token_xy", "patch_object"}
+"""Computed only with a mask."""
+
+
+def small_vit(name="vit_tiny_patch16_224", **options):
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model(name, **shape | options)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+    return open_vit(model.eval(), image_size=32)
+
+
+def photo(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((40, 36), Image.Resampling.BICUBIC)
+
+
+def halves():
+    ids = np.ones((36, 40), dtype=np.int64)
+    ids[:, 20:] = 2
+    return ids
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return small_vit()
+
+
+@pytest.fixture(scope="module")
+def looked(vit):
+    return look(vit, photo(), name="noise.png")
+
+
+def test_weights_that_are_no_numbers_are_said_and_never_looked_at():
+    broken = small_vit()
+    with torch.no_grad():
+        broken.model.blocks[1].mlp.fc1.weight[3, 3] = torch.nan
+    for ask in (
+        lambda: broken.look(photo(), measures="heads"),
+        lambda: record_image(broken, photo()),
+        lambda: broken.what_if(photo(), heads_off="L0H0"),
+    ):
+        with pytest.raises(ModelError, match=r"not finite .* Check the weights"):
+            ask()
+
+
+def test_a_look_is_written_as_netcdf(looked, tmp_path):
+    pytest.importorskip("h5netcdf", reason="h5netcdf writes netCDF, and is not installed")
+    looked.to_netcdf(tmp_path / "look.nc")
+    with xr.open_dataset(tmp_path / "look.nc", engine="h5netcdf") as read:
+        assert_array_equal(read["head_probability"], looked["head_probability"])
+        assert json.loads(read.attrs["left_out"]) == looked.attrs["left_out"]
+
+
+def test_a_look_has_the_measures_of_a_study_with_the_same_numbers(vit, looked, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo().save(tmp_path / "photos" / "noise.png")
+    study = run_study(
+        vit, tmp_path / "photos", out=tmp_path / "study", measures="heads,regions,patches,tokens", batch_size=1
+    )
+    measures = [name for each in ("heads", "regions", "patches", "tokens") for name in analyses()[each].measure_names]
+    compared = [name for name in measures if name in study]
+    assert len(compared) > 20
+    for name in compared:
+        assert_array_equal(looked[name].to_numpy(), study[name].to_numpy(), err_msg=name)
+        assert looked[name].dims == study[name].dims
+
+
+def test_every_array_has_the_dimensions_type_and_words_of_its_declaration(looked):
+    for name, array in looked.items():
+        declared = declaration(str(name))
+        assert array.dims == declared.dims, name
+        assert array.dtype == declared.dtype, name
+        assert array.attrs["title"] == declared.title
+
+
+def test_every_declared_array_is_there_or_left_out_with_a_reason(looked):
+    for analysis in analyses().values():
+        for measure in (*analysis.measures, *analysis.image_measures):
+            masked = "masks" in measure.needs
+            there = measure.name in looked or measure.derived or masked
+            assert there or looked.attrs["left_out"][measure.name], measure.name
+
+
+def test_parts_put_together_are_the_look(vit, looked):
+    one = record_image(vit, photo())
+    together, left_out = xr.Dataset(), {}
+    for analysis in analyses().values():
+        for part in parts_of(vit, analysis):
+            computed = part.compute(one)
+            assert set(computed) | set(computed.attrs["left_out"]) >= set(part.names) - MASKED, part.names
+            together, left_out = together.merge(computed), left_out | computed.attrs["left_out"]
+        left_out |= unavailable(vit, [name for name in analysis.measure_names if not declaration(name).derived])
+    xr.testing.assert_equal(type(looked)(together.data_vars, together.coords), looked.drop_vars("image"))
+    said = {name: reason for name, reason in looked.attrs["left_out"].items() if not declaration(name).derived}
+    assert left_out == said
+
+
+def test_rows_of_attention_are_those_of_the_models_own_maps(vit, looked):
+    pixels = vit.prepare([photo()])
+    attention = vit.model.blocks[1].attn
+    tokens = vit.model.pos_drop(
+        torch.cat([vit.model.cls_token, vit.model.patch_embed(pixels)], 1) + vit.model.pos_embed
+    )
+    with torch.no_grad():
+        tokens = vit.model.blocks[1].norm1(vit.model.blocks[0](tokens))
+        q, k, _ = attention.qkv(tokens).reshape(1, 17, 3, 2, 12).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * attention.scale).softmax(-1)[0].numpy()
+    assert_allclose(looked["class_attention"][1], weights[:, 0], rtol=1e-5)
+    assert_allclose(looked["class_received"][1], weights[:, :, 0], rtol=1e-5)
+    between = weights[:, 1:, 1:] * (1 - np.eye(16))
+    assert_array_equal(looked["peak_patch"][1], between.sum(1).argmax(-1))
+    peaks = looked["peak_patch"].to_numpy()[1]
+    assert_allclose(looked["peak_attention"][1], [weights[head, 1 + peaks[head]] for head in range(2)], rtol=1e-5)
+
+
+def test_similarity_is_the_cosine_of_the_models_own_tokens(vit, looked):
+    with torch.no_grad():
+        _, layers = vit.model.forward_intermediates(vit.prepare([photo()]), indices=2, output_fmt="NLC", norm=False)
+    row, column = looked.attrs["patch"]
+    for layer, tokens in enumerate(layers):
+        unit = tokens[0] / tokens[0].norm(dim=-1, keepdim=True)
+        assert_allclose(looked["token_similarity"][layer], unit @ unit[4 * row + column], atol=1e-5)
+
+
+def test_deletion_begins_with_the_whole_image_and_insertion_ends_with_it(vit, looked):
+    with torch.no_grad():
+        whole = float(vit.model(vit.prepare([photo()])).softmax(-1).max())
+    assert_allclose(looked["relevance_deletion"][:, 0], whole, rtol=1e-4)
+    assert_allclose(looked["relevance_insertion"][:, -1], whole, rtol=1e-4)
+
+
+def test_a_mask_brings_objects_grouping_and_a_layout(vit):
+    looked = look(vit, photo(), mask=halves(), measures="tokens")
+    assert set(np.unique(looked["patch_object"])) == {1, 2}
+    assert np.isfinite(looked["grouping_silhouette"]).all()
+    assert np.isfinite(looked["token_xy"]).any()
+
+
+def test_what_compares_with_other_images_is_left_out_of_one(vit):
+    looked = look(vit, photo(), mask=halves() - 1, measures="objects")
+    assert np.isfinite(looked["object_pointing"]).any()
+    assert "object_pointing_null" not in looked
+    assert "first image of a batch" in looked.attrs["left_out"]["object_pointing_null"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"measures": ["kitchen"]}, UsageError, "choose from heads"),
+        ({"patch": (4, 0)}, UsageError, r"grid is \(4, 4\)"),
+        ({"channel": 24}, UsageError, "channels 0 to 23"),
+        ({"mask": np.ones((36, 39), dtype=np.int64)}, DataError, "36 x 39 pixels and the image 36 x 40"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_is(vit, options, error, words):
+    with pytest.raises(error, match=words):
+        look(vit, photo(), **options)
+
+
+def test_a_model_without_classifier_or_class_token_says_what_it_lacks():
+    vit = small_vit(num_classes=0, class_token=False, global_pool="avg")
+    looked = look(vit, photo())
+    assert {"relevance", "token_colour", "head_output_shift", "peak_attention"} <= set(looked)
+    assert "no classifier" in looked.attrs["left_out"]["relevance_deletion"]
+    assert looked.attrs["left_out"]["class_attention"] == "the model has no class token"
+
+
+def test_a_hierarchy_is_looked_at_with_layers_padded():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, window_size=7, depths=(2, 2), num_heads=(1, 2), embed_dim=8
+    )
+    looked = look(open_vit(model.eval(), image_size=56), photo())
+    assert looked["token_similarity"].shape == (4, 196)
+    assert np.isnan(looked["token_similarity"][3, 49:]).all()
+    assert "class_attention" in looked.attrs["left_out"]
+    assert "tokens cannot be followed" in looked.attrs["left_out"]["relevance"]
+
+
+@torch.no_grad()
+def test_arrays_of_patches_are_as_wide_as_the_largest_grid_of_a_pyramid(tmp_path):
+    family = next(each for each in FAMILIES if each.name == "transformers PVT")
+    vit = open_vit(family.model(), image_size=128, mean=0.5, std=0.5)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+    ids = np.zeros((90, 90), dtype=np.int64)
+    ids[:, :45] = 1
+    looked = look(vit, picture, mask=ids, measures="patches")
+    assert looked.sizes["patch"] == 32 * 32
+    assert_array_equal(looked["object_share"][0].to_numpy().reshape(32, 32), np.arange(32)[None].repeat(32, 0) < 16)
+    maps = []
+    vit.tap().read(vit.prepare([picture]), Readers(attention=lambda each: maps.append(each.weights())))
+    between = maps[-1][0, :, 1:, 1:]  # of the last stage, 4 x 4 patches behind a class token
+    interactions = (between / between.sum(-1, keepdim=True)).mean(0) * (1 - torch.eye(16))
+    row, column = np.divmod(np.arange(16), 4)
+    hops = torch.from_numpy(np.hypot(row[:, None] - row, column[:, None] - column)).float()
+    expected = (interactions / interactions.sum(-1, keepdim=True) * hops).sum(-1)
+    distance = looked["interaction_distance"][0, -1]
+    assert_allclose(distance[:16], expected, atol=1e-5)
+    assert np.isnan(distance[16:]).all()
+    assert np.isnan(looked["interaction_distance"][0, :-1]).all()
+    draw_figures(looked, tmp_path, ["png"], one_image=True)  # no layer has windows on the grid of the first
+    assert not (tmp_path / "windows_of_patch.png").exists()

@@ -1,0 +1,174 @@
+"""Tokens of outlying length: a planted neuron is named with its exact share, and registers take its tokens away."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.testing import assert_allclose
+from PIL import Image
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from heads.head_models import timm_swin
+from vitrail import open_vit
+from vitrail.cli.entry import app
+from vitrail.errors import Unsupported, UsageError
+from vitrail.figures.artefacts import artefact_trial
+from vitrail.models.open import Vit
+from vitrail.tokens.artefact_trial import artefact_findings, try_registers
+from vitrail.tokens.artefacts import artefact_neurons, outlying_patches, with_registers, written_by_layers
+
+LAYER, NEURON, PATCHES = 1, 7, (0, 5)
+"""Neuron 7 of L1 is planted to fire at two patches alone."""
+
+
+def planted() -> nn.Module:
+    """Three layers with LayerScale; two positions carry a direction that one neuron answers with a long vector."""
+    torch.manual_seed(3)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=3, num_heads=2, num_classes=5, init_values=0.5
+    ).eval()
+    mark, long = (torch.nn.functional.normalize(torch.randn(32), dim=0) for _ in range(2))
+    with torch.no_grad():
+        for patch in PATCHES:
+            model.pos_embed[0, 1 + patch] += 3 * mark
+        mlp = model.blocks[LAYER].mlp
+        mlp.fc1.weight[NEURON], mlp.fc1.bias[NEURON] = 4 * mark, -10.0
+        mlp.fc2.weight[:, NEURON] = 30 * long
+    return model
+
+
+@pytest.fixture(scope="module")
+def vit() -> Vit:
+    return open_vit(planted())
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def tokens_by_hand(model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Input, input plus attention, hidden layer of the MLP and output of each block, in plain PyTorch."""
+    x = model._pos_embed(model.patch_embed(images))
+    steps = []
+    for block in model.blocks:
+        middle = x + block.ls1(block.attn(block.norm1(x)))
+        hidden = block.mlp.act(block.mlp.fc1(block.norm2(middle)))
+        output = middle + block.ls2(block.mlp.fc2(hidden))
+        steps.append((x, middle, hidden, output))
+        x = output
+    return steps
+
+
+def test_the_planted_patches_are_outlying_from_the_planted_layer_on(vit: Vit, images: Tensor) -> None:
+    by_layer = outlying_patches(vit, images)
+    assert [sorted(set(each.nonzero()[:, 1].tolist())) for each in by_layer[LAYER:]] == [list(PATCHES)] * 2
+
+
+def test_each_layer_and_neuron_has_its_exact_part_of_the_length(vit: Vit, images: Tensor) -> None:
+    steps = tokens_by_hand(vit.model, images)
+    outlying = torch.zeros(4, 16, dtype=torch.bool)
+    outlying[:, list(PATCHES)] = True
+    at = [[each[:, 1:][outlying] for each in step] for step in steps[: LAYER + 1]]
+    final = at[LAYER][3]
+    unit = final / final.norm(dim=-1, keepdim=True)
+    written = written_by_layers(vit, images, LAYER, outlying)
+    expected = [
+        [float(((end - start) * unit).sum(-1).mean()) for start, end in ((step[0], step[1]), (step[1], step[3]))]
+        for step in at
+    ]
+    assert_allclose(written, expected, rtol=1e-4, atol=1e-4)
+    start = float((at[0][0] * unit).sum(-1).mean())
+    assert_allclose(float(written.sum()) + start, float(final.norm(dim=-1).mean()), rtol=1e-4)
+    block = vit.model.blocks[LAYER]
+    by_neuron = at[LAYER][2] * ((unit * block.ls2.gamma) @ block.mlp.fc2.weight)
+    best = artefact_neurons(vit, images, 3)
+    assert (best[0].layer, best[0].neuron) == (LAYER, NEURON)
+    assert_allclose(best[0].length, float(by_neuron[:, NEURON].detach().mean()), rtol=1e-3)
+    assert_allclose(best[0].share, best[0].length / float(final.norm(dim=-1).mean()), rtol=1e-4)
+    assert best[0].share > 0.8
+
+
+@torch.no_grad()
+def test_registers_are_those_written_by_hand_and_take_the_outliers_away(vit: Vit, images: Tensor) -> None:
+    before = {name: each.clone() for name, each in vit.model.state_dict().items()}
+    cured = with_registers(vit, [(LAYER, NEURON)], 2)
+    model = copy.deepcopy(vit.model)
+    x = model._pos_embed(model.patch_embed(images))
+    x = torch.cat([x[:, :1], torch.zeros(4, 2, 32), x[:, 1:]], 1)
+    for layer, block in enumerate(model.blocks):
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        hidden = block.mlp.act(block.mlp.fc1(block.norm2(x)))
+        if layer == LAYER:
+            own = hidden[:, 3:, NEURON]
+            hidden[:, 1:3, NEURON] = own.gather(1, own.abs().argmax(1, keepdim=True)).expand(-1, 2)
+            hidden[:, 3:, NEURON] = 0
+        x = x + block.ls2(block.mlp.fc2(hidden))
+    expected = model.forward_head(model.norm(torch.cat([x[:, :1], x[:, 3:]], 1)))
+    assert_allclose(cured.logits(images), expected, atol=1e-5)
+    assert {block.prefix for block in cured.anatomy.blocks} == {3}
+    assert cured.anatomy.class_token
+    assert not any(each[:, list(PATCHES)].any() for each in outlying_patches(cured, images)[LAYER:])
+    other = with_registers(vit, [(LAYER, NEURON + 1)], 2)
+    assert outlying_patches(other, images)[LAYER][:, list(PATCHES)].all()
+    assert all(torch.equal(vit.model.state_dict()[name], each) for name, each in before.items())
+    shared = cured.model.model.blocks[0].mlp.fc1.weight
+    assert shared.data_ptr() == vit.model.blocks[0].mlp.fc1.weight.data_ptr()
+
+
+def test_a_trial_finds_on_one_half_and_tries_on_the_other(vit: Vit) -> None:
+    random = np.random.default_rng(0)
+    views = [Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(8)]
+    trial = try_registers(vit, views, n_neurons=2)
+    assert trial.sizes["image"] == trial.attrs["n_found"] == 4
+    left = trial["outlier_share"].isel(layer=LAYER).mean("image")
+    assert float(left.sel(model="as it is")) >= 2 / 16
+    assert float(left.sel(model="registers")) < float(left.sel(model="random neurons"))
+    plain = vit.logits(vit.prepare_views(views[4:]))
+    cured = with_registers(
+        vit, list(zip(trial["neuron_layer"].values.tolist(), trial["neuron_index"].values.tolist(), strict=True))
+    )
+    turned = cured.logits(vit.prepare_views(views[4:]))
+    assert (
+        trial["same_top1"].sel(model="registers").to_numpy() == (plain.argmax(-1) == turned.argmax(-1)).numpy()
+    ).all()
+    shift = 1 - torch.cosine_similarity(plain, turned)
+    assert_allclose(trial["output_shift"].sel(model="registers"), shift, atol=1e-5)
+    assert f"Neuron {NEURON} of L{LAYER} alone writes" in artefact_findings(trial)[1]
+    titles = [axes.get_title(loc) for axes in artefact_trial(trial).axes for loc in ("left", "center")]
+    assert any("registers: up to" in text for text in titles)
+
+
+def test_what_has_no_artefacts_or_no_registers_says_so(vit: Vit, images: Tensor) -> None:
+    plain = open_vit(timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=2).eval())
+    views = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue", "grey")]
+    with pytest.raises(Unsupported, match="no artefacts to cure"):
+        try_registers(plain, views)
+    with pytest.raises(UsageError, match="at least 2"):
+        try_registers(vit, views[:1])
+    with pytest.raises(UsageError, match="L0 to L2"):
+        with_registers(vit, [(3, 0)])
+    with pytest.raises(UsageError, match="neurons 0 to 127"):
+        with_registers(vit, [(0, 128)])
+    with pytest.raises(UsageError, match="at least one neuron"):
+        with_registers(vit, [])
+    with pytest.raises(Unsupported, match="one grid of patches"):
+        with_registers(open_vit(timm_swin(), image_size=(64, 64)), [(0, 0)])
+
+
+def test_the_command_prints_findings_and_draws(tmp_path) -> None:
+    (tmp_path / "mine.py").write_text("from tokens.test_artefacts import planted\n")
+    for index in range(6):
+        pixels = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    drawn = tmp_path / "drawn" / "a.png"
+    arguments = ["artefacts", f"{tmp_path / 'mine.py'}:planted", str(tmp_path), "--out", str(drawn)]
+    result = CliRunner().invoke(app, [*arguments, "--neurons", "1"])
+    assert result.exit_code == 0, result.output
+    assert f"L{LAYER} neuron {NEURON}: " in result.output
+    with Image.open(drawn) as picture:
+        assert picture.size[0] > 400

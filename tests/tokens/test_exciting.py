@@ -1,0 +1,84 @@
+"""What excites neurons: peaks are those of plain PyTorch, the planted photograph leads, and look makes an image."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from PIL import Image
+
+import vitrail
+from heads.head_models import timm_vit
+from vitrail import open_study, open_vit, run_study
+from vitrail.errors import UsageError
+from vitrail.figures.exciting import exciting_photographs, made_images
+from vitrail.report.exciting import exciting
+from vitrail.report.parts import ReportData
+from vitrail.tokens.peaks import peak_images, selective_neurons, selectivity
+
+N_IMAGES = 12
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return open_vit(timm_vit(), image_size=(48, 80))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, vit):
+    folder = tmp_path_factory.mktemp("exciting")
+    (folder / "photos").mkdir()
+    for index in range(N_IMAGES):
+        pixels = np.random.default_rng(index).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{index}.png")
+    run_study(vit, folder / "photos", out=folder / "study", measures="exciting", batch_size=4)
+    return folder
+
+
+def test_peaks_are_the_highest_values_of_what_the_last_layer_returns(vit, folder):
+    study = open_study(folder / "study")
+    images = vit.prepare([Image.open(folder / "photos" / f"{index}.png") for index in range(N_IMAGES)])
+    returned = []
+    handle = vit.model.blocks[-1].register_forward_hook(lambda _, __, output: returned.append(output))
+    with torch.no_grad():
+        vit.model(images)
+    handle.remove()
+    patches = returned[0][:, 1:]
+    assert_allclose(study["neuron_peak"], patches.amax(1), atol=1e-5)
+    np.testing.assert_array_equal(study["neuron_peak_patch"], patches.argmax(1))
+
+
+def test_the_most_selective_neuron_and_its_photographs_are_named(folder):
+    study = open_study(folder / "study").load()
+    peaks = np.zeros((N_IMAGES, study.sizes["token_channel"]), np.float32)
+    peaks[:, 1:] = np.random.default_rng(0).normal(size=(N_IMAGES, study.sizes["token_channel"] - 1))
+    peaks[7, 5] = 40
+    planted = study.assign(neuron_peak=(("image", "token_channel"), peaks, study["neuron_peak"].attrs))
+    assert selective_neurons(planted)[0] == 5
+    assert peak_images(planted, 5)[0] == 7
+    assert selectivity(planted)[0] == 0
+    expected = (40 - np.median(peaks[:, 5])) / peaks[:, 5].std()
+    assert_allclose(selectivity(planted)[5], expected, rtol=1e-5)
+    labels = [axes.get_ylabel() for axes in exciting_photographs(planted).axes]
+    assert "neuron 5" in labels
+    section = exciting(ReportData.of(folder / "study"))
+    assert f"Of {study.sizes['token_channel']} neurons" in section.findings[0]
+
+
+def test_look_makes_an_image_for_the_neuron_that_is_asked_for(vit, folder):
+    photo = Image.open(folder / "photos" / "0.png")
+    looked = vitrail.look(vit, photo, measures=["exciting"], channel=3)
+    assert looked["exciting_image"].shape == (2, 48, 80, 3)
+    assert int(looked["excited_neuron"]) == 3
+    made = looked["exciting_image"].to_numpy()[-1]
+    noise = np.random.default_rng(0).uniform(0.45, 0.55, made.shape).astype(np.float32)
+    mean, std = (np.array(getattr(vit.preprocessing, name), np.float32) for name in ("mean", "std"))
+    returned = []
+    handle = vit.model.blocks[-1].register_forward_hook(lambda _, __, output: returned.append(output))
+    with torch.no_grad():
+        vit.model(torch.from_numpy(((np.stack([made, noise]) - mean) / std).transpose(0, 3, 1, 2)).float())
+    handle.remove()
+    of_made, of_noise = returned[0][:, 1:, 3].mean(1)
+    assert of_made > of_noise + 0.5
+    assert "neuron 3" in made_images(looked).get_suptitle()
+    with pytest.raises(UsageError, match="neurons 0 to 47"):
+        vitrail.look(vit, photo, measures=["exciting"], channel=48)

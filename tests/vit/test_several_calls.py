@@ -1,0 +1,364 @@
+"""Layers that make several attention calls: which heads they have, and what is measured and pruned of them.
+
+Expected numbers come from plain PyTorch: weights set to zero in a deep copy, hooks, maps computed from q and k.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from numpy.testing import assert_allclose
+from torch import nn
+
+from vitrail.contract.check import check_vit
+from vitrail.errors import Unsupported
+from vitrail.grid import distances
+from vitrail.models.open import open_vit
+from vitrail.models.token_grid import token_grids
+from vitrail.one_image import measure_image
+from vitrail.pruning.removal import remove_heads, why_not_removable
+from vitrail.tap.attention import Readers
+from vitrail.tap.edits import Edit
+from vitrail.tokens.flow import read_steps
+
+WIDTH, HEADS = 32, 4
+HEAD = WIDTH // HEADS
+
+
+def heads_apart(tokens, n=1):
+    return tokens.unflatten(-1, (n, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class _Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads = HEADS
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens):
+        out = F.scaled_dot_product_attention(*heads_apart(self.qkv(tokens), 3))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class _Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(WIDTH), _Attention()
+
+    def forward(self, tokens):
+        return tokens + self.attn(self.norm(tokens))
+
+
+class _Loop(nn.Module):
+    """One attention, run three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = _Plain()
+
+    def forward(self, tokens):
+        for _ in range(3):
+            tokens = self.inner(tokens)
+        return tokens
+
+
+class _Sequence(nn.Module):
+    """Two attentions, the second on what the first gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = _Plain(), _Plain()
+
+    def forward(self, tokens):
+        return self.two(self.one(tokens))
+
+
+class _Difference(nn.Module):
+    """A head is the difference of two maps of the same values, as in the Differential Transformer."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.num_heads, self.fused = HEADS, fused
+        self.qk, self.v, self.proj = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens):
+        q1, q2, k1, k2 = heads_apart(self.qk(tokens), 4)
+        (v,) = heads_apart(self.v(tokens))
+        if self.fused:
+            out = F.scaled_dot_product_attention(q1, k1, v) - 0.3 * F.scaled_dot_product_attention(q2, k2, v)
+        else:
+            scores = torch.stack([q1 @ k1.mT, q2 @ k2.mT], 2) * HEAD**-0.5
+            weights = scores.softmax(-1)
+            out = (weights[:, :, 0] - 0.3 * weights[:, :, 1]) @ v
+        return tokens + self.proj(out.transpose(1, 2).flatten(2))
+
+
+class _Model(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, WIDTH, 16, 16), nn.Linear(WIDTH, 5)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, images):
+        patches = self.patches(images).flatten(2).mT
+        return self.head(self.blocks(torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1))[:, 0])
+
+
+def model_of(*blocks):
+    model = _Model(*blocks).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * max(1, weight.shape[-1]) ** -0.5)
+    return model
+
+
+IMAGES = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def without_columns(model, path, head, width=HEAD):
+    """The logits of a copy whose projection takes nothing from a head."""
+    cut = copy.deepcopy(model)
+    cut.get_submodule(path).weight[:, head * width : (head + 1) * width] = 0
+    return cut(IMAGES)
+
+
+@torch.no_grad()
+def pruned(vit, *edits):
+    return vit.tap().read(IMAGES, edits=list(edits)).numpy()
+
+
+@pytest.fixture(scope="module")
+def parallel(fresh):
+    model = fresh("timm ViT 18x2")
+    return model, open_vit(model, image_size=64)
+
+
+def test_heads_of_calls_beside_each_other_are_all_heads_of_the_layer(parallel):
+    model, vit = parallel
+    assert vit.n_heads == (6, 6, 6)
+    assert [call.first_head for call in vit.anatomy.blocks[1].calls] == [0, 3]
+    assert not any(call.follows or call.repeat for block in vit.anatomy.blocks for call in block.calls)
+    assert "L0-L2: H0-H2 are those of attns.0.attn; H3-H5 are those of attns.1.attn." in vit.anatomy.notes
+    expected = without_columns(model, "blocks.1.attns.1.attn.proj", 1, width=16)
+    assert_allclose(pruned(vit, Edit(1, prune=(4,))), expected.numpy(), atol=1e-5)
+    assert_allclose(pruned(vit, Edit(1, 1, prune=(1,))), expected.numpy(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_measure_covers_the_heads_of_all_calls(parallel):
+    model, vit = parallel
+    names = ["head_probability", "attention_distance", "head_token_shift", "interaction_distance"]
+    arrays = measure_image(vit, IMAGES, [*names, "pattern_rule", "head_region_probability"])[0]
+    maps, tokens = {}, []
+
+    def keep(number):
+        def hook(module, args):
+            q, k, _ = module.qkv(args[0]).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+            maps[number] = (q @ k.mT / 4).softmax(-1)
+
+        return hook
+
+    hooks = [each.attn.register_forward_pre_hook(keep(number)) for number, each in enumerate(model.blocks[1].attns)]
+    hooks.append(model.blocks[1].ffns[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0])))
+    label = model(IMAGES).argmax(-1)
+    patches = torch.cat([maps[0], maps[1]], 1)[..., 1:, 1:]
+    far = torch.as_tensor(distances((4, 4)), dtype=torch.float32)
+    expected = (patches * far).sum((-1, -2)) / patches.sum((-1, -2))
+    assert_allclose(arrays["attention_distance"][:, 1], expected.numpy(), rtol=1e-4)
+
+    share = (patches / patches.sum(-1, keepdim=True)).mean(1)
+    share.diagonal(dim1=1, dim2=2).zero_()
+    share /= share.sum(-1, keepdim=True)
+    assert_allclose(arrays["interaction_distance"][:, 1], (share * far).sum(-1).numpy(), rtol=1e-4)
+
+    cut = copy.deepcopy(model)
+    cut.blocks[1].attns[1].attn.proj.weight[:, 32:48] = 0
+    probability = cut(IMAGES).softmax(-1).gather(1, label[:, None])[:, 0]
+    for hook in hooks:
+        hook.remove()
+    assert_allclose(arrays["head_probability"][:, 1, 5], probability.numpy(), rtol=1e-4)
+    shift = 1 - F.cosine_similarity(*tokens, dim=-1).mean(1)
+    assert_allclose(arrays["head_token_shift"][:, 1, 5], shift.numpy(), rtol=1e-3, atol=1e-6)
+    for name in ("pattern_rule", "head_region_probability"):
+        assert np.isfinite(arrays[name][:, 1, :6]).all()
+
+
+def test_attention_inside_patches_and_between_them_gives_heads_of_both():
+    torch.manual_seed(0)
+    widths = {"embed_dim": 384, "num_heads_outer": 6, "inner_dim": 24, "num_heads_inner": 4}
+    model = timm.create_model("tnt_s_legacy_patch16_224", img_size=64, depth=2, num_classes=5, **widths).eval()
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    vit, images = open_vit(model, image_size=64), torch.randn(2, 3, 64, 64)
+    assert vit.n_heads == (10, 10)
+    assert (vit.anatomy.blocks[1].grid, vit.anatomy.blocks[1].prefix) == ((4, 4), 1)
+    assert check_vit(vit, quick=True).ok
+    arrays = measure_image(vit, images, ["head_probability", "attention_strength"])[0]
+    label = model(images).argmax(-1)
+    for head, projection, columns in ((1, "attn_in", slice(6, 12)), (5, "attn_out", slice(64, 128))):
+        cut = copy.deepcopy(model)
+        with torch.no_grad():
+            cut.get_submodule(f"blocks.1.{projection}.proj").weight[:, columns] = 0
+            probability = cut(images).softmax(-1).gather(1, label[:, None])[:, 0]
+        assert_allclose(arrays["head_probability"][:, 1, head], probability.numpy(), rtol=1e-4, err_msg=projection)
+    assert np.isfinite(arrays["attention_strength"][:, :, 4:]).all()  # those inside patches join no two patches
+    assert np.isnan(arrays["attention_strength"][:, :, :4]).all()
+
+
+def test_heads_of_several_attention_modules_are_removed_each_from_its_own(parallel):
+    model, vit = parallel
+    assert why_not_removable(vit) == ""
+    smaller = remove_heads(vit, {(1, 4)}).module
+    assert smaller.blocks[1].attns[0].attn.num_heads == 3
+    assert smaller.blocks[1].attns[1].attn.num_heads == 2
+    with torch.no_grad():
+        expected = without_columns(model, "blocks.1.attns.1.attn.proj", 1, width=16)
+        assert_allclose(smaller(IMAGES).numpy(), expected.numpy(), atol=1e-5)
+
+
+def test_a_head_that_runs_several_times_is_pruned_in_every_run():
+    model = model_of(_Plain(), _Loop())
+    vit = open_vit(model, image_size=64, n_classes=5)
+    assert vit.n_heads == (HEADS, HEADS)
+    assert [call.repeat for call in vit.anatomy.blocks[1].calls] == [0, 1, 2]
+    assert any("which runs 3 times" in note for note in vit.anatomy.notes)
+    expected = without_columns(model, "blocks.1.inner.attn.proj", 2).numpy()
+    assert_allclose(pruned(vit, Edit(1, prune=(2,))), expected, rtol=1e-4, atol=1e-5)
+    arrays = measure_image(vit, IMAGES, ["head_probability"])[0]
+    label = arrays["label"]
+    probability = torch.as_tensor(expected).softmax(-1).numpy()[np.arange(3), label]
+    assert_allclose(arrays["head_probability"][:, 1, 2], probability, rtol=1e-4)
+    report = check_vit(vit)
+    assert report.ok, report.text()
+
+
+def test_calls_that_follow_each_other_are_steps_one_after_the_other():
+    vit = open_vit(model_of(_Sequence(), _Loop()), image_size=64, n_classes=5)
+    assert vit.n_heads == (2 * HEADS, HEADS)
+    assert [[call.follows for call in block.calls] for block in vit.anatomy.blocks] == [
+        [False, True],
+        [False, True, True],
+    ]
+    maps = []
+    steps, _ = read_steps(vit.tap(), IMAGES)
+    vit.tap().read(IMAGES, Readers(attention=lambda attention: maps.append(attention.weights().mean(1).detach())))
+    one, two, *loop = [(each + torch.eye(17)) / 2 for each in maps]
+    assert_allclose(steps[0].numpy(), (two @ one).numpy(), atol=1e-6)
+    assert_allclose(steps[1].numpy(), (loop[2] @ loop[1] @ loop[0]).numpy(), atol=1e-6)
+
+
+class _Decoder(nn.Module):
+    """Seven queries of its own that attend to each other, then to the image, as a detection transformer's do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.patch = nn.Conv2d(3, WIDTH, 16, 16)
+        self.position = nn.Parameter(torch.randn(1, 16, WIDTH) / 4)
+        self.encoder = nn.ModuleList([_Plain(), _Plain()])
+        self.queries = nn.Parameter(torch.randn(1, 7, WIDTH))
+        self.decoder = nn.ModuleList([_DecoderBlock(), _DecoderBlock()])
+
+    def forward(self, images):
+        memory = self.patch(images).flatten(2).transpose(1, 2) + self.position
+        for block in self.encoder:
+            memory = block(memory)
+        tokens = self.queries.expand(len(images), -1, -1)
+        for block in self.decoder:
+            tokens = block(tokens, memory)
+        return tokens.flatten(1)
+
+
+class _DecoderBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.cross = (nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2))
+
+    def forward(self, tokens, memory):
+        tokens = tokens + self.own(tokens, tokens, tokens, need_weights=False)[0]
+        return tokens + self.cross(tokens, memory, memory, need_weights=False)[0]
+
+
+def test_both_calls_of_a_decoder_block_are_read_and_pruned_and_its_maps_are_on_no_grid():
+    model = _Decoder().eval()
+    vit = open_vit(model, image_size=64, n_classes=0)
+    assert vit.n_heads == (HEADS, HEADS, 2 * HEADS, 2 * HEADS)
+    assert any("H4-H7 are those of cross" in note for note in vit.anatomy.notes)
+    maps, inputs = {}, {}
+
+    def read(attention):
+        maps[attention.layer, attention.call] = attention.weights().detach()
+
+    vit.tap().read(IMAGES, Readers(attention=read))
+    cross = model.decoder[1].cross
+    handle = cross.register_forward_pre_hook(lambda _, args: inputs.update(query=args[0], key=args[1]))
+    model(IMAGES)
+    handle.remove()
+    weight, bias = (each.unflatten(0, (3, WIDTH)) for each in (cross.in_proj_weight, cross.in_proj_bias))
+    q, k = (
+        F.linear(inputs[name], weight[at], bias[at]).unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
+        for at, name in enumerate(("query", "key"))
+    )
+    assert maps[3, 1].shape == (len(IMAGES), HEADS, 7, 16)
+    assert_allclose(maps[3, 1].numpy(), (q @ k.mT / HEAD**0.5).softmax(-1).detach().numpy(), atol=1e-6)
+    for head, path in ((1, "decoder.1.own.out_proj"), (HEADS + 2, "decoder.1.cross.out_proj")):
+        expected = without_columns(model, path, head % HEADS).numpy()
+        assert_allclose(pruned(vit, Edit(3, prune=(head,))), expected, rtol=1e-4, atol=1e-5)
+    refused = token_grids(vit)[1]
+    assert set(token_grids(vit)[0]) == {(0, 0), (1, 0)}
+    assert "'pooled'" in refused[3, 1]
+    assert (3, 0) in refused
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_head_that_is_a_difference_of_two_maps_is_one_head(fused):
+    model = model_of(_Plain(), _Difference(fused))
+    vit = open_vit(model, image_size=64, n_classes=5)
+    assert vit.n_heads == (HEADS, HEADS)
+    assert [call.repeat for call in vit.anatomy.blocks[1].calls] == ([0, 1] if fused else [0])
+    expected = without_columns(model, "blocks.1.proj", 3).numpy()
+    assert_allclose(pruned(vit, Edit(1, prune=(3,))), expected, rtol=1e-4, atol=1e-5)
+    report = check_vit(vit)
+    assert report.ok, report.text()
+
+
+def test_a_module_that_is_several_layers_is_pruned_in_the_layer_that_is_named():
+    block = _Plain()
+    model = model_of(_Plain(), block, block)
+    vit = open_vit(model, image_size=64, n_classes=5)
+    assert [(each.path, each.run) for each in vit.anatomy.blocks] == [("blocks.0", 0), ("blocks.1", 0), ("blocks.1", 1)]
+    runs = []
+
+    def zero_in_second_run(_, args):
+        runs.append(args[0])
+        if len(runs) == 2:
+            closed = args[0].clone()
+            closed[..., :HEAD] = 0
+            return (closed,)
+        return None
+
+    cut = copy.deepcopy(model)
+    cut.blocks[1].attn.proj.register_forward_pre_hook(zero_in_second_run)
+    with torch.no_grad():
+        expected = cut(IMAGES).numpy()
+    assert_allclose(pruned(vit, Edit(2, prune=(0,))), expected, rtol=1e-4, atol=1e-5)
+    replay, plain = vit.tap().record(IMAGES)
+    assert_allclose(vit.tap().run_from(2, replay, [Edit(2, prune=(0,))]).numpy(), expected, rtol=1e-4, atol=1e-5)
+    every_token = Readers(output=lambda layer, tokens: None)
+    assert torch.equal(vit.tap().run_from(2, replay, readers=every_token), plain)
+    assert check_vit(vit).ok
+    assert "the same module serves L2" in why_not_removable(vit)
+
+
+def test_interleaved_heads_are_masked_and_not_removed(opened, noise):
+    vit = opened("timm NesT")
+    with pytest.raises(Unsupported, match="counts on all"):
+        remove_heads(vit, {(0, 1)})
+    assert check_vit(vit, quick=True).ok

@@ -1,0 +1,77 @@
+// Where tokens lie: the grid of a layer's patches, and the names of the tokens before them.
+
+import type { Study } from "./types";
+
+/** Rows and columns of a layer; of a model without a known grid, the squarest that holds the patches. */
+export function gridOf(about: Study, layer: number, nPatches?: number): [number, number] {
+  const known = about.grids[layer];
+  if (known) return known;
+  const side = Math.max(1, Math.round(Math.sqrt(Math.max(1, nPatches ?? 1))));
+  return [side, side];
+}
+
+/** Where the tokens lie that a layer returns, one value each: on its own grid, or on the next layer's where it puts
+ * patches together; undefined where neither has as many, as where tokens are merged. Padding is NaN. */
+export function placeOfTokens(
+  about: Study,
+  layer: number,
+  values: ArrayLike<number>,
+): { grid: [number, number]; prefix: number; n: number } | undefined {
+  let n = values.length;
+  while (n && Number.isNaN(values[n - 1])) n--;
+  for (const at of [layer, layer + 1]) {
+    const [grid, prefix] = [about.grids[at], about.prefixes[at] ?? 0];
+    if (grid && prefix + grid[0] * grid[1] === n) return { grid, prefix, n: grid[0] * grid[1] };
+  }
+  return undefined;
+}
+
+/** The tokens before the patches: the class token, then registers or others. */
+export const prefixNames = (about: Study, prefix: number): string[] =>
+  Array.from({ length: prefix }, (_, i) =>
+    about.class_token && i === 0 ? "class token" : `register ${about.class_token ? i : i + 1}`,
+  );
+
+/** The chosen patch on a layer's grid: the middle one where a token before the patches is chosen. */
+export function chosenPatch(about: Study, layer: number, token: number): number {
+  const [rows, columns] = gridOf(about, layer);
+  const patch = token - (about.prefixes[layer] ?? 0);
+  return patch < 0
+    ? Math.floor(rows / 2) * columns + Math.floor(columns / 2)
+    : Math.min(patch, Math.max(0, rows * columns - 1));
+}
+
+/** The patch of one grid that holds the first of a patch of another, as grids shrink with depth in a hierarchy. */
+export function movedPatch(patch: number, from: [number, number], to: [number, number]): number {
+  const row = Math.floor((Math.floor(patch / from[1]) * to[0]) / from[0]);
+  return row * to[1] + Math.floor(((patch % from[1]) * to[1]) / from[1]);
+}
+
+/** The token that a page begins with: the first before the patches, or the middle patch of a model without any. */
+export const firstToken = (about: Study, layer: number): number =>
+  about.prefixes[layer] ? 0 : chosenPatch(about, layer, -1);
+
+/** A token of one layer as it is counted in another: a patch where it lies, a token before the patches as it is. */
+export function tokenIn(about: Study, token: number, before: number, layer: number): number {
+  const [from, to] = [gridOf(about, before), gridOf(about, layer)];
+  const patch = token - (about.prefixes[before] ?? 0);
+  return patch < 0 || from.join() === to.join()
+    ? token
+    : (about.prefixes[layer] ?? 0) + movedPatch(chosenPatch(about, before, token), from, to);
+}
+
+/** The chosen patch as the server counts it: on the first layer's grid. */
+export const firstPatch = (about: Study, layer: number, token: number): number =>
+  movedPatch(chosenPatch(about, layer, token), gridOf(about, layer), gridOf(about, 0));
+
+/** A patch by its place. */
+export const patchName = (patch: number, columns: number): string =>
+  `row ${Math.floor(patch / columns)}, column ${patch % columns}`;
+
+/** A token as it is named: "class token", or "row 3, column 4". */
+export function tokenName(about: Study, layer: number, token: number): string {
+  const prefix = about.prefixes[layer] ?? 0;
+  if (token < prefix) return prefixNames(about, prefix)[token] ?? `token ${token}`;
+  const columns = gridOf(about, layer)[1];
+  return patchName(token - prefix, columns);
+}

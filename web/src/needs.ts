@@ -1,0 +1,78 @@
+// What a view needs of a study, and what takes its place where the study lacks it.
+
+import { headMetrics } from "./metrics";
+import type { Tab } from "./tabs";
+import type { Live, Study } from "./types";
+
+export interface Needs {
+  /** Names of measures, all of which must be stored. */
+  measures: string[];
+  /** At least one measure of every head must be stored. */
+  anyOf?: "heads";
+  /** Whether another study of the same images must be there. */
+  other?: boolean;
+  /** Whether the study must have pruning curves. */
+  curves?: boolean;
+  /** Whether the model must be open behind the page. */
+  live: boolean;
+}
+
+/** Why a view cannot be drawn. */
+export interface Lack {
+  sentence: string;
+  /** What adds it; empty where nothing does. */
+  command: string;
+}
+
+/** What the view would show, and what adds it; nothing where the study has all that the view needs. */
+export function lacking(view: { shows: string; needs: Needs }, study: Study, live: Live): Lack | undefined {
+  const { measures, anyOf, live: needsLive, other, curves } = view.needs;
+  if (curves && !study.has_curves)
+    return study.class_names.length && "head_probability" in study.measures
+      ? {
+          sentence: `${view.shows} This study does not hold it yet. To add it, minutes of work:`,
+          command: `vitrail curves ${study.name}`,
+        }
+      : { sentence: `${view.shows} It is measured of classifiers with importance of heads.`, command: "" };
+  if (other && !study.others?.length)
+    return {
+      sentence: `${view.shows} Open this study with another of the same images:`,
+      command: `vitrail open ${study.name} --with OTHER_STUDY`,
+    };
+  const name = measures.find((measure) => !(measure in study.measures));
+  if (name !== undefined) {
+    const reason = study.left_out[name];
+    if (reason) return { sentence: `${view.shows} This study does not have it: ${ended(reason)}`, command: "" };
+    const onlyFor = study.analyses.find(({ measures }) => measures.includes(name))?.only_for;
+    const how = onlyFor
+      ? `Only ${onlyFor} has it. To add it to a study of one:`
+      : "This study does not hold it yet. To add it:";
+    return { sentence: `${view.shows} ${how}`, command: commandFor(study, name) };
+  }
+  if (anyOf === "heads" && !headMetrics(study).length)
+    return {
+      sentence: `${view.shows} This study holds no measure of heads. To add them:`,
+      command: commandFor(study, "head_probability"),
+    };
+  if (needsLive && live.state === "loading")
+    return { sentence: `${view.shows} The model is being opened; this comes by itself.`, command: "" };
+  if (needsLive && live.state !== "ready") return { sentence: `${view.shows} ${live.reason}`, command: "" };
+  return undefined;
+}
+
+/** What a tab would show of which a study holds nothing. */
+export function lackingAll(tab: Tab, study: Study): Lack {
+  const own = study.analyses.filter(({ name }) => tab.analyses.includes(name));
+  const reason = own
+    .flatMap(({ measures }) => measures)
+    .map((name) => study.left_out[name])
+    .find(Boolean);
+  const questions = own.map(({ question }) => question).join(" ");
+  if (reason) return { sentence: `${questions} This study does not have it: ${ended(reason)}`, command: "" };
+  return { sentence: `${questions} This study does not hold it yet. To add it:`, command: own[0]?.command ?? "" };
+}
+
+const ended = (reason: string): string => (reason.endsWith(".") ? reason : `${reason}.`);
+
+export const commandFor = (study: Study, measure: string): string =>
+  study.analyses.find(({ measures }) => measures.includes(measure))?.command ?? "";

@@ -1,0 +1,110 @@
+// Every stored measure that has a value for each patch or token, drawn by the dimensions that it has.
+
+import { array } from "../api";
+import { gridOf, placeOfTokens, prefixNames } from "../grids";
+import { tabOf } from "../tabs";
+import type { Measure, NamedArray, Study } from "../types";
+import type { Overlay, OverlayData } from "./overlay";
+import { ends, flow, longest, sharedTop, type Paint } from "./paint";
+
+/** Dimensions beside image, layer and head that a photograph can show, and whether they follow one patch. */
+const DRAWN: Record<string, { perToken: boolean }> = {
+  patch: { perToken: false },
+  token: { perToken: false },
+  "patch,xy": { perToken: false },
+  "patch,side": { perToken: true },
+  "patch,channel": { perToken: false },
+};
+
+const rest = (measure: Measure): string =>
+  measure.dims.filter((dim) => !["image", "layer", "head"].includes(dim)).join();
+
+export function storedOverlays(study: Study): Overlay[] {
+  const overlays = ofMeasures(study);
+  const tendency = overlays.findIndex(({ id }) => id === "tendency");
+  return tendency < 0 ? overlays : overlays.toSpliced(tendency + 1, 0, ofFlow(overlays[tendency]!));
+}
+
+/** The tendency of patches as a flow: its colours are explained by a wheel. */
+function ofFlow(tendency: Overlay): Overlay {
+  return {
+    ...tendency,
+    id: "tendency-flow",
+    title: `${tendency.title}, as a flow`,
+    reading: "Colour: where a patch takes from, as on the wheel. Strong: far from it; plain: from all around.",
+    load: async (context, at, signal): Promise<OverlayData> => {
+      const { strip } = await tendency.load(context, at, signal);
+      const paint = (layer: number, token: number): Paint | undefined => {
+        const arrows = strip!(layer, token);
+        if (arrows?.kind !== "arrows") return undefined;
+        const far = longest(arrows.xy);
+        return { kind: "tints", grid: arrows.grid, what: arrows.what, ...flow(arrows.xy, far), wheel: far };
+      };
+      return { paint: (token) => paint(at.layer, token), strip: paint };
+    },
+  };
+}
+
+function ofMeasures(study: Study): Overlay[] {
+  return Object.entries(study.measures)
+    .filter(([, measure]) => measure.dims[0] === "image" && measure.dims[1] === "layer" && rest(measure) in DRAWN)
+    .map(([name, measure]) => ({
+      id: name,
+      title: measure.title,
+      reading: `${sentence("Low", measure.low)}${sentence("High", measure.high)}`,
+      source: measure.source,
+      tabs: [tabOf(name, study)],
+      live: false,
+      perToken: DRAWN[rest(measure)]!.perToken,
+      perHead: measure.dims.includes("head"),
+      load: async (_context, at) => {
+        const head = measure.dims.includes("head") ? { head: at.head } : {};
+        return stored(study, measure, await array(name, { image: at.image, ...head }), at.layer);
+      },
+    }));
+}
+
+const sentence = (end: string, words: string): string => (words ? `${end}: ${words}. ` : "");
+
+/** One image's array, [layer, patch ...], as something to paint. */
+export function stored(study: Study, measure: Measure, found: NamedArray, chosen: number): OverlayData {
+  const size = found.values.length / found.shape[0]!;
+  const row = (layer: number) => found.values.subarray(layer * size, (layer + 1) * size) as Float32Array;
+  const paint = (layer: number, token: number, own: boolean): Paint | undefined => {
+    const values = row(layer);
+    const kind = rest(measure);
+    const place = kind === "token" ? placeOfTokens(study, layer, values) : undefined;
+    if (kind === "token" && !place) return undefined;
+    const grid = place?.grid ?? gridOf(study, layer);
+    const n = grid[0] * grid[1];
+    const prefix = place?.prefix ?? study.prefixes[layer] ?? 0;
+    const base = { grid, what: measure.title };
+    if (kind === "patch,channel") return { kind: "tints", ...base, rgb: values.subarray(0, 3 * n) };
+    if (kind === "patch,xy") return { kind: "arrows", ...base, xy: values.subarray(0, 2 * n) };
+    if (kind === "patch,side") {
+      const at = 4 * Math.max(0, Math.min(n - 1, token - prefix));
+      const sides = Array.from(values.subarray(at, at + 4)) as [number, number, number, number];
+      return sides.some((side) => Number.isNaN(side)) ? undefined : { kind: "box", ...base, sides };
+    }
+    if (found.values instanceof Uint8Array)
+      return { kind: "marks", ...base, on: found.values.subarray(layer * size, layer * size + n) };
+    const start = kind === "token" ? prefix : 0;
+    const patches = values.subarray(start, start + n);
+    const names = kind === "token" ? prefixNames(study, prefix) : [];
+    const [low, high] = own ? ends(patches) : [ends(patches)[0], sharedTop(patches)];
+    return {
+      kind: "weights",
+      ...base,
+      values: patches,
+      floor: low,
+      top: Math.max(high, low + 1e-9),
+      floorName: "",
+      unit: measure.unit === "1" ? "" : measure.unit,
+      prefix: names.map((name, i) => ({ name, value: values[i]! })),
+    };
+  };
+  return {
+    paint: (token, own) => paint(chosen, token, own),
+    strip: (layer, token) => paint(layer, token, false),
+  };
+}

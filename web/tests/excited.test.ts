@@ -1,0 +1,22 @@
+import { expect, test } from "vitest";
+
+import { excited, singled } from "../src/excited";
+
+test("the selected photographs come in the order of a neuron's peak", () => {
+  const peaks = Float32Array.from([3, NaN, 5, 4, 5]);
+  const patches = Int32Array.from([9, 8, 7, 6, 5]);
+  expect(excited(peaks, patches, Int32Array.from([0, 1, 2, 4]))).toEqual([
+    { image: 2, patch: 7, value: 5 },
+    { image: 4, patch: 5, value: 5 },
+    { image: 0, patch: 9, value: 3 },
+  ]);
+});
+
+test("a photograph singles out the neuron that is furthest beyond its usual range", () => {
+  const [low, middle, high] = [
+    [0, 0, 1],
+    [1, 5, 1],
+    [2, 10, 1],
+  ];
+  expect(singled([3, 11, 9], low!, middle!, high!)).toBe(0);
+});

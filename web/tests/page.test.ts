@@ -1,0 +1,103 @@
+import { expect, test, vi } from "vitest";
+
+import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
+import { binned, statistic, stepped } from "../src/data";
+import { asCsv } from "../src/export";
+import { amountColours, colours, extent, inkOn, signedColours } from "../src/palette";
+import type { Images, Study, Summary } from "../src/types";
+
+const images: Images = {
+  n: 4,
+  label: Int32Array.from([0, 1, 0, 2]),
+  prediction: Int32Array.from([0, 1, 1, 0]),
+  probability: null,
+};
+const study = {
+  class_names: [],
+  maps: [{ name: "importance-tsne" }, { name: "importance-pca" }],
+} as unknown as Study;
+const MAPS: Record<string, number[]> = { tsne: [0, 0, 5, 5, 1, 1, 9, 9], pca: [9, 9, 1, 1, 5, 5, 0, 0] };
+vi.stubGlobal("fetch", async (path: string) => {
+  const xy = MAPS[path.replace("/api/maps/importance-", "")];
+  const headers = { "X-Dims": "image,xy", "X-Shape": "4,2", "X-Dtype": "float32" };
+  return new Response(xy && Float32Array.from(xy), { status: xy ? 200 : 404, headers });
+});
+
+test("a brush is split into its parts and put together again", () => {
+  expect(parts("wrong~label:12")).toEqual([
+    { kind: "wrong", rest: "" },
+    { kind: "label", rest: "12" },
+  ]);
+  expect(withPart("wrong~label:12", "label", "3")).toBe("wrong~label:3");
+  expect(withPart("wrong~label:12", "right", "")).toBe("label:12~right");
+  expect(withPart("wrong~label:12", "wrong", undefined)).toBe("label:12");
+  expect(withPart("", "find", "a~b")).toBe("find:a b");
+  expect(partOf("find:a:b", "find")?.rest).toBe("a:b");
+});
+
+test("all parts of a brush must hold", async () => {
+  expect([...(await selected("wrong", images, study)).indices]).toEqual([2, 3]);
+  expect([...(await selected("wrong~label:0", images, study)).indices]).toEqual([2]);
+  const square = "-1,-1,2,-1,2,2,-1,2";
+  expect([...(await selected(`lasso:${square}`, images, study)).indices]).toEqual([0, 2]);
+  expect([...(await selected(`lasso:importance-pca,${square}`, images, study)).indices]).toEqual([1, 3]);
+  await expect(selected(`lasso:gone,${square}`, images, study)).rejects.toThrow("means nothing in this study");
+  await expect(selected("nonsense:1", images, study)).rejects.toThrow("means nothing in this study");
+});
+
+test("an outline is kept in the units of the map that it is drawn on", () => {
+  const points: [number, number][] = [
+    [0.123456, 1],
+    [2, 3],
+    [4, 5],
+  ];
+  expect(lassoPart(points, "importance-tsne", study)).toBe("0.1235,1,2,3,4,5");
+  const brush = withPart("wrong", "lasso", lassoPart(points, "importance-pca", study));
+  expect(brush).toBe("wrong~lasso:importance-pca,0.1235,1,2,3,4,5");
+  expect(lassoOf(brush, "importance-pca", study)[1]).toEqual([2, 3]);
+  expect(lassoOf(brush, "importance-tsne", study)).toEqual([]);
+  expect(lassoOf("", "importance-tsne", study)).toEqual([]);
+  const many = Array.from({ length: 600 }, (_, i): [number, number] => [i, i]);
+  expect(lassoOf(`lasso:${lassoPart(many, "importance-tsne", study)}`, "importance-tsne", study)).toHaveLength(60);
+});
+
+test("steps stay inside the selection and go round", async () => {
+  const selection = await selected("label:0", images, study);
+  expect(stepped("0", 1, selection)).toBe("2");
+  expect(stepped("2", 1, selection)).toBe("0");
+  expect(stepped("1", 1, selection)).toBe("2");
+  expect(stepped("1", -1, selection)).toBe("0");
+});
+
+test("bins count every value once, the greatest in the last", () => {
+  const bins = binned([0, 1, 2, 3, 4], 2, Uint8Array.from([1, 0, 0, 0, 1]));
+  expect(bins.map(({ all, chosen }) => [all, chosen])).toEqual([
+    [2, 1],
+    [3, 1],
+  ]);
+});
+
+test("a statistic is its own part of the values", () => {
+  const summary = { values: Float32Array.from({ length: 12 }, (_, at) => at) } as unknown as Summary;
+  expect([...statistic(summary, "mean")]).toEqual([0, 1]);
+  expect([...statistic(summary, "q95")]).toEqual([10, 11]);
+});
+
+test("shades are from the values, and zero is the middle of losses and gains", () => {
+  expect(extent([3, NaN, -1])).toEqual([-1, 3]);
+  expect(colours([0.2, 0.8], false).domain()).toEqual([0.2, 0.8]);
+  expect(colours([2, 2], false).domain()).toEqual([1.5, 2.5]);
+  const signed = signedColours(0.5, false);
+  expect(signed.domain()).toEqual([-0.5, 0, 0.5]);
+  expect(new Set([signed(-0.5), signed(0), signed(0.5), signed(0.02)]).size).toBe(4);
+  expect(signed(9)).toBe(signed(0.5));
+  expect(amountColours([1, 3], false, true).domain()).toEqual([0, 3]);
+  expect(amountColours([1, 3], false, false).domain()).toEqual([1, 3]);
+  expect([inkOn("#ffffff"), inkOn("rgb(0, 0, 0)")]).toEqual(["#14161a", "#ffffff"]);
+});
+
+test("a table quotes what it must, and no text in it is a formula", () => {
+  expect(asCsv([{ name: 'a "b", c', value: -1.5 }])).toBe('name,value\r\n"a ""b"", c",-1.5\r\n');
+  for (const text of ["=1+1", "+1", "-1", "@x", "\tx"]) expect(asCsv([{ name: text }])).toBe(`name\r\n'${text}\r\n`);
+  expect(asCsv([{ name: '=HYPERLINK("x")' }])).toBe('name\r\n"\'=HYPERLINK(""x"")"\r\n');
+});

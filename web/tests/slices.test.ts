@@ -1,0 +1,73 @@
+import { expect, test } from "vitest";
+
+import { hasMean, layerMeans, layoutOf, slice } from "../src/slices";
+import type { Measure, NamedArray, Study } from "../src/types";
+
+/** Each value is its own indices, written as digits: layer, head, patch. */
+const digits: NamedArray = {
+  dims: ["layer", "head", "patch"],
+  shape: [2, 3, 4],
+  values: Float32Array.from(
+    { length: 24 },
+    (_, at) => Math.floor(at / 12) * 100 + (Math.floor(at / 4) % 3) * 10 + (at % 4),
+  ),
+};
+
+test("a slice holds the values of the chosen indices", () => {
+  expect([...slice(digits, ["patch"], { layer: 1, head: 2 })]).toEqual([120, 121, 122, 123]);
+  expect([...slice(digits, ["layer", "head"], { patch: 3 })]).toEqual([3, 13, 23, 103, 113, 123]);
+  expect([...slice(digits, ["head", "layer"], { patch: 0 })]).toEqual([0, 100, 10, 110, 20, 120]);
+});
+
+test("an index past the end is the last, one that is not chosen the first", () => {
+  expect([...slice(digits, ["layer"], { head: 9 })]).toEqual([20, 120]);
+});
+
+test("a dimension that the array lacks is an error", () => {
+  expect(() => slice(digits, ["hop"], {})).toThrow("has no hop");
+});
+
+test.each([
+  [["image", "layer", "head"], "heads", ["layer", "head"], []],
+  [["layer", "head"], "heads", ["layer", "head"], []],
+  [["image", "layer", "head", "hop"], "heads", ["layer", "head"], ["hop"]],
+  [["image", "layer"], "line", ["layer"], []],
+  [["image", "layer", "amount"], "line", ["layer"], ["amount"]],
+  [["image", "amount"], "line", ["amount"], []],
+  [["image", "layer", "patch"], "photograph", ["patch"], ["layer"]],
+  [["image", "layer", "head", "patch", "side"], "photograph", ["patch"], ["layer", "head", "side"]],
+  [["image", "layer", "token"], "photograph", ["token"], ["layer"]],
+  [["image"], "one number", [], []],
+])("%j is drawn as %s", (dims, drawing, shown, chosen) => {
+  expect(layoutOf(dims)).toEqual({ drawing, shown, chosen });
+});
+
+test("means over a photograph's patches leave prefix tokens and padding out, and take the length of vectors", () => {
+  const study = {
+    prefixes: [2, 2],
+    grids: [
+      [2, 2],
+      [1, 2],
+    ],
+  } as unknown as Study;
+  const tokens: NamedArray = {
+    dims: ["layer", "token"],
+    shape: [2, 6],
+    values: Float32Array.from([9, 8, 1, 2, 3, 4, 9, 8, 5, 7, NaN, NaN]),
+  };
+  expect([...layerMeans(tokens, study, {})]).toEqual([2.5, 6]);
+  const vectors: NamedArray = {
+    dims: ["layer", "patch", "xy"],
+    shape: [1, 4, 2],
+    values: Float32Array.from([3, 4, 0, 0, 0, 1, 0, 2]),
+  };
+  expect([...layerMeans(vectors, study, {})]).toEqual([2]);
+});
+
+test("a class has no mean, and neither has what is not of images", () => {
+  const measure = (unit: string, dims = ["image", "layer"]) => ({ unit, dims }) as Measure;
+  expect(hasMean(measure("probability"))).toBe(true);
+  expect(hasMean(measure("class"))).toBe(false);
+  expect(hasMean(measure("number from 0, -1 for none"))).toBe(false);
+  expect(hasMean(measure("1", ["layer", "head"]))).toBe(false);
+});

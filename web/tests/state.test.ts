@@ -1,0 +1,30 @@
+import { expect, test } from "vitest";
+
+import { headMetrics } from "../src/metrics";
+import type { Measure, Study } from "../src/types";
+
+const measure = (dims: string[], unit = ""): Measure => ({
+  dims,
+  unit,
+  title: "",
+  low: "",
+  high: "",
+  source: "",
+  limits: "",
+  baseline: "",
+  analysis: "",
+});
+
+test("the list of metrics holds only what has a mean over images", () => {
+  const perHead = ["image", "layer", "head"];
+  const about = {
+    measures: {
+      head_probability: measure(perHead, "probability"),
+      head_prediction: measure(perHead, "class"),
+      head_flip: measure(perHead, "bool"),
+      pattern_map_cluster: measure(perHead, "number from 0, -1 for none"),
+      attention_strength: measure([...perHead, "hop"], "weight"),
+    },
+  } as unknown as Study;
+  expect(headMetrics(about)).toEqual(["head_probability", "head_flip"]);
+});

@@ -1,0 +1,49 @@
+import { expect, test } from "vitest";
+
+import { targetOf } from "../src/target";
+import type { Sentence, Study } from "../src/types";
+
+const study = {
+  measures: {
+    probability: { dims: ["image"], unit: "1" },
+    head_probability: { dims: ["image", "layer", "head"], unit: "1" },
+    field_size: { dims: ["image", "layer", "patch"], unit: "1" },
+  },
+  analyses: [
+    { name: "base", measures: ["probability"], stored: [] },
+    { name: "heads", measures: ["head_probability"], stored: [] },
+    { name: "patches", measures: ["field_size"], stored: [] },
+  ],
+} as unknown as Study;
+const sentence = (of: Partial<Sentence>): Sentence => ({
+  text: "So.",
+  measure: "",
+  layer: null,
+  head: null,
+  images: [],
+  ...of,
+});
+
+test("a sentence on a head leads to that head, its measure and the photograph that shows it", () => {
+  const images = [{ image: 7, words: "loses most" }];
+  expect(targetOf(sentence({ measure: "head_probability", layer: 2, head: 0, images }), study)).toEqual({
+    tab: "heads",
+    metric: "head_probability",
+    layer: 2,
+    head: 0,
+    image: "7",
+  });
+});
+
+test("a sentence on a layer of patches leads to that tab and layer, and leaves the head", () => {
+  expect(targetOf(sentence({ measure: "field_size", layer: 3 }), study)).toEqual({
+    tab: "patches",
+    measure: "field_size",
+    layer: 3,
+  });
+});
+
+test("a sentence that singles nothing out leads nowhere, and one of a measure that is gone neither", () => {
+  expect(targetOf(sentence({}), study)).toBeUndefined();
+  expect(targetOf(sentence({ measure: "not_stored" }), study)).toBeUndefined();
+});
