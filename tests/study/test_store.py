@@ -1,6 +1,7 @@
 """Reading studies back: what is told of a folder that is unfinished, damaged or no study at all."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,24 @@ def study(tmp_path: Path, any_plan: Plan, photos: Path) -> Path:
 
 
 class TestOpening:
+    @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no forks")
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+    def test_a_fork_reads_a_study_that_was_read_before_it(self, study: Path) -> None:
+        opened = open_study(study)
+        expected = opened["head_probability"].values
+
+        def read() -> None:
+            assert_array_equal(opened["head_flip"], open_study(study)["head_flip"])
+            assert_array_equal(open_study(study)["head_probability"], expected)
+
+        child = multiprocessing.get_context("fork").Process(target=read)
+        child.start()
+        child.join(60)
+        still = child.is_alive()
+        child.kill()
+        assert not still, "it waits for threads that a fork does not have"
+        assert child.exitcode == 0
+
     def test_a_study_reads_back_as_it_was_written(self, study: Path, any_plan: Plan) -> None:
         opened = open_study(study)
         written = np.concatenate([part_values(part.number, part.stop - part.start) for part in any_plan.parts])

@@ -24,6 +24,7 @@ from vitrail.cli.options import (
     decode,
     with_model_options,
 )
+from vitrail.cli.studies import print_lines
 from vitrail.errors import UsageError
 
 
@@ -212,7 +213,6 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
 ) -> None:
     """Remove heads of a studied model for good: a smaller model, its parameters, speed and accuracy."""
-    from rich.console import Console
 
     from vitrail.pruning.prune import prune_study
     from vitrail.pruning.ranking import parse_heads
@@ -229,8 +229,7 @@ def prune(
         seed=seed,
         progress=True,
     )
-    for item in pruning_summary(done):
-        Console().print(item)
+    print_lines(pruning_summary(done))
 
 
 @app.command()

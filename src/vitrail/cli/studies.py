@@ -1,9 +1,9 @@
 """Commands about a study: make it, verify it, draw it, report it."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,8 +26,9 @@ from vitrail.outputs import address, is_address
 
 if TYPE_CHECKING:
     import xarray as xr
+    from rich.console import RenderableType
 
-__all__ = ["print_summary"]
+__all__ = ["print_lines", "print_summary"]
 
 
 @app.command()
@@ -213,11 +214,20 @@ def print_summary(dataset: "xr.Dataset", folder: Path) -> None:
         dataset: The study, as `open_study` reads it.
         folder: The study's folder.
     """
-    from rich.console import Console
-
     from vitrail.study.table import study_summary
 
-    console: Any = Console()
-    printed: Callable[..., None] = console.print
-    for item in study_summary(dataset, folder):
-        printed(item)
+    print_lines(study_summary(dataset, folder))
+
+
+def print_lines(lines: Iterable["RenderableType"]) -> None:
+    """Prints sentences and tables; a sentence is never broken, so that a path in it can be copied.
+
+    Args:
+        lines: What is printed.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for line in lines:
+        console.print(line, soft_wrap=isinstance(line, str | Text))

@@ -221,9 +221,7 @@ def part_digests(folder: Path, name: int | str) -> dict[str, str]:
 def _arrays(path: Path, names: Iterable[str]) -> xr.Dataset:
     """The group of arrays at `path`, in which `names` are."""
     try:
-        # without a cache of their own, as `_read_lazily` has one
-        with zarr.config.set(_reader()):
-            arrays = xr.open_dataset(path, engine="zarr", chunks=None, cache=False, consolidated=True)
+        arrays = _opened(path)
     except UNREADABLE as error:
         raise DamagedStudy(f"{path} cannot be opened: {sentence(error)}. {_redo(path)}") from error
     lacking = [name for name in names if name not in arrays]
@@ -232,14 +230,33 @@ def _arrays(path: Path, names: Iterable[str]) -> xr.Dataset:
     return arrays.assign({name: _read_lazily(path, str(name), array) for name, array in arrays.variables.items()})
 
 
+def _opened(path: Path) -> xr.Dataset:
+    # without a cache of their own, as `_read_lazily` has one
+    with zarr.config.set(_reader()):
+        return xr.open_dataset(path, engine="zarr", chunks=None, cache=False, consolidated=True)
+
+
 def _reader() -> dict[str, str]:
     """The options of zarr with which many small chunks are read in a tenth of the time, where zarrs is installed."""
-    if find_spec("zarrs") is None:
+    if _forked or find_spec("zarrs") is None:
         return {}
     from zarrs import ZarrsCodecPipeline
 
     register_pipeline(ZarrsCodecPipeline)  # its first versions do not tell zarr by themselves
     return {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+
+
+_forked = False
+"""Whether this process is a fork: there the threads of zarrs are missing, and it would wait for them for ever."""
+
+
+def _remember_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember_fork)
 
 
 def _read_lazily(path: Path, name: str, array: xr.Variable) -> xr.Variable:
@@ -253,12 +270,15 @@ class _StoredArray(BackendArray):
     def __init__(self, path: Path, name: str, array: xr.Variable) -> None:
         self.shape, self.dtype = array.shape, array.dtype
         self._path, self._name, self._array = path, name, array
+        self._forked = _forked
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> np.ndarray:
         try:
+            if _forked and not self._forked:  # opened before the fork, with threads that stayed there
+                self._array, self._forked = _opened(self._path)[self._name].variable, True
             return np.asarray(self._array[key].values)
         except UNREADABLE as error:
             study = self._path.parents[1] if self._path.parent.name == PATTERNS else self._path.parent

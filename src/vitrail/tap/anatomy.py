@@ -556,8 +556,8 @@ class _Describer:
         if fits_raster(corners, expected):
             return block
         self.notes.append(
-            f"{block.path}: tokens do not lie in raster order (the image's corners are tokens {list(corners.tokens)}, "
-            f"not {list(expected.corners)}); no grid measures."
+            f"{block.path}: tokens do not lie in raster order (the image's corners are not tokens "
+            f"{list(expected.corners)}); no grid measures."
         )
         return replace(block, prefix=0, grid=None)
 
