@@ -7,11 +7,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import timm
 from numpy.testing import assert_allclose, assert_array_equal
 from starlette.testclient import TestClient
 
 from synthetic_study import PlantedLive, photograph, write_study
+from vitrail import open_vit, run_study
 from vitrail.app import create_app, image_maps
+from vitrail.live import LiveModel
 from vitrail.study.store import open_study
 
 N_IMAGES = 40
@@ -104,3 +107,30 @@ def test_without_scikit_learn_only_maps_that_need_none_are_offered(
         for each in listed:
             assert each["name"] == "importance-pca" or each is listed[0]  # the stored one needs nothing
             assert without.get(f"/api/maps/{each['name']}").status_code == 200
+
+
+def test_images_lie_by_the_embedding_of_the_model_and_a_new_one_among_them(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=0)
+    vit = open_vit(model.eval(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    (tmp_path / "photos").mkdir()
+    for number in range(8):
+        photograph(number, 0).save(tmp_path / "photos" / f"{number}.png")
+    embedding = run_study(
+        vit, tmp_path / "photos", out=tmp_path / "study", measures="image_embedding,head_output_shift", batch_size=4
+    )["image_embedding"].values
+    with TestClient(create_app(tmp_path / "study", LiveModel(vit)), base_url=HOME) as client:
+        listed = client.get("/api/study").json()["maps"]
+        assert [each["title"] for each in listed][:2] == [
+            "t-SNE of the model's embedding",
+            "PCA of the model's embedding",
+        ]
+        assert len(listed) == 4
+        computed = array(client.get("/api/maps/embedding-pca"))
+        assert_allclose(np.abs(computed), np.abs(principal_axes(embedding)), atol=1e-4)
+        own = client.post("/api/look", content=(tmp_path / "photos" / "3.png").read_bytes()).json()["image"]
+        assert client.get(f"/api/look/{own}/stream?analyses=tokens").status_code == 200
+        distance = ((embedding - array(client.get(f"/api/array/image_embedding?image={own}"))) ** 2).sum(axis=1)
+        nearest = np.argsort(distance, kind="stable")[:5]
+        assert nearest[0] == 3
+        lies = array(client.get(f"/api/maps/embedding-pca?image={own}"))
+        assert_allclose(lies, computed[nearest].mean(axis=0), rtol=1e-5)

@@ -40,6 +40,7 @@ DIMENSIONS = (
     "rank",
     "token_channel",
     "excited_level",
+    "feature",
 )
 """The closed list of dimension words: types, store, JSON and TypeScript use these and no others."""
 

@@ -17,7 +17,9 @@ from vitrail.data import load_mask, open_images, scan, with_masks
 from vitrail.errors import DataError, Unsupported, UsageError
 from vitrail.models.objects import in_view, patch_objects
 from vitrail.tokens.grouping import score_grouping
+from vitrail.tap.tap import Readers
 from vitrail.tokens.levels import read_levels
+from vitrail.tokens.vectors import image_embeddings
 
 GROUPING = [name for name in analyses()["tokens"].measure_names if name.startswith("grouping_")]
 
@@ -75,6 +77,32 @@ def test_scores_in_a_study_are_those_of_the_image_alone(finished, folders):
             found = float(study[name].sel(image="1.png")[layer])
             assert found == pytest.approx(getattr(expected, name.removeprefix("grouping_")), abs=1e-4)
         assert_allclose(study["token_norm"].sel(image="1.png")[layer], levels[layer + 1][0].norm(dim=-1), rtol=1e-4)
+
+
+def test_the_embedding_is_the_class_token_after_the_last_layer_as_a_norm_without_gains_has_it(finished, folders):
+    vit, study = finished
+    assert study["image_embedding"].dims == ("image", "feature")
+    kept = {}
+    handle = vit.model.blocks[-1].register_forward_hook(lambda _module, _args, tokens: kept.update(last=tokens))
+    with torch.no_grad():
+        vit.model(vit.prepare([Image.open(folders / "images" / "1.png")]))
+    handle.remove()
+    token = kept["last"][0, 0].numpy().astype(np.float64)
+    expected = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
+    assert_allclose(study["image_embedding"].sel(image="1.png"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@torch.no_grad()
+def test_a_model_without_a_class_token_has_the_mean_of_its_patches(class_token):
+    pooled = {} if class_token else {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, **pooled).eval()
+    vit = open_vit(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    images, tokens = torch.randn(3, 3, 32, 32), {}
+    vit.tap().read(images, Readers(output=tokens.__setitem__))
+    vector = (tokens[1][:, 0] if class_token else tokens[1].mean(1)).double()
+    expected = (vector - vector.mean(1, keepdim=True)) / (vector.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    assert_allclose(image_embeddings(tokens[1], vit.anatomy), expected, atol=1e-5)
 
 
 def test_an_image_without_a_mask_has_no_grouping_and_is_named(finished):

@@ -140,14 +140,17 @@ def _list_maps(arrays: StudyArrays, plan: Plan) -> list[ImageMap]:
     """The stored one, then what can be computed of stored arrays in a moment."""
     dataset = arrays.dataset
     stored = plan.options.get("image_map", "tsne") if STORED in dataset else None
-    importance = STORED_TABLE if stored else main_metric(dataset)
+    tables = {"importance": (STORED_TABLE if stored else main_metric(dataset), "head importance")}
+    tables["embedding"] = ("image_embedding", "the model's embedding")
     maps = []
-    for method, words in METHODS.items():
-        is_quick = method == "pca" or (arrays.n_images <= MOST_IMAGES_TSNE and find_spec("sklearn") is not None)
-        if method == stored or (importance in dataset and is_quick):
-            name, title = f"importance-{method}", f"{words} of head importance"
-            maps.append(ImageMap(name, title, str(importance), method, method == stored))
-    return sorted(maps, key=lambda each: not each.stored)
+    for key, (table, what) in tables.items():
+        for method, words in METHODS.items():
+            is_quick = method == "pca" or (arrays.n_images <= MOST_IMAGES_TSNE and find_spec("sklearn") is not None)
+            is_stored = key == "importance" and method == stored
+            if is_stored or (table in dataset and is_quick):
+                maps.append(ImageMap(f"{key}-{method}", f"{words} of {what}", str(table), method, is_stored))
+    # a model without a classifier is asked for its embedding more than for its heads
+    return sorted(maps, key=lambda each: (not each.stored, stored is None and each.table != "image_embedding"))
 
 
 def routes(state: "AppState") -> list[Route]:

@@ -220,6 +220,8 @@ class LiveQueue:
             HTTPException: 503 without a model, with a full queue or while the server closes; 499 when the client left.
         """
         self.refuse_without_model()
+        if self._is_closing:
+            raise HTTPException(503, CLOSING)
         model = self._model
         with self._count_lock:
             if self._n_pending > self.max_waiting:
@@ -250,7 +252,11 @@ class LiveQueue:
         with self._count_lock:
             self._n_pending -= 1
 
+    def refuse_more(self) -> None:
+        """Answer every call with 503 from now on. Takes no lock, so that a handler of signals may call it."""
+        self._is_closing = True
+
     def close(self) -> None:
         """Drop the calls that wait; the one that runs ends by itself."""
-        self._is_closing = True
+        self.refuse_more()
         self._worker.shutdown(wait=False, cancel_futures=True)

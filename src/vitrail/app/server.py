@@ -310,7 +310,7 @@ def serve(
         stop = server.handle_exit
 
         def handle_exit(number: int, frame: Any) -> None:
-            app.state.live.close()  # or a live request would be cut off in the middle, with a traceback
+            app.state.live.refuse_more()  # or a live request would be cut off in the middle, with a traceback
             stop(number, frame)
 
         server.handle_exit = handle_exit  # type: ignore[method-assign, assignment]

@@ -80,6 +80,18 @@ MEASURES = (
         limits="Lengths grow from layer to layer in most models; compare tokens of one layer.",
         depends_on=(),
     ),
+    Measure(
+        name="image_embedding",
+        title="embedding of the image",
+        dims=("image", "feature"),
+        unit="standard deviations over features",
+        low="",
+        high="",
+        source="what the last layer returns for the class token, or without one the mean of its patch tokens; less its "
+        "mean and divided by its standard deviation over features, as a final norm without gains does",
+        limits="A single feature has no meaning of its own; near images are alike to the model, not to a person.",
+        depends_on=(),
+    ),
     _grouping(
         "silhouette",
         "silhouette of token clusters",

@@ -18,7 +18,7 @@ from vitrail.tokens.flow import LayerSteps, rollout
 from vitrail.tokens.grouping import Grouping, score_grouping
 from vitrail.tokens.levels import Levels, level_zero
 from vitrail.tokens.robustness import Occlusion, Response, Shuffling
-from vitrail.tokens.vectors import token_norms
+from vitrail.tokens.vectors import image_embeddings, token_norms
 
 __all__ = ["token_collectors"]
 
@@ -42,10 +42,10 @@ def token_collectors(vit: Vit, names: Sequence[str], options: Mapping[str, str])
     Returns:
         Collectors that share one plain pass.
     """
-    norms = [name for name in names if name in _NormCollector.measures]
+    plain = [each for each in (_NormCollector, _EmbeddingCollector) if each.measures[0] in names]
     scores = [name for name in names if name in GROUPING_SCORES]
-    robust = [name for name in names if name not in norms and name not in scores]
-    result: list[Collector] = [_NormCollector(vit)] if norms else []
+    robust = [name for name in names if name not in scores and all(name not in each.measures for each in plain)]
+    result: list[Collector] = [each(vit) for each in plain]
     if scores:
         result.append(_GroupingCollector(vit, scores, options["radius"]))
     if robust:
@@ -81,6 +81,35 @@ class _NormCollector:
 
     def _read(self, layer: int, tokens: Tensor) -> None:
         self._norms[layer] = token_norms(tokens.detach())
+
+
+class _EmbeddingCollector:
+    """`image_embedding`: the class token after the last layer, or the mean of its patch tokens."""
+
+    replays = False
+
+    measures: tuple[str, ...] = ("image_embedding",)
+
+    def __init__(self, vit: Vit) -> None:
+        self._anatomy = vit.anatomy
+        self._embedding: Tensor | None = None
+
+    def readers(self) -> Readers:
+        """Reads what the last block returns."""
+        return Readers(output=self._read)
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> Arrays:
+        """[image, feature]."""
+        assert self._embedding is not None, "no pass reached the last block"
+        array = self._embedding.cpu().numpy()
+        self._embedding = None
+        return {"image_embedding": array}
+
+    def _read(self, layer: int, tokens: Tensor) -> None:
+        if layer == len(self._anatomy.blocks) - 1:
+            self._embedding = image_embeddings(tokens.detach(), self._anatomy)
 
 
 class _GroupingCollector:

@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitrail.errors import UsageError
+from vitrail.tap.anatomy import Anatomy
 
-__all__ = ["ColourBasis", "colour_basis", "similarity", "token_norms"]
+__all__ = ["ColourBasis", "colour_basis", "image_embeddings", "similarity", "token_norms"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,3 +114,32 @@ def similarity(
     tokens = tokens.float()
     tokens = tokens - tokens.mean(1, keepdim=True) if centred else tokens
     return F.cosine_similarity(tokens, tokens[:, token : token + 1], dim=-1)
+
+
+def image_embeddings(tokens: Float[Tensor, "image token channel"], anatomy: Anatomy) -> Float[Tensor, "image feature"]:
+    """One vector for each image: its class token, or the mean of its patch tokens, centred and scaled over features.
+
+    The scaling is that of a final norm without its gains, so that a few channels of large values, and the length that
+    grows from layer to layer, do not decide which images are near each other.
+
+    Args:
+        tokens: What the last layer returns.
+        anatomy: Of the model.
+
+    Returns:
+        Vectors of mean 0 and standard deviation 1.
+
+    Example:
+        >>> tokens = {}
+        >>> vit.tap().read(images, Readers(output=tokens.__setitem__))
+        >>> embeddings = image_embeddings(tokens[vit.n_layers - 1], vit.anatomy)
+        >>> alike = torch.cdist(embeddings, embeddings)
+    """
+    block, index = anatomy.blocks[-1], anatomy.class_index(len(anatomy.blocks) - 1)
+    if index is not None:
+        vector = tokens[:, index]
+    elif tokens.shape[1] == block.tokens:
+        vector = tokens[:, block.prefix : block.tokens - block.behind].mean(1)
+    else:  # it returns other tokens than it was given, and none of them are known not to be patches
+        vector = tokens.mean(1)
+    return F.layer_norm(vector.float(), vector.shape[-1:])
