@@ -16,8 +16,8 @@ from vitrail.analysis import analyses, make_collectors, unavailable
 from vitrail.data import load_mask, open_images, scan, with_masks
 from vitrail.errors import DataError, Unsupported, UsageError
 from vitrail.models.objects import in_view, patch_objects
-from vitrail.tokens.grouping import score_grouping
 from vitrail.tap.tap import Readers
+from vitrail.tokens.grouping import score_grouping
 from vitrail.tokens.levels import read_levels
 from vitrail.tokens.vectors import image_embeddings
 
