@@ -15,6 +15,8 @@ from vitrail.grid import (
     boxes_of_sides,
     distances,
     n_patches,
+    patch_edges,
+    pixels_moved,
     positions,
     sides_of_boxes,
     window_masks,
@@ -99,3 +101,41 @@ def _random_boxes(grid: tuple[int, int], beyond: int = 0) -> np.ndarray:
     generator = np.random.default_rng(0)
     edges = [np.sort(generator.integers(-beyond, side + beyond + 1, (n_patches(grid), 2)), axis=1) for side in grid]
     return np.stack([edges[0][:, 0], edges[1][:, 0], edges[0][:, 1], edges[1][:, 1]], axis=-1)
+
+
+@given(st.integers(1, 90), st.integers(1, 12))
+def test_edges_of_patches_cut_a_side_in_order_and_evenly_where_they_can(n_pixels: int, n: int) -> None:
+    edges = patch_edges(max(n_pixels, n), n)
+    assert edges[0] == 0
+    assert edges[-1] <= max(n_pixels, n)
+    assert (np.diff(edges) > 0).all()
+    assert len(set(np.diff(edges)[:-1].tolist())) <= 1
+    assert_array_equal(patch_edges(n * 7, n), np.arange(n + 1) * 7)
+
+
+@pytest.mark.parametrize(
+    ("n_pixels", "n", "step"),
+    [
+        (60, 14, 4),  # kernels of 8 pixels, 4 apart
+        (230, 14, 16),  # 6 pixels left over
+        (230, 58, 4),  # filled up to 232
+        (66, 17, 4),  # kernels of 7 pixels, 4 apart, filled up on both sides
+    ],
+)
+def test_patches_are_as_wide_as_the_step_between_them(n_pixels: int, n: int, step: int) -> None:
+    assert_array_equal(patch_edges(n_pixels, n)[:-1], np.arange(n) * step)
+
+
+def test_pixels_move_with_their_cell_and_stay_where_there_is_none() -> None:
+    size, cells = (7, 9), (2, 2)
+    places = np.array([[3, 2, 0, 1], [0, 1, 2, 3]])
+    moved = pixels_moved(size, cells, places, grid=(6, 4))  # patches of 1 x 2 pixels, cells of 3 x 4
+    own = np.arange(63).reshape(size)
+    expected = own.copy()
+    for place, source in enumerate(places[0]):
+        (down, across), (top, left) = divmod(place, 2), divmod(int(source), 2)
+        expected[3 * down : 3 * down + 3, 4 * across : 4 * across + 4] = own[
+            3 * top : 3 * top + 3, 4 * left : 4 * left + 4
+        ]
+    assert_array_equal(moved[0].reshape(size), expected)
+    assert_array_equal(moved[1], np.arange(63))

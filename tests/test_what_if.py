@@ -17,6 +17,7 @@ from vitrail.heads.regions import Mode, region_mask
 from vitrail.models.open import open_vit
 from vitrail.tap.edits import Edit
 from vitrail.tap.tap import Readers
+from vitrail.tokens.robustness import why_not_removable
 from vitrail.what_if import ARRAYS, HeadOff, WindowMove
 from vitrail.windows.collect import predict_windows
 from vitrail.wint.model import Shape, WinT, hard_mask, record_sides, window_heads
@@ -313,3 +314,42 @@ def test_tokens_that_are_merged_are_not_compared_with_others_of_the_same_number(
 def test_what_has_no_meaning_is_refused_in_a_sentence(vit, changes, words):
     with pytest.raises(UsageError, match=words):
         vit.what_if(photo(), **changes)
+
+
+class _Pyramid(torch.nn.Module):
+    """Attention between all tokens of 4 x 4 patches, then of 2 x 2."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, pools):
+            super().__init__()
+            self.num_heads, self.pools = 2, pools
+            self.qkv, self.proj = torch.nn.Linear(24, 72), torch.nn.Linear(24, 24)
+
+        def forward(self, picture):
+            tokens = picture.flatten(2).mT
+            parts = self.qkv(tokens).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+            mixed = self.proj(F.scaled_dot_product_attention(*parts.unbind(0)).transpose(1, 2).flatten(2))
+            picture = picture + mixed.mT.reshape(picture.shape)
+            return F.avg_pool2d(picture, 2) if self.pools else picture
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 24, 8, 8)
+        self.blocks = torch.nn.Sequential(self.Block(pools=True), self.Block(pools=False))
+        self.head = torch.nn.Linear(24, 7)
+
+    def forward(self, images):
+        return self.head(self.blocks(self.embed(images)).mean((2, 3)))
+
+
+def test_patches_of_a_pyramid_of_whole_maps_can_be_painted_and_not_removed():
+    torch.manual_seed(0)
+    vit = open_vit(_Pyramid().eval(), image_size=32, mean=0.5, std=0.5)
+    assert [(block.kind, block.tokens) for block in vit.anatomy.blocks] == [("token", 16), ("token", 4)]
+    with pytest.raises(Unsupported, match="L0 is given 16, and L1 attends to 4; paint them"):
+        vit.what_if(photo(), patches=[0, 1], how="removed")
+    assert "paint them" in why_not_removable(vit)
+    painted = vit.what_if(photo(), patches=[0, 1], how="black")
+    pixels = vit.prepare([photo()])
+    pixels[:, :, :8, :16] = -1
+    assert_allclose(painted["top_probability"][-1, 0], vit.logits(pixels).softmax(-1).max(), rtol=1e-5)

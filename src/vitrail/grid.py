@@ -23,6 +23,8 @@ __all__ = [
     "boxes_of_sides",
     "distances",
     "n_patches",
+    "patch_edges",
+    "pixels_moved",
     "positions",
     "sides_of_boxes",
     "window_masks",
@@ -58,6 +60,60 @@ def positions(grid: Grid, arange: Arange = np.arange) -> tuple[Shaped[Any, "patc
     """
     patch = arange(n_patches(grid))
     return patch // grid[1], patch % grid[1]
+
+
+def patch_edges(n_pixels: int, n_patches: int) -> Int[np.ndarray, "edge"]:
+    """Where the patches of one side of an image begin and end.
+
+    A side need not be a whole number of patches: a model leaves pixels over or fills them up, and patches may overlap.
+    Then a patch is taken to be as wide as the step from one to the next, to the nearest pixel; pixels behind the last
+    patch belong to none.
+
+    Args:
+        n_pixels: Length of the side.
+        n_patches: Patches along it.
+
+    Returns:
+        Growing [patch + 1]: patch i has the pixels edges[i] .. edges[i + 1] - 1, at least one.
+    """
+    width = max(1, round(n_pixels / n_patches))
+    if width * (n_patches - 1) >= n_pixels:
+        width = max(1, n_pixels // n_patches)
+    return np.asarray(np.minimum(np.arange(n_patches + 1) * width, n_pixels))
+
+
+def pixels_moved(
+    size: tuple[int, int], cells: Grid, sources: Int[np.ndarray, "image cell"], grid: Grid | None = None
+) -> Int[np.ndarray, "image pixel"]:
+    """From which pixel each pixel of an image comes whose cells change places.
+
+    Args:
+        size: Rows and columns of pixels.
+        cells: Rows and columns of cells.
+        sources: The cell that each place shows.
+        grid: Rows and columns of patches, of which every cell holds the same number; None: a cell is a patch.
+
+    Returns:
+        Indices of pixels, row by row; pixels that belong to no cell stay. Where cells are not alike in size, a narrow
+        one shows the beginning of a wide one.
+    """
+    places = []  # of rows, then of columns: the cell of each pixel, and how far it lies in it
+    edges = []
+    for n_pixels, n_cells, n in zip(size, cells, cells if grid is None else grid, strict=True):
+        edge = patch_edges(n_pixels, n)[:: n // n_cells]
+        cell = np.searchsorted(edge, np.arange(n_pixels), side="right") - 1
+        edges.append(edge)
+        places.append((cell, np.arange(n_pixels) - edge[cell]))
+    (row, down), (column, right) = places
+    inside = (row < cells[0])[:, None] & (column < cells[1])[None, :]
+    flat = np.minimum(row, cells[0] - 1)[:, None] * cells[1] + np.minimum(column, cells[1] - 1)[None, :]
+    source = sources[:, flat]
+    top, left = source // cells[1], source % cells[1]
+    from_row = edges[0][top] + np.minimum(down[:, None], np.diff(edges[0])[top] - 1)
+    from_column = edges[1][left] + np.minimum(right[None, :], np.diff(edges[1])[left] - 1)
+    own = np.arange(size[0] * size[1]).reshape(size)
+    moved = np.where(inside, from_row * size[1] + from_column, own)
+    return np.asarray(moved.reshape(len(sources), -1))
 
 
 def distances(grid: Grid) -> Float[np.ndarray, "patch other"]:

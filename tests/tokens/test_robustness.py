@@ -344,3 +344,45 @@ def test_every_selection_loses_by_every_means_in_the_same_amounts():
 def test_all_patches_cannot_be_lost():
     with pytest.raises(UsageError, match="less than 1"):
         patches_to_drop(np.zeros((1, 4), dtype=int), 1.0)
+
+
+@pytest.fixture(scope="module")
+def overlapping():
+    """Patches of 8 pixels, 4 apart: 14 of them along a side of 60 pixels, which is no multiple of 14."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=56, patch_size=4, depth=2, embed_dim=24, num_heads=2, num_classes=7
+    )
+    model.patch_embed.proj = torch.nn.Conv2d(3, 24, 8, stride=4)
+    model.patch_embed.img_size, model.patch_embed.strict_img_size = None, False
+    return open_vit(model.eval(), image_size=60, mean=0.5, std=0.5)
+
+
+def test_patches_that_overlap_are_painted_a_step_wide(overlapping):
+    assert overlapping.anatomy.blocks[0].grid == (14, 14)
+    images = torch.rand(1, 3, 60, 60)
+    lost = np.zeros((1, 196), dtype=bool)
+    lost[0, [0, 14 * 3 + 5, 195]] = True
+    changed = (paint(images, lost, (14, 14), "black", overlapping.preprocessing) != images).any(1)[0].numpy()
+    expected = np.zeros((60, 60), dtype=bool)
+    expected[:4, :4] = expected[12:16, 20:24] = expected[52:56, 52:56] = True
+    assert (changed == expected).all()
+
+
+def test_occlusion_and_shuffling_go_through_where_patches_overlap(overlapping):
+    images, numbers = torch.rand(2, 3, 60, 60), [0, 1]
+    probes = [Occlusion("random", "mean", 0.5), *(Shuffling(cells) for cells in cells_that_divide((14, 14)))]
+    salience = np.random.default_rng(0).random((2, 196))
+    found = respond(overlapping, images, np.array([1, 2]), salience, numbers, probes)
+    assert len(found) == 4
+    for probe, response in zip(probes[1:], found[1:], strict=True):
+        edited = images.clone()
+        side = 56 // probe.cells
+        for image, places in enumerate(cell_permutations(probe.cells, numbers)):
+            for place, source in enumerate(places):
+                (down, right), (top, left) = divmod(place, probe.cells), divmod(int(source), probe.cells)
+                edited[image, :, down * side : (down + 1) * side, right * side : (right + 1) * side] = images[
+                    image, :, top * side : (top + 1) * side, left * side : (left + 1) * side
+                ]
+        expected = overlapping.logits(edited).softmax(-1)[[0, 1], [1, 2]]
+        assert_allclose(response.probability, expected, rtol=1e-5)

@@ -207,10 +207,10 @@ def overlaid(photo: Picture, values: Float[np.ndarray, "patch"], grid: tuple[int
     Returns:
         Red, green, blue of each pixel, 0 to 1.
     """
-    rows, columns = photo.shape[0] // grid[0], photo.shape[1] // grid[1]
     low, high = float(values.min()), float(np.quantile(values, top))
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1).reshape(grid)
-    share = np.kron(scaled, np.ones((rows, columns)))[: photo.shape[0], : photo.shape[1], None]
+    row, column = (np.arange(n_pixels) * n // n_pixels for n_pixels, n in zip(photo.shape, grid, strict=False))
+    share = scaled[row[:, None], column, None]
     grey = PAPER + (1 - PAPER) * photo.mean(axis=-1, keepdims=True)
     return np.asarray(grey * (1 - OPACITY * share) + OPACITY * share * np.array(mpl.colors.to_rgb(MARK)))
 

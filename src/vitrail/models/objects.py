@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from vitrail.grid import patch_edges
 from vitrail.models.preprocessing import Preprocessing
 
 __all__ = ["coverage", "in_view", "object_share", "object_shares", "patch_objects"]
@@ -43,18 +44,21 @@ def coverage(ids: Ids, grid: tuple[int, int]) -> tuple[Int[np.ndarray, "object"]
     """The ids of all objects, and the share of each patch that each of them covers.
 
     Args:
-        ids: [row column] of the view; pixels beyond whole patches are left out, as the model leaves them out.
+        ids: [row column] of the view; pixels behind the last patch are left out.
         grid: rows and columns of patches.
 
     Returns:
         The ids [object], growing, and the shares [object patch], 0 to 1.
     """
-    rows, columns = grid
-    height, width = ids.shape[0] // rows, ids.shape[1] // columns
-    cells = ids[: rows * height, : columns * width].reshape(rows, height, columns, width)
+    below, across = (patch_edges(n_pixels, n) for n_pixels, n in zip(ids.shape, grid, strict=True))
+    inside = ids[: below[-1], : across[-1]]
+    areas = np.outer(np.diff(below), np.diff(across))
     found = np.unique(ids[ids > 0])
-    shares = [(cells == each).mean(axis=(1, 3)).reshape(-1) for each in found]
-    return found, np.stack(shares) if shares else np.zeros((0, rows * columns))
+    shares = np.zeros((len(found), grid[0] * grid[1]))
+    for row, each in enumerate(found):
+        by_row = np.add.reduceat(inside == each, below[:-1], axis=0, dtype=np.int64)
+        shares[row] = (np.add.reduceat(by_row, across[:-1], axis=1) / areas).reshape(-1)
+    return found, shares
 
 
 def object_share(ids: Ids, grid: tuple[int, int]) -> Float[np.ndarray, "patch"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrail.errors import Unsupported, UsageError
-from vitrail.grid import Grid, positions
+from vitrail.grid import Grid, patch_edges, pixels_moved, positions
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
 from vitrail.models.preprocessing import Preprocessing
@@ -34,6 +34,7 @@ __all__ = [
     "all_probes",
     "cell_permutations",
     "drop_orders",
+    "move_pixels",
     "paint",
     "patch_sources",
     "patches_to_drop",
@@ -176,33 +177,49 @@ def paint(
     Returns:
         New images.
     """
-    rows, columns = images.shape[2] // grid[0], images.shape[3] // grid[1]
     if colour == "black":
         values = [-mean / std for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)]
         fill = torch.tensor(values, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
     else:
         fill = images.float().mean((2, 3), keepdim=True).to(images)
-    mask = torch.as_tensor(lost, device=images.device).view(-1, 1, *grid)
-    return torch.where(mask.repeat_interleave(rows, 2).repeat_interleave(columns, 3), fill, images)
+    mask = lost.reshape(-1, 1, *grid)
+    for axis in (2, 3):
+        widths = np.diff(patch_edges(images.shape[axis], grid[axis - 2]))
+        mask = mask.repeat(widths, axis)
+        beyond = [(0, (images.shape[axis] - widths.sum()) * (each == axis)) for each in range(mask.ndim)]
+        mask = np.pad(mask, beyond)
+    return torch.where(torch.as_tensor(mask, device=images.device), fill, images)
 
 
-def shuffle(images: Images, cells: int, permutations: Int[np.ndarray, "image cell"]) -> Images:
+def shuffle(
+    images: Images, cells: int, permutations: Int[np.ndarray, "image cell"], grid: Grid | None = None
+) -> Images:
     """Cuts images into cells and lets these change places.
 
     Args:
-        images: Prepared images, whose sides are multiples of `cells`.
+        images: Prepared images.
         cells: Cells along a side.
         permutations: The cell that each place of the result shows.
+        grid: (rows, columns) of patches, which `cells` divides; None cuts the whole image.
 
     Returns:
         New images.
     """
-    height, width = images.shape[2] // cells, images.shape[3] // cells
-    cut = images.unflatten(3, (cells, width)).unflatten(2, (cells, height)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    index = torch.as_tensor(permutations, device=images.device)
-    moved = cut[torch.arange(len(images), device=images.device)[:, None], index]
-    result: Tensor = moved.unflatten(1, (cells, cells)).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
-    return result
+    return move_pixels(images, pixels_moved((images.shape[2], images.shape[3]), (cells, cells), permutations, grid))
+
+
+def move_pixels(images: Images, sources: Int[np.ndarray, "image pixel"]) -> Images:
+    """Images whose pixels show others of the same image.
+
+    Args:
+        images: Prepared images.
+        sources: The pixel that each shows, row by row.
+
+    Returns:
+        New images.
+    """
+    index = torch.as_tensor(sources, device=images.device)[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, index).view(images.shape)
 
 
 def patch_sources(
@@ -351,8 +368,13 @@ def _run_masked(
     edits: Sequence[Edit] = (),
 ) -> Float[Tensor, "image class"]:
     """Nobody attends to the lost patches, in any layer."""
-    masks = list(edits)
+    masks, n_tokens = list(edits), tap.anatomy.blocks[0].tokens
     for layer, block in enumerate(tap.anatomy.blocks):
+        if {block.tokens, *(n for call in block.calls for n in (call.queries, call.keys))} != {n_tokens}:
+            raise Unsupported(
+                f"Patches can be taken out only where all layers attend between the same tokens; L0 is given {n_tokens}"
+                f", and L{layer} attends to {block.calls[-1].keys}; paint them."
+            )
         bias = torch.zeros((len(lost), 1, 1, block.tokens), device=replay.images.device)
         bias[:, 0, 0, block.prefix :].masked_fill_(torch.as_tensor(lost, device=bias.device), -torch.inf)
         masks.append(Edit(layer, bias=bias.expand(-1, -1, block.tokens, -1)))
@@ -455,7 +477,7 @@ class _Prober:
                 layer, tokens, lambda grid: _shuffle_pairs(permutations, cells, grid)
             )
         )
-        return self._response(self._tap.read(shuffle(self._images, cells, permutations), readers))
+        return self._response(self._tap.read(shuffle(self._images, cells, permutations, self._grid), readers))
 
     def _compare(self, layer: int, tokens: Tensor, pairs_on: Callable[[Grid], _Pairs | None]) -> None:
         """Drift of one layer. NaN where its tokens lie on no grid, or on one that the edit does not cut evenly."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitrail.contract.outlook import require_finite
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import Unsupported, UsageError
-from vitrail.grid import Grid, boxes_of_sides, window_masks
+from vitrail.grid import Grid, boxes_of_sides, pixels_moved, window_masks
 from vitrail.heads.importance import model_metrics
 from vitrail.heads.metrics import one_minus_cosine
 from vitrail.heads.regions import Mode, mode_edits
@@ -25,7 +25,7 @@ from vitrail.tap.edits import Edit
 from vitrail.tap.layer_maps import LayerMaps
 from vitrail.tap.tap import Readers, Replay, Tap
 from vitrail.tokens.levels import block_returned
-from vitrail.tokens.robustness import paint, run_without
+from vitrail.tokens.robustness import move_pixels, paint, run_without
 from vitrail.what_if.arrays import ARRAYS
 from vitrail.what_if.changes import (
     HOW,
@@ -230,16 +230,8 @@ def _change_patches(
     sources = np.arange(len(mask))
     places = np.flatnonzero(mask)
     sources[places] = np.random.default_rng(seed).permutation(places)
-    return replace(_record(state.tap, _rearrange(pixels, sources, grid), words), sources=sources)
-
-
-def _rearrange(pixels: Tensor, sources: Int[np.ndarray, "patch"], grid: Grid) -> Tensor:
-    """Each patch shows the pixels of its source."""
-    rows, columns = pixels.shape[2] // grid[0], pixels.shape[3] // grid[1]
-    cut = pixels.unflatten(3, (grid[1], columns)).unflatten(2, (grid[0], rows)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    moved = cut[:, torch.as_tensor(sources, device=pixels.device)]
-    result: Tensor = moved.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).reshape(pixels.shape)
-    return result
+    moved = move_pixels(pixels, pixels_moved((pixels.shape[2], pixels.shape[3]), grid, sources[None]))
+    return replace(_record(state.tap, moved, words), sources=sources)
 
 
 def _window_bias(vit: Vit, move: WindowMove, lost: Bool[np.ndarray, "patch"] | None) -> Float[Tensor, "head query key"]:
