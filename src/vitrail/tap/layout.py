@@ -301,6 +301,8 @@ def main_output(
 ) -> tuple[Tensor, BatchAxis | None] | None:
     """The tokens among what a block returns: the largest tensor, with as many axes as it was given if there is one.
 
+    Tokens of parts of an image (the pixels of each patch in TNT), which may be larger, only if there is no other.
+
     Args:
         leaves: All that the block returns.
         axes: The batch dimension of each leaf; a leaf without one holds no tokens.
@@ -315,5 +317,6 @@ def main_output(
         for leaf, batch in zip(leaves, axes, strict=True)
         if batch and leaf.ndim >= MIN_TOKEN_AXES and tuple(leaf.shape[-3:]) not in maps
     ]
-    fitting = [each for each in tensors if each[0].ndim == layout.n_axes]
-    return max(fitting or tensors, key=lambda each: each[0].numel(), default=None)
+    tensors = [each for each in tensors if each[0].ndim == layout.n_axes] or tensors
+    tensors = [each for each in tensors if each[1].per_image == 1] or tensors
+    return max(tensors, key=lambda each: each[0].numel(), default=None)

@@ -485,8 +485,10 @@ class Tap:
             return
         with torch._C.DisableTorchFunction():
             layout = block.output_layout
-            fitting = [leaf for leaf in tokens if leaf.ndim == layout.n_axes and not _is_map(leaf, block)]
-            main = max(fitting or tokens, key=lambda leaf: leaf.numel())
+            tokens = tuple(leaf for leaf in tokens if leaf.ndim == layout.n_axes and not _is_map(leaf, block)) or tokens
+            parts = _parts_of_images(output, block)
+            tokens = tuple(leaf for leaf in tokens if id(leaf) not in parts) or tokens
+            main = max(tokens, key=lambda leaf: leaf.numel())
             read(index, layout.canonical(main) if main.ndim == layout.n_axes else main)
 
     def _wrap_native(self, module: nn.Module) -> None:
@@ -694,6 +696,16 @@ def _reader_errors() -> Iterator[None]:
 def _is_map(leaf: Tensor, block: Block) -> bool:
     """Whether a block hands on one of its attention maps, which are larger than its tokens."""
     return any(tuple(leaf.shape[-3:]) == (call.heads, call.queries, call.keys) for call in block.calls)
+
+
+def _parts_of_images(output: Any, block: Block) -> set[int]:
+    """The tensors of a block's output that have several rows for each image, such as the pixels of each patch."""
+    leaves = tree_flatten(output)[0]
+    return {
+        id(leaf)
+        for leaf, batch in zip(leaves, block.outputs, strict=False)
+        if batch is not None and batch.per_image > 1
+    }
 
 
 def _token_tensors(tree: Any) -> tuple[Tensor, ...]:
