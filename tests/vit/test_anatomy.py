@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 from torch.nn.attention import flex_attention
 
-from vitrail.contract.check import describe
+from vitrail.contract.check import check_vit, describe
 from vitrail.contract.tiny_models.from_timm import shallow
 from vitrail.errors import NoAttention, Unsupported
 from vitrail.models.open import open_vit
@@ -19,6 +20,21 @@ from vitrail.tap.maps import MapSource
 
 def _shape(anatomy):
     return list(dict.fromkeys((block.kind, block.prefix, block.grid) for block in anatomy.blocks))
+
+
+def test_a_class_token_beside_patches_that_are_pooled_on_the_way_is_no_patch():
+    torch.manual_seed(0)
+    configuration = MultiScaleVitCfg(depths=(1, 2, 1, 1), embed_dim=16, use_cls_token=True)
+    vit = open_vit(MultiScaleVit(configuration, img_size=64, num_classes=7).eval(), image_size=64)
+    assert [(block.tokens, block.prefix, block.grid) for block in vit.anatomy.blocks] == [
+        (257, 1, (16, 16)),
+        (257, 1, (16, 16)),
+        (65, 1, (8, 8)),
+        (65, 1, (8, 8)),
+        (17, 1, (4, 4)),
+    ]
+    finding = check_vit(vit, quick=True).finding("maps on the grid")
+    assert "L1: patches are put together before they attend" in finding.sentence  # to 65 tokens
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from timm.models.nest import Nest
+from timm.models.pit import PoolingVisionTransformer
 from torch import nn
 
 from vitrail import run_study
@@ -234,3 +235,45 @@ def test_a_study_keeps_the_number_of_a_layer_whose_attention_is_hidden(fresh, tm
     divergence = study["head_divergence"].values
     assert_array_equal(np.isfinite(divergence).all((0, 2)), [True, False, True])
     assert_array_equal(np.isnan(divergence[:, 1]), True)
+
+
+class _RoundedByBatch(nn.Module):
+    """Answers that move a little on large batches, as convolutions do whose kernels sum otherwise there."""
+
+    def __init__(self, model: nn.Module, by: float) -> None:
+        super().__init__()
+        self.model, self.by = model, by
+
+    def forward(self, images):
+        logits = self.model(images)
+        return logits * (1 + self.by * (len(logits) > 4))
+
+
+def test_answers_that_move_with_the_batch_break_no_promise_and_it_is_said(fresh):
+    finding = check_vit(open_vit(_RoundedByBatch(fresh(VIT), 3e-5), image_size=64)).finding("heads batched")
+    assert finding.holds is True
+    assert 2e-5 < finding.figure < 4e-5
+    assert "your model's own answers differ by 3e-05 on a batch 3 times as large" in finding.sentence
+
+
+def test_heads_that_mix_on_a_batch_are_broken_though_answers_move_with_the_batch(fresh, monkeypatch):
+    vit = open_vit(_RoundedByBatch(fresh(VIT), 3e-5), image_size=64)
+    correct = Tap.run_from
+
+    def mixed(self, layer, replay, edits=(), copies=1, **options):
+        logits = correct(self, layer, replay, edits, copies, **options)
+        return logits.roll(1, 0) if copies > 1 else logits
+
+    monkeypatch.setattr(Tap, "run_from", mixed)
+    assert check_vit(vit).finding("heads batched").holds is False
+
+
+def test_attention_that_is_not_understood_is_not_called_one_between_channels():
+    model = PoolingVisionTransformer(
+        img_size=64, patch_size=8, stride=4, base_dims=(12, 12, 12), depth=(1, 1, 1), heads=(2, 4, 4), num_classes=7
+    )
+    vit = open_vit(_spread(model), image_size=64)
+    assert {block.kind for block in vit.anatomy.blocks} == {"unknown"}  # a stage of one block, given two tensors
+    for name in ("rows sum to 1", "weights @ v"):
+        sentence = check_vit(vit, quick=True).finding(name).sentence
+        assert sentence == "L0-L2 attend in a way that is not understood, so there are no maps"

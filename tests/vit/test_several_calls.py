@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from numpy.testing import assert_allclose
+from timm.models.tnt import TNT
 from torch import nn
 
 from vitrail.contract.check import check_vit
@@ -199,7 +200,12 @@ def test_attention_inside_patches_and_between_them_gives_heads_of_both():
     vit, images = open_vit(model, image_size=64), torch.randn(2, 3, 64, 64)
     assert vit.n_heads == (10, 10)
     assert (vit.anatomy.blocks[1].grid, vit.anatomy.blocks[1].prefix) == ((4, 4), 1)
-    assert check_vit(vit, quick=True).ok
+    report = check_vit(vit, quick=True)
+    assert report.ok
+    assert report.finding("maps on the grid").sentence == (
+        "all 2 layers have maps that join patches; "
+        "not those of L0-L1 H0-H3: which tokens are in a window could not be found"
+    )
     arrays = measure_image(vit, images, ["head_probability", "attention_strength"])[0]
     label = model(images).argmax(-1)
     for head, projection, columns in ((1, "attn_in", slice(6, 12)), (5, "attn_out", slice(64, 128))):
@@ -210,6 +216,21 @@ def test_attention_inside_patches_and_between_them_gives_heads_of_both():
         assert_allclose(arrays["head_probability"][:, 1, head], probability.numpy(), rtol=1e-4, err_msg=projection)
     assert np.isfinite(arrays["attention_strength"][:, :, 4:]).all()  # those inside patches join no two patches
     assert np.isnan(arrays["attention_strength"][:, :, :4]).all()
+
+
+def test_the_tokens_of_a_layer_are_those_of_the_image_where_it_also_returns_those_of_its_patches():
+    model = TNT(img_size=64, embed_dim=24, inner_dim=12, depth=2, num_heads_inner=2, num_heads_outer=2, num_classes=5)
+    vit = open_vit(model.eval(), image_size=64, mean=0.5, std=0.5)
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    returned, found = [], {}
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: returned.append(output))
+    with torch.no_grad():
+        model(images)
+    vit.tap().read(images, Readers(output=found.__setitem__))
+    for layer, (pixels, patches) in enumerate(returned[:2]):
+        assert pixels.numel() > patches.numel()
+        assert_allclose(found[layer].detach(), patches, atol=1e-6)
 
 
 def test_heads_of_several_attention_modules_are_removed_each_from_its_own(parallel):

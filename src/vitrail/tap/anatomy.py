@@ -491,14 +491,15 @@ class _Describer:
         shape = run.inputs[main].shape
         if layout.order in ("NHWC", "NCHW"):
             return (shape[1], shape[2]) if layout.order == "NHWC" else (shape[2], shape[3])
-        pair = _integer_pair(run.inputs, tokens)
+        prefix = previous.prefix if previous is not None else 0
+        pair = _integer_pair(run.inputs, tokens) or _integer_pair(run.inputs, tokens - prefix)
         if pair:
             return pair
         if previous is not None and previous.grid:
             halved = ((previous.grid[0] + 1) // 2, (previous.grid[1] + 1) // 2)
             if previous.tokens == tokens:
                 return previous.grid
-            if previous.kind == "pooled" and halved[0] * halved[1] == tokens:
+            if previous.kind == "pooled" and halved[0] * halved[1] in (tokens, tokens - prefix):
                 return halved
         inside = tuple(f"{unit.path}." for unit in self.units if unit)
         most = max(_MAX_PREFIX, int(tokens * _MAX_PREFIX_SHARE))
