@@ -12,6 +12,7 @@ import vitrail
 from synthetic_study import write_beside, write_study
 from vitrail.app import create_app
 from vitrail.comparison.findings import comparison_findings
+from vitrail.study.store import open_study
 
 HOME = "http://127.0.0.1:8765"
 
@@ -47,7 +48,27 @@ def test_the_answers_are_those_of_the_library(client: TestClient, studies: tuple
     assert_allclose(one["differences"]["attention_distance"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["1", "-1", "9" * 30, "0/nonsense", "0/image/30", "0/change%2F..", "0/image_b"])
+def test_what_the_other_study_holds_of_an_image_is_found_by_its_digest(
+    client: TestClient, studies: tuple[Path, Path]
+) -> None:
+    path = "/api/compare/0/image/7/attention_distance"
+    ids = [list(open_study(folder)["image"].values) for folder in studies]
+    row = open_study(studies[1])["attention_distance"].values[ids[1].index(ids[0][7])]
+    answer = client.get(path)
+    assert answer.headers["x-dims"] == "layer,head"
+    assert_allclose(np.frombuffer(answer.content, np.float32).reshape(row.shape), row)
+    of_head = client.get(f"{path}?head=2")
+    assert_allclose(np.frombuffer(of_head.content, np.float32), row[:, 2])
+    assert client.get(f"{path}?head=99").status_code == 404
+    other = client.get("/api/compare/0").json()["other"]
+    assert "attention_distance" in other["measures"]
+    assert other["grids"] == client.get("/api/study").json()["grids"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["1", "-1", "9" * 30, "0/nonsense", "0/image/30", "0/change%2F..", "0/image_b", "0/image/0/no", "0/image/30/label"],
+)
 def test_what_is_not_there_is_refused(client: TestClient, path: str) -> None:
     answer = client.get(f"/api/compare/{path}")
     assert answer.status_code == 404

@@ -12,8 +12,13 @@ from vitrail.app import create_app
 from vitrail.app.export import NOT_RECORDED, RECORDED, export_page
 from vitrail.app.static_files import built_page
 
-NOT_PLANTED = {"/api/patterns", "/api/patterns/{image}", "/api/patterns/map/{kind}"}
-"""What a planted study does not hold; the browser's tests open files with patterns."""
+NOT_PLANTED = {
+    "/api/patterns",
+    "/api/patterns/{image}",
+    "/api/patterns/map/{kind}",
+    "/api/compare/{study}/image/{image}/{measure}",
+}
+"""What a planted study does not hold: patterns, measures of patches. The browser's tests open files with patterns."""
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
+from numpy.testing import assert_allclose
 from playwright.sync_api import expect
 from served import Visit, becomes, chosen_head, held, value
 
 import vitrail
-from synthetic_study import write_beside, write_study
+from synthetic_study import photograph, write_beside, write_study
+from vitrail import open_study, open_vit, run_study
 from vitrail.app import create_app
 
 
@@ -53,3 +57,35 @@ def test_without_another_study_the_tab_says_once_how_to_have_one(visit: Visit, s
     page = visit("?tab=compare", url=serving(create_app(studies[0])))
     expect(page.locator("[data-missing]")).to_have_count(1)
     expect(page.locator("[data-missing] code")).to_have_text("vitrail open study --with OTHER_STUDY")
+
+
+def test_one_photograph_is_shown_with_the_same_overlay_from_both_in_one_scale(
+    visit: Visit, serving, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        photograph(number, 0).save(tmp_path / "photos" / f"{number}.png")
+    folders = []
+    for seed, patch in enumerate((8, 16)):
+        torch.manual_seed(seed)
+        shape = {"img_size": 64, "patch_size": patch, "depth": 2 + 2 * seed, "embed_dim": 24, "num_heads": 2}
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape).eval()
+        vit = open_vit(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+        folders.append(tmp_path / f"study{seed}")
+        run_study(vit, tmp_path / "photos", out=folders[-1], measures="token_norm,probability", batch_size=4)
+    page = visit("?tab=compare&image=5&layer=1", url=serving(create_app(folders[0], others=folders[1:])))
+    view = page.locator("[data-view=same-photograph]")
+    page.wait_for_selector("[data-view=same-photograph] figure svg[data-overlay=weights]")
+    expect(view.locator("figure")).to_have_count(2)
+    expect(view.get_by_label("Overlay of both")).to_have_value("token_norm")
+    norms = [open_study(folder)["token_norm"].sel(image="5.png").values for folder in folders]
+    patches = [norms[0][1, 1:], norms[1][3, 1:]]  # the last layer of both: 2 and 4 layers
+    assert [view.locator("figure").nth(side).get_attribute("data-layer") for side in (0, 1)] == ["1", "3"]
+    floor, top = (
+        float(view.locator(f"[data-{end}]").get_attribute(f"data-{end}") or "nan") for end in ("floor", "top")
+    )
+    assert_allclose([floor, top], [min(map(np.min, patches)), max(map(np.max, patches))], rtol=1e-5)
+    read = "e => [...e.getContext('2d').getImageData(0, 0, e.width, e.height).data].filter((_, i) => i % 4 == 3)"
+    for side, values in enumerate(patches):
+        opacity = np.array(view.locator("figure canvas").nth(side).evaluate(read))
+        assert_allclose(opacity / 255, 0.88 * (values - floor) / (top - floor), atol=0.006)

@@ -39,6 +39,7 @@ ROUTES = (
     "/api/compare",
     "/api/compare/0",
     "/api/compare/0/image/0",
+    "/api/compare/0/image/0/probability",
     "/api/compare/0/change",
     "/thumb/0",
     "/photo/0",

@@ -171,6 +171,12 @@ export const compared = (other: number, variable: string): Promise<NamedArray> =
 export const comparedImage = (other: number, image: string): Promise<ComparedImage> =>
   once(`compare ${other} ${image}`, async () => (await ask(`/api/compare/${other}/image/${image}`)).json());
 
+/** What the other study holds of an image of this one; of one head where it is given. */
+export function comparedArray(other: number, image: string, measure: string, head?: number): Promise<NamedArray> {
+  const path = `/api/compare/${other}/image/${image}/${measure}${query({ head })}`;
+  return once(path, async () => named(await ask(path)));
+}
+
 /** Where each image lies on a map. */
 export async function imageMap(name: string): Promise<Float32Array> {
   const path = `/api/maps/${name}`;

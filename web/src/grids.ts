@@ -47,6 +47,10 @@ export function movedPatch(patch: number, from: [number, number], to: [number, n
   return row * to[1] + Math.floor(((patch % from[1]) * to[1]) / from[1]);
 }
 
+/** The layer of a model with `to` layers that is as deep as one of a model with `from`. */
+export const layerAtDepth = (layer: number, from: number, to: number): number =>
+  from > 1 ? Math.round((layer * (to - 1)) / (from - 1)) : to - 1;
+
 /** The token that a page begins with: the first before the patches, or the middle patch of a model without any. */
 export const firstToken = (about: Study, layer: number): number =>
   about.prefixes[layer] ? 0 : chosenPatch(about, layer, -1);

@@ -172,6 +172,8 @@ export interface Comparison {
   alpha: number;
   labels: string;
   left_out: Record<string, string>;
+  /** Where the tokens of the other study lie, and the measures that it holds of each image. */
+  other: Pick<Study, "grids" | "prefixes" | "class_token" | "n_heads"> & { measures: string[] };
   depth: number[];
   findings: Sentence[];
   measures: ComparedMeasure[];

@@ -5,7 +5,18 @@ import { stems } from "../src/charts/stems";
 import { mapLayout, numberLayout } from "../src/charts/cells";
 import { amongPatches, evenly, headPaint, MeanMaps, topOf } from "../src/headmaps.svelte";
 import { betweenPatches } from "../src/overlays/attention";
-import { directionColour, flow, isBlank, longest, MOST, opacity, pixels, sharedTop } from "../src/overlays/paint";
+import { layerAtDepth } from "../src/grids";
+import {
+  directionColour,
+  flow,
+  inOneScale,
+  isBlank,
+  longest,
+  MOST,
+  opacity,
+  pixels,
+  sharedTop,
+} from "../src/overlays/paint";
 import { chosenOverlay, listed } from "../src/overlays/registry";
 import type { Overlay } from "../src/overlays/overlay";
 import { stored, storedOverlays } from "../src/overlays/stored";
@@ -197,4 +208,31 @@ test("a flow has the hue of its direction, and fades with its length", () => {
   expect(longest(xy)).toBe(5);
   expect([...flow(xy, 5).alpha]).toEqual([1, 0, 0.5, 0]);
   expect(longest(Float32Array.from([0.1, 0]))).toBe(0.5);
+});
+
+test("two overlays of weights get one scale, other kinds and missing ones stay", () => {
+  const weights = (floor: number, top: number) => ({
+    kind: "weights" as const,
+    grid: [1, 1] as [number, number],
+    what: "",
+    values: new Float32Array([top]),
+    floor,
+    top,
+    floorName: "",
+    unit: "",
+    prefix: [],
+  });
+  const [one, two] = inOneScale([weights(0.2, 1), weights(0, 0.5)]);
+  expect([one, two].map((paint) => paint?.kind === "weights" && [paint.floor, paint.top])).toEqual([
+    [0, 1],
+    [0, 1],
+  ]);
+  const marks = { kind: "marks" as const, grid: [1, 1] as [number, number], what: "", on: new Uint8Array([1]) };
+  expect(inOneScale([undefined, marks])).toEqual([undefined, marks]);
+});
+
+test("layers of two models stand side by side at the same depth", () => {
+  expect([0, 5, 11].map((layer) => layerAtDepth(layer, 12, 24))).toEqual([0, 10, 23]);
+  expect([0, 2, 3].map((layer) => layerAtDepth(layer, 4, 2))).toEqual([0, 1, 1]);
+  expect(layerAtDepth(0, 1, 6)).toBe(5);
 });

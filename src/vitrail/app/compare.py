@@ -3,6 +3,7 @@
     GET /api/compare                          the studies that were handed over, by name
     GET /api/compare/{study}                  what differs: sentences, a table of measures, the images that changed most
     GET /api/compare/{study}/image/{image}    every measure of one image in both
+    GET /api/compare/{study}/image/{image}/{measure}   what the other study holds of the image; of one head: ?head=
     GET /api/compare/{study}/{variable}       one variable of `vitrail.compare`, as numbers
 
 `{study}` counts the studies of `--with` from 0. A comparison resamples images and deals out signs, which takes seconds,
@@ -20,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrail.app.answers import binary, json_answer
+from vitrail.app.answers import binary, json_answer, parse_index
 from vitrail.app.once import Once
 from vitrail.app.study_arrays import MAX_INDEX_DIGITS
 from vitrail.comparison import compare, open_pair
@@ -67,6 +68,15 @@ def routes(state: "AppState") -> list[Route]:
         index = state.image_index(request.path_params["image"])
         return json_answer(await run_in_threadpool(lambda: _of_image(*comparison_of(request), index)))
 
+    async def other_array(request: Request) -> Response:
+        index = state.image_index(request.path_params["image"])
+        pair, _ = await run_in_threadpool(comparison_of, request)
+        values = _of_other(pair, index, request.path_params["measure"])
+        if "head" in values.dims and "head" in request.query_params:
+            values = values.isel(head=parse_index(request, "head", values.sizes["head"]))
+        numbers = await run_in_threadpool(values.to_numpy)
+        return binary([str(dim) for dim in values.dims], numbers)
+
     async def variable(request: Request) -> Response:
         name = request.path_params["variable"]
         _, compared = await run_in_threadpool(comparison_of, request)
@@ -79,6 +89,7 @@ def routes(state: "AppState") -> list[Route]:
         Route("/api/compare", studies),
         Route("/api/compare/{study}", differences),
         Route("/api/compare/{study}/image/{image}", image),
+        Route("/api/compare/{study}/image/{image}/{measure}", other_array),
         Route("/api/compare/{study}/{variable}", variable),
     ]
 
@@ -111,6 +122,13 @@ def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
         "alpha": ALPHA,
         "labels": attrs["labels"],
         "left_out": attrs["left_out"],
+        "other": {
+            "grids": pair.b.plan.grids,
+            "prefixes": pair.b.plan.prefixes,
+            "class_token": pair.b.plan.class_token,
+            "n_heads": pair.b.plan.n_heads,
+            "measures": [name for name, values in pair.b.data.data_vars.items() if values.dims[:1] == ("image",)],
+        },
         "depth": _numbers(compared["depth"].to_numpy()) if "depth" in compared.coords else [],
         "findings": [Sentence.of(each).to_json() for each in comparison_findings(compared)],
         "measures": [_measure(compared, name) for name in measures_by_effect(compared)],
@@ -148,6 +166,16 @@ def _of_image(pair: Pair, compared: xr.Dataset, image: int) -> Mapping[str, Any]
         "same": _same(compared, at),
         "differences": {name: _number(float(value)) for name, value in zip(names, values, strict=True)},
     }
+
+
+def _of_other(pair: Pair, image: int, measure: str) -> xr.DataArray:
+    """What the other study holds of an image of the one that is open, not yet read."""
+    rows = np.flatnonzero(pair.a.rows == image)
+    if not len(rows):
+        raise HTTPException(404, "This image is not among those that both studies have and that were compared.")
+    if measure not in pair.b.data.data_vars or pair.b.data[measure].dims[:1] != ("image",):
+        raise HTTPException(404, f"The other study holds no measure {measure[:60]!r} of its images.")
+    return pair.b.data[measure].isel(image=int(pair.b.rows[rows[0]]))
 
 
 def _same(compared: xr.Dataset, at: int) -> bool | None:

@@ -59,6 +59,7 @@ RECORDED = (
     "/api/live/maps/{image}",
     "/api/compare/{study}",
     "/api/compare/{study}/image/{image}",
+    "/api/compare/{study}/image/{image}/{measure}",
     "/api/compare/{study}/{variable}",
     "/thumb/{image}",
     "/photo/{image}",
@@ -77,6 +78,9 @@ NOT_RECORDED = {
     "/api/compare": "the description of the study names the others",
 }
 """The other routes, each with the reason. Every route of the application stands in one of the two lists."""
+
+OF_PATCHES = (("layer", "patch"), ("layer", "token"), ("layer", "patch", "xy"), ("layer", "patch", "side"))
+"""Dimensions of the measures that lie over a photograph, beside `image`."""
 
 CODES = 255
 
@@ -178,7 +182,7 @@ class _Recorder:
             await self._record(f"/api/maps/{each['name']}")
         thumbnails = await self._thumbnails()
         maps = await self._record_attention(chosen)
-        await self._record_comparisons()
+        await self._record_comparisons(chosen)
         reason = f"This page is a file without the model behind it. Open the study: vitrail open {study['name']}"
         study |= {
             "live": {"state": "none", "reason": reason},
@@ -306,7 +310,7 @@ class _Recorder:
                 )
         return sum(each.size for each in layers)
 
-    async def _record_comparisons(self) -> None:
+    async def _record_comparisons(self, images: Sequence[int]) -> None:
         for number in range(len(self.state.others)):
             path = f"/api/compare/{number}"
             comparison = json.loads(await self._record(path))
@@ -319,6 +323,10 @@ class _Recorder:
                         await self._record(f"{path}/{measure['name']}_head_{suffix}")
             for image in comparison["images"]:
                 await self._record(f"{path}/image/{image['image']}")
+            for name in comparison["other"]["measures"]:
+                if name in self.state.dataset and self.state.dataset[name].dims[1:] in OF_PATCHES:
+                    for image in images:  # an image that only this study has is none of the comparison
+                        await self._record(f"{path}/image/{image}/{name}", optional=True)
 
     async def _thumbnails(self) -> list[str]:
         n = self.state.arrays.n_images

@@ -58,6 +58,14 @@ export type Paint = Weights | Marks | Arrows | Box | Tints;
 export const HUE = [255, 98, 20] as const;
 export const MOST = 0.88;
 
+/** The same overlay of two studies, weights with one scale for both. */
+export function inOneScale(paints: (Paint | undefined)[]): (Paint | undefined)[] {
+  const weights = paints.filter((paint) => paint?.kind === "weights");
+  const floor = Math.min(...weights.map((paint) => paint.floor));
+  const top = Math.max(...weights.map((paint) => paint.top));
+  return paints.map((paint) => (paint?.kind === "weights" ? { ...paint, floor, top } : paint));
+}
+
 /** How opaque a weight is drawn; nothing below the floor. */
 export function opacity(value: number, floor: number, top: number): number {
   if (!(top > floor) || Number.isNaN(value)) return 0;

@@ -9,6 +9,7 @@ import ChangedImages from "./compare/ChangedImages.svelte";
 import ComparedHeads from "./compare/ComparedHeads.svelte";
 import ComparedLayers from "./compare/ComparedLayers.svelte";
 import Differences from "./compare/Differences.svelte";
+import SamePhotograph from "./compare/SamePhotograph.svelte";
 import WhatDiffers from "./compare/WhatDiffers.svelte";
 import Every from "./Every.svelte";
 import Findings from "./Findings.svelte";
@@ -399,6 +400,14 @@ const OWN: ViewEntry[] = [
     shows: "The photographs that the two models treat most differently.",
     needs: OTHER,
     component: ChangedImages,
+  },
+  {
+    id: "same-photograph",
+    tab: "compare",
+    question: "What do both see in this photograph?",
+    shows: "The same photograph with the same overlay from both, in one scale.",
+    needs: OTHER,
+    component: SamePhotograph,
   },
 ];
 
