@@ -6,6 +6,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 from torch.nn.attention import flex_attention
+from transformers import SegformerConfig, SegformerForImageClassification
 
 from vitrail.contract.check import check_vit, describe
 from vitrail.contract.tiny_models.from_timm import shallow
@@ -22,6 +23,33 @@ def _shape(anatomy):
     return list(dict.fromkeys((block.kind, block.prefix, block.grid) for block in anatomy.blocks))
 
 
+@pytest.mark.parametrize(
+    ("size", "width", "heads", "tokens"),
+    [
+        (128, 64, 4, 16),  # as many tokens as channels in a head
+        (32, 8, 2, 1),  # one token, and as many channels in a head as the stage is given tokens
+        (32, 4, 1, 1),
+    ],
+)
+def test_tokens_whose_number_agrees_with_that_of_channels_are_no_channels(size, width, heads, tokens):
+    torch.manual_seed(0)
+    configuration = SegformerConfig(
+        hidden_sizes=[16, 16, 16, width], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, heads], num_labels=5
+    )
+    model = SegformerForImageClassification(configuration).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    vit = open_vit(model, image_size=size, mean=0.5, std=0.5)
+    call = vit.anatomy.blocks[-1].calls[0]
+    assert (call.kind, call.queries, call.keys, call.head_dim) == ("token", tokens, tokens, width // heads)
+    maps = {}
+    vit.tap().read(
+        torch.randn(2, 3, size, size), Readers(attention=lambda each: maps.update({each.layer: each.weights()}))
+    )
+    assert maps[3].shape == (2, heads, tokens, tokens)
+
+
 def test_a_class_token_beside_patches_that_are_pooled_on_the_way_is_no_patch():
     torch.manual_seed(0)
     configuration = MultiScaleVitCfg(depths=(1, 2, 1, 1), embed_dim=16, use_cls_token=True)
@@ -34,7 +62,9 @@ def test_a_class_token_beside_patches_that_are_pooled_on_the_way_is_no_patch():
         (17, 1, (4, 4)),
     ]
     finding = check_vit(vit, quick=True).finding("maps on the grid")
-    assert "L1: patches are put together before they attend" in finding.sentence  # to 65 tokens
+    assert (
+        "L1: attention is between another number of tokens than the layer is given" in finding.sentence
+    )  # to 65 tokens
 
 
 @pytest.mark.parametrize(

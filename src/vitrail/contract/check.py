@@ -469,7 +469,7 @@ _OFF_GRID = {
     "hidden": "attention is computed where it cannot be observed",
     "windows": "which tokens are in a window could not be found",
     "no grid": "tokens lie on no grid",
-    "changed": "patches are put together before they attend",
+    "changed": "attention is between another number of tokens than the layer is given",
 }
 
 

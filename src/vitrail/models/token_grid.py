@@ -128,4 +128,4 @@ def _token_grid(vit: Vit, layer: int, block: Block, number: int) -> TokenGrid | 
             return str(error)
     if call.queries == block.tokens:
         return TokenGrid(block.grid, block.prefix, heads=call.layer_heads)
-    return f"{name} changes its {block.tokens} tokens to {call.queries} on the way"
+    return f"{name} attends between {call.queries} tokens, not the {block.tokens} that it is given"

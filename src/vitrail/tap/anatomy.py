@@ -450,10 +450,12 @@ class _Describer:
             lead *= size
         windows = lead // (2 * layout.heads)
         # maps between channels have a row for each channel of what the module is given
-        by_channel = any(layout.heads * queries in shape for shape in traced.frames[-1].inputs)
+        by_channel = any(layout.heads * queries in shape[1:] for shape in traced.frames[-1].inputs)
         kind = _kind(n_in, n_out, windows, queries, keys, head_dim, by_channel=by_channel)
         if kind in ("token", "channel") and queries == keys == head_dim:
             kind = "token" if self._mixes_tokens(traced) else "channel"
+        elif kind == "channel" and self._rows_are_tokens(traced):  # the sizes agree by chance, as with one token left
+            kind = _kind(n_in, n_out, windows, queries, keys, head_dim, by_channel=False)
         return Call(
             traced.path,
             kind,
@@ -467,13 +469,33 @@ class _Describer:
         )
 
     def _mixes_tokens(self, traced: TracedCall) -> bool:
-        """With as many tokens as channels in a head: do rows of v tell which patch was changed, or columns?
+        """With as many tokens as channels in a head: do rows of v tell which token was changed, or columns?
 
-        Where the change is largest says little deep in a hierarchy, whose layers before have mixed the tokens.
+        The token is one that a module around the call is given. Where none is given a sequence, a patch of the image is
+        changed: deep in a hierarchy, whose layers before have mixed the tokens, that says less.
         """
+        by_token = self._rows_are_tokens(traced)
+        if by_token is not None:
+            return by_token
         first, last = (self._change_of_v(traced, last=last).flatten(0, -3).sum(0) for last in (False, True))
         rows, columns = ((_shares(first.sum(axis)) - _shares(last.sum(axis))).abs().sum() for axis in (1, 0))
         return bool(rows >= columns)
+
+    def _rows_are_tokens(self, traced: TracedCall) -> bool | None:
+        """Whether another token in front of a sequence that a module around the call is given moves a row of v.
+
+        Attention between channels has a column for each token. None where no such module is given a sequence.
+        """
+        for frame in reversed(traced.frames):
+            first = next((shape for shape in frame.inputs if len(shape) == MIN_TOKEN_AXES), ())
+            if not first or first[1] not in traced.v[-2:]:
+                continue
+            plain, turned = (self.tracer.values_of(traced, self.images[:2], turn=each) for each in (None, frame))
+            moved = _shares((turned - plain).abs().flatten(0, -3).sum(0))
+            rows, columns = (float(moved.sum(axis).amax()) for axis in (1, 0))
+            if rows != columns:
+                return rows > columns
+        return None
 
     def _change_of_v(self, call: TracedCall, *, last: bool = False) -> Tensor:
         """How much each element of v moves when the first or last patch does; [half the leading dimension, ..]."""

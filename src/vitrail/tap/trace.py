@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, equal, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrail.tap.intercept import Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import MIN_TOKEN_AXES
@@ -138,6 +138,7 @@ class Tracer(PassiveHandler):
         self._value_step: int | None = None
         self._values: list[Tensor] = []
         self._disturb_step: int | None = None
+        self._turn: Frame | None = None
         for path, module in clone.named_modules():
             self._wrap(path, module)
 
@@ -159,23 +160,27 @@ class Tracer(PassiveHandler):
             self.model(images)
         return self._trace
 
-    def values_of(self, call: TracedCall, images: Tensor, disturb: TracedCall | None = None) -> Tensor:
+    def values_of(
+        self, call: TracedCall, images: Tensor, disturb: TracedCall | None = None, turn: Frame | None = None
+    ) -> Tensor:
         """The v that an attention call multiplies, in the model's own layout, on other images.
 
         Args:
             call: The call, of an earlier trace.
             images: [image, channel, row, column].
             disturb: An attention call to whose output one is added.
+            turn: A module that is given another first token: its channels in turned order.
 
         Returns:
             [.., key, channel], as the call has it.
         """
         self._value_step, self._values = call.step, []
         self._disturb_step = None if disturb is None else disturb.step
+        self._turn = turn
         try:
             self.run(images)
         finally:
-            self._value_step = self._disturb_step = None
+            self._value_step = self._disturb_step = self._turn = None
         return self._values[0]
 
     def container_of(self, path: str) -> str | None:
@@ -239,6 +244,8 @@ class Tracer(PassiveHandler):
             run = self._n_runs.get(path, 0)
             self._n_runs[path] = run + 1
             self._stack.append(Frame(path, run, shapes))
+            if self._turn is not None and self._turn.unit == (path, run):
+                args, kwargs = _first_token_turned(args, kwargs)
             self._step += 1
             step = self._step
             try:
@@ -265,6 +272,17 @@ def _shape_and_row_error(call: RawCall) -> tuple[tuple[int, ...], float]:
         n_queries, shape = n_queries + weights.shape[-2], weights.shape
         errors.append((weights.float().sum(-1) - 1).abs().max())
     return (*shape[:-2], n_queries, shape[-1]), float(torch.stack(errors).max())
+
+
+def _first_token_turned(args: Any, kwargs: Any) -> Any:
+    """Arguments whose first tensor of three axes, [image token channel], has another first token."""
+    leaves, form = tree_flatten((args, kwargs))
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.ndim == MIN_TOKEN_AXES and leaf.is_floating_point():
+            leaves[index] = torch.cat([leaf[:, :1].flip(-1), leaf[:, 1:]], 1)
+            break
+    turned: Any = tree_unflatten(leaves, form)
+    return turned
 
 
 def _plus_one(out: Any) -> Any:
