@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.testing import assert_allclose
 from playwright.sync_api import expect
-from served import Site, Visit, held, photograph, value
+from served import Site, Visit, becomes, held, photograph, value
 
 CHOSEN, N_PREFIX = 19, 1
 LINK = f"?tab=patches&image=4&layer=2&token={N_PREFIX + CHOSEN}"
@@ -41,6 +41,23 @@ def test_pull_is_the_tendency_of_each_layer_and_chooses_layers(visit: Visit, sit
     expect(page.locator("#photograph .hero svg")).to_have_attribute("data-overlay", "tints")
     longest = np.hypot(*site.dataset.tendency.values[4, 5].T).max()
     assert_allclose(value(page, "#photograph [data-wheel]", "data-wheel"), longest, rtol=1e-5)
+
+
+def test_windows_of_all_patches_are_summed_over_the_photograph(visit: Visit, site: Site) -> None:
+    page = visit(f"{LINK}&overlay=window-sum")
+    page.wait_for_selector("#photograph .hero svg[data-overlay=weights]")
+    sides = site.dataset.window.values[4, 2]
+    rows, columns = site.dataset.attrs["grids"][2]
+    held_by = np.zeros(len(sides))
+    for patch, (left, top, right, bottom) in enumerate(sides):
+        row, column = divmod(patch, columns)
+        for at in range(rows * columns):
+            y, x = divmod(at, columns)
+            high = min(y + 0.5, row + bottom + 0.5) - max(y - 0.5, row - top - 0.5)
+            wide = min(x + 0.5, column + right + 0.5) - max(x - 0.5, column - left - 0.5)
+            held_by[at] += max(0, high) * max(0, wide)
+    becomes(page, "#photograph [data-scale] .here", held_by[CHOSEN] / len(sides))
+    assert_allclose(value(page, "#photograph [data-top]", "data-top"), held_by.max() / len(sides), rtol=1e-5)
 
 
 def test_hubs_and_sinks_are_shares_of_all_images_or_of_this_one(visit: Visit, site: Site) -> None:

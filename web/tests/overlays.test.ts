@@ -7,6 +7,7 @@ import { amongPatches, evenly, headPaint, MeanMaps, topOf } from "../src/headmap
 import { betweenPatches } from "../src/overlays/attention";
 import { layerAtDepth } from "../src/grids";
 import {
+  coverage,
   directionColour,
   flow,
   inOneScale,
@@ -95,8 +96,9 @@ test("every measure of patches or tokens is an overlay on the tab of its analysi
     ["norm", "tokens"],
     ["pull", "patches"],
     ["box", "patches"],
+    ["box-sum", "patches"],
   ]);
-  expect(overlays.map(({ perToken }) => perToken)).toEqual([false, false, false, true]);
+  expect(overlays.map(({ perToken }) => perToken)).toEqual([false, false, false, true, false]);
 });
 
 test("a stored array is painted by its dimensions, layer by layer", () => {
@@ -235,4 +237,12 @@ test("layers of two models stand side by side at the same depth", () => {
   expect([0, 5, 11].map((layer) => layerAtDepth(layer, 12, 24))).toEqual([0, 10, 23]);
   expect([0, 2, 3].map((layer) => layerAtDepth(layer, 4, 2))).toEqual([0, 1, 1]);
   expect(layerAtDepth(0, 1, 6)).toBe(5);
+});
+
+test("the sum of windows counts those that hold a patch, in part where they hold a part", () => {
+  const row = (left: number, right: number): [number, number, number, number] => [left, 0, right, 0];
+  expect([...coverage([row(0, 1), row(0, 0), row(2, 0)], [1, 3])].map((share) => Math.round(share * 3))).toEqual([2, 3, 1]);
+  expect([...coverage([row(0, 0.5), undefined], [1, 2])]).toEqual([1, 0.5]);
+  expect([...coverage([row(-1, 1), undefined], [1, 2])]).toEqual([0, 1]);
+  expect([...coverage([undefined], [1, 1])]).toEqual([0]);
 });

@@ -129,6 +129,27 @@ export function flow(xy: Float32Array, far: number): { rgb: Float32Array; alpha:
   return { rgb, alpha };
 }
 
+/** The share of windows that hold each patch: `boxes` has the window of each patch, none where it has no value. A patch
+ * that a window holds in part counts in part. */
+export function coverage(boxes: (Box["sides"] | undefined)[], [rows, columns]: [number, number]): Float32Array {
+  const held = new Float32Array(rows * columns);
+  const overlap = (cell: number, from: number, to: number) =>
+    Math.max(0, Math.min(cell + 0.5, to + 0.5) - Math.max(cell - 0.5, from - 0.5));
+  let n = 0;
+  boxes.forEach((sides, patch) => {
+    if (!sides) return;
+    n++;
+    const [left, top, right, bottom] = sides;
+    const [row, column] = [Math.floor(patch / columns), patch % columns];
+    const across = Array.from({ length: columns }, (_, at) => overlap(at, column - left, column + right));
+    for (let y = 0; y < rows; y++) {
+      const high = overlap(y, row - top, row + bottom);
+      if (high) across.forEach((wide, x) => (held[y * columns + x]! += high * wide));
+    }
+  });
+  return held.map((count) => count / Math.max(1, n));
+}
+
 /** The share of values that lie below the greatest drawn one; the rest is printed as "at least". */
 const WITHIN = 0.995;
 

@@ -5,7 +5,7 @@ import { gridOf, placeOfTokens, prefixNames } from "../grids";
 import { tabOf } from "../tabs";
 import type { Measure, NamedArray, Study } from "../types";
 import type { Overlay, OverlayData } from "./overlay";
-import { ends, flow, longest, sharedTop, type Paint } from "./paint";
+import { coverage, ends, flow, longest, sharedTop, type Paint } from "./paint";
 
 /** Dimensions beside image, layer and head that a photograph can show, and whether they follow one patch. */
 const DRAWN: Record<string, { perToken: boolean }> = {
@@ -20,7 +20,9 @@ const rest = (measure: Measure): string =>
   measure.dims.filter((dim) => !["image", "layer", "head"].includes(dim)).join();
 
 export function storedOverlays(study: Study): Overlay[] {
-  const overlays = ofMeasures(study);
+  const overlays = ofMeasures(study).flatMap((overlay) =>
+    rest(study.measures[overlay.id]!) === "patch,side" ? [overlay, ofSum(overlay)] : [overlay],
+  );
   const tendency = overlays.findIndex(({ id }) => id === "tendency");
   return tendency < 0 ? overlays : overlays.toSpliced(tendency + 1, 0, ofFlow(overlays[tendency]!));
 }
@@ -41,6 +43,32 @@ function ofFlow(tendency: Overlay): Overlay {
         return { kind: "tints", grid: arrows.grid, what: arrows.what, ...flow(arrows.xy, far), wheel: far };
       };
       return { paint: (token) => paint(at.layer, token), strip: paint };
+    },
+  };
+}
+
+/** The windows of all patches on top of each other. */
+function ofSum(windows: Overlay): Overlay {
+  return {
+    ...windows,
+    id: `${windows.id}-sum`,
+    title: `${windows.title}, summed`,
+    reading: "The share of the patches that have this one in their window.",
+    perToken: false,
+    load: async (context, at, signal): Promise<OverlayData> => {
+      const { strip } = await windows.load(context, at, signal);
+      const paint = (layer: number): Paint => {
+        const [prefix, grid] = [context.about.prefixes[layer] ?? 0, gridOf(context.about, layer)];
+        const boxes = Array.from({ length: grid[0] * grid[1] }, (_, patch) => strip!(layer, prefix + patch));
+        const values = coverage(
+          boxes.map((box) => (box?.kind === "box" ? box.sides : undefined)),
+          grid,
+        );
+        const what = "windows that hold the patch";
+        const top = Math.max(ends(values)[1], 1e-9);
+        return { kind: "weights", grid, what, values, floor: 0, top, floorName: "", unit: "of all", prefix: [] };
+      };
+      return { paint: () => paint(at.layer), strip: paint };
     },
   };
 }
