@@ -59,6 +59,34 @@ def test_patches_are_painted_on_the_photograph(visit: Visit, site: Site, study) 
     expect(page.locator("#photograph .hero [data-cover]")).to_have_count(2)
 
 
+def test_the_side_of_a_window_is_dragged_on_the_photograph(visit: Visit, site: Site, study) -> None:
+    patch, n_prefix = 3 * 8 + 3, 1
+    link = f"?tab=what-if&image={IMAGE}&layer=2&head=0&token={n_prefix + patch}"
+    page = visit(f"{link}&change=window:L2H0:all:2,2,2,2")
+    expect(page.locator("[data-window]")).to_have_attribute("data-window", "2,2,2,2")
+    answered(page, 2)
+    photo = page.locator("#photograph .hero").bounding_box()
+    handle = page.locator("[data-handle=right]").bounding_box()
+    assert photo
+    assert handle
+    middle = (handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+    assert abs(middle[0] - (photo["x"] + photo["width"] * 6 / 8)) < 1.5  # behind column 5, two right of column 3
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(photo["x"] + photo["width"] * 8 / 8, middle[1], steps=4)
+    page.mouse.up()
+    expect(page.locator("[data-window]")).to_have_attribute("data-window", "2,2,4,2")
+    assert held(page, "change") == "window:L2H0:all:2,2,4,2"
+    expect(page.locator("[data-view=change] .sides input").nth(2)).to_have_value("4")
+    changed = site.live.what_if(photograph(study, IMAGE), windows=[(2, (2, 2, 4, 2), 0)])
+    page.wait_for_function(
+        "expected => Math.abs([...document.querySelectorAll('[data-view=answer] tbody tr')].at(-1)"
+        "?.querySelector('[data-value]')?.dataset.value - expected) < 1e-5",
+        arg=float(changed["probability"][-1]),
+    )
+    expect(page.locator("#photograph .hero [data-cover]")).to_have_count(0)  # a handle paints no patches
+
+
 def test_a_link_brings_back_the_change_and_names_what_is_gone(visit: Visit) -> None:
     page = visit("?tab=what-if&layer=2&head=0&change=L2H0:4~window:L1H0:all:1,1,1,1~L99H0")
     expect(page.locator("[data-view=change] [role=alert]")).to_contain_text("L99H0")

@@ -115,6 +115,16 @@ export function toggleHead(changes: Changes, layer: number, head: number): Chang
   return { ...changes, heads };
 }
 
+/** The window of a head around a patch: the last that is written for it, for all heads of its layer or all patches. */
+export const windowAt = ({ windows }: Changes, layer: number, head: number, patch: number): Window | undefined =>
+  windows.findLast((each) => each.layer === layer && (each.head ?? head) === head && (each.patch ?? patch) === patch);
+
+/** With other sides of a window. */
+export const withSides = (changes: Changes, window: Window, sides: Window["sides"]): Changes => ({
+  ...changes,
+  windows: changes.windows.map((each) => (each === window ? { ...window, sides } : each)),
+});
+
 /** With a patch changed, or as it was. */
 export function setPatch(changes: Changes, patch: number, on: boolean): Changes {
   const others = changes.patches.filter((each) => each !== patch);

@@ -1,6 +1,16 @@
 import { expect, test } from "vitest";
 
-import { changesBody, changesText, inWords, isChanged, parseChanges, setPatch, toggleHead } from "../src/changes";
+import {
+  changesBody,
+  changesText,
+  inWords,
+  isChanged,
+  parseChanges,
+  setPatch,
+  toggleHead,
+  windowAt,
+  withSides,
+} from "../src/changes";
 import type { Study } from "../src/types";
 
 const about = {
@@ -48,4 +58,13 @@ test("each change is said in words and can be taken back alone", () => {
     "L1H1 of row 1, column 1 within 1, 0, 2, 0",
   ]);
   expect(changesText(named[2]!.without)).toBe("L0H1~L1H0:4~removed~window:L1H1:4:1,0,2,0");
+});
+
+test("the window around a patch is the last that is written for it, and gets other sides in its place", () => {
+  const changes = parseChanges("window:L1H0:all:1,1,1,1~window:L1H1:4:2,2,2,2~window:L0all:all:0,0,0,0", about);
+  expect(windowAt(changes, 1, 0, 5)?.sides).toEqual([1, 1, 1, 1]);
+  expect(windowAt(changes, 1, 1, 5)).toBeUndefined();
+  expect(windowAt(changes, 0, 1, 2)?.head).toBeNull();
+  const moved = withSides(changes, windowAt(changes, 1, 1, 4)!, [0, 1, 0, 1]);
+  expect(changesText(moved)).toBe("window:L1H0:all:1,1,1,1~window:L1H1:4:0,1,0,1~window:L0all:all:0,0,0,0");
 });

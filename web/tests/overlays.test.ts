@@ -241,7 +241,9 @@ test("layers of two models stand side by side at the same depth", () => {
 
 test("the sum of windows counts those that hold a patch, in part where they hold a part", () => {
   const row = (left: number, right: number): [number, number, number, number] => [left, 0, right, 0];
-  expect([...coverage([row(0, 1), row(0, 0), row(2, 0)], [1, 3])].map((share) => Math.round(share * 3))).toEqual([2, 3, 1]);
+  expect([...coverage([row(0, 1), row(0, 0), row(2, 0)], [1, 3])].map((share) => Math.round(share * 3))).toEqual([
+    2, 3, 1,
+  ]);
   expect([...coverage([row(0, 0.5), undefined], [1, 2])]).toEqual([1, 0.5]);
   expect([...coverage([row(-1, 1), undefined], [1, 2])]).toEqual([0, 1]);
   expect([...coverage([undefined], [1, 1])]).toEqual([0]);
