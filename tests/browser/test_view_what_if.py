@@ -1,6 +1,6 @@
 """Heads off, patches painted over, windows moved: the answer of the model, its drift and what to run elsewhere."""
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from served import Site, Visit, chosen_head, held, photograph, value
 
 IMAGE = 7
@@ -85,6 +85,23 @@ def test_the_side_of_a_window_is_dragged_on_the_photograph(visit: Visit, site: S
         arg=float(changed["probability"][-1]),
     )
     expect(page.locator("#photograph .hero [data-cover]")).to_have_count(0)  # a handle paints no patches
+
+
+def test_what_is_awaited_can_be_cancelled_and_asked_again(visit: Visit) -> None:
+    page = visit(f"?tab=what-if&image={IMAGE}&layer=2&head=0")
+    stalled: list[Route] = []
+    page.route("**/api/what_if", lambda route: stalled.append(route))
+    page.locator("[data-view=change] rect[data-head=L2H1]").click()
+    view = page.locator("[data-view=answer]")
+    expect(view.get_by_role("button", name="cancel", exact=True)).to_be_visible()
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/api/what_if")):
+        page.locator("#evidence button.cancel").evaluate_all("all => all.forEach((one) => one.click())")
+    expect(view.locator("[role=status]")).to_contain_text("Cancelled.")
+    page.unroute("**/api/what_if")
+    view.get_by_role("button", name="Ask again").click()
+    answered(page, 2)
+    expect(view.locator("[role=status]")).to_have_count(0)
+    assert stalled
 
 
 def test_a_link_brings_back_the_change_and_names_what_is_gone(visit: Visit) -> None:
