@@ -482,3 +482,23 @@ def test_a_hub_that_does_not_answer_is_said_once(
     for retry in range(5):
         logger.warning("'[Errno -2] Name or service not known' thrown, retry %d", retry)
     assert capfd.readouterr().err == "The Hugging Face Hub does not answer; asking again, for half a minute at most.\n"
+
+
+CHOOSY = """
+from torch import nn
+
+class Choosy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 16, 16)
+
+    def forward(self, images):
+        assert images.shape[-1] % 48 == 0
+        return self.embed(images).mean((2, 3))
+"""
+
+
+def test_an_assertion_without_a_message_is_told_by_its_line(tmp_path):
+    (tmp_path / "choosy.py").write_text(CHOOSY)
+    with pytest.raises(Unsupported, match=r"\(AssertionError: assert images\.shape\[-1\] % 48 == 0\)"):
+        open_vit(f"{tmp_path / 'choosy.py'}:Choosy", image_size=64, mean=(0.5,) * 3, std=(0.5,) * 3, weights="random")

@@ -6,6 +6,7 @@ disturbed, and nothing can be left behind.
 
 import copy
 import inspect
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -123,11 +124,17 @@ def images_accepted(model: nn.Module, shape: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except _CANNOT_RUN as error:
-        message = " ".join(str(error).split())[:_MESSAGE_LENGTH]
+        message = " ".join((str(error) or _failed_line(error)).split())[:_MESSAGE_LENGTH]
         raise Unsupported(
             f"{type(model).__name__} cannot be run on images of shape {list(shape)} "
             f"({type(error).__name__}: {message}). {_why_no_images(model)}"
         ) from error
+
+
+def _failed_line(error: BaseException) -> str:
+    """The line of code that raised an error without a message, as an assertion does."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line or "") if frames else ""
 
 
 def _why_no_images(model: nn.Module) -> str:
