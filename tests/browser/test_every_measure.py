@@ -15,7 +15,7 @@ def test_the_tabs_together_offer_every_stored_measure_once(visit: Visit, site: S
     offered: list[str] = []
     for key, tab in enumerate(TABS, start=1):
         page.keyboard.press(str(key))
-        page.wait_for_selector("#evidence > section")
+        page.wait_for_selector(f"#evidence[aria-labelledby=tab-{TABS[key - 1]}][aria-busy=false] > section")
         if page.locator(f"[data-view=every-{tab}]").count():
             choice = page.locator(f"[data-view=every-{tab}]").get_by_label("Measure", exact=True)
             names = choice.locator("option").evaluate_all("all => all.map((one) => one.value)")

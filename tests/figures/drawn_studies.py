@@ -30,7 +30,7 @@ GRID_SIDE = 4
 SIZES = {
     "image": 6, "layer": 3, "head": 2, "token": 17, "patch": 16, "hop": 4, "xy": 2, "side": 4, "amount": 3, "cells": 2,
     "mode": 2, "rule": 10, "cluster": 2, "cls_cluster": 2, "query": 16, "key": 16, "cell": 16, "class": 5, "row": 8,
-    "column": 8, "channel": 3, "token_channel": 12,
+    "column": 8, "channel": 3, "token_channel": 12, "feature": 12,
 }  # fmt: skip
 FROM_ZERO_TO = {"pattern_patch_cluster": 2, "pattern_cls_cluster": 2, "predicted_window": 3, "thumbnail": 256}
 """Integers end below this number; those that are not named here are classes."""

@@ -15,6 +15,7 @@ NOT_DRAWN = {
     "head_prediction", "head_value", "attention_distance", "prefix_share", "head_region_probability",
     "image_dependence", "pattern_patch_cluster", "pattern_cls_cluster", "field_size", "interaction_distance",
     "predicted_window", "strongest_share", "sink", "sink_share", "object_map", "neuron_peak", "neuron_peak_patch",
+    "image_embedding",
     *(name for name in measures() if name.startswith(("object_layer_", "object_centre_")) or name.endswith("_null")),
     *(each.name for each in measures().values() if each.analysis == "head_windows" and each.dims == ("image",)),
 }  # fmt: skip

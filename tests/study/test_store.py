@@ -5,11 +5,13 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_studies import folder_bytes, part_values, write_study
 
@@ -52,6 +54,20 @@ class TestOpening:
         assert opened["head_flip"].dtype == bool
         assert opened.attrs["grid"] == [4, 4]
         assert opened["head_probability"].attrs["unit"] == "1"
+
+    def test_threads_that_open_studies_leave_the_options_of_zarr_as_they_were(self, study: Path) -> None:
+        before = zarr.config.get("codec_pipeline.path")
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: open_study(study), range(64)))
+        assert zarr.config.get("codec_pipeline.path") == before
+
+    def test_what_is_written_has_every_chunk_whatever_pipeline_is_set(
+        self, tmp_path: Path, any_plan: Plan, photos: Path
+    ) -> None:
+        zarrs = pytest.importorskip("zarrs", reason="zarrs is not made for this system")
+        with zarr.config.set({"codec_pipeline.path": f"{zarrs.__name__}.ZarrsCodecPipeline"}):
+            write_study(tmp_path / "study", any_plan, photos)
+        assert not open_study(tmp_path / "study")["head_flip"].values.any()  # chunks of zeros
 
     def test_the_plan_reads_back_equal(self, study: Path, any_plan: Plan) -> None:
         assert read_plan(study) == any_plan

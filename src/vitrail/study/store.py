@@ -13,10 +13,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ __all__ = [
     "read_manifest",
     "read_plan",
     "verify",
+    "zarr_options",
 ]
 
 PLAN, IMAGES, ARRAYS, PARTS = "study.json", "images.json", "arrays.zarr", "parts"
@@ -232,8 +235,29 @@ def _arrays(path: Path, names: Iterable[str]) -> xr.Dataset:
 
 def _opened(path: Path) -> xr.Dataset:
     # without a cache of their own, as `_read_lazily` has one
-    with zarr.config.set(_reader()):
+    with zarr_options(_reader()):
         return xr.open_dataset(path, engine="zarr", chunks=None, cache=False, consolidated=True)
+
+
+@contextmanager
+def zarr_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """Options of zarr while arrays are opened, which keep them.
+
+    They are those of the whole process: without the lock, threads that set and restore them at the same time leave
+    each other's behind, and a study would be written by the reader's way, which leaves chunks of zeros out.
+
+    Args:
+        options: As `zarr.config.set` takes them.
+
+    Yields:
+        None.
+
+    Example:
+        >>> with zarr_options({"array.write_empty_chunks": True}):
+        ...     array = zarr.open_group("study/arrays.zarr")["label"]
+    """
+    with _options_lock, zarr.config.set(dict(options)):
+        yield
 
 
 def _reader() -> dict[str, str]:
@@ -249,10 +273,12 @@ def _reader() -> dict[str, str]:
 _forked = False
 """Whether this process is a fork: there the threads of zarrs are missing, and it would wait for them for ever."""
 
+_options_lock = RLock()
+
 
 def _remember_fork() -> None:
-    global _forked
-    _forked = True
+    global _forked, _options_lock
+    _forked, _options_lock = True, RLock()  # a thread that stayed behind may have held the other
 
 
 if hasattr(os, "register_at_fork"):

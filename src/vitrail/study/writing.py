@@ -51,11 +51,15 @@ from vitrail.study.store import (
     part_digests,
     part_file,
     read_plan,
+    zarr_options,
 )
 
 __all__ = ["StudyFolder", "plan_of"]
 
 Arrays = Mapping[str, np.ndarray]
+
+WRITER = {"array.write_empty_chunks": True, "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+"""Every chunk is written, so that an absent one is always a lost one; zarrs would leave out those of zeros."""
 
 ARRAY_METADATA = "zarr.json"
 """What zarr names the file that makes a folder an array or a group."""
@@ -332,7 +336,7 @@ class StudyFolder:
             group = zarr.create_group(unfinished, zarr_format=3, attributes=dict(about))
             for key, values in arrays.items():
                 _create_array(group, key, values.shape, len(values), values.dtype)
-                with zarr.config.set({"array.write_empty_chunks": True}):
+                with zarr_options(WRITER):
                     array = _array(group, key)
                 array[...] = values
             _consolidate(unfinished)
@@ -398,7 +402,7 @@ class StudyFolder:
         """Writes rows of arrays; `others` are the digests of what is written of the same part already."""
         group = self._arrays(arrays)
         for key, values in arrays.items():
-            with zarr.config.set({"array.write_empty_chunks": True}):  # so that an absent chunk is always a lost one
+            with zarr_options(WRITER):
                 array = _array(group, key)
             assert values.shape[1:] == array.shape[1:], f"{key} has shape {values.shape}, the study {array.shape}"
             assert values.dtype == array.dtype, f"{key} is {values.dtype}, the study {array.dtype}"
