@@ -140,8 +140,10 @@ def _list_maps(arrays: StudyArrays, plan: Plan) -> list[ImageMap]:
     """The stored one, then what can be computed of stored arrays in a moment."""
     dataset = arrays.dataset
     stored = plan.options.get("image_map", "tsne") if STORED in dataset else None
-    tables = {"importance": (STORED_TABLE if stored else main_metric(dataset), "head importance")}
-    tables["embedding"] = ("image_embedding", "the model's embedding")
+    tables = {
+        "importance": (STORED_TABLE if stored else main_metric(dataset), "head importance"),
+        "embedding": ("image_embedding", "the model's embedding"),
+    }
     maps = []
     for key, (table, what) in tables.items():
         for method, words in METHODS.items():

@@ -213,7 +213,6 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
 ) -> None:
     """Remove heads of a studied model for good: a smaller model, its parameters, speed and accuracy."""
-
     from vitrail.pruning.prune import prune_study
     from vitrail.pruning.ranking import parse_heads
     from vitrail.study.table import pruning_summary
