@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from neurons import DOCS, MODELS, joined, masked_photographs, opened
+from tokens import DOCS, MODELS, joined, masked_photographs, opened
 from PIL import Image
 from skimage import data as photographs
 

@@ -36,12 +36,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitrail.figures import wint as figures
 from vitrail.figures.style import save
 from vitrail.models.open import open_vit
+from vitrail.outputs import write_atomically
 from vitrail.study.run import run_study
 from vitrail.windows.collect import predict_windows
 from vitrail.windows.evaluate import Evaluation, evaluate
 from vitrail.windows.window_maps import windows_as_study
 from vitrail.wint.batches import normalise, read_images
-from vitrail.wint.folder import open_model, write_atomically, write_text
+from vitrail.wint.folder import open_model
 from vitrail.wint.model import WindowHead, hard_mask, window_heads
 from vitrail.wint.recipe import Recipe, recipe_from
 from vitrail.wint.sparse import BLOCK, attend, block_mask, open_share, sparse_attention
@@ -195,7 +196,7 @@ def run_arm(phase: str, arm: str, seed: int, data: Path, work: Path) -> None:
         "torch": torch.__version__,
     }  # fmt: skip
     RUNS.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, lambda path: write_text(path, json.dumps(kept, indent=1) + "\n"))
+    write_atomically(record, lambda beside: beside.write_text(json.dumps(kept, indent=1) + "\n"))
 
 
 def train_with_bar(title: str, wanted: Recipe, out: Path) -> Any:
