@@ -63,7 +63,7 @@ SHAPE = {"patch_px": 4, "width": 128, "depth": 6, "heads": 4, "mlp_ratio": 3.0, 
 RUN = {"batch_size": 64, "label_smoothing": 0.1, "log_steps": 71, "checkpoint_steps": 200, "precision": "bf16",
        "compile": True}  # fmt: skip
 EPOCHS = {"scratch": 2, "long": 20, "tuned": 0.6, "transfer": 3, "longer": 6}
-LONG_RUN = {"precision": "no", "mixup": 0.2, "cutmix": 0.5, "evaluate_epochs": 2, "log_steps": 78}
+LONG_RUN = {"mixup": 0.2, "cutmix": 0.5, "evaluate_epochs": 2, "log_steps": 78}
 OPTIMISER = {"lr": 6e-4, "weight_decay": 0.05, "warmup_epochs": 0.3}
 LONG_OPTIMISER = {"lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 1.0}
 TUNING = {"lr": 3e-4, "weight_decay": 0.05, "warmup_epochs": 0.1}

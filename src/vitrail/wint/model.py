@@ -39,6 +39,7 @@ __all__ = [
     "record_sides",
     "round_sides",
     "set_temperature",
+    "soft_bias",
     "soft_mask",
     "window_heads",
 ]
@@ -128,7 +129,7 @@ class WindowHead(nn.Module):
             mask = hard_mask(sides, grid)
             return None if bool(mask.all()) else _hard_bias(mask)
         temperature = self.temperature if self.training or not self.edges else self.edges
-        soft = (soft_mask(sides, grid, temperature) + FLOOR).log()
+        soft = soft_bias(sides, grid, temperature)
         return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if hard else soft
 
 
@@ -197,6 +198,33 @@ def soft_mask(
     return mask.masked_fill(_identity(mask), 1.0)
 
 
+def soft_bias(
+    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""]
+) -> Float[Tensor, "*batch patch other"]:
+    """Turns windows with soft edges into what is added to scores: log(m + 1e-6) of the `soft_mask` m.
+
+    The logarithm of a product over edges is a sum of what each row and each column of patches adds: one matrix product
+    spreads them over all patches, forwards and backwards, which takes a fifth of the time of the product itself.
+
+    Args:
+        sides: Patches left, top, right, bottom of each query.
+        grid: Rows and columns of patches.
+        temperature: The sigmoid's unit, in patches.
+
+    Returns:
+        0 where a key is open, down to log(1e-6).
+    """
+    left, top, right, bottom = sides.unsqueeze(-1).unbind(-2)
+    down, across = _offsets(grid, sides)
+    rows = _log_open((top + down + 0.5) / temperature, (bottom - down + 0.5) / temperature)
+    columns = _log_open((left + across + 0.5) / temperature, (right - across + 0.5) / temperature)
+    spread_rows = torch.eye(grid[0], dtype=sides.dtype, device=sides.device).repeat_interleave(grid[1], 1)
+    spread_columns = torch.eye(grid[1], dtype=sides.dtype, device=sides.device).repeat(1, grid[0])
+    with torch.autocast(sides.device.type, enabled=False):
+        log_mask = torch.cat((rows, columns), -1) @ torch.cat((spread_rows, spread_columns))
+    return (log_mask.masked_fill(_identity(log_mask), 0.0).exp() + FLOOR).log()
+
+
 def hard_mask(sides: Float[Tensor, "*batch patch side"], grid: Grid) -> Bool[Tensor, "*batch patch other"]:
     """Opens windows with hard edges; the query itself always lies in its window.
 
@@ -258,6 +286,12 @@ def _offsets(grid: Grid, like: Tensor) -> tuple[Float[Tensor, "patch row"], Floa
     down = torch.arange(grid[0], device=like.device) - row[:, None]
     across = torch.arange(grid[1], device=like.device) - column[:, None]
     return down.to(like.dtype), across.to(like.dtype)
+
+
+def _log_open(first: Tensor, second: Tensor) -> Tensor:
+    """log(sigmoid(first) sigmoid(second)), bounded far below the floor of masks so that no gradient is 0 / 0. Compilers
+    vectorise it, unlike `logsigmoid`."""
+    return (first.sigmoid() * second.sigmoid()).clamp(min=1e-30).log()
 
 
 def _identity(mask: Tensor) -> Bool[Tensor, "patch other"]:
