@@ -433,7 +433,7 @@ class WinT(nn.Module):
         Returns:
             Logits; the pooled feature of a model without classes, [image channel].
         """
-        patches = self.patch_embed(images).flatten(2).mT
+        patches = self.patch_embed(images).flatten(2).mT.contiguous()  # else compiled in bfloat16 gradients are NaN
         prefix = [] if self.cls_token is None else [self.cls_token.expand(len(patches), -1, -1)]
         tokens = torch.cat([*prefix, patches], 1) + self.positions
         for block in self.blocks:
