@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokens import DOCS, MODELS, joined, masked_photographs, opened
 from PIL import Image
 from skimage import data as photographs
 
+from tokens import DOCS, MODELS, joined, masked_photographs, opened
 from vitrail.figures.style import save
 from vitrail.figures.tokens import (
     Curve,

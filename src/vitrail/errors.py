@@ -13,6 +13,7 @@
     ├── StudyError            a study folder cannot be used
     │   ├── PlanMismatch      the folder holds another plan; the message names the difference
     │   └── DamagedStudy      a part does not read back as it was written
+    ├── TrainingDiverged      a loss or weight is infinite or no number
     ├── MissingLibrary        a model is to be opened where only finished studies can be read
     └── UsageError            an argument has no meaning here; the message lists those that have
 
@@ -30,6 +31,7 @@ __all__ = [
     "PlanMismatch",
     "StudyError",
     "TapError",
+    "TrainingDiverged",
     "UnknownModel",
     "Unsupported",
     "UsageError",
@@ -89,6 +91,10 @@ class PlanMismatch(StudyError):
 
 class DamagedStudy(StudyError):
     """A part does not read back as it was written."""
+
+
+class TrainingDiverged(VitrailError):
+    """A loss is infinite or no number, so the weights are worth nothing."""
 
 
 class UsageError(VitrailError):

@@ -27,6 +27,7 @@ from vitrail.wint.model import (
     record_sides,
     round_sides,
     set_temperature,
+    soft_bias,
     soft_mask,
     window_heads,
 )
@@ -77,6 +78,21 @@ def test_a_soft_mask_is_the_product_of_four_sigmoids():
     expected = (edges / temperature).sigmoid().prod()
     assert_allclose(mask[query[0] * 4 + query[1], key[0] * 4 + key[1]], expected, rtol=1e-6)
     assert_array_equal(mask.diagonal(), torch.ones(12))
+
+
+@pytest.mark.parametrize("temperature", [1.0, FINAL_TEMPERATURE, 0.02])
+@pytest.mark.parametrize("grid", [(3, 4), (14, 14)])
+def test_the_soft_bias_is_the_logarithm_of_the_soft_mask_gradients_and_all(grid, temperature):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, grid[0] * grid[1], 4)
+    sides = (torch.rand(shape, generator=generator, dtype=torch.float64) * max(grid)).requires_grad_()
+    expected = (soft_mask(sides, grid, temperature) + FLOOR).log()
+    bias = soft_bias(sides, grid, temperature)
+    assert_allclose(bias.detach(), expected.detach(), rtol=0, atol=1e-9)
+    into_bias = torch.randn(bias.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((each * into_bias).sum(), sides)[0] for each in (bias, expected)]
+    assert bool(gradients[0].isfinite().all())
+    assert_allclose(gradients[0], gradients[1], rtol=0, atol=1e-8 * float(gradients[1].abs().max()))
 
 
 sides_strategy = st.lists(st.floats(0, 7, width=32), min_size=4, max_size=4)
@@ -413,5 +429,5 @@ def test_attention_that_the_tap_reads_lies_in_the_predicted_windows():
 
 
 def test_the_floor_is_the_cost_of_a_closed_patch():
-    far = (soft_mask(torch.zeros(64, 4), (8, 8), 0.05) + FLOOR).log()
+    far = soft_bias(torch.zeros(64, 4), (8, 8), 0.05)
     assert_allclose(float(far.min()), np.log(FLOOR), rtol=1e-4)

@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitrail import open_vit
-from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, UsageError
+from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, TrainingDiverged, UsageError
 from vitrail.tap.tap import Readers
 from vitrail.wint.batches import Batches, Images, read_images
 from vitrail.wint.building import build_model, temperature_at
-from vitrail.wint.model import hard_mask, record_sides, window_heads
+from vitrail.wint.model import Shape, WinT, hard_mask, record_sides, window_heads
 from vitrail.wint.objectives import TrainingBatch, WindowArea, WindowDistillation
 from vitrail.wint.recipe import read_recipe, recipe_from
 from vitrail.wint.teacher import Teacher, window_l1
@@ -175,6 +176,30 @@ def test_compiled_it_learns_the_same_and_ends_in_the_same_weights_after_a_kill(w
     run_in_forks(whole, *((kind, tmp_path / name, changes) for name in kinds for kind in kinds[name]))
     assert_allclose(*([row["loss"] for row in rows(tmp_path / run / "steps.csv")] for run in ("fused", "plain")), 1e-4)
     same(tmp_path / "fused", tmp_path / "killed")
+
+
+def test_compiled_in_bfloat16_gradients_are_finite_and_those_of_float32():
+    """Compiled by PyTorch 2.14, a stem whose tokens are a transposed view had NaN in all gradients."""
+    shape = Shape(width=128, depth=1, heads=4, mlp_ratio=3.0, class_token=False, windows="none")
+    torch.manual_seed(0)
+    model, images = WinT(shape), torch.randn(64, 3, 32, 32)
+    gradients = []
+    for compiled in (False, True):
+        model.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=compiled):
+            logits = (torch.compile(model) if compiled else model)(images)
+        logits.float().pow(2).mean().backward()
+        gradients.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.05
+
+
+@pytest.mark.parametrize("log_steps", [1, 1000])
+def test_weights_that_give_no_numbers_stop_a_run_and_are_not_saved(tmp_path, log_steps):
+    diverging = recipe(tmp_path, optimiser={"lr": 1e30}, run={"log_steps": log_steps, "checkpoint_steps": 1000})
+    with pytest.raises(TrainingDiverged, match=r"gives no numbers any more at step \d+ of \d+.*lower lr"):
+        train(diverging, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def test_two_processes_give_the_curve_of_one(whole, tmp_path):

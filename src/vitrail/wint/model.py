@@ -203,8 +203,8 @@ def soft_bias(
 ) -> Float[Tensor, "*batch patch other"]:
     """Turns windows with soft edges into what is added to scores: log(m + 1e-6) of the `soft_mask` m.
 
-    The logarithm of a product over edges is a sum of what each row and each column of patches adds: one matrix product
-    spreads them over all patches, forwards and backwards, which takes a fifth of the time of the product itself.
+    The logarithm of a product over edges is a sum of what each row and each column of patches adds, and one matrix
+    product spreads the sums over all patches, forwards and backwards.
 
     Args:
         sides: Patches left, top, right, bottom of each query.

@@ -6,6 +6,7 @@ A run is a folder: recipe.json, checkpoint.safetensors, steps.csv, epochs.csv, a
 
 import csv
 import json
+import math
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.errors import DataError, PlanMismatch, StudyError, UsageError
+from vitrail.errors import DataError, PlanMismatch, StudyError, TrainingDiverged, UsageError
 from vitrail.grid import Grid
 from vitrail.outputs import local_path, remove_unfinished, write_atomically
 from vitrail.wint import checkpoint
@@ -82,6 +83,7 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
         StudyError: Another process is training in the folder.
         UsageError: The recipe cannot be run.
         DataError: The images do not fit the recipe.
+        TrainingDiverged: The loss is no number any more.
 
     Example:
         results = train(read_recipe("cifar10.toml"), "runs/cifar10")
@@ -281,11 +283,13 @@ class _Session:
         if self.step % self.recipe.run.log_steps and self.step != len(self.batches):
             return
         means = {name: float(self.accelerator.reduce(self._sums[name] / self._n_summed, "mean")) for name in losses}
+        self._refuse([f"{name} is {mean}" for name, mean in means.items() if not math.isfinite(mean)])
         self._sums, self._n_summed = {}, 0
         self._append_row("steps", {"step": self.step, **{key: means.get(key, value) for key, value in row.items()}})
 
     def _evaluate(self, pace: float) -> None:
         """Tests the weights that are exported, and keeps them if none were better."""
+        self._refuse_lost_weights()
         module = self.average.module if self.average is not None else self.module
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         part = slice(rank, None, world)
@@ -302,7 +306,23 @@ class _Session:
             self.best = accuracy
             self._export("best")
 
+    def _refuse(self, wrong: Sequence[str]) -> None:
+        """Weights that give no numbers are lost: nothing is tested, exported or saved from them."""
+        if wrong:
+            kept = "goes on from the last checkpoint" if self._checkpoint.is_file() else "begins anew"
+            raise TrainingDiverged(
+                f"Training gives no numbers any more at step {self.step} of {len(self.batches)}: {', '.join(wrong)}. "
+                f"Nothing was saved from it, and the same command {kept}. Try a lower lr or clip = 1.0 under "
+                '[optimiser], or precision = "no" and compile = false under [run], in another folder.'
+            )
+
+    def _refuse_lost_weights(self) -> None:
+        self._refuse(
+            [f"{name} is not finite" for name, each in self.module.named_parameters() if not each.isfinite().all()][:1]
+        )
+
     def _save_checkpoint(self) -> None:
+        self._refuse_lost_weights()
         self._export("last")
         if self.accelerator.is_main_process:
             state = {
