@@ -399,7 +399,8 @@ def hierarchy_command(arguments: argparse.Namespace) -> None:
     maps = relevance(vit, images, labels, [method for method in METHODS if method not in reasons])
     lines = ["# Relevance in a hierarchy", "", f"A small Swin trained on CIFAR-10 (`experiments/tiny_swin.py`): three "
              f"stages on grids of 16 x 16, 8 x 8 and 4 x 4 patches, windows of 4 x 4, {accuracy}. Otherwise as in "
-             f"[relevance.md](relevance.md). Refused: {reasons['gradient']}", ""]  # fmt: skip
+             "[relevance.md](relevance.md). Rollout and gradient-weighted rollout are refused: "
+             f"\"{reasons['gradient']}\".", ""]  # fmt: skip
     lines += relevance_table("Swin, CIFAR-10", [curves_of(vit, images, labels, maps)])
     write("relevance-hierarchy.md", lines)
 
