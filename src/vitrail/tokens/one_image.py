@@ -32,7 +32,7 @@ LOOK_METHODS = ("raw", "rollout", "gradient", "grad_sam")
 """Of relevance, as far as the model has them."""
 
 BY_PREFERENCE = ("gradient", "grad_sam", "rollout", "raw")
-"""Deletion and insertion favour the first two alike (docs/tokens/relevance.md); hierarchies lack some."""
+"""By how far deletion and insertion favour them (docs/tokens/relevance.md); hierarchies lack some."""
 
 N_RANDOM = 5
 """Random orders of patches that relevance is compared with: enough for a band, few enough for one batch."""
