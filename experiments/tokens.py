@@ -6,6 +6,7 @@
     python experiments/tokens.py grouping   --data ../shared/data
     python experiments/tokens.py filters    --data ../shared/data
     python experiments/tokens.py relevance  --data ../shared/data
+    python experiments/tokens.py hierarchy  --data ../shared/data
     python experiments/tokens.py views      --data ../shared/data
 
 Partial results lie in --work (a folder below the system's temporary one by default); tables and curves are written to
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tiny_swin import SIDE, normalised, trained_swin
 
 from vitrail import open_vit
 from vitrail.data import ImageEntry, load_image, open_images, scan
@@ -36,8 +38,9 @@ from vitrail.tokens.filters import auroc, best_filters_by_class, filter_energy, 
 from vitrail.tokens.flow import flow_row, read_steps, rollout
 from vitrail.tokens.grouping import RADII, SCORES, score_grouping
 from vitrail.tokens.levels import read_levels
-from vitrail.tokens.relevance import METHODS, deletion_and_insertion, relevance
+from vitrail.tokens.relevance import METHODS, deletion_and_insertion, relevance, unavailable_methods
 from vitrail.tokens.views import agreement, faithful_view, flow_view, neuron_view
+from vitrail.wint.batches import read_images
 
 MODELS = ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "tokens"
@@ -366,14 +369,40 @@ def relevance_of(arguments: argparse.Namespace, model: str) -> list[Path]:
             images = [load_image(source, entry) for entry in some]
             labels = np.array([entry.label for entry in some])
             maps = relevance(wide, wide.prepare(images), labels)
-            found = {}
-            for method, scores in maps.items():
-                curves = deletion_and_insertion(narrow, narrow.prepare(images), labels, scores)
-                found |= {f"{method} deletion": curves.deletion, f"{method} insertion": curves.insertion}
-            np.savez(file, **found)
+            np.savez(file, **curves_of(narrow, narrow.prepare(images), labels, maps))
             print(file.name, flush=True)
         files.append(file)
     return files
+
+
+def curves_of(vit, images, labels: np.ndarray, maps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Curves of deletion and insertion [image amount] of each map, by method and way."""
+    found = {}
+    for method, scores in maps.items():
+        curves = deletion_and_insertion(vit, images, labels, scores)
+        found |= {f"{method} deletion": curves.deletion, f"{method} insertion": curves.insertion}
+    return found
+
+
+def hierarchy_command(arguments: argparse.Namespace) -> None:
+    """Relevance on a Swin trained here, whose rollout is refused; labels are the true ones."""
+    vit = trained_swin(arguments.data, arguments.build / "tiny_swin.safetensors")
+    test = read_images(str(arguments.data / "cifar10" / "test.npz"))
+    pixels, labels = normalised(test.pixels(SIDE)), test.labels.numpy()
+    with torch.no_grad():
+        answers = torch.cat([vit.logits(some).argmax(-1) for some in pixels.split(500)])
+    accuracy = f"{(answers.numpy() == labels).mean():.1%} of the 10,000 test images right"
+    print(accuracy)
+    reasons = unavailable_methods(vit)
+    chosen = np.random.default_rng(0).permutation(len(labels))[:200]
+    images, labels = pixels[chosen], labels[chosen]
+    maps = relevance(vit, images, labels, [method for method in METHODS if method not in reasons])
+    lines = ["# Relevance in a hierarchy", "", f"A small Swin trained on CIFAR-10 (`experiments/tiny_swin.py`): three "
+             f"stages on grids of 16 x 16, 8 x 8 and 4 x 4 patches, windows of 4 x 4, {accuracy}. Otherwise as in "
+             "[relevance.md](relevance.md). Rollout and gradient-weighted rollout are refused: "
+             f"\"{reasons['gradient']}\".", ""]  # fmt: skip
+    lines += relevance_table("Swin, CIFAR-10", [curves_of(vit, images, labels, maps)])
+    write("relevance-hierarchy.md", lines)
 
 
 def relevance_table(model: str, pieces: Sequence[dict[str, np.ndarray]]) -> list[str]:
@@ -389,7 +418,7 @@ def relevance_table(model: str, pieces: Sequence[dict[str, np.ndarray]]) -> list
         "|---|---|---|---|---|",
     ]
     random = areas["random insertion"] - areas["random deletion"]
-    for method in METHODS:
+    for method in [method for method in METHODS if f"{method} deletion" in areas]:
         gap = areas[f"{method} insertion"] - areas[f"{method} deletion"]
         beyond = interval(gap - random) if method != "random" else ""
         lines.append(
@@ -512,6 +541,7 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="robustness: tabulate what is there, compute nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-neurons")
+    parser.add_argument("--build", type=Path, default=Path(".build"), help="hierarchy: where its weights are kept")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -522,6 +552,7 @@ def main() -> None:
 COMMANDS = {
     "filters": filters_command,
     "grouping": grouping_command,
+    "hierarchy": hierarchy_command,
     "masked": masked_command,
     "precision": precision_command,
     "relevance": relevance_command,

@@ -104,10 +104,13 @@ def test_a_hierarchy_with_windows_is_drawn_as_far_as_its_tokens_can_be_followed(
     torch.manual_seed(0)
     vit = open_vit(timm.create_model("swin_tiny_patch4_window7_224", **shape).eval(), image_size=32)
     stems, dataset = drawn(vit, tmp_path)
-    assert stems >= {"tokens", "views", "windows_of_patch"}
-    assert not {"relevance", "relevance_curves"} & stems
+    assert stems >= {"tokens", "views", "windows_of_patch", "relevance", "relevance_curves"}
+    assert "filters" not in stems
+    assert not any("relevance" in names for names in missing_by_reason(dataset).values())
     assert any(
-        "cannot be followed" in reason for reason, names in missing_by_reason(dataset).items() if "relevance" in names
+        "cannot be followed" in reason
+        for reason, names in missing_by_reason(dataset).items()
+        if "filter_auroc" in names
     )
 
 

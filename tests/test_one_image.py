@@ -199,7 +199,13 @@ def test_a_hierarchy_is_looked_at_with_layers_padded():
     assert looked["token_similarity"].shape == (4, 196)
     assert np.isnan(looked["token_similarity"][3, 49:]).all()
     assert "class_attention" in looked.attrs["left_out"]
-    assert "tokens cannot be followed" in looked.attrs["left_out"]["relevance"]
+    assert looked["relevance"].shape == (7, 196)
+    assert looked["relevance_method"].to_numpy().astype(str).tolist()[:3] == ["raw", "grad_sam", "random 1"]
+    assert np.isfinite(looked["relevance"]).all()
+    best = int(looked["relevance"].sel(relevance_method="grad_sam").to_numpy().argmax())
+    assert looked.attrs["patch"] == list(divmod(best, 14))
+    assert_allclose(looked["relevance_deletion"][:, -1], looked["relevance_insertion"][:, 0], rtol=1e-4)
+    assert "tokens cannot be followed" in looked.attrs["left_out"]["filter_auroc"]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ __all__ = [
     "boxes_of_sides",
     "distances",
     "n_patches",
+    "overlap_shares",
     "patch_edges",
     "pixels_moved",
     "positions",
@@ -60,6 +61,21 @@ def positions(grid: Grid, arange: Arange = np.arange) -> tuple[Shaped[Any, "patc
     """
     patch = arange(n_patches(grid))
     return patch // grid[1], patch % grid[1]
+
+
+def overlap_shares(n_parts: int, n_others: int) -> Float[np.ndarray, "part other"]:
+    """How the parts of a side, all as long, lie on other parts of the same side: what a resampling by area keeps.
+
+    Args:
+        n_parts: Parts that the side is cut into.
+        n_others: Parts that it is cut into otherwise.
+
+    Returns:
+        The share of each part that lies on each of the others, every row summing to 1.
+    """
+    edges, others = np.arange(n_parts + 1) / n_parts, np.arange(n_others + 1) / n_others
+    begin, end = np.maximum.outer(edges[:-1], others[:-1]), np.minimum.outer(edges[1:], others[1:])
+    return np.asarray(np.maximum(end - begin, 0) * n_parts)
 
 
 def patch_edges(n_pixels: int, n_patches: int) -> Int[np.ndarray, "edge"]:

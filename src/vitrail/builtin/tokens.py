@@ -247,7 +247,9 @@ IMAGE_MEASURES = (
         low="the prediction does not rest on this patch",
         high="the prediction rests on this patch",
         source="raw: attention of the last layer; rollout: Abnar and Zuidema 2020 (arXiv 2005.00928); gradient: Chefer "
-        "et al. 2021 (arXiv 2103.15679) for the predicted class; beside random scores",
+        "et al. 2021 (arXiv 2103.15679) for the predicted class; grad_sam: our construction after Barkan et al. 2021 "
+        "(arXiv 2204.11073) for the predicted class; beside random scores. Hierarchies have raw and grad_sam: what "
+        "keys are given, where the keys lie, on the first layer's grid",
         limits="Methods disagree; `relevance_deletion` and `relevance_insertion` say which to believe.",
         needs=("token_grid",),
         depends_on=(),

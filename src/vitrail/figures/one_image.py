@@ -209,7 +209,8 @@ def _relevance(look: xr.Dataset) -> Figure | None:
         f"Which patches matter {words}: {_name(look)}",
         "Clear to orange: lowest to the 98 % quantile of the image. raw: attention of the last layer; rollout: "
         "attention through all layers, the same for every class; gradient: attention times its gradient for this class "
-        "(Chefer et al. 2021). Which to believe is told by deletion and insertion.",
+        "(Chefer et al. 2021); grad_sam: the same, averaged over layers (after Barkan et al. 2021), which hierarchies "
+        "have too. Which to believe is told by deletion and insertion.",
         side=1.9,
     )
 
@@ -292,7 +293,8 @@ def _tsne(look: xr.Dataset) -> Figure | None:
     grouping = (
         f"Silhouette of clusters of object tokens: {', '.join(scores)}." if scores else "One object: no grouping."
     )
-    sizes = look["relevance"].sel(relevance_method="rollout").to_numpy() if "relevance" in look else np.ones(len(owner))
+    has_rollout = "relevance" in look and "rollout" in _methods(look)
+    sizes = look["relevance"].sel(relevance_method="rollout").to_numpy() if has_rollout else np.ones(len(owner))
     return token_figures.scatter_of_tokens(
         {f"after L{layer}": xy[layer] for layer in layers},
         owner,

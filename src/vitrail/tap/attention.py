@@ -114,6 +114,23 @@ class LayerAttention:
         """What the heads give after edits, before the output projection; None where a native kernel answered."""
         return None if self._result.out is None else self._spec.layout.canonical(self._result.out, self._rows)
 
+    def register_out_hook(self, hook: Callable[[Float[Tensor, "image window head query channel"]], None]) -> None:
+        """Registers a function that is called with the gradient of `out`, when one is taken after the pass.
+
+        Args:
+            hook: Given the gradient, in canonical order; it is called anew for every gradient that is taken.
+
+        Raises:
+            Unsupported: A native kernel answered, or the model lets no gradient through.
+        """
+        out = self._result.out
+        if out is None or not out.requires_grad:
+            raise Unsupported(
+                f"No gradient reaches the attention of L{self.layer}; enable gradients and let the images or the "
+                "weights require one."
+            )
+        out.register_hook(lambda gradient: hook(self._spec.layout.canonical(gradient, self._rows)))
+
     def weights(self) -> Float[Tensor, "image head query key"]:
         """Computes the attention map after softmax.
 

@@ -17,7 +17,7 @@ from vitrail.tap.clone import clone_sharing
 from vitrail.tap.intercept import Captured, Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import repeat_images
 
-__all__ = ["measure_window_slots"]
+__all__ = ["block_inputs", "measure_window_slots"]
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def measure_window_slots(model: nn.Module, anatomy: Anatomy, layer: int, call: i
     n_bits = block.tokens.bit_length()
     n_runs = 1 + n_bits  # the first moves nothing
     with torch._C._EnableTorchFunction():  # the caller may be a reader, which runs with torch functions off
-        inputs = repeat_images(_block_inputs(clone, module, block.run, image), block.inputs, 1, n_runs)
+        inputs = repeat_images(block_inputs(clone, module, block.run, image), block.inputs, 1, n_runs)
         leaves, form = tree_flatten(inputs)
         leaves[block.main_input] = _move_by_bits(leaves[block.main_input], block, n_bits)
         values = _values_of_call(module, call, tree_unflatten(leaves, form))
@@ -64,10 +64,20 @@ def measure_window_slots(model: nn.Module, anatomy: Anatomy, layer: int, call: i
     return slots
 
 
-def _block_inputs(
+def block_inputs(
     clone: nn.Module, module: nn.Module, run: int, image: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that a run of a module of the clone gets when the model runs on an image."""
+    """Positional and keyword arguments that a run of a module of the clone gets when the model runs on an image.
+
+    Args:
+        clone: The model.
+        module: A module of it.
+        run: Which of the module's runs in a pass.
+        image: One prepared image [1 channel row column].
+
+    Returns:
+        The arguments.
+    """
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from vitrail.tap.clone import clone_sharing, same_tensors
 from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
 from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
 from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, repeat_images
+from vitrail.tap.places import KeyPlaces, find_key_places
 from vitrail.tap.rounding import rounding_bound
 from vitrail.tap.slots import measure_window_slots
 
@@ -165,6 +166,7 @@ class Tap:
         self._choose = choose
         self._pass: _Pass | None = None
         self._slots: dict[tuple[int, int], Tensor] = {}
+        self._places: dict[tuple[int, int], KeyPlaces] = {}
         self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
         self._class_token_suffices: bool | None = None
         self._prepare()
@@ -682,6 +684,23 @@ class Tap:
         if (layer, call) not in self._slots:
             self._slots[layer, call] = measure_window_slots(self._original, self.anatomy, layer, call)
         return self._slots[layer, call]
+
+    def key_places(self, layer: int, call: int = 0) -> KeyPlaces:
+        """Finds where the keys of an attention call lie on the layer's grid: in windows, pooled or whole. Found once.
+
+        Args:
+            layer: Zero-based index of the block.
+            call: Which attention call of the block.
+
+        Returns:
+            Shares of rows and columns of patches.
+
+        Raises:
+            Unsupported: The layer has no grid, its attention has no keys that are tokens, or no patch moves a key.
+        """
+        if (layer, call) not in self._places:
+            self._places[layer, call] = find_key_places(self._original, self.anatomy, layer, call)
+        return self._places[layer, call]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from vitrail.tokens.grouping import tsne
 from vitrail.tokens.levels import read_levels, require_one_grid
 from vitrail.tokens.outliers import norm_outliers
 from vitrail.tokens.pictures import as_picture
-from vitrail.tokens.relevance import deletion_and_insertion, relevance
+from vitrail.tokens.relevance import deletion_and_insertion, relevance, unavailable_methods
 from vitrail.tokens.vectors import colour_basis, similarity
 from vitrail.tokens.views import Faithful, agreement, faithful_view, global_view, neuron_view
 
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "most_relevant_patch"]
 
-LOOK_METHODS = ("raw", "rollout", "gradient")
-"""Of relevance; the last is for one class and needs a classifier."""
+LOOK_METHODS = ("raw", "rollout", "gradient", "grad_sam")
+"""Of relevance, as far as the model has them."""
+
+BY_PREFERENCE = ("gradient", "grad_sam", "rollout", "raw")
+"""By how far deletion and insertion favour them (docs/tokens/relevance.md); hierarchies lack some."""
 
 N_RANDOM = 5
 """Random orders of patches that relevance is compared with: enough for a band, few enough for one batch."""
@@ -63,7 +66,8 @@ def most_relevant_patch(one: "OneImage") -> tuple[int, int]:
     """
     rows, columns = one.grid
     try:
-        scores = list(_relevance_by_method(one).values())[-1].copy()
+        by_method = _relevance_by_method(one)
+        scores = next(by_method[method] for method in BY_PREFERENCE if method in by_method).copy()
     except Unsupported:
         return rows // 2, columns // 2
     for tokens in _patch_tokens(one):
@@ -122,7 +126,10 @@ def _patch_in_layer(one: "OneImage", layer: int) -> int:
 
 
 def _relevance_by_method(one: "OneImage") -> dict[str, Float[np.ndarray, "patch"]]:
-    methods = LOOK_METHODS if one.vit.n_classes is not None else LOOK_METHODS[:-1]
+    reasons = one.once("relevance_reasons", lambda: unavailable_methods(one.vit))
+    methods = [method for method in LOOK_METHODS if method not in reasons]
+    if not methods:
+        raise Unsupported(reasons["raw"])
     label = np.array([one.label if one.vit.n_classes is not None else 0])
     by_method = one.once("relevance", lambda: relevance(one.vit, one.pixels, label, methods))
     return {name: scores[0] for name, scores in by_method.items()}
@@ -161,7 +168,10 @@ def _salient(one: "OneImage") -> Bool[np.ndarray, "patch"]:
         owner = patch_objects(one.instance_ids, one.grid, min_area=0.0, min_patches=1)
         if (owner > 0).any():
             return np.asarray(owner > 0)
-    return np.asarray(salient_patches(_relevance_by_method(one)["rollout"][None])[0])
+    by_method = _relevance_by_method(one)
+    if "rollout" not in by_method:
+        require_one_grid(one.vit.anatomy)
+    return np.asarray(salient_patches(by_method["rollout"][None])[0])
 
 
 def _filter_scores(

@@ -1,13 +1,19 @@
-"""Which patches an answer rests on: raw attention, rollout, gradient-weighted rollout, and curves that judge them.
+"""Which patches an answer rests on, by several methods, and curves that judge them.
 
 raw        the class token's attention in the last layer, heads averaged
 rollout    attention carried through all layers (Abnar and Zuidema 2020, arXiv 2005.00928); the same for every class
 gradient   each layer's maps times their gradient for one class, positive part, carried through the layers (Chefer, Gur
            and Wolf 2021, arXiv 2103.15679, for one modality)
+grad_sam   each layer's maps times their gradient for one class, positive part, averaged over layers (after Barkan et
+           al. 2021, arXiv 2204.11073)
+legrad     the gradient alone, positive part, averaged over layers (after Bousselham et al. 2024, arXiv 2404.03214)
 random     nothing but chance: what the others have to beat
+
+Rollouts carry tokens from layer to layer and need one grid through all of them. The others do not: what a key of any
+layer is given lies where the key lies, also in hierarchies (Swin, PVT, MaxViT).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +22,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
+from vitrail.grid import Grid, n_patches, overlap_shares
 from vitrail.models.open import Vit
 from vitrail.tap.edits import Edit
-from vitrail.tap.tap import Readers, Tap
+from vitrail.tap.places import KeyPlaces
+from vitrail.tap.tap import LayerAttention, Readers, Tap
 from vitrail.tokens.flow import LayerSteps, flows, measure_windows, rollout
 from vitrail.tokens.levels import require_one_grid
 from vitrail.tokens.robustness import drop_orders, paint, patches_to_drop
 
-__all__ = ["METHODS", "Curves", "deletion_and_insertion", "gradient_rollout", "relevance"]
+__all__ = [
+    "CLASS_METHODS",
+    "METHODS",
+    "Curves",
+    "deletion_and_insertion",
+    "gradient_rollout",
+    "layer_gradients",
+    "relevance",
+    "unavailable_methods",
+]
 
 Images = Float[Tensor, "image channel row column"]
-METHODS = ("raw", "rollout", "gradient", "random")
+METHODS = ("raw", "rollout", "gradient", "grad_sam", "legrad", "random")
+CLASS_METHODS = ("gradient", "grad_sam", "legrad")
+"""Methods that explain one class; they need a classifier."""
 
 N_STEPS = 10
 """Steps of deletion and insertion between nothing and everything."""
@@ -41,35 +60,153 @@ def relevance(
     Args:
         vit: The model.
         images: Prepared images.
-        classes: The class of each image that `gradient` explains; the other methods do not know of classes.
-        methods: Of `METHODS`.
+        classes: The class of each image that those of `CLASS_METHODS` explain; the others do not know of classes.
+        methods: Of `METHODS`; `unavailable_methods` names those that the model does not have.
         seed: Of `random`.
 
     Returns:
-        Scores by method; scales differ, only the order within an image means something.
+        Scores by method, of the patches of the first layer's grid; scales differ, only the order within an image means
+        something.
 
     Raises:
         UsageError: There is no such method.
-        Unsupported: Tokens cannot be followed through all layers, or `gradient` of a model without classifier.
+        Unsupported: The model does not have one of the methods.
     """
     undefined = [method for method in methods if method not in METHODS]
     if undefined:
         raise UsageError(f"There is no relevance {undefined[0]!r}; choose from {', '.join(METHODS)}.")
-    anatomy = vit.anatomy
-    rows, columns = require_one_grid(anatomy)
-    prefix, index = anatomy.blocks[0].prefix, anatomy.class_index(0)
-    steps, raw = _maps(vit.tap(), images)
+    reasons = unavailable_methods(vit)
+    refused = [reasons[method] for method in methods if method in reasons]
+    if refused:
+        raise Unsupported(refused[0])
+    from_maps = _from_maps(vit, images, methods)
     scores: dict[str, Float[np.ndarray, "image patch"]] = {}
     for method in methods:
-        if method == "raw":
-            scores[method] = (raw[:, index, prefix:] if index is not None else raw[:, prefix:, prefix:].mean(1)).numpy()
-        elif method == "rollout":
-            scores[method] = rollout(steps, prefix, index).cpu().numpy()
+        if method in from_maps:
+            scores[method] = from_maps[method].cpu().numpy()
         elif method == "gradient":
             scores[method] = gradient_rollout(vit, images, classes).cpu().numpy()
+        elif method in ("grad_sam", "legrad"):
+            scores[method] = layer_gradients(vit, images, classes, times_map=method == "grad_sam").cpu().numpy()
         else:
-            scores[method] = np.random.default_rng(seed).random((len(images), rows * columns))
+            scores[method] = np.random.default_rng(seed).random((len(images), n_patches(_first_grid(vit))))
     return scores
+
+
+def unavailable_methods(vit: Vit) -> dict[str, str]:
+    """The methods of relevance that a model does not have.
+
+    Args:
+        vit: The model.
+
+    Returns:
+        A sentence with the reason, by name of the method.
+    """
+    checks: dict[str, tuple[Callable[[Vit], object], ...]] = {
+        "raw": (_require_raw,),
+        "rollout": (_require_one_grid,),
+        "gradient": (_require_classifier, _require_whole_maps),
+        "grad_sam": (_require_classifier, _places),
+        "legrad": (_require_classifier, _places),
+        "random": (_first_grid,),
+    }
+    reasons: dict[str, str] = {}
+    for method, required in checks.items():
+        try:
+            for each in required:
+                each(vit)
+        except Unsupported as reason:
+            reasons[method] = str(reason)
+    return reasons
+
+
+def _first_grid(vit: Vit) -> Grid:
+    """The grid of the first layer, the finest of a hierarchy: scores are of its patches."""
+    grid = vit.anatomy.blocks[0].grid
+    if grid is None:
+        raise Unsupported(f"The tokens of {vit.name} lie on no grid that could be found, so no patch has a relevance.")
+    return grid
+
+
+def _require_one_grid(vit: Vit) -> Grid:
+    return require_one_grid(vit.anatomy)
+
+
+def _require_classifier(vit: Vit) -> None:
+    if vit.n_classes is None:
+        raise Unsupported(f"{vit.name} has no classifier, so no class has a gradient; use raw attention or rollout.")
+
+
+def _require_whole_maps(vit: Vit) -> None:
+    """What gradient-weighted rollout takes one step a layer through."""
+    blocks = vit.anatomy.blocks
+    require_one_grid(vit.anatomy)
+    if any(set(block.kinds) != {"token"} for block in blocks):
+        raise Unsupported(
+            f"{vit.name} attends within windows; gradient-weighted rollout needs whole maps; use grad_sam."
+        )
+    if any(call.follows for block in blocks for call in block.calls):
+        raise Unsupported(
+            f"{vit.name} has layers whose attention calls follow each other, and gradient-weighted rollout takes one "
+            "step a layer; use rollout or grad_sam."
+        )
+
+
+# --- attention without gradients -------------------------------------------------------------------------------------
+
+
+def _from_maps(vit: Vit, images: Images, methods: Sequence[str]) -> dict[str, Float[Tensor, "image patch"]]:
+    """Raw attention and rollout, of one pass."""
+    wanted = [method for method in ("raw", "rollout") if method in methods]
+    if not wanted:
+        return {}
+    if not _has_one_grid(vit):
+        return {"raw": _attention_received(vit, images)}
+    prefix, index = vit.anatomy.blocks[0].prefix, vit.anatomy.class_index(0)
+    steps, mean_map = _maps(vit.tap(), images)
+    raw = mean_map[:, index, prefix:] if index is not None else mean_map[:, prefix:, prefix:].mean(1)
+    return {"raw": raw} | ({"rollout": rollout(steps, prefix, index)} if "rollout" in wanted else {})
+
+
+def _has_one_grid(vit: Vit) -> bool:
+    try:
+        require_one_grid(vit.anatomy)
+    except Unsupported:
+        return False
+    return True
+
+
+def _require_raw(vit: Vit) -> None:
+    if not _has_one_grid(vit):
+        _first_grid(vit)
+        last = len(vit.anatomy.blocks) - 1
+        if not vit.anatomy.blocks[last].calls:
+            raise Unsupported(f"L{last} of {vit.name} computes its attention in an operator that cannot be observed.")
+        for call in range(len(vit.anatomy.blocks[last].calls)):
+            vit.tap().key_places(last, call)
+
+
+def _attention_received(vit: Vit, images: Images) -> Float[Tensor, "image patch"]:
+    """What the keys of the last layer are given, where they lie: the mean over its calls, heads and queries."""
+    tap, last = vit.tap(), len(vit.anatomy.blocks) - 1
+    maps: list[Float[Tensor, "image row column"]] = []
+
+    def read(attention: LayerAttention) -> None:
+        if attention.layer == last:
+            received = attention.window_weights().mean((2, 3)) / attention.windows
+            maps.append(tap.key_places(last, attention.call).on_grid(received))
+
+    tap.read(images, Readers(attention=read))
+    return _on_first_grid(vit, torch.stack(maps).mean(0))
+
+
+def _on_first_grid(vit: Vit, values: Float[Tensor, "image row column"]) -> Float[Tensor, "image patch"]:
+    """Amounts on the grid of any layer, each spread evenly over the patches of the first grid that it covers."""
+    rows, columns = (
+        torch.from_numpy(overlap_shares(n_here, n_there)).to(values)
+        for n_here, n_there in zip(values.shape[1:], _first_grid(vit), strict=True)
+    )
+    return torch.einsum("irc,rp,cq->ipq", values, rows, columns).flatten(1)
 
 
 def _maps(tap: Tap, images: Images) -> tuple[list[Tensor], Tensor]:
@@ -78,7 +215,7 @@ def _maps(tap: Tap, images: Images) -> tuple[list[Tensor], Tensor]:
     steps = LayerSteps()
     tap.read(images, Readers(attention=steps.read))
     assert steps.mean_map is not None
-    return steps.all(), steps.mean_map.cpu()
+    return steps.all(), steps.mean_map
 
 
 def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]) -> Float[Tensor, "image patch"]:
@@ -96,19 +233,11 @@ def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]
         The class token's row less the identity, or the patches' mean row where there is no class token; zero or more.
 
     Raises:
-        Unsupported: The model has no classifier, or attends within windows.
+        Unsupported: The model has no classifier, has several grids, or attends within windows.
     """
-    if vit.n_classes is None:
-        raise Unsupported(f"{vit.name} has no classifier, so no class has a gradient; use rollout.")
+    _require_classifier(vit)
+    _require_whole_maps(vit)
     anatomy = vit.anatomy
-    require_one_grid(anatomy)
-    if any(set(block.kinds) != {"token"} for block in anatomy.blocks):
-        raise Unsupported(f"{vit.name} attends within windows; gradient-weighted rollout needs whole maps.")
-    if any(call.follows for block in anatomy.blocks for call in block.calls):
-        raise Unsupported(
-            f"{vit.name} has layers whose attention calls follow each other, and gradient-weighted rollout takes one "
-            "step a layer; use rollout."
-        )
     tokens = anatomy.blocks[0].tokens
     with torch.enable_grad():
         factors = [
@@ -123,6 +252,114 @@ def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]
     carried = flows(steps)[-1] - torch.eye(tokens, device=images.device)
     prefix, index = anatomy.blocks[0].prefix, anatomy.class_index(0)
     return carried[:, index, prefix:] if index is not None else carried[:, prefix:, prefix:].mean(1)
+
+
+def layer_gradients(
+    vit: Vit, images: Images, classes: Int[np.ndarray, "image"], *, times_map: bool = True
+) -> Float[Tensor, "image patch"]:
+    """Relevance of patches by the gradients of all attention maps, for hierarchies as for plain models.
+
+    For each layer the positive part of map x (d logit / d map) is averaged over heads and queries: what the logit owes
+    to the attention that a key is given. It lies where the key lies, spread evenly over the patches that it covers.
+    Every layer's result is divided by its sum over patches, so that each counts the same, and averaged over layers.
+
+    Unit: share of the whole, 0 to 1, summing to 1 over patches. High: the logit rests on attention to the patch. Low:
+    it does not, or that attention lowers it.
+
+    Source: our construction, after Grad-SAM (Barkan et al. 2021, arXiv 2204.11073; `times_map`) and LeGrad (Bousselham
+    et al. 2024, arXiv 2404.03214; without). LeGrad takes at each layer the class's score of that layer's own tokens,
+    which a hierarchy, whose layers differ in width, does not have; here it is the model's logit. Neither divides layers
+    by their sums, and neither says where keys of windows and pooled keys lie.
+
+    It cannot tell what patches take away from the class, nor what reaches it past attention (convolutions, MLPs). A key
+    of a deep layer stands for all that was mixed into it before, wherever that came from.
+
+    Args:
+        vit: The model.
+        images: Prepared images.
+        classes: The class of each image that is explained.
+        times_map: Weigh gradients by the maps, as Grad-SAM does; without, they are taken as they are: what the logit
+            would gain if a key were attended to more.
+
+    Returns:
+        Zero or more, for each patch of the first layer's grid; layers without a map between tokens (attention between
+        channels, hidden attention) or without a grid take no part.
+
+    Raises:
+        Unsupported: The model has no classifier, or no layer has keys whose place is known.
+
+    Example:
+        >>> prepared = vit.prepare([photograph])
+        >>> scores = layer_gradients(vit, prepared, vit.logits(prepared).argmax(-1).numpy())
+        >>> scores.shape  # of a Swin with 56 x 56 patches in its first stage
+        torch.Size([1, 3136])
+    """
+    _require_classifier(vit)
+    gains = _Gains(_places(vit), times_map)
+    with torch.enable_grad():
+        pixels = images.detach().clone().requires_grad_()
+        logits = vit.tap().read(pixels, Readers(attention=gains.read)).float()
+        target = torch.as_tensor(classes, device=logits.device)[:, None]
+        torch.autograd.grad(logits.gather(1, target).sum(), pixels)
+    by_layer = [_on_first_grid(vit, gains.by_layer[layer]) for layer in sorted(gains.by_layer)]
+    shares = [each / each.sum(1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny) for each in by_layer]
+    return torch.stack(shares).mean(0)
+
+
+def _places(vit: Vit) -> dict[tuple[int, int], KeyPlaces]:
+    """Where keys lie, by layer and attention call, of all calls whose keys have a place."""
+    _first_grid(vit)
+    tap, reasons = vit.tap(), list[str]()
+    places: dict[tuple[int, int], KeyPlaces] = {}
+    for layer, block in enumerate(vit.anatomy.blocks):
+        for call in range(len(block.calls)):
+            try:
+                places[layer, call] = tap.key_places(layer, call)
+            except Unsupported as reason:
+                reasons.append(str(reason))
+    if not places:
+        raise Unsupported(reasons[0] if reasons else f"The attention of {vit.name} cannot be observed.")
+    return places
+
+
+class _Gains:
+    """Sums, layer by layer, what the logit owes to keys, while gradients are taken.
+
+    Args:
+        places: By layer and attention call, where the keys lie; other calls are passed over.
+        times_map: Weigh gradients by the maps.
+
+    Attributes:
+        by_layer: The sums on the grid of each layer, calls added.
+    """
+
+    def __init__(self, places: dict[tuple[int, int], KeyPlaces], times_map: bool) -> None:
+        self.by_layer: dict[int, Float[Tensor, "image row column"]] = {}
+        self._places, self._times_map = places, times_map
+
+    def read(self, attention: LayerAttention) -> None:
+        """Has the gradients of an attention call added when they are taken.
+
+        Args:
+            attention: The call.
+        """
+        places = self._places.get((attention.layer, attention.call))
+        if places is not None:
+            attention.register_out_hook(lambda gradient: self._add(attention, places, gradient))
+
+    def _add(
+        self, attention: LayerAttention, places: KeyPlaces, gradient: Float[Tensor, "image window head query channel"]
+    ) -> None:
+        """out = map @ v: the derivative by the weight of query q on key k is the product of the gradient at q and v at
+        k. One image at a time, as the derivative is as large as the maps."""
+        v, layer = attention.v, attention.layer
+        maps = attention.window_weights() if self._times_map else [1.0] * len(v)
+        means = [
+            (weights * (each.float() @ values.float().mT)).clamp(min=0).mean((1, 2))
+            for weights, each, values in zip(maps, gradient, v, strict=True)
+        ]
+        on_grid = places.on_grid(torch.stack(means) / attention.windows)
+        self.by_layer[layer] = self.by_layer[layer] + on_grid if layer in self.by_layer else on_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +404,7 @@ def deletion_and_insertion(
         vit: The model.
         images: Prepared images.
         classes: The class of each image whose probability is followed.
-        scores: Relevance of each patch.
+        scores: Relevance of each patch of the first layer's grid.
         n_steps: Amounts between none and all.
         seed: Of the order of equal scores.
 
@@ -175,9 +412,15 @@ def deletion_and_insertion(
         The curves.
 
     Raises:
-        Unsupported: Tokens cannot be followed through all layers.
+        UsageError: The scores are not of the patches of the first layer's grid.
+        Unsupported: The tokens lie on no grid.
     """
-    grid = require_one_grid(vit.anatomy)
+    grid = _first_grid(vit)
+    if scores.shape != (len(images), n_patches(grid)):
+        raise UsageError(
+            f"Scores of shape {scores.shape} were passed for {len(images)} images on a grid of {grid[0]} x {grid[1]} "
+            f"patches; pass {(len(images), n_patches(grid))}."
+        )
     amounts = np.linspace(0, 1, n_steps + 1)
     order = drop_orders(scores, range(len(images)), seed)["salient"]
     full, empty = _probability(vit, images, classes), _probability(vit, _blank(vit, images, grid), classes)

@@ -75,6 +75,16 @@ const LOOKED: Looked[] = [
     method: "gradient",
   },
   {
+    id: "relevance-grad_sam",
+    measure: "relevance",
+    title: "relevance for the prediction, layer by layer",
+    unit: "",
+    reading: "What the prediction owes to attention to each patch, averaged over layers; also of hierarchies.",
+    source: "after Barkan et al. 2021 (arXiv 2204.11073)",
+    tab: "patches",
+    method: "grad_sam",
+  },
+  {
     id: "relevance-rollout",
     measure: "relevance",
     title: "rollout",
@@ -83,6 +93,16 @@ const LOOKED: Looked[] = [
     source: "Abnar and Zuidema 2020 (arXiv 2005.00928)",
     tab: "patches",
     method: "rollout",
+  },
+  {
+    id: "relevance-raw",
+    measure: "relevance",
+    title: "attention of the last layer",
+    unit: "",
+    reading: "What the class token, or without one the patches on average, attend to in the last layer; any class.",
+    source: "attention, heads averaged",
+    tab: "patches",
+    method: "raw",
   },
 ];
 
