@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from vitrail.app.pictures import Upload, Uploads, model_view
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.app.summary import STATISTICS, evenly_spaced, summarise
 from vitrail.errors import StudyError
-from vitrail.study.store import open_study
+from vitrail.study.plan import growing_command
+from vitrail.study.store import open_study, read_plan
 
 N_IMAGES = 70
 HOME = "http://127.0.0.1:8765"
@@ -715,6 +717,18 @@ def test_the_description_lists_every_analysis_with_what_the_store_holds_of_it(cl
     assert next(each for each in described if each["name"] == "patches")["command"].endswith(
         f"--measures patches --out {study.name}"
     )
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"weights_from": "my vit.safetensors"}, "--weights 'my vit.safetensors' --measures patches --out"),
+        ({"weights_from": "timm/vit_tiny_patch16_224.augreg_in21k"}, "IMAGES --measures patches --out"),
+        ({"precision": "bfloat16"}, "--measures patches --precision bfloat16 --out"),
+    ],
+)
+def test_the_command_that_adds_an_analysis_opens_the_same_model(study: Path, facts: dict[str, str], words: str) -> None:
+    assert words in growing_command(replace(read_plan(study), **facts), ["IMAGES"], ["patches"], "study")
 
 
 def test_a_measure_of_a_package_that_is_not_installed_is_listed_from_the_store() -> None:

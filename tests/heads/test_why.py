@@ -104,7 +104,7 @@ def test_the_sentences_carry_the_numbers(study: xr.Dataset) -> None:
     assert "Its pattern is shift (+1, 0)" in text
     assert "as for 75% of the images by themselves (else mostly sink)" in text
     assert "Its image dependence is 0.10: nearly the same map for all images." in text
-    assert "It matters most for photo 7.png (probability" in text
+    assert "It matters most for photo 7 (probability" in text
     assert not any("Not known" in sentence for sentence in told)
 
 

@@ -364,6 +364,30 @@ def own_file(tmp_path):
     return tmp_path / "my_model.py"
 
 
+def test_a_folder_opens_again_from_another_folder(tmp_path, monkeypatch):
+    import timm
+
+    (tmp_path / "own").mkdir()
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 3,
+        "model_args": shape,
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    save_file(
+        timm.create_model("vit_tiny_patch16_224", num_classes=3, **shape).state_dict(),
+        tmp_path / "own" / "model.safetensors",
+    )
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    vit = open_vit("own")
+    assert open_vit("vitrail:photos").opened_with["model"] == "vitrail:photos"
+    monkeypatch.chdir(tmp_path / "photos")
+    assert open_vit(vit.opened_with["model"]).weight_digest == vit.weight_digest
+
+
 def test_a_function_in_a_file_gives_the_model_the_same_each_time(own_file, tmp_path):
     vit, again = open_vit(f"{own_file}:small"), open_vit(f"{own_file}:small")
     assert (vit.n_layers, vit.n_classes, vit.name) == (2, 4, f"{own_file}:small")

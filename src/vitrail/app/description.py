@@ -1,6 +1,5 @@
 """The description of a study that the page needs before it draws: plan, sizes, measures and accuracy, as JSON."""
 
-import shlex
 from typing import Any
 
 from vitrail.analysis import BASE, Analysis, analyses
@@ -8,7 +7,7 @@ from vitrail.app.study_arrays import StudyArrays
 from vitrail.data import Manifest, class_title
 from vitrail.data.sources import PHOTOS
 from vitrail.stats import share_interval
-from vitrail.study.plan import Plan
+from vitrail.study.plan import Plan, growing_command
 
 __all__ = ["describe_study"]
 
@@ -87,11 +86,8 @@ def _command(analysis: Analysis, plan: Plan, manifest: Manifest, name: str) -> s
     """What adds an analysis to this study, which grows by it; of special models, to a study of one."""
     if analysis.only_for:
         return f"vitrail study MODEL IMAGES --measures {analysis.name} --out FOLDER"
-    words = [plan.model, "IMAGES"]
-    if manifest.source == PHOTOS:
-        words[1:] = [PHOTOS, "--limit", str(plan.n_images)]
-    words += [] if analysis.name == BASE else ["--measures", analysis.name]
-    return shlex.join(["vitrail", "study", *words, "--out", name])
+    images = [PHOTOS, "--limit", str(plan.n_images)] if manifest.source == PHOTOS else ["IMAGES"]
+    return growing_command(plan, images, [] if analysis.name == BASE else [analysis.name], name)
 
 
 def _describe_measure(arrays: StudyArrays, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ adds it.
 """
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 import numpy as np
 import xarray as xr
@@ -406,7 +407,7 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
     after = study["head_probability"].isel(layer=layer, head=head).to_numpy()
 
     def describe(at: int) -> str:
-        return f"{ids[at]} (probability {before[at]:.2f} to {after[at]:.2f})"
+        return f"{_short_name(str(ids[at]))} (probability {before[at]:.2f} to {after[at]:.2f})"
 
     positions = [int(at) for at in (*most, least[0])]
     yield Sentence(
@@ -414,6 +415,12 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
         measure="head_probability",
         images=[(at, f"{before[at]:.2f} to {after[at]:.2f}") for at in positions],
     )
+
+
+def _short_name(image: str) -> str:
+    """Of an image in a sentence, whose picture stands below: a file's name without folders and ending."""
+    path = PurePosixPath(image)
+    return path.stem if path.suffix else image
 
 
 def _ordinal(number: int) -> str:

@@ -383,8 +383,13 @@ def _as_plain_data(prompts: Prompts | None) -> dict[str, Any] | None:
 
 
 def _absolute_name(name: str) -> str:
+    """With the whole path of what lies on this disk, so that the model opens from other folders too."""
     python = split_python_name(name)
-    return name if python is None else f"{python[0].absolute()}:{python[1]}"
+    if python is not None:
+        return f"{python[0].absolute()}:{python[1]}"
+    source, colon, place = name.rpartition(":")
+    is_folder = source in ("", "hf") and place and Path(place).is_dir()
+    return f"{source}{colon}{Path(place).absolute()}" if is_folder else name
 
 
 def _own_module(module: nn.Module, request: Request) -> LoadedModel:

@@ -10,6 +10,7 @@ from vitrail.analysis import BASE, analyses, measures
 from vitrail.report.parts import Part, ReportData, Section, Table, Text, percent
 from vitrail.sentence import Sentence
 from vitrail.stats import share_interval
+from vitrail.study.plan import growing_command
 
 __all__ = ["PER_SECTION", "accuracy", "citations", "main_findings", "studied"]
 
@@ -147,10 +148,13 @@ def _facts(study: ReportData) -> Iterator[Part]:
         yield Text(
             f"This study holds nothing of {' and '.join(missing)}. The same images and options add it to this folder:"
         )
-        yield Text(_command(study, missing, study.folder.name), code=True)
+        yield Text(growing_command(study.plan, ["IMAGES"], missing, study.folder.name), code=True)
     elif any(name in declared and "masks" in declared[name].needs for name in plan.left_out):
         yield Text("Measures of objects need masks of each image, as PNGs of instance ids named like the images:")
-        yield Text(f"{_command(study, _of_any_vit(with_masks=True), 'NEW_FOLDER')} --masks FOLDER", code=True)
+        yield Text(
+            growing_command(study.plan, ["IMAGES", "--masks", "FOLDER"], _of_any_vit(with_masks=True), "NEW_FOLDER"),
+            code=True,
+        )
 
 
 def _task(study: ReportData) -> str:
@@ -158,11 +162,6 @@ def _task(study: ReportData) -> str:
     words = f"{plan.task}, {plan.n_classes:,} of them" if plan.n_classes is not None else plan.task
     output = f"; output {plan.output!r}" if plan.output is not None else ""
     return f"{words}{output}{f'; target: {plan.target}' if plan.target is not None else ''}"
-
-
-def _command(study: ReportData, names: Sequence[str], out: str) -> str:
-    precision = "" if study.plan.precision == "float32" else f" --precision {study.plan.precision}"
-    return f"vitrail study {study.plan.model} IMAGES --measures {','.join(names)}{precision} --out {out}"
 
 
 def _of_any_vit(with_masks: bool) -> list[str]:

@@ -7,15 +7,17 @@ its plan and under no other. No torch here: the plan of a finished study is read
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import PurePath
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
 from vitrail.data import LabelSource
 from vitrail.errors import DamagedStudy, PlanMismatch, StudyError
 
-__all__ = ["N_TOP", "THUMBNAIL_PX", "Part", "Plan", "differences", "refuse_other_plan"]
+__all__ = ["N_TOP", "THUMBNAIL_PX", "Part", "Plan", "differences", "growing_command", "refuse_other_plan"]
 
 FORMAT = 1
 """Of the folder. Raise it when the layout changes such that older readers would go wrong."""
@@ -211,6 +213,32 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
     return annotation is Any or type(value) is annotation
 
+
+def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], out: str) -> str:
+    """Writes the command that adds measures to a study, or makes another of its model.
+
+    Args:
+        plan: The study's.
+        images: Words that name the images.
+        measures: Of measures or analyses; none for those that a study has at least.
+        out: The folder.
+
+    Returns:
+        For a shell, with the name of the file of weights if one was given.
+
+    Example:
+        growing_command(plan, ["IMAGES"], ["patches"], "study")
+        # vitrail study timm:vit_tiny_patch16_224 IMAGES --weights vit.safetensors --measures patches --out study
+    """
+    words = ["vitrail", "study", plan.model, *images]
+    words += ["--weights", plan.weights_from] if PurePath(plan.weights_from).suffix in WEIGHT_SUFFIXES else []
+    words += ["--measures", ",".join(measures)] if measures else []
+    words += ["--precision", plan.precision] if plan.precision != "float32" else []
+    return shlex.join([*words, "--out", out])
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
+"""How files of weights end; other sources of weights come with the model's name."""
 
 NAMES = {
     "weight_digest": "weights",
