@@ -47,7 +47,7 @@ export const ATTENTION: Overlay[] = [
   {
     id: "looks",
     title: "where it looks",
-    reading: "Attention of the patch under the pointer, or of the chosen token. Less than even attention is not drawn.",
+    reading: "Attention of the chosen token, or of the patch under the pointer. Less than even attention is not drawn.",
     source: SOURCE,
     tabs: ["heads", "patterns"],
     live: true,
