@@ -719,16 +719,22 @@ def test_the_description_lists_every_analysis_with_what_the_store_holds_of_it(cl
     )
 
 
-@pytest.mark.parametrize(
-    ("facts", "words"),
-    [
-        ({"weights_from": "my vit.safetensors"}, "--weights 'my vit.safetensors' --measures patches --out"),
-        ({"weights_from": "timm/vit_tiny_patch16_224.augreg_in21k"}, "IMAGES --measures patches --out"),
-        ({"precision": "bfloat16"}, "--measures patches --precision bfloat16 --out"),
-    ],
-)
-def test_the_command_that_adds_an_analysis_opens_the_same_model(study: Path, facts: dict[str, str], words: str) -> None:
-    assert words in growing_command(replace(read_plan(study), **facts), ["IMAGES"], ["patches"], "study")
+@pytest.mark.parametrize("given", ["random", "file", "checkpoint", None])
+def test_the_command_that_adds_an_analysis_opens_the_same_weights(
+    study: Path, tmp_path: Path, given: str | None
+) -> None:
+    import torch
+
+    from vitrail.models.open import open_vit
+
+    weights, words = given, {"random": "--weights random ", None: ""}.get(given, "--weights WEIGHTS ")
+    if given in ("file", "checkpoint"):
+        state = open_vit("vitrail:photos").model.state_dict()
+        weights = str(tmp_path / f"{given}.pth")
+        torch.save(state if given == "file" else {"state_dict_ema": state, "state_dict": state}, weights)
+    facts = {"weights_from": open_vit("vitrail:photos", weights=weights).weights_source, "precision": "bfloat16"}
+    command = growing_command(replace(read_plan(study), **facts), ["IMAGES"], ["patches"], "study")
+    assert command.endswith(f"IMAGES {words}--measures patches --precision bfloat16 --out study")
 
 
 def test_a_measure_of_a_package_that_is_not_installed_is_listed_from_the_store() -> None:

@@ -10,7 +10,6 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import PurePath
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -224,21 +223,19 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
         out: The folder.
 
     Returns:
-        For a shell, with the name of the file of weights if one was given.
+        For a shell; WEIGHTS stands for the file of weights where one was given.
 
     Example:
         growing_command(plan, ["IMAGES"], ["patches"], "study")
-        # vitrail study timm:vit_tiny_patch16_224 IMAGES --weights vit.safetensors --measures patches --out study
+        # vitrail study timm:vit_tiny_patch16_224 IMAGES --weights WEIGHTS --measures patches --out study
     """
     words = ["vitrail", "study", plan.model, *images]
-    words += ["--weights", plan.weights_from] if PurePath(plan.weights_from).suffix in WEIGHT_SUFFIXES else []
+    if plan.weights_from and not plan.weights_from.startswith("those of "):
+        words += ["--weights", "random" if plan.weights_from == "random" else "WEIGHTS"]
     words += ["--measures", ",".join(measures)] if measures else []
     words += ["--precision", plan.precision] if plan.precision != "float32" else []
     return shlex.join([*words, "--out", out])
 
-
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
-"""How files of weights end; other sources of weights come with the model's name."""
 
 NAMES = {
     "weight_digest": "weights",

@@ -8,16 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrail.errors import Unsupported
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block
-from vitrail.tap.clone import clone_sharing
-from vitrail.tap.intercept import Captured, Interceptor, PassiveHandler, RawCall
-from vitrail.tap.layout import repeat_images
-from vitrail.tap.slots import block_inputs
+from vitrail.tap.slots import block_on_noise, values_when_moved
 
 __all__ = ["KeyPlaces", "find_key_places"]
 
@@ -131,50 +127,8 @@ def _changes(model: nn.Module, anatomy: Anatomy, layer: int, call: int) -> Itera
             patch % n_columns == torch.arange(n_columns)[:, None],
         ]
     )
-    clone = clone_sharing(model)
-    module = clone.get_submodule(block.path)
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn((1, *anatomy.image_shape), generator=generator).to(next(clone.parameters()))
-    with torch._C._EnableTorchFunction():  # the caller may be a reader, which runs with torch functions off
-        one = block_inputs(clone, module, block.run, image)
-        for some in lines.split(_RUNS_AT_ONCE):
-            n_runs = 1 + len(some)  # the first moves nothing
-            leaves, form = tree_flatten(repeat_images(one, block.inputs, 1, n_runs))
-            leaves[block.main_input] = _move(leaves[block.main_input], block, some)
-            args, kwargs = tree_unflatten(leaves, form)
-            v = block.calls[call].layout.canonical(_values_without_attention(module, call, args, kwargs), n_runs)
-            yield (v[1:] - v[:1]).float().norm(dim=-1).mean(2)
-
-
-def _move(leaf: Tensor, block: Block, lines: Bool[Tensor, "run patch"]) -> Tensor:
-    """Adds the same random vector, in run r + 1, to the patches of line r."""
-    tokens = block.layout.canonical(leaf).clone()
-    push = torch.randn(tokens.shape[-1], generator=torch.Generator().manual_seed(1)).to(tokens)
-    tokens[1:, block.prefix :] += lines.to(tokens)[:, :, None] * push
-    return block.layout.original(tokens, leaf)
-
-
-class _LaterValues(PassiveHandler):
-    """Keeps v of one attention call; the calls before it give zeros, so that they mix no tokens."""
-
-    def __init__(self, call: int) -> None:
-        self.calls_before = call
-        self.values: list[Tensor] = []
-
-    def attention(self, call: RawCall) -> Tensor:
-        """Silences earlier calls and stops at the one asked for."""
-        if self.calls_before == 0:
-            self.values.append(call.v)
-            raise Captured
-        self.calls_before -= 1
-        return torch.zeros_like(super().attention(call))
-
-
-def _values_without_attention(module: nn.Module, call: int, args: object, kwargs: object) -> Tensor:
-    handler = _LaterValues(call)
-    try:
-        with Interceptor(handler):
-            module(*args, **kwargs)  # type: ignore[misc, arg-type]
-    except Captured:
-        pass  # the handler has stopped the block at the call
-    return handler.values[0]
+    lines = torch.cat([lines.new_zeros(len(lines), block.prefix), lines], 1)
+    module, inputs = block_on_noise(model, anatomy, layer)
+    for some in lines.split(_RUNS_AT_ONCE):
+        v = values_when_moved(module, inputs, block, call, some, silence_earlier=True)
+        yield (v[1:] - v[:1]).float().norm(dim=-1).mean(2)

@@ -7,7 +7,7 @@ the values v in which that shows name the slots.
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -17,7 +17,10 @@ from vitrail.tap.clone import clone_sharing
 from vitrail.tap.intercept import Captured, Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import repeat_images
 
-__all__ = ["block_inputs", "measure_window_slots"]
+__all__ = ["Inputs", "block_on_noise", "measure_window_slots", "values_when_moved"]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module."""
 
 
 @torch.no_grad()
@@ -40,18 +43,9 @@ def measure_window_slots(model: nn.Module, anatomy: Anatomy, layer: int, call: i
         Unsupported: The tokens are not each in exactly one slot (convolution or pooling inside the block).
     """
     block = anatomy.blocks[layer]
-    clone = clone_sharing(model)
-    module = clone.get_submodule(block.path)
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn((1, *anatomy.image_shape), generator=generator).to(next(clone.parameters()))
-    n_bits = block.tokens.bit_length()
-    n_runs = 1 + n_bits  # the first moves nothing
-    with torch._C._EnableTorchFunction():  # the caller may be a reader, which runs with torch functions off
-        inputs = repeat_images(block_inputs(clone, module, block.run, image), block.inputs, 1, n_runs)
-        leaves, form = tree_flatten(inputs)
-        leaves[block.main_input] = _move_by_bits(leaves[block.main_input], block, n_bits)
-        values = _values_of_call(module, call, tree_unflatten(leaves, form))
-    v = block.calls[call].layout.canonical(values, n_runs)
+    number, n_bits = torch.arange(1, block.tokens + 1), block.tokens.bit_length()
+    module, inputs = block_on_noise(model, anatomy, layer)
+    v = values_when_moved(module, inputs, block, call, number >> torch.arange(n_bits)[:, None] & 1 == 1)
     changes: Tensor = (v[1:] - v[:1]).abs().amax(dim=(2, 4)) > 0
     powers = (1 << torch.arange(n_bits, device=v.device))[:, None, None]
     slots = (changes.long() * powers).sum(0) - 1
@@ -64,70 +58,90 @@ def measure_window_slots(model: nn.Module, anatomy: Anatomy, layer: int, call: i
     return slots
 
 
-def block_inputs(
-    clone: nn.Module, module: nn.Module, run: int, image: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that a run of a module of the clone gets when the model runs on an image.
+def block_on_noise(model: nn.Module, anatomy: Anatomy, layer: int) -> tuple[nn.Module, Inputs]:
+    """A block of a copy of a model, and what the block is given when the model runs on an image of noise.
 
     Args:
-        clone: The model.
-        module: A module of it.
-        run: Which of the module's runs in a pass.
-        image: One prepared image [1 channel row column].
+        model: The model; the copy shares its weights.
+        anatomy: Its anatomy.
+        layer: Zero-based index of the block.
 
     Returns:
-        The arguments.
+        The block, and its positional and keyword arguments for one image.
     """
-    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    block, clone = anatomy.blocks[layer], clone_sharing(model)
+    module = clone.get_submodule(block.path)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn((1, *anatomy.image_shape), generator=generator).to(next(clone.parameters()))
+    inputs: list[Inputs] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append((args, kwargs))
-        if len(inputs) > run:
+        if len(inputs) > block.run:
             raise Captured
 
     hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        clone(image)
+        with torch._C._EnableTorchFunction():  # the caller may be a reader, which runs with torch functions off
+            clone(image)
     except Captured:
         pass  # the hook has stopped the pass where it was meant to
     finally:
         hook.remove()
-    return inputs[run]
+    return module, inputs[block.run]
+
+
+def values_when_moved(
+    module: nn.Module,
+    inputs: Inputs,
+    block: Block,
+    call: int,
+    moved: Bool[Tensor, "run token"],
+    *,
+    silence_earlier: bool = False,
+) -> Float[Tensor, "runs window head key channel"]:
+    """The values v of an attention call as some of its block's tokens are moved, all by the same random vector.
+
+    Args:
+        module: The block.
+        inputs: Its arguments for one image.
+        block: Its anatomy.
+        call: Which of its attention calls.
+        moved: The tokens that are moved, in each run but the first, which moves none.
+        silence_earlier: Earlier calls give zeros, so that they mix no tokens.
+
+    Returns:
+        v in canonical order, run 0 with nothing moved.
+    """
+    n_runs = 1 + len(moved)
+    leaves, form = tree_flatten(repeat_images(inputs, block.inputs, 1, n_runs))
+    leaf = leaves[block.main_input]
+    tokens = block.layout.canonical(leaf).clone()
+    push = torch.randn(tokens.shape[-1], generator=torch.Generator().manual_seed(1)).to(tokens)
+    tokens[1:] += moved.to(tokens)[:, :, None] * push
+    leaves[block.main_input] = block.layout.original(tokens, leaf)
+    args, kwargs = tree_unflatten(leaves, form)
+    handler = _ValuesOfCall(call, silence_earlier)
+    try:
+        with torch._C._EnableTorchFunction(), Interceptor(handler):
+            module(*args, **kwargs)
+    except Captured:
+        pass  # the handler has stopped the block at the call
+    return block.calls[call].layout.canonical(handler.values[0], n_runs)
 
 
 class _ValuesOfCall(PassiveHandler):
-    """Keeps v of one attention call and stops there."""
+    """Keeps v of one attention call and stops there; calls before it run, or give zeros."""
 
-    def __init__(self, call: int) -> None:
-        self.calls_before = call
+    def __init__(self, call: int, silence_earlier: bool) -> None:
+        self.calls_before, self.silence_earlier = call, silence_earlier
         self.values: list[Tensor] = []
 
     def attention(self, call: RawCall) -> Tensor:
-        """Lets earlier calls run and stops at the one asked for."""
+        """Counts calls and stops at the one asked for."""
         if self.calls_before == 0:
             self.values.append(call.v)
             raise Captured
         self.calls_before -= 1
-        return super().attention(call)
-
-
-def _values_of_call(module: nn.Module, call: int, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    handler = _ValuesOfCall(call)
-    args, kwargs = inputs
-    try:
-        with Interceptor(handler):
-            module(*args, **kwargs)
-    except Captured:
-        pass  # the handler has stopped the block at the call
-    return handler.values[0]
-
-
-def _move_by_bits(leaf: Tensor, block: Block, n_bits: int) -> Float[Tensor, "..."]:
-    """Adds the same random vector, in run b + 1, to every token whose number from 1 has bit b."""
-    tokens = block.layout.canonical(leaf).clone()
-    generator = torch.Generator().manual_seed(1)
-    push = torch.randn(tokens.shape[-1], generator=generator).to(tokens)
-    number = torch.arange(1, block.tokens + 1, device=tokens.device)
-    for bit in range(n_bits):
-        tokens[1 + bit, (number >> bit & 1).bool()] += push
-    return block.layout.original(tokens, leaf)
+        out = super().attention(call)
+        return torch.zeros_like(out) if self.silence_earlier else out

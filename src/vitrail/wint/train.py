@@ -83,7 +83,7 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
         StudyError: Another process is training in the folder.
         UsageError: The recipe cannot be run.
         DataError: The images do not fit the recipe.
-        TrainingDiverged: The loss is no number any more.
+        TrainingDiverged: A loss or a weight is infinite or no number.
 
     Example:
         results = train(read_recipe("cifar10.toml"), "runs/cifar10")

@@ -79,7 +79,7 @@ const LOOKED: Looked[] = [
     measure: "relevance",
     title: "relevance for the prediction, layer by layer",
     unit: "",
-    reading: "What the prediction owes to attention to each patch, averaged over layers; also of hierarchies.",
+    reading: "What the prediction owes to attention to each patch, averaged over layers; hierarchies have it too.",
     source: "after Barkan et al. 2021 (arXiv 2204.11073)",
     tab: "patches",
     method: "grad_sam",
