@@ -118,3 +118,9 @@ def test_no_tracked_file_names_a_registry_or_a_path_of_a_machine() -> None:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".json", ".ts", ".svelte", ".cfg") and path != Path(__file__):
             assert not forbidden.search(path.read_text()), name
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    paths = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    names = [path.stem for path in paths]
+    assert {str(path) for path in paths if names.count(path.stem) > 1} == set(), "pytest imports them by name alone"
