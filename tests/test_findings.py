@@ -79,7 +79,7 @@ def test_why_a_head_matters_has_the_measure_of_every_sentence(client: TestClient
     dataset = open_study(study)
     said = client.get(f"/api/why?layer={N_LAYERS - 1}&head=0").json()["sentences"]
     assert [each["text"] for each in said] == why_sentences(dataset, N_LAYERS - 1, 0)
-    known = [each for each in said if not each["text"].startswith("Not known")]
+    known = [each for each in said if not each["text"].startswith("This study does not hold")]
     assert all(each["measure"] in dataset for each in known)
     by_metric = next(each for each in said if each["text"].startswith("It is"))
     assert {part["measure"] for part in by_metric["evidence"]} >= {"head_divergence", "head_loss_change"}

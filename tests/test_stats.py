@@ -135,7 +135,7 @@ def test_a_quantile_that_few_images_bound_on_one_side_only_has_no_interval_but_w
     values = np.random.default_rng(1).random((25, 3))
     found = quantile_interval(values, 0.05)
     assert np.isnan([found.low, found.high]).all()
-    assert "5% quantile" in found.reason
+    assert "5 % quantile" in found.reason
     assert_array_equal(quantile_interval(values, 0.05, limits=(0.0, 1.0)).low, 0)
     median = quantile_interval(values[:, 0], 0.5)  # the 8th and the 18th of 25, by any table of the sign test
     assert_array_equal([median.low, median.high], np.sort(values[:, 0])[[7, 17]])

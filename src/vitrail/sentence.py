@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Sentence"]
+__all__ = ["Sentence", "percent"]
 
 
 class Sentence(str):
@@ -14,6 +14,7 @@ class Sentence(str):
         layer: Index of the layer that it singles out, if any.
         head: Index of the head within that layer, if any.
         images: Positions of images in the study that show it, each with a few words.
+        caption: What those images are, such as "the label loses most in these"; empty where there are none.
         evidence: Parts of the text, each with the measure that it is read from, where that is not `measure`.
     """
 
@@ -21,6 +22,7 @@ class Sentence(str):
     layer: int | None
     head: int | None
     images: tuple[tuple[int, str], ...]
+    caption: str
     evidence: tuple[tuple[str, str], ...]
 
     def __new__(
@@ -31,6 +33,7 @@ class Sentence(str):
         layer: int | None = None,
         head: int | None = None,
         images: Iterable[tuple[int, str]] = (),
+        caption: str = "",
         evidence: Iterable[tuple[str, str]] = (),
     ) -> "Sentence":
         """Make a sentence.
@@ -41,6 +44,7 @@ class Sentence(str):
             layer: Index of the layer that it singles out.
             head: Index of the head within that layer.
             images: Positions of images in the study that show it, each with a few words.
+            caption: What those images are.
             evidence: Parts of the text, each with the name of the measure that it is read from.
 
         Returns:
@@ -48,7 +52,7 @@ class Sentence(str):
         """
         self = super().__new__(cls, text)
         self.measure, self.layer, self.head = measure, layer, head
-        self.images, self.evidence = tuple(images), tuple(evidence)
+        self.images, self.caption, self.evidence = tuple(images), caption, tuple(evidence)
         return self
 
     @classmethod
@@ -67,7 +71,8 @@ class Sentence(str):
         """What it says and names, in values that JSON can hold.
 
         Returns:
-            `text`, `measure`, `layer`, `head`, `images` (each with `image`, `words`), `evidence` (`text`, `measure`).
+            `text`, `measure`, `layer`, `head`, `images` (each with `image`, `words`), `caption`, `evidence` (each with
+            `text`, `measure`).
         """
         return {
             "text": str(self),
@@ -75,5 +80,19 @@ class Sentence(str):
             "layer": self.layer,
             "head": self.head,
             "images": [{"image": image, "words": words} for image, words in self.images],
+            "caption": self.caption,
             "evidence": [{"text": text, "measure": measure} for text, measure in self.evidence],
         }
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share of 1 as text.
+
+    Args:
+        share: 0 to 1.
+        digits: After the point.
+
+    Returns:
+        Text such as "12 %".
+    """
+    return f"{100 * share:.{digits}f} %"

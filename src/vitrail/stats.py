@@ -190,7 +190,7 @@ def quantile_interval(
             low[which], high[which] = ordered[below - 1], ordered[above - 1]
     reason = _reason(columns, low)
     if reason and len(columns) > 1:
-        reason = f"too few images ({len(columns)}) for the {quantile:.0%} quantile"
+        reason = f"too few images ({len(columns)}) for the {100 * quantile:.0f} % quantile"
     return Interval(low.reshape(shape), high.reshape(shape), reason)
 
 

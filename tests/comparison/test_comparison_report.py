@@ -40,7 +40,7 @@ def test_the_sentences_say_what_the_numbers_say(compared):
     assert "most at L3 (+1." in told
     assert any(sentence.startswith("1 of 6 measures differs") for sentence in findings)
     same = float(compared["same_prediction"].mean())
-    assert any(f"the same class for {same:.1%} of the images" in sentence for sentence in findings)
+    assert any(f"the same class for {100 * same:.1f} % of the images" in sentence for sentence in findings)
     assert any("which chance may give" in sentence for sentence in findings)
     assert any("compared head by head" in sentence for sentence in findings)
     assert measures_by_effect(compared)[0] == "attention_distance"

@@ -79,7 +79,7 @@ def test_clusters_carry_name_size_heads_and_rule(study: xr.Dataset) -> None:
     told = " ".join(words(cluster_maps(study))).replace("\n", " ")
     assert "0 shift (+1, 0)" in told.replace("  ", " ")
     assert "1 uniform" in told.replace("  ", " ")
-    assert "120 maps: L0H0 100%" in told
+    assert "120 maps: L0H0 100 %" in told
 
 
 def test_every_head_has_its_name_in_its_cell(study: xr.Dataset) -> None:

@@ -97,15 +97,18 @@ def test_the_sentences_carry_the_numbers(study: xr.Dataset) -> None:
     text = " ".join(told)
     drop = float((study["probability"] - study["head_probability"][:, 1, 0]).mean())
     assert f"L1H0 is 1st of 6 heads: without it the label loses {drop:.3f}" in text
-    assert "more than 0.1 in 100.0% of 40 images" in text
-    assert "The prediction changes in 20.0% of them, accuracy goes from 100.0% to 80.0%" in text
+    assert "more than 0.1 in 100.0 % of 40 images" in text
+    assert "The prediction changes in 20.0 % of them, accuracy goes from 100.0 % to 80.0 %" in text
     assert "Its patch part carries it" in text
-    assert "entropy of its attention over distance is 2.00 nats, above 40 % of the other heads" in text
+    assert "The spread of its attention over distances is 2.00 nats of entropy, wider than that of 40 % of the other heads" in text
     assert "Its pattern is shift (+1, 0)" in text
-    assert "as for 75% of the images by themselves (else mostly sink)" in text
-    assert "Its image dependence is 0.10: nearly the same map for all images." in text
+    assert "; 75 % of the images have this pattern when taken alone, most others sink." in text
+    assert "How much its map depends on the image: 0.10 of 1, nearly the same map for all images." in text
     assert "It matters most for photo 7 (probability" in text
-    assert not any("Not known" in sentence for sentence in told)
+    most = next(sentence for sentence in told if sentence.startswith("It matters most"))
+    assert most.caption == "the probability with L1H0 and without it"
+    assert [words.startswith("least: ") for _, words in most.images] == [False] * (len(most.images) - 1) + [True]
+    assert not any("does not hold" in sentence for sentence in told)
 
 
 def test_what_a_study_lacks_is_said_with_the_command_that_adds_it(study: xr.Dataset) -> None:

@@ -119,7 +119,7 @@ def test_tables_and_sentences_follow_from_the_study(finished: Path) -> None:
         assert cluster.size == int((study["pattern_patch_cluster"] == cluster.number).sum())
     told = " ".join(why_sentences(study, 1, 0))
     assert f"Its pattern is {patterns[2].naming.label}" in told
-    assert "Not known" not in told
+    assert "does not hold" not in told
 
 
 def test_one_image_has_patterns_and_no_image_dependence(vit: Vit, photos: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from vitrail.app.answers import binary, json_answer, json_body, parse_index, rea
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.data import class_title
 from vitrail.heads.summary import LARGE_DROP
+from vitrail.sentence import percent
 from vitrail.stats import mean_interval
 
 if TYPE_CHECKING:
@@ -228,5 +229,5 @@ def _cost_in_study(arrays: StudyArrays, changes: Mapping[str, Any]) -> str | Non
     interval = f" (95 % interval {float(low):.3f} to {float(high):.3f})" if not reason else ""
     return (
         f"Over the {len(lost):,} images of the study the label loses {lost.mean():.3f} of its probability without "
-        f"L{layer}H{head}{interval}, more than {LARGE_DROP} in {(lost > LARGE_DROP).mean():.1%} of them."
+        f"L{layer}H{head}{interval}, more than {LARGE_DROP} in {percent((lost > LARGE_DROP).mean(), 1)} of them."
     )

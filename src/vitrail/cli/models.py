@@ -26,6 +26,7 @@ from vitrail.cli.options import (
 )
 from vitrail.cli.studies import print_lines
 from vitrail.errors import UsageError
+from vitrail.sentence import percent
 
 
 @app.command()
@@ -151,7 +152,7 @@ def artefacts(
         typer.echo(sentence)
     columns = (trial[f"neuron_{each}"].to_numpy() for each in ("layer", "index", "share"))
     for layer, index, share in zip(*columns, strict=True):
-        typer.echo(f"L{layer} neuron {index}: {share:.1%} of the length")
+        typer.echo(f"L{layer} neuron {index}: {percent(share, 1)} of the length")
     typer.echo(file)
 
 

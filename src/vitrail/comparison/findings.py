@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from vitrail.sentence import Sentence
+from vitrail.sentence import Sentence, percent
 from vitrail.stats import ALPHA, share_interval
 
 __all__ = ["ALPHA", "comparison_findings", "describe_difference", "heads_by_difference", "measures_by_effect"]
@@ -66,15 +66,15 @@ def _of_answers(compared: xr.Dataset) -> Iterator[str]:
             else f"{100 * abs(difference):.1f} points {'more' if difference > 0 else 'fewer'}"
         )
         verdict = "" if p < ALPHA else ", which chance may give"
+        right = " and ".join(percent(float(row[name]), 1) for name in ("mean_a", "mean_b"))
         yield (
-            f"{b} is right about {words} of the images ({float(row['mean_a']):.1%} and {float(row['mean_b']):.1%}; "
-            f"{_interval(row, 100, ' points')}p {p:.3f}{verdict})."
+            f"{b} is right about {words} of the images ({right}; {_interval(row, 100, ' points')}p {p:.3f}{verdict})."
         )
     if "same_prediction" in compared:
         same = compared["same_prediction"].to_numpy()
         low, high, reason = share_interval(same)
-        interval = "" if reason else f" (95 % interval {float(low):.1%} to {float(high):.1%})"
-        yield f"{a} and {b} predict the same class for {same.mean():.1%} of the images{interval}."
+        interval = "" if reason else f" (95 % interval {percent(float(low), 1)} to {percent(float(high), 1)})"
+        yield f"{a} and {b} predict the same class for {percent(same.mean(), 1)} of the images{interval}."
 
 
 def _of_measures(compared: xr.Dataset) -> Iterator[str]:
@@ -127,7 +127,7 @@ def _largest_layer(compared: xr.Dataset, name: str) -> tuple[int | None, str]:
         return None, ""
     at = int(np.nanargmax(np.where(p < ALPHA, np.abs(values), np.nan)))
     same = compared.attrs["n_layers_a"] == compared.attrs["n_layers_b"]
-    where = f"L{at}" if same else f"{float(compared['depth'][at]):.0%} of the depth"
+    where = f"L{at}" if same else f"{percent(float(compared['depth'][at]))} of the depth"
     return at if same else None, f"; most at {where} ({values[at]:+.3g})"
 
 

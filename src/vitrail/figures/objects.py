@@ -27,6 +27,7 @@ from vitrail.grid import Grid
 from vitrail.heads.head_values import HeadValues
 from vitrail.heads.object_summary import TOP, ScoreSummary, example_maps, scale_of_map, summarise_scores
 from vitrail.selection import image_id
+from vitrail.sentence import percent
 
 __all__ = ["BOTH", "FIGURES", "ONE_IMAGE_FIGURES", "best_maps", "example_map_grid", "score_maps"]
 
@@ -185,7 +186,7 @@ def best_maps(look: xr.Dataset) -> Figure | None:
 def _reading(study: xr.Dataset) -> str:
     whose = "the class token looks" if study.attrs.get("class_token", True) else "patches look on average"
     return (
-        f"Darker: {whose} here; colours end where {TOP:.0%} of each map's patches lie below: sinks would leave "
+        f"Darker: {whose} here; colours end where {percent(TOP)} of each map's patches lie below: sinks would leave "
         "nothing to see of the rest. Line: the objects."
     )
 

@@ -23,6 +23,7 @@ from vitrail.figures.tokens import Curve, Panel
 from vitrail.heads.head_values import head_values, heads_with_strength, main_metric
 from vitrail.heads.query_maps import query_maps
 from vitrail.patches.layer_maps import layer_grids
+from vitrail.sentence import percent
 from vitrail.tokens.summary import relevance_over_chance
 
 __all__ = ["HEAD_FIGURES", "PATCH_FIGURES", "TOKEN_FIGURES", "WINDOW_FIGURES"]
@@ -171,7 +172,7 @@ def _tokens(look: xr.Dataset) -> Figure | None:
         outlier = look["token_outlier"].to_numpy()[here]
         colours, likeness = look["token_colour"].to_numpy()[here], look["token_similarity"].to_numpy()[here]
         share = float(look["token_colour_share"][layer])
-        rows[0].append(Panel(token_figures.coloured(colours, grid), f"after L{layer}: {share:.0%}"))
+        rows[0].append(Panel(token_figures.coloured(colours, grid), f"after L{layer}: {percent(share)}"))
         stands = f", {outlier.sum()} stand out" if outlier.any() else ""
         lengths = token_figures.token_map(norms, grid, high=float(norms[~outlier].max()))
         rows[1].append(Panel(lengths, f"{norms.min():.0f} to {norms.max():.0f}{stands}"))

@@ -37,6 +37,7 @@ from vitrail.patches.layer_maps import (
     scale_of_lengths,
 )
 from vitrail.selection import ImageChoice, describe_choice
+from vitrail.sentence import percent
 
 __all__ = [
     "BOTH",
@@ -236,7 +237,7 @@ def window_coverage(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Imag
         axes.imshow(covered[layer], extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
 
     def most(layer: int) -> str:
-        return f"most {covered[layer].max():.0%}"
+        return f"most {percent(covered[layer].max())}"
 
     figure = _layers(study, f"Where windows lie: {describe_choice(study, image)}", photo, draw, most, extra=_cover_bar)
     explain(
@@ -277,7 +278,7 @@ def window_object_map(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Im
         f"Windows that lie on objects: {description}",
         photo,
         draw,
-        lambda layer: "" if np.isnan(means[layer]) else f"{means[layer]:.0%}",
+        lambda layer: "" if np.isnan(means[layer]) else f"{percent(means[layer])}",
         extra=_object_bar,
     )
     explain(

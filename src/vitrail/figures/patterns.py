@@ -31,6 +31,7 @@ from vitrail.patterns.density import KINDS, pattern_clusters_at, pattern_density
 from vitrail.patterns.names import NAMES
 from vitrail.patterns.tables import Cluster, all_patterns, pattern_clusters
 from vitrail.selection import image_id, image_position
+from vitrail.sentence import percent
 
 __all__ = ["FIGURES", "cluster_maps", "pattern_map", "patterns_by_head"]
 
@@ -223,7 +224,7 @@ def _draw_cluster(axes: Any, cluster: Cluster, values: Float[np.ndarray, "query 
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(True)
     axes.set_title(f"{cluster.number}  {cluster.naming.label}", fontsize=7.5)
-    heads = ", ".join(f"{head_name(layer, head)} {share:.0%}" for layer, head, share in cluster.heads)
+    heads = ", ".join(f"{head_name(layer, head)} {percent(share)}" for layer, head, share in cluster.heads)
     rule = textwrap.fill(cluster.naming.rule, 36, max_lines=3, placeholder=" …")
     axes.set_xlabel(f"{cluster.size:,} maps:\n{heads}\n{rule}", fontsize=5.8, loc="left", color=SOFT)
 

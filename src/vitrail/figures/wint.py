@@ -27,6 +27,7 @@ from vitrail.figures.photo_grid import (
 )
 from vitrail.figures.style import COOL, INK, LINE, MARK, SOFT, Figure, FigureTable, blank, explain, number, styled, when
 from vitrail.grid import Grid
+from vitrail.sentence import percent
 from vitrail.windows.window_maps import (
     agreement_by_layer,
     area_of_layers,
@@ -109,7 +110,7 @@ def windows_by_layer(
                 _draw_frame(axes, windows[layer, window, patch], grid, (row, column), window)
             mark_patch(axes, row, column)
             axes.set_title(f"L{layer}" if teacher is None else f"{name} L{layer}", fontweight="bold", pad=3)
-            axes.set_title(f"{areas[layer]:.0%}", loc="right", fontsize=7, color=SOFT, pad=3)
+            axes.set_title(f"{percent(areas[layer])}", loc="right", fontsize=7, color=SOFT, pad=3)
     if n_windows > 1:
         _draw_head_key(figure, n_windows)
     explain(

@@ -4,7 +4,7 @@ The question of Li et al. 2023, answered from measures of this study alone; what
 adds it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -16,7 +16,7 @@ from vitrail.errors import UsageError
 from vitrail.heads.summary import LARGE_DROP, pruning_table
 from vitrail.patterns.names import RULES
 from vitrail.patterns.tables import all_patterns, pattern_of_head
-from vitrail.sentence import Sentence
+from vitrail.sentence import Sentence, percent
 
 __all__ = ["extreme_images", "missing", "why_sentences", "why_table"]
 
@@ -185,7 +185,7 @@ def missing(study: xr.Dataset) -> dict[str, str]:
                 if why
                 else f"`vitrail study ... --measures {_measures_with(available, word)}` adds it"
             )
-            sentences[word] = f"Not known is {' and '.join(name_of)}; {rest}."
+            sentences[word] = f"This study does not hold {' and '.join(name_of)}; {rest}."
     return sentences
 
 
@@ -292,16 +292,18 @@ def _importance(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> It
     pruned = pruning_table(study, layer, head)
     yield Sentence(
         f"{rank}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} on average "
-        f"({_interval(pruned, 'drop', '{:.3f}', ' of the drop')}), and more than {LARGE_DROP:g} in "
-        f"{float(pruned['drop_share_large']):.1%} of {n_images:,} images.",
+        f"({_interval(pruned, 'drop', '{:.3f}'.format, ' of the loss')}), and more than {LARGE_DROP:g} in "
+        f"{percent(float(pruned['drop_share_large']), 1)} of {n_images:,} images.",
         measure="head_probability",
     )
-    flips = f"The prediction changes in {float(pruned['flip_share']):.1%} of them" if "flip_share" in pruned else ""
+    flips = (
+        f"The prediction changes in {percent(float(pruned['flip_share']), 1)} of them" if "flip_share" in pruned else ""
+    )
     own = study.attrs.get("labels") == LabelSource.PREDICTED
     if "accuracy" in pruned and not own:
         fall = (
-            f"accuracy goes from {pruned.attrs['accuracy']:.1%} to {float(pruned['accuracy']):.1%} "
-            f"({_interval(pruned, 'accuracy', '{:.1%}')})"
+            f"accuracy goes from {_tenths(pruned.attrs['accuracy'])} to {_tenths(float(pruned['accuracy']))} "
+            f"({_interval(pruned, 'accuracy', _tenths)})"
         )
         flips = f"{flips}, {fall}" if flips else fall[0].upper() + fall[1:]
     if flips:
@@ -314,12 +316,16 @@ def _measure_of(words: str) -> str:
     return "head_probability" if metric == "drop" else metric
 
 
-def _interval(row: xr.Dataset, name: str, form: str, of_what: str = "") -> str:
+def _interval(row: xr.Dataset, name: str, form: Callable[[float], str], of_what: str = "") -> str:
     """The 95 % interval of a number of the table in words; without one, the reason."""
     low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
     if np.isnan(low) or np.isnan(high):
         return f"no 95 % interval: {row.attrs.get('no_interval', 'too few images')}"
-    return f"95 % interval{of_what} {form.format(low)} to {form.format(high)}"
+    return f"95 % interval{of_what} {form(low)} to {form(high)}"
+
+
+def _tenths(share: float) -> str:
+    return percent(share, 1)
 
 
 def _other_metrics(table: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:
@@ -332,7 +338,11 @@ def _other_metrics(table: xr.Dataset, layer: int, head: int) -> Iterator[Sentenc
         if not np.isnan(rank):
             ranks[f"{_ordinal(int(rank))} by {words} ({values[layer, head]:.3g})"] = _measure_of(words)
     if ranks:
-        yield Sentence(f"It is {', '.join(ranks)}.", measure=next(iter(ranks.values())), evidence=ranks.items())
+        yield Sentence(
+            f"By other measures of importance it is {', '.join(ranks)}.",
+            measure=next(iter(ranks.values())),
+            evidence=ranks.items(),
+        )
 
 
 def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[Sentence]:
@@ -357,8 +367,8 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
     clauses = dict[str, str]()
     if "strength_entropy_mean" in row and not np.isnan(row["strength_entropy_mean"]):
         clauses["strength_entropy"] = (
-            f"the entropy of its attention over distance is {float(row['strength_entropy_mean']):.2f} nats, above "
-            f"{float(row['strength_entropy_percentile']):.0f} % of the other heads"
+            f"the spread of its attention over distances is {float(row['strength_entropy_mean']):.2f} nats of entropy, "
+            f"wider than that of {float(row['strength_entropy_percentile']):.0f} % of the other heads"
         )
     if "attention_distance_mean" in row and not np.isnan(row["attention_distance_mean"]):
         clauses["attention_distance"] = f"it looks {float(row['attention_distance_mean']):.1f} patches far on average"
@@ -377,17 +387,18 @@ def _pattern(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Itera
     pattern = pattern_of_head(study, layer, head)
     n_images = study.sizes["image"]
     stable = (
-        f", as for {pattern.share:.0%} of the images by themselves"
+        f"; {percent(pattern.share)} of the images have this pattern when taken alone"
         if n_images > 1 and not np.isnan(pattern.share)
         else ""
     )
-    other = f" (else mostly {pattern.others[0][0]})" if stable and pattern.others else ""
+    other = f", most others {pattern.others[0][0]}" if stable and pattern.others else ""
     yield Sentence(
         f"Its pattern is {pattern.naming.label}: {pattern.naming.rule}{stable}{other}.", measure="pattern_rule"
     )
     if pattern.image_dependence is not None:
         yield Sentence(
-            f"Its image dependence is {pattern.image_dependence:.2f}: {_degree(pattern.image_dependence)}.",
+            f"How much its map depends on the image: {pattern.image_dependence:.2f} of 1, "
+            f"{_degree(pattern.image_dependence)}.",
             measure="image_dependence",
         )
 
@@ -410,10 +421,12 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
         return f"{_short_name(str(ids[at]))} (probability {before[at]:.2f} to {after[at]:.2f})"
 
     positions = [int(at) for at in (*most, least[0])]
+    words = [f"{before[at]:.2f} to {after[at]:.2f}" for at in positions]
     yield Sentence(
         f"It matters most for {', '.join(map(describe, positions[:-1]))}, and least for {describe(positions[-1])}.",
         measure="head_probability",
-        images=[(at, f"{before[at]:.2f} to {after[at]:.2f}") for at in positions],
+        images=zip(positions, [*words[:-1], f"least: {words[-1]}"], strict=True),
+        caption=f"the probability with L{layer}H{head} and without it",
     )
 
 

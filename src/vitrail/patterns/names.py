@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vitrail.errors import UsageError
+from vitrail.sentence import percent
 
 __all__ = [
     "LOCAL_HOPS",
@@ -214,19 +215,19 @@ def typical_values(values: Float[np.ndarray, "map rule"]) -> Float[np.ndarray, "
 
 def _sentence(name: str, value: dict[str, float], even: dict[str, float]) -> str:
     def share(rule: str) -> str:
-        return f"{value[rule]:.0%} (even attention: {even[rule]:.1%})"
+        return f"{percent(value[rule])} (even attention: {percent(even[rule], 1)})"
 
     sentences = {
         "self": f"a patch gives itself {share('self')}",
         "shift": f"a patch gives {share('shift_mass')} to the patch {_step(value['shift_x'], value['shift_y'])}",
-        "row band": f"{share('row')} stays in the patch's own row, {value['column']:.0%} in its column",
-        "column band": f"{share('column')} stays in the patch's own column, {value['row']:.0%} in its row",
-        "local": f"{share('local')} stays within {LOCAL_HOPS} hops",
+        "row band": f"{share('row')} stays in the patch's own row, {percent(value['column'])} in its column",
+        "column band": f"{share('column')} stays in the patch's own column, {percent(value['row'])} in its row",
+        "local": f"{share('local')} stays within {LOCAL_HOPS} patches",
         "sink": f"the {TOP_KEYS} most attended patches take {share('sink')}",
-        "uniform": f"the entropy of a patch's attention is {value['uniformity']:.0%} of the largest",
+        "uniform": f"the entropy of a patch's attention is {percent(value['uniformity'])} of the largest",
         "content": (
-            f"no rule holds: within {LOCAL_HOPS} hops {share('local')}, {TOP_KEYS} most attended patches "
-            f"{share('sink')}, entropy {value['uniformity']:.0%} of the largest"
+            f"none of the rules holds; {share('local')} stays within {LOCAL_HOPS} patches, the {TOP_KEYS} most "
+            f"attended patches take {share('sink')}, its entropy is {percent(value['uniformity'])} of the largest"
         ),
     }
     return sentences[name]

@@ -26,6 +26,7 @@ from vitrail.pruning.ranking import Order, halves, orders, scores
 from vitrail.pruning.removal import remove_heads, why_not_removable
 from vitrail.pruning.saving import refuse_full_folder, save_pruned
 from vitrail.pruning.study_images import StudyImages
+from vitrail.sentence import percent
 from vitrail.stats import mean_interval
 from vitrail.study.ownership import write_atomic
 from vitrail.study.progress import Progress
@@ -221,8 +222,9 @@ def _choose_heads(
             too_many = count
     if not enough:
         raise UsageError(
-            f"No head can be removed such that {keep:.1%} of the accuracy is kept with one standard error to spare, "
-            f"judged on {len(half.calibration)} images and by the ranking {ranking!r}. Keep less, or study more images."
+            f"No head can be removed such that {percent(keep, 1)} of the accuracy is kept with one standard "
+            f"error to spare, judged on {len(half.calibration)} images and by the ranking {ranking!r}. "
+            "Keep less, or study more images."
         )
     return ranking, order[:enough], half.test
 

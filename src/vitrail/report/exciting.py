@@ -34,6 +34,7 @@ def _findings(study: ReportData) -> Iterator[Sentence]:
         f"first of all {study.data.indexes['image'][image]}.",
         measure="neuron_peak",
         images=[(image, "strongest")],
+        caption="what it answers to most",
     )
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from vitrail.analysis import all_options
 from vitrail.figures.head_windows import head_window_areas
 from vitrail.figures.style import head_name
-from vitrail.report.parts import Drawing, Part, ReportData, Section, percent, readings
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Drawing, Part, ReportData, Section, readings
+from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval, share_interval
 
 __all__ = ["head_windows"]

@@ -13,8 +13,8 @@ from vitrail.figures.style import describe_measure, head_name, number
 from vitrail.heads.head_values import IMPORTANCE_MEASURES, heads_with_strength, main_metric
 from vitrail.heads.summary import LARGE_DROP, NEGLIGIBLE_DROP, head_table
 from vitrail.pruning.ranking import Curves, area_table, read_curves
-from vitrail.report.parts import Drawing, Part, Photographs, ReportData, Section, Table, Text, percent, readings
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Drawing, Part, Photographs, ReportData, Section, Table, Text, readings
+from vitrail.sentence import Sentence, percent
 from vitrail.stats import simultaneous_intervals, spearman
 
 __all__ = ["curve_findings", "heads"]
@@ -92,6 +92,7 @@ def _findings(study: ReportData, table: xr.Dataset) -> Iterator[str]:
             layer=order[0][0],
             head=order[0][1],
             images=_images_that_need(study.data[measure].to_numpy(), order[0]),
+            caption=f"the images with the most {attrs['title']} by {head_name(*order[0])}",
         )
     if "attention_distance_mean" in table:
         yield from _of_reach(table["attention_distance_mean"].to_numpy())
@@ -117,6 +118,7 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
             (image, f"{intact[image]:.2f} to {without[image, *first]:.2f}")
             for image, _ in _images_that_need(lost, first)
         ],
+        caption=f"these lose most without {head_name(*first)}; the probability with and without it",
     )
     many = (np.nan_to_num(lost, nan=0.0) > LARGE_DROP).sum((1, 2))
     if study.n_images > 1:
@@ -125,7 +127,8 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
             f"the median image {int(np.median(many))} of {len(order)} heads cost more than that, in the most sensitive "
             f"one {int(many.max())}.",
             measure="head_probability",
-            images=[(int(image), f"needs {many[image]} heads") for image in np.argsort(-many, kind="stable")[:N_SHOWN]],
+            images=[(int(image), f"{many[image]} heads") for image in np.argsort(-many, kind="stable")[:N_SHOWN]],
+            caption=f"these have the most heads that cost more than {LARGE_DROP}",
         )
         yield from _of_dispensable(study, table, lost, len(order))
 

@@ -7,8 +7,8 @@ import numpy as np
 from vitrail.figures.objects import example_map_grid, score_maps
 from vitrail.figures.style import head_name
 from vitrail.heads.object_summary import ScoreSummary, summarise_scores
-from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, percent, readings
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, readings
+from vitrail.sentence import Sentence, percent
 
 __all__ = ["objects"]
 

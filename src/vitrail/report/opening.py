@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from vitrail.analysis import BASE, analyses, measures
-from vitrail.report.parts import Part, ReportData, Section, Table, Text, percent
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Part, ReportData, Section, Table, Text
+from vitrail.sentence import Sentence, percent
 from vitrail.stats import share_interval
 from vitrail.study.plan import growing_command
 
@@ -68,6 +68,7 @@ def accuracy(study: ReportData) -> Sentence:
             (int(image), f"taken for {study.class_name(int(predicted[image]))}")
             for image in _surest_mistakes(study, correct)
         ],
+        caption="the mistakes that the model is surest of",
     )
 
 

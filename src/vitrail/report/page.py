@@ -58,6 +58,8 @@ nav a:hover { text-decoration: underline; }
 .findings { list-style: none; padding: 0; display: grid; gap: .7rem; margin: .8rem 0 1.4rem; }
 .findings > li { margin: 0; padding-left: .8rem; border-left: 3px solid var(--line); }
 .findings > li:first-child { border-color: var(--mark); font-size: 1.08rem; }
+.pictured { margin: .35rem 0 0; font-size: .75rem; color: var(--soft); }
+.pictured::first-letter { text-transform: uppercase; }
 .small { display: flex; flex-wrap: wrap; gap: .35rem; margin-top: .35rem; font-size: .75rem; color: var(--soft); }
 .small span { width: 4.2rem; line-height: 1.25; overflow-wrap: anywhere; }
 .small img, td img { display: block; width: 4.2rem; height: 4.2rem; object-fit: cover; border-radius: .25rem; }
@@ -149,7 +151,8 @@ def _named_photographs(sentence: str, thumbnail: Thumbnail | None) -> str:
     pairs = [(thumbnail(image), words) for image, words in sentence.images]
     present = [(pixels, words) for pixels, words in pairs if pixels is not None]
     pictures = "".join(f'<span><img alt="" src="{_png(pixels)}">{escape(words)}</span>' for pixels, words in present)
-    return f'<div class="small">{pictures}</div>' if pictures else ""
+    caption = f'<p class="pictured">{escape(sentence.caption)}:</p>' if sentence.caption else ""
+    return f'{caption}<div class="small">{pictures}</div>' if pictures else ""
 
 
 def _part(part: Part, thumbnail: Thumbnail | None) -> str:

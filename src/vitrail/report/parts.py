@@ -25,7 +25,6 @@ __all__ = [
     "Section",
     "Table",
     "Text",
-    "percent",
     "readings",
 ]
 
@@ -215,19 +214,6 @@ class Section:
             Text, tables, drawings and photographs, in order.
         """
         return tuple(self.parts() if callable(self.parts) else self.parts)
-
-
-def percent(share: float, digits: int = 0) -> str:
-    """A share of 1 as text.
-
-    Args:
-        share: 0 to 1.
-        digits: After the point.
-
-    Returns:
-        Text such as "12 %".
-    """
-    return f"{100 * share:.{digits}f} %"
 
 
 def readings(study: ReportData, names: Sequence[str]) -> Table:

@@ -9,8 +9,8 @@ from vitrail.figures import patches as figures
 from vitrail.figures.layers import quantities_over_layers
 from vitrail.grid import box_means, boxes_of_sides
 from vitrail.layer_summary import LayerQuantity, finite_mean, layer_quantity
-from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, percent, readings
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, readings
+from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval, simultaneous_intervals
 
 __all__ = ["patches"]

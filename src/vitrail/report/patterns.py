@@ -8,8 +8,8 @@ import numpy as np
 from vitrail.figures import patterns as figures
 from vitrail.figures.style import head_name
 from vitrail.patterns.tables import HeadPattern, all_patterns, pattern_clusters
-from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, percent, readings
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, readings
+from vitrail.sentence import Sentence, percent
 
 __all__ = ["patterns"]
 

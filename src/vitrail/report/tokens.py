@@ -7,8 +7,8 @@ import xarray as xr
 from jaxtyping import Float
 
 from vitrail.figures.tokens import grouping_by_layer, norms_by_layer, survival
-from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, percent, readings
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, readings
+from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
 from vitrail.tokens.summary import grouping_quantities, norm_outliers_by_layer
@@ -53,14 +53,16 @@ def _of_norms(study: ReportData) -> Iterator[str]:
         yield "No layer has patches of outlying length."
         return
     counts = outliers.sum(1)
-    sampled = study.sample_positions[np.argsort(-counts, kind="stable")[:N_SHOWN]]
+    most_counted = np.argsort(-counts, kind="stable")[:N_SHOWN]
+    sampled = study.sample_positions[most_counted]
     yield Sentence(
         f"After L{most}, where most patches stand out by their length, {percent(float(outliers.any(1).mean()))} of the "
         f"images have such patches: {outliers.sum(1).mean():.1f} of {outliers.shape[1]} on average"
         f"{_frequent_positions(study, most, outliers)}.",
         measure="token_norm",
         layer=most,
-        images=[(int(image), "most outliers") for image in sampled],
+        images=[(int(image), f"{count} patches") for image, count in zip(sampled, counts[most_counted], strict=True)],
+        caption="these have the most such patches",
     )
 
 
@@ -115,6 +117,7 @@ def _of_survival(study: ReportData, names: list[str]) -> Iterator[str]:
             f"beyond them (95 % interval {low:+.3f} to {high:+.3f}).",
             measure="occlusion_salient",
             images=_most_hurt(difference),
+            caption="these are hurt most; the probability lost beyond random patches",
         )
     if "shuffle_probability" in names:
         cells = cells_that_divide(_grid(study))

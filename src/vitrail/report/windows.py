@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from vitrail.figures import wint as figures
-from vitrail.report.parts import Drawing, Part, ReportData, Section, Text, percent, readings
-from vitrail.sentence import Sentence
+from vitrail.report.parts import Drawing, Part, ReportData, Section, Text, readings
+from vitrail.sentence import Sentence, percent
 from vitrail.windows.window_maps import inner_patches, window_grid
 
 __all__ = ["windows"]

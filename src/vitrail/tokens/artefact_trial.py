@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import Vit
+from vitrail.sentence import percent
 from vitrail.stats import mean_interval, share_interval
 from vitrail.tap.attention import LayerAttention, Readers
 from vitrail.tokens.artefacts import (
@@ -135,9 +136,10 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
     sentences = [
         f"After L{worst}, where most tokens have an outlying length, {n_patches * counts['as it is'].mean():.1f} of "
         f"{n_patches} patches have one, mean over {n_images} images.",
-        f"The {('attention', 'MLP')[part]} of L{layer} writes most of it: {written[layer, part] / written.sum():.0%} "
-        f"of what all layers up to L{worst} add. Neuron {indices[0]} of L{layers[0]} alone writes {shares[0]:.0%}, the "
-        f"{len(shares)} strongest {shares.sum():.0%}.",
+        f"The {('attention', 'MLP')[part]} of L{layer} writes most of it: "
+        f"{percent(written[layer, part] / written.sum())} of what all layers up to L{worst} add. "
+        f"Neuron {indices[0]} of L{layers[0]} alone writes {percent(shares[0])}, the {len(shares)} strongest "
+        f"{percent(shares.sum())}.",
     ]
     left, null = (n_patches * counts[model].mean() for model in MODELS[1:])
     n_registers = int(trial.attrs["n_registers"])
@@ -153,8 +155,8 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
     if "same_top1" in trial:
         same = trial["same_top1"].sel(model="registers").to_numpy()
         low, high, reason = share_interval(same)
-        interval = "" if reason else f" (95 % interval {float(low):.0%} to {float(high):.0%})"
-        sentences.append(f"The most probable class stays for {same.mean():.0%} of {n_images} images{interval}.")
+        interval = "" if reason else f" (95 % interval {percent(float(low))} to {percent(float(high))})"
+        sentences.append(f"The most probable class stays for {percent(same.mean())} of {n_images} images{interval}.")
     return sentences
 
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import Vit, open_vit
+from vitrail.sentence import percent
 from vitrail.tap.anatomy import Block
 from vitrail.tap.attention import Readers
 from vitrail.tokens.levels import level_zero
@@ -385,8 +386,8 @@ def _channel_scale(
     error = float((added - given * scale).norm() / added.norm().clamp_min(torch.finfo(given.dtype).tiny))
     if error > MAX_ERROR:
         raise Unsupported(
-            f"What L{layer} adds after its attention is not what its last linear layer gives ({error:.0%} off): the "
-            "neurons of its MLP have no shares of it."
+            f"What L{layer} adds after its attention is not what its last linear layer gives ({percent(error)} off): "
+            "the neurons of its MLP have no shares of it."
         )
     return scale
 
