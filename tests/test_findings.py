@@ -81,7 +81,7 @@ def test_why_a_head_matters_has_the_measure_of_every_sentence(client: TestClient
     assert [each["text"] for each in said] == why_sentences(dataset, N_LAYERS - 1, 0)
     known = [each for each in said if not each["text"].startswith("This study does not hold")]
     assert all(each["measure"] in dataset for each in known)
-    by_metric = next(each for each in said if each["text"].startswith("It is"))
+    by_metric = next(each for each in said if each["text"].startswith("By other measures"))
     assert {part["measure"] for part in by_metric["evidence"]} >= {"head_divergence", "head_loss_change"}
     assert all(part["text"] in by_metric["text"] for part in by_metric["evidence"])
     for query in (f"layer=0&head={N_HEADS}", "layer=x&head=0", "layer=0"):

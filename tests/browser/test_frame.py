@@ -585,3 +585,26 @@ def test_a_model_without_classifier_or_with_fewer_heads_in_some_layers_opens(
     page.wait_for_selector("#photograph .hero svg[data-overlay=weights]")
     page.get_by_role("button", name="this image").first.click()
     page.wait_for_selector("[data-view=trend] circle[data-step='0']")
+
+
+def test_the_overlay_fades_to_the_photograph_in_its_colours_and_the_link_keeps_it(visit: Visit) -> None:
+    page = visit("?tab=heads&image=4&layer=2&head=1")
+    picture, canvas = (page.locator(f"#photograph .hero .photograph > {each}") for each in ("img", "canvas"))
+    expect(picture).to_have_css("filter", re.compile("grayscale"))
+    expect(canvas).to_have_css("opacity", "1")
+    page.get_by_label("overlay", exact=True).fill("40")
+    expect(canvas).to_have_css("opacity", "0.4")
+    again = visit(page.url.split("/", 3)[3])
+    expect(again.locator("#photograph .hero .photograph > canvas")).to_have_css("opacity", "0.4")
+    again.get_by_label("overlay", exact=True).fill("0")
+    expect(again.locator("#photograph .hero .photograph > img")).to_have_css("filter", "none")
+    expect(again.locator("#photograph .hero .photograph > canvas")).to_have_css("opacity", "0")
+
+
+def test_the_list_of_images_begins_with_a_whole_row(visit: Visit) -> None:
+    page = visit(f"?image={N_IMAGES - 1}")
+    pane, first = page.get_by_role("listbox"), page.locator("[data-view=images] .thumb").first
+    expect(page.locator(f"#image-{N_IMAGES - 1}")).to_be_in_viewport()
+    rows = pane.evaluate("each => each.scrollTop") / (first.evaluate("each => each.offsetHeight") + 3)
+    lowest = pane.evaluate("each => each.scrollHeight - each.clientHeight - each.scrollTop")
+    assert abs(rows - round(rows)) < 0.1 or lowest < 2

@@ -1,7 +1,7 @@
 """What was found, and why a head matters: the report's own sentences, each with the way to what it speaks of."""
 
 from playwright.sync_api import expect
-from served import Site, Visit, chosen_head, held
+from served import N_IMAGES, Site, Visit, chosen_head, held
 
 from vitrail.heads.why import why_sentences
 from vitrail.report import findings_of
@@ -19,7 +19,27 @@ def test_the_page_opens_on_the_sentences_of_the_report(visit: Visit, site: Site)
     page.wait_for_function("!document.querySelector('[data-view=findings] .skeleton')")
     shown = " ".join(texts(page, "[data-view=findings]"))
     for sentence in findings_of(site.dataset):
-        assert sentence in shown
+        assert sentence.replace("`", "") in shown
+
+
+def test_photographs_below_a_sentence_say_why_these_and_each_its_number(visit: Visit, site: Site) -> None:
+    page = visit()
+    sentence = next(each for each in findings_of(site.dataset) if getattr(each, "images", ()) and "Without L" in each)
+    shown = page.locator("[data-findings=heads] li").filter(has_text=str(sentence))
+    assert "lose most" in sentence.caption
+    expect(shown.locator("figcaption")).to_have_text(sentence.caption)
+    assert shown.locator(".pictures span").all_inner_texts() == [words for _, words in sentence.images]
+
+
+def test_why_a_head_matters_says_whose_images_it_speaks_of(visit: Visit, site: Site) -> None:
+    page = visit("?tab=heads&layer=2&head=0")
+    scope = page.locator("[data-why-scope]")
+    expect(scope).to_have_text(f"Over all {N_IMAGES} images of the study.")
+    page.get_by_role("button", name="needs L2H0").click()
+    lost = (site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values)[:, 2, 0]
+    needs = lost[lost > 0.1]
+    expect(scope).to_contain_text(f"not the {len(needs)} selected: in those the label loses {needs.mean():.3g} of its")
+    expect(page.get_by_role("button", name="Take out: needs L2H0 (loses > 0.1)")).to_be_visible()
 
 
 def test_a_sentence_of_a_head_has_a_small_chart_of_all_heads_and_the_hint_never_returns(
@@ -51,7 +71,7 @@ def test_a_sentence_leads_to_the_head_that_it_speaks_of(visit: Visit, site: Site
 def test_why_a_head_matters_is_said_of_the_chosen_head(visit: Visit, site: Site) -> None:
     page = visit("?tab=heads&layer=2&head=1")
     page.wait_for_selector("[data-view=why] li")
-    assert texts(page, "[data-view=why]") == [str(each) for each in why_sentences(site.dataset, 2, 1)]
+    assert texts(page, "[data-view=why]") == [each.replace("`", "") for each in why_sentences(site.dataset, 2, 1)]
 
 
 def test_three_clicks_lead_from_the_first_screen_to_what_happens_without_the_head_that_matters_most(

@@ -1,7 +1,7 @@
 """Heads off, patches painted over, windows moved: the answer of the model, its drift and what to run elsewhere."""
 
 from playwright.sync_api import Page, Route, expect
-from served import Site, Visit, chosen_head, held, photograph, value
+from served import N_IMAGES, Site, Visit, chosen_head, held, photograph, value
 
 IMAGE = 7
 
@@ -24,6 +24,9 @@ def test_a_head_is_switched_off_and_the_answer_is_that_of_the_library(visit: Vis
     expect(page.locator("[data-use]")).to_have_text("vitrail prune crops --heads L2H1 --out NEW_FOLDER")
     lost = site.dataset.probability.values - site.dataset.head_probability.values[:, 2, 1]
     expect(page.locator("[data-study]")).to_contain_text(f"loses {lost.mean():.3f}")
+    expect(page.locator("[data-view=change] [data-off=L2H1]")).to_have_text("off")
+    expect(page.locator("[data-view=change] [data-answer]")).to_contain_text("This image:")
+    expect(page.locator("[data-costs-of]")).to_contain_text(f"mean over all {N_IMAGES} images")
     # a second head adds a step; a change is taken back by its own button; the back button brings it again
     page.locator("[data-view=change] rect[data-head=L3H0]").click()
     answered(page, 3)

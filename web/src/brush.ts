@@ -142,7 +142,7 @@ export function inWords(brush: string, className: (index: number) => string): st
     if (kind === "right") return "predicted rightly";
     if (kind === "label") return `class ${className(Number(rest))}`;
     if (kind === "find") return `“${rest}”`;
-    if (kind === "drop") return `loses > ${more[0]} without ${first}`;
+    if (kind === "drop") return `needs ${first} (loses > ${more[0]})`;
     if (kind === "between")
       return `${first?.replaceAll("_", " ")} of ${more[0]} from ${number(Number(more[1]))} to ${number(Number(more[2]))}`;
     return kind;

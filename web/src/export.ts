@@ -75,14 +75,15 @@ function placed(drawing: SVGSVGElement, left: number, top: number): string {
   return new XMLSerializer().serializeToString(copy);
 }
 
-/** A picture as it is seen: its filter and its hard or soft pixels are those of the page. */
+/** A picture as it is seen: its filter, its opacity and its hard or soft pixels are those of the page. */
 function asPixels(picture: HTMLImageElement | HTMLCanvasElement): string {
   const { width, height } = picture.getBoundingClientRect();
-  const { filter, imageRendering } = getComputedStyle(picture);
+  const { filter, imageRendering, opacity } = getComputedStyle(picture);
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [Math.round(width * FINE), Math.round(height * FINE)];
   const context = canvas.getContext("2d")!;
   context.filter = filter;
+  context.globalAlpha = Number(opacity);
   context.imageSmoothingEnabled = imageRendering !== "pixelated";
   context.drawImage(picture, 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL();

@@ -57,6 +57,13 @@ export const count = (n: number): string => n.toLocaleString("en");
 export const className = (names: string[], index: number | undefined): string =>
   index === undefined || index < 0 ? "no label" : (names[index]?.split(",")[0] ?? `class ${index}`);
 
+/** An image's file without folders and ending, as sentences name it; other names as they are. */
+export function shortName(id: string): string {
+  const name = id.slice(id.lastIndexOf("/") + 1);
+  const dot = name.lastIndexOf(".");
+  return dot > 0 ? name.slice(0, dot) : id;
+}
+
 /** A probability with three decimals, so that a column of them compares. */
 export const chance = (p: number): string => (p >= 0.0005 || p === 0 ? p.toFixed(3) : "<.001");
 

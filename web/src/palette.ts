@@ -36,6 +36,15 @@ export function signedColours(far: number, dark: boolean): Colours {
   return Object.assign((value: number) => scale(root(value / (far || 1))), { domain: () => [-far, 0, far] });
 }
 
+const BOUNDS = [0.02, 0.05, 0.1, 0.2, 0.5, 1];
+
+/** Of probability that is lost or gained: of one image the whole scale; of means a round end above the largest, since
+ * they would all be pale beside 1. */
+export function lossColours(values: ArrayLike<number>, ofOne: boolean, dark: boolean): Colours {
+  const largest = Math.max(...extent(values).map(Math.abs));
+  return signedColours(ofOne ? 1 : (BOUNDS.find((bound) => bound >= largest) ?? 1), dark);
+}
+
 /** Of importance, from nothing to the most; of any other quantity, in the ink's own shade. */
 export function amountColours(values: ArrayLike<number>, dark: boolean, fromZero: boolean): Colours {
   const [low, high] = extent(values);

@@ -24,6 +24,8 @@ export interface Shared {
   overlay: string;
   /** Whether an overlay's scale is its own and not that of the whole layer. */
   own: "" | "yes";
+  /** How strongly the overlay is drawn, in percent; at 0 the photograph stands alone, in its colours. */
+  strength: number;
   /** Share of a map's cells that count as strong. */
   threshold: number;
   /** What is changed on the tab "What if"; see changes.ts for its words. */
@@ -53,6 +55,7 @@ const START: Shared = {
   measure: "",
   overlay: "",
   own: "",
+  strength: 100,
   threshold: 0.01,
   change: "",
   other: 0,
@@ -61,7 +64,7 @@ const START: Shared = {
   colour: "",
   layout: "",
 };
-const NUMBERS = ["layer", "head", "token", "mode", "threshold", "other"] as const;
+const NUMBERS = ["layer", "head", "token", "mode", "strength", "threshold", "other"] as const;
 /** Changes within this time of each other are one step of the back button: holding an arrow key is one move. */
 const ONE_MOVE_MS = 400;
 const UPLOAD = /^u[0-9a-f]+$/;
@@ -79,6 +82,7 @@ class State implements Shared {
   measure = $state(START.measure);
   overlay = $state(START.overlay);
   own = $state<"" | "yes">(START.own);
+  strength = $state(START.strength);
   threshold = $state(START.threshold);
   change = $state(START.change);
   other = $state(START.other);
@@ -149,6 +153,9 @@ class State implements Shared {
     this.token = Math.max(0, Math.round(this.token) || 0);
     if (change.token === undefined) this.token = tokenIn(about, this.token, before, this.layer);
     this.threshold = Math.min(1, Math.max(1e-4, this.threshold || START.threshold));
+    this.strength = Number.isNaN(this.strength)
+      ? START.strength
+      : Math.min(100, Math.max(0, Math.round(this.strength)));
     if (!/^\d{0,5}$/.test(this.channel)) this.channel = "";
     this.other = within(this.other, about.others?.length ?? 0);
     this.own = this.own ? "yes" : "";

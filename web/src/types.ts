@@ -118,6 +118,8 @@ export interface Sentence {
   layer: number | null;
   head: number | null;
   images: { image: number; words: string }[];
+  /** What those images are. */
+  caption: string;
 }
 
 /** The model's answer after one change more. */

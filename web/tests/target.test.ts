@@ -21,6 +21,7 @@ const sentence = (of: Partial<Sentence>): Sentence => ({
   layer: null,
   head: null,
   images: [],
+  caption: "",
   ...of,
 });
 
