@@ -60,6 +60,16 @@ export function lacking(view: { shows: string; needs: Needs }, study: Study, liv
   return undefined;
 }
 
+/** Views of which several wait for one command name it at the first. */
+export function saidOnce<V extends { view: { shows: string }; missing: Lack | undefined }>(views: V[]): V[] {
+  const said = new Set<string>();
+  return views.map((each) => {
+    const command = each.missing?.command;
+    if (!command || !said.has(command)) return (command && said.add(command), each);
+    return { ...each, missing: { sentence: `${each.view.shows} The same command as above adds it.`, command: "" } };
+  });
+}
+
 /** What a tab would show of which a study holds nothing. */
 export function lackingAll(tab: Tab, study: Study): Lack {
   const own = study.analyses.filter(({ name }) => tab.analyses.includes(name));

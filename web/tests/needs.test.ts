@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { lacking, lackingAll, type Needs } from "../src/needs";
+import { lacking, lackingAll, saidOnce, type Needs } from "../src/needs";
 import type { Tab } from "../src/tabs";
 import type { Live, Study } from "../src/types";
 
@@ -65,4 +65,19 @@ test("pruning curves are a command away where the study has importance of a clas
   expect(lacking(curves, ranked, open)?.command).toBe("vitrail curves mine");
   expect(lacking(curves, { ...ranked, has_curves: true }, open)).toBeUndefined();
   expect(lacking(curves, { ...ranked, class_names: [] }, open)?.command).toBe("");
+});
+
+test("a command that adds several views is said at the first of them", () => {
+  const lack = { sentence: "It shows. To add it:", command: "vitrail study" };
+  const views = [lack, undefined, lack, { ...lack, command: "vitrail curves" }].map((missing) => ({
+    view: { shows: "It shows." },
+    missing,
+  }));
+  expect(saidOnce(views).map(({ missing }) => missing?.command)).toEqual([
+    "vitrail study",
+    undefined,
+    "",
+    "vitrail curves",
+  ]);
+  expect(saidOnce(views)[2]!.missing!.sentence).toBe("It shows. The same command as above adds it.");
 });

@@ -2,7 +2,7 @@
 
 import type { Component } from "svelte";
 
-import { lacking, type Lack, type Needs } from "../needs";
+import { lacking, saidOnce, type Lack, type Needs } from "../needs";
 import type { TabId } from "../tabs";
 import type { Context, Live, Study } from "../types";
 import ChangedImages from "./compare/ChangedImages.svelte";
@@ -435,5 +435,5 @@ export function viewsOf(
     .map((view) => ({ view, missing: lacking(view, study, live) }));
   // Where a whole tab waits for the model or for another study, that is said once and not by every view of it.
   const waits = ({ view: { needs }, missing }: (typeof own)[number]) => missing && (needs.live || needs.other);
-  return own.every(waits) ? own.slice(0, 1) : own;
+  return own.every(waits) ? own.slice(0, 1) : saidOnce(own);
 }
