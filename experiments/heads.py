@@ -7,6 +7,7 @@
     python experiments/heads.py classes  STUDY      the heads that matter for each class
     python experiments/heads.py estimate STUDY      what correcting the estimate by a sample saves
     python experiments/heads.py ablation STUDY MEAN   zero against the mean output (MEAN: a study with --ablation mean)
+    python experiments/heads.py regions  STUDY...   which part of a head carries it (of --measures heads,regions)
 
 Each prints markdown and goes on where it stopped: what is done lies in --work, batch by batch. Photographs are taken in
 a fixed order at random, so that what is there at any time is a fair sample.
@@ -365,7 +366,47 @@ def ablation_experiment(options: argparse.Namespace) -> None:
     )
 
 
+def regions_experiment(options: argparse.Namespace) -> None:
+    """Which part of a head carries it: the rows and columns of the class token, or attention between patches."""
+    for folder in options.studies:
+        study = open_study(folder, partial=options.limit is not None).isel(image=slice(options.limit))
+        before = study["probability"].to_numpy().astype(np.float64)
+        whole = before[:, None, None] - study["head_probability"].to_numpy()
+        of_class, of_patches = np.moveaxis(
+            before[:, None, None, None] - study["head_region_probability"].to_numpy(), -1, 0
+        )
+        print(f"\n{study.attrs['model']}, {len(before)} photographs; probability of the label lost, 95 % intervals\n")
+        order = np.argsort(-whole.mean(0), axis=None)[:8]
+        rows = [
+            [head_name(*at), *(lost(part[:, *at]) for part in (whole, of_class, of_patches))]
+            for at in zip(*np.unravel_index(order, whole.shape[1:]), strict=True)
+        ]
+        print(markdown(["head", "without it", "without class rows and columns", "without patches to patches"], rows))
+        lead = mean_interval(of_class - of_patches, limits=(-2.0, 2.0))
+        matter = mean_interval(whole, limits=(-1.0, 1.0)).low > 0
+        verdicts = {
+            "the class part costs more": (lead.low > 0) & matter,
+            "patches to patches cost more": (lead.high < 0) & matter,
+            "not told apart": (lead.low <= 0) & (lead.high >= 0) & matter,
+        }
+        counts = ", ".join(f"{words}: {int(heads.sum())}" for words, heads in verdicts.items())
+        print(f"\nOf {int(matter.sum())} heads of {matter.size} that cost something (interval above 0): {counts}.")
+        thirds = np.array_split(np.arange(len(matter)), 3)
+        rows = [
+            [f"L{layers[0]} to L{layers[-1]}"]
+            + [lost(part[:, layers].mean((1, 2))) for part in (whole, of_class, of_patches)]
+            for layers in thirds
+        ]
+        print("\n" + markdown(["layers, mean of their heads", "head", "class part", "patches to patches"], rows))
+
+
 # --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def lost(probability: np.ndarray) -> str:
+    """Mean over photographs with its interval."""
+    low, high, _ = mean_interval(probability, limits=(-1.0, 1.0))
+    return interval((float(probability.mean()), float(low), float(high)))
 
 
 def interval(values: Sequence[float]) -> str:
@@ -392,6 +433,7 @@ EXPERIMENTS = {
     "curves": curves_experiment,
     "estimate": estimate_experiment,
     "ablation": ablation_experiment,
+    "regions": regions_experiment,
     "table": table_experiment,
     "classes": classes_experiment,
 }
