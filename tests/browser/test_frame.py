@@ -145,6 +145,14 @@ def test_filters_select_and_can_be_taken_out(visit: Visit, site: Site) -> None:
     expect(n_selected(page)).to_have_text(str(N_IMAGES))
     page.get_by_role("button", name="needs L2H0").click()
     expect(n_selected(page)).to_have_text(str(int((lost[:, 2, 0] > 0.1).sum())))
+    page.locator(cell("L1H1")).click()  # the button is of the head at hand, the selection stays
+    expect(page.get_by_role("button", name="Take out: needs L2H0")).to_be_visible()
+    page.get_by_role("button", name="needs L1H1", exact=True).click()
+    expect(n_selected(page)).to_have_text(str(int((lost[:, 1, 1] > 0.1).sum())))
+    page.locator("[data-view=grid] summary").click()
+    page.keyboard.press("Escape")  # closes what is open, and nothing else
+    expect(page.locator("[data-view=grid] details")).not_to_have_attribute("open", "")
+    assert held(page, "brush") == "drop:L1H1:0.1"
     page.keyboard.press("Escape")
     assert held(page, "brush") == ""
 
@@ -333,10 +341,16 @@ def test_the_overlay_follows_the_pointer_without_a_request(visit: Visit, site: S
     page.wait_for_selector("#photograph .hero svg[data-overlay=weights]")
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
-    for patch in (0, 19, 40, 63):
-        assert_allclose(at_patch(page, patch), weights[1 + patch, 1 + patch], rtol=1e-4)
+    seen_from = page.get_by_role("group", name="Seen from")
+    for patch in (0, 19, 40, 63):  # the class token's map stays, and is read
+        assert_allclose(at_patch(page, patch), weights[0, 1 + patch], rtol=1e-4)
+        expect(seen_from.get_by_role("button", name="class token")).to_have_attribute("aria-pressed", "true")
     page.locator("#photograph .hero svg").click(position={"x": 5, "y": 5})
     assert held(page, "token") == "1"
+    for patch in (40, 63):  # that of a patch follows the pointer
+        assert_allclose(at_patch(page, patch), weights[1 + patch, 1 + patch], rtol=1e-4)
+        row, column = divmod(patch, 8)
+        expect(seen_from.get_by_role("button", name=f"row {row}, column {column}")).to_be_visible()
     page.mouse.move(2, 2)
     assert_allclose(
         float(page.locator("#photograph [data-prefix]").get_attribute("data-prefix") or 0), weights[1, 0], rtol=1e-4

@@ -38,7 +38,12 @@ def test_why_a_head_matters_says_whose_images_it_speaks_of(visit: Visit, site: S
     page.get_by_role("button", name="needs L2H0").click()
     lost = (site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values)[:, 2, 0]
     needs = lost[lost > 0.1]
-    expect(scope).to_contain_text(f"not the {len(needs)} selected: in those the label loses {needs.mean():.3g} of its")
+    expect(scope).to_contain_text(
+        f"not the {len(needs)} selected: without it the label loses {needs.mean():.3g} of probability in those"
+    )
+    page.locator("[data-view=grid] rect[data-head=L1H1]").click()  # another head, the same selection
+    other = (site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values)[lost > 0.1, 1, 1]
+    expect(scope).to_contain_text(f"{'gains' if other.mean() < 0 else 'loses'} {abs(other.mean()):.3g} of probability")
     expect(page.get_by_role("button", name="Take out: needs L2H0 (loses > 0.1)")).to_be_visible()
 
 

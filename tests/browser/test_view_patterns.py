@@ -24,7 +24,7 @@ def test_every_head_is_named_and_choosing_one_says_why(visit: Visit, site: Site)
     expect(page.locator("[data-view=classes] [data-here]")).to_contain_text(chosen.naming.rule)
     mean = float(site.dataset.pattern_rule.values[:, 4, 2, RULES.index("local")].mean())
     page.wait_for_function(
-        "wanted => Math.abs(document.querySelector(\"[data-view=rules] [data-bar='within 2 hops']\").dataset.value"
+        "wanted => Math.abs(document.querySelector(\"[data-view=rules] [data-bar='within 2 patches']\").dataset.value"
         " - wanted) < 1e-5",
         arg=mean,
     )

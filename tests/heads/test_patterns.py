@@ -34,6 +34,7 @@ from vitrail.patterns.names import (
     even_attention,
     name_pattern,
     pattern_indices,
+    rule_thresholds,
     typical_values,
 )
 from vitrail.patterns.rules import rule_values, step_mass
@@ -55,6 +56,18 @@ class TestRules:
     @pytest.mark.parametrize("label", FAMILIES)
     def test_each_planted_family_takes_its_own_name(self, label):
         assert name_pattern(numbers_of(FAMILIES[label]), GRID).label == label
+
+    @pytest.mark.parametrize("rule", ["self", "shift_mass", "row", "column", "local", "sink", "uniformity"])
+    @pytest.mark.parametrize("grid", [GRID, (7, 12)])
+    def test_a_number_gives_its_name_from_its_threshold_on(self, rule, grid):
+        name = {"shift_mass": "shift", "row": "row band", "column": "column band", "uniformity": "uniform"}
+        values, at = even_attention(grid), RULES.index(rule)
+        values[RULES.index("uniformity")] = 0.5
+        named = []
+        for step in (-1e-6, 1e-6):
+            values[at] = rule_thresholds(grid)[at] + step
+            named.append(NAMES[int(pattern_indices(values, grid))])
+        assert named == ["content", name.get(rule, rule)]
 
     def test_families_keep_their_names_under_noise(self):
         maps, label = planted(12)

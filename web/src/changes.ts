@@ -13,7 +13,7 @@ import type { Study } from "./types";
 export const HOW = ["mean", "black", "removed", "shuffled"] as const;
 export type How = (typeof HOW)[number];
 export const HOW_WORDS: Record<How, string> = {
-  mean: "in the mean colour",
+  mean: "the mean colour",
   black: "black",
   removed: "taken out",
   shuffled: "shuffled",

@@ -49,7 +49,7 @@ export interface Quantity {
 export function quantity(name: string, about: Study): Quantity {
   const measure = about.measures[name] as Measure;
   const baseline = about.measures[measure.baseline];
-  const unit = measure.unit === "1" ? "" : measure.unit;
+  const unit = ["1", "bool"].includes(measure.unit) ? "" : measure.unit;
   return baseline
     ? { name, title: `${baseline.title} lost`, unit, isCost: true, isChange: true }
     : { name, title: measure.title, unit, isCost: false, isChange: name.startsWith("head_") };

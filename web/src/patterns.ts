@@ -33,6 +33,8 @@ export interface Patterns {
   rules: string[];
   /** What each rule's number is for a head that looks evenly. */
   even: (number | null)[];
+  /** From which value on each number gives the head its name. */
+  holds: (number | null)[];
   heads: HeadPattern[];
   clusters: Cluster[];
 }

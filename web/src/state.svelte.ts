@@ -36,6 +36,8 @@ export interface Shared {
   brush: string;
   /** Whether the views of heads show the one image or the selected set. */
   scope: "image" | "set";
+  /** Whether the grid of heads has numbers in its cells and not small maps. */
+  cells: "" | "numbers";
   /** What colours the dots of the images. */
   colour: string;
   /** The map of the images; empty for the study's first. */
@@ -61,6 +63,7 @@ const START: Shared = {
   other: 0,
   brush: "",
   scope: "set",
+  cells: "",
   colour: "",
   layout: "",
 };
@@ -88,6 +91,7 @@ class State implements Shared {
   other = $state(START.other);
   brush = $state(START.brush);
   scope = $state(START.scope);
+  cells = $state<"" | "numbers">(START.cells);
   colour = $state(START.colour);
   layout = $state(START.layout);
   /** Who wrote last. */
@@ -160,6 +164,7 @@ class State implements Shared {
     this.other = within(this.other, about.others?.length ?? 0);
     this.own = this.own ? "yes" : "";
     if (this.scope !== "image") this.scope = "set";
+    if (this.cells !== "numbers") this.cells = "";
     if (!UPLOAD.test(this.image)) this.image = String(within(Number(this.image), about.sizes.image ?? 1));
     if (!(this.metric in about.measures)) this.metric = firstMetric(about);
     if (!(this.measure in about.measures)) this.measure = "";

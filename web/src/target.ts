@@ -18,7 +18,19 @@ export function targetOf(sentence: Sentence, study: Study): Partial<Shared> | un
     change.layer = sentence.layer;
     if (sentence.head !== null) change.head = sentence.head;
   }
-  const image = sentence.images[0];
-  if (image) change.image = String(image.image);
   return Object.keys(change).length ? change : undefined;
 }
+
+/** The change that a photograph below a sentence makes: what the sentence speaks of, in that image; of no head in
+ * particular, what every head does there. */
+export function targetOfImage(sentence: Sentence, image: number, study: Study): Partial<Shared> {
+  const target = targetOf(sentence, study) ?? {};
+  const ofHeads = headMetrics(study).length > 0;
+  const tab = target.tab ?? (ofHeads ? "heads" : "tokens");
+  const everyHead: Partial<Shared> =
+    sentence.layer === null && tab === "heads" ? { scope: "image", cells: "numbers" } : {};
+  return { ...target, ...everyHead, tab, image: String(image) };
+}
+
+/** The view of this tab that draws the numbers of a sentence. */
+export const chartOf = ({ metric }: Partial<Shared>, tab: string): string => (metric ? "certainty" : `every-${tab}`);

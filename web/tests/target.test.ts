@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { targetOf } from "../src/target";
+import { targetOf, targetOfImage } from "../src/target";
 import type { Sentence, Study } from "../src/types";
 
 const study = {
@@ -25,13 +25,21 @@ const sentence = (of: Partial<Sentence>): Sentence => ({
   ...of,
 });
 
-test("a sentence on a head leads to that head, its measure and the photograph that shows it", () => {
+test("a sentence on a head leads to that head and its measure, a photograph below it to these in that image", () => {
   const images = [{ image: 7, words: "loses most" }];
-  expect(targetOf(sentence({ measure: "head_probability", layer: 2, head: 0, images }), study)).toEqual({
+  const told = sentence({ measure: "head_probability", layer: 2, head: 0, images });
+  const target = { tab: "heads", metric: "head_probability", layer: 2, head: 0 };
+  expect(targetOf(told, study)).toEqual(target);
+  expect(targetOfImage(told, 7, study)).toEqual({ ...target, image: "7" });
+});
+
+test("a photograph below a sentence of no head leads to what every head does there", () => {
+  const told = sentence({ measure: "head_probability", images: [{ image: 7, words: "10 heads" }] });
+  expect(targetOfImage(told, 7, study)).toEqual({
     tab: "heads",
     metric: "head_probability",
-    layer: 2,
-    head: 0,
+    scope: "image",
+    cells: "numbers",
     image: "7",
   });
 });

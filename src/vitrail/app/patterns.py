@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from vitrail.app.answers import json_answer
 from vitrail.patterns.density import KINDS, pattern_clusters_at, pattern_density, pattern_positions
-from vitrail.patterns.names import NAMES, RULES, PatternName, even_attention, name_pattern
+from vitrail.patterns.names import NAMES, RULES, PatternName, even_attention, name_pattern, rule_thresholds
 from vitrail.patterns.tables import all_patterns, pattern_clusters, pattern_grid
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def _describe(state: "AppState") -> dict[str, Any]:
         for each in (pattern_clusters(dataset, N_CLUSTER_HEADS) if has_clusters else ())
     ]
     even = [_number(value) for value in even_attention(pattern_grid(dataset))]
-    return {"names": NAMES, "rules": RULES, "even": even, "heads": heads, "clusters": clusters}
+    holds = [_number(value) for value in rule_thresholds(pattern_grid(dataset))]
+    return {"names": NAMES, "rules": RULES, "even": even, "holds": holds, "heads": heads, "clusters": clusters}
 
 
 def _landscape(state: "AppState", kind: str) -> dict[str, Any]:

@@ -368,7 +368,7 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
     if "strength_entropy_mean" in row and not np.isnan(row["strength_entropy_mean"]):
         clauses["strength_entropy"] = (
             f"the spread of its attention over distances is {float(row['strength_entropy_mean']):.2f} nats of entropy, "
-            f"wider than that of {float(row['strength_entropy_percentile']):.0f} % of the other heads"
+            f"{_wider_than(float(row['strength_entropy_percentile']))}"
         )
     if "attention_distance_mean" in row and not np.isnan(row["attention_distance_mean"]):
         clauses["attention_distance"] = f"it looks {float(row['attention_distance_mean']):.1f} patches far on average"
@@ -379,6 +379,14 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
             measure=next(iter(clauses)),
             evidence=[(clause, name) for name, clause in list(clauses.items())[1:]],
         )
+
+
+def _wider_than(percentile: float) -> str:
+    if percentile < 0.5:
+        return "the narrowest of all heads"
+    return (
+        "the widest of all heads" if percentile > 99.5 else f"wider than that of {percentile:.0f} % of the other heads"
+    )
 
 
 def _pattern(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:

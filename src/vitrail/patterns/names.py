@@ -24,6 +24,7 @@ __all__ = [
     "even_attention",
     "name_pattern",
     "pattern_indices",
+    "rule_thresholds",
     "typical_values",
 ]
 
@@ -135,6 +136,25 @@ def even_attention(grid: tuple[int, int]) -> Float[np.ndarray, "rule"]:
         "class_mass": np.nan,
     }
     return np.array([even[rule] for rule in RULES])
+
+
+def rule_thresholds(grid: tuple[int, int]) -> Float[np.ndarray, "rule"]:
+    """From which value on each number of `RULES` gives its name; bands must also lead the other direction.
+
+    Args:
+        grid: (rows, columns) of patches.
+
+    Returns:
+        Values in the order of `RULES`; NaN for numbers that no rule asks for.
+    """
+    even = dict(zip(RULES, even_attention(grid), strict=True))
+    names = {"shift_mass": "shift", "row": "row band", "column": "column band", "uniformity": "uniform"}
+    found = np.full(len(RULES), np.nan)
+    for at, rule in enumerate(RULES):
+        asked = THRESHOLDS.get(names.get(rule, rule))
+        if asked is not None:
+            found[at] = asked if rule == "uniformity" else even[rule] + asked * (1 - even[rule])
+    return found
 
 
 def pattern_indices(values: Float[np.ndarray, "*map rule"], grid: tuple[int, int]) -> Int[np.ndarray, "*map"]:

@@ -146,7 +146,7 @@ def _standing(study: ReportData, table: xr.Dataset) -> str:
     if study.n_images < 2 or candidates == 0:
         return "no head costs this image more"
     if candidates == 1:
-        return "no head costs more, beyond the uncertainty of the sample (95 %)"
+        return "more than any other head, and not by the chance of this sample (95 %)"
     return f"no head costs more on these images; on others any of {candidates} heads may cost most (95 %)"
 
 
@@ -165,15 +165,16 @@ def _of_dispensable(
         )
     else:
         yield Sentence(
-            f"No head is shown to be dispensable: on {study.n_images:,} images a mean loss below "
-            f"{float(np.nanmin(bound)):.2f} cannot be shown for any (at 95 %, whatever the distribution; about "
-            f"{int(np.ceil(3 / NEGLIGIBLE_DROP)):,} images or more would be needed for {NEGLIGIBLE_DROP}).",
+            f"No head is shown to cost less than {NEGLIGIBLE_DROP} on average: {study.n_images:,} images can show at "
+            f"best that a loss is below {float(np.nanmin(bound)):.2f} (at 95 %, whatever the distribution of losses); "
+            f"{NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)):,} images or more.",
             measure="head_probability",
         )
     together = simultaneous_intervals(lost.astype(np.float64), limits=(-1.0, 1.0))
     costly, better = int((together.low > 0).sum()), int((together.high < 0).sum())
     yield Sentence(
-        f"A loss is shown for {costly or 'none'} of the {n_heads} heads (intervals of all heads at once, 95 %).",
+        f"A loss is shown for {costly or 'none'} of the {n_heads} heads (95 % intervals, corrected for all heads at "
+        "once).",
         measure="head_probability",
     )
     if better:

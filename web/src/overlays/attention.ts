@@ -47,7 +47,8 @@ export const ATTENTION: Overlay[] = [
   {
     id: "looks",
     title: "where it looks",
-    reading: "Attention of the chosen token, or of the patch under the pointer. Less than even attention is not drawn.",
+    reading:
+      "Where the chosen token looks, from even attention up. Pointing reads the class token's map; a click looks from a patch instead, then the map follows the pointer.",
     source: SOURCE,
     tabs: ["heads", "patterns"],
     live: true,
@@ -58,7 +59,8 @@ export const ATTENTION: Overlay[] = [
   {
     id: "looked-at",
     title: "who looks at it",
-    reading: "Which patches attend to the patch under the pointer, in the same scale as where it looks.",
+    reading:
+      "Which patches look at the chosen token, in the same scale as where it looks. With a patch chosen the map follows the pointer.",
     source: SOURCE,
     tabs: ["heads", "patterns"],
     live: true,

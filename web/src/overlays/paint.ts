@@ -56,7 +56,7 @@ export type Paint = Weights | Marks | Arrows | Box | Tints;
 
 /** The hue of every overlay, and its greatest opacity: the photograph shows through everywhere. */
 export const HUE = [255, 98, 20] as const;
-export const MOST = 0.8;
+export const MOST = 0.7;
 
 /** The same overlay of two studies, weights with one scale for both. */
 export function inOneScale(paints: (Paint | undefined)[]): (Paint | undefined)[] {

@@ -71,7 +71,7 @@ export const WHAT_IF: Overlay[] = [
     id: "changed-looks",
     title: "where it looks then",
     reading:
-      "Attention under the changes, of the chosen token or the patch under the pointer, from even attention up. A head that is off still has a map, and adds nothing.",
+      "Where the chosen token looks under the changes, from even attention up. A head that is off still has a map, and adds nothing.",
     source: SOURCE,
     tabs: ["what-if"],
     live: true,
