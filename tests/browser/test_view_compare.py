@@ -88,4 +88,4 @@ def test_one_photograph_is_shown_with_the_same_overlay_from_both_in_one_scale(
     read = "e => [...e.getContext('2d').getImageData(0, 0, e.width, e.height).data].filter((_, i) => i % 4 == 3)"
     for side, values in enumerate(patches):
         opacity = np.array(view.locator("figure canvas").nth(side).evaluate(read))
-        assert_allclose(opacity / 255, 0.8 * (values - floor) / (top - floor), atol=0.006)
+        assert_allclose(opacity / 255, 0.7 * (values - floor) / (top - floor), atol=0.006)

@@ -48,7 +48,7 @@ export const ATTENTION: Overlay[] = [
     id: "looks",
     title: "where it looks",
     reading:
-      "Where the chosen token looks, from even attention up. Pointing reads the class token's map; a click looks from a patch instead, then the map follows the pointer.",
+      "Where the chosen token looks, from even attention up. Pointing reads it; a click looks from a patch, then the map follows the pointer.",
     source: SOURCE,
     tabs: ["heads", "patterns"],
     live: true,
