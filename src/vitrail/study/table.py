@@ -124,7 +124,8 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
     if by is None:
         return []
     columns = _columns(set(map(str, heads)))
-    table = Table(title="heads that matter most", title_justify="left", box=None, pad_edge=False)
+    corrected = f", {heads.attrs['corrected']}" if "corrected" in heads.attrs and by == "drop_mean" else ""
+    table = Table(title=f"heads that matter most{corrected}", title_justify="left", box=None, pad_edge=False)
     table.add_column("head", no_wrap=True)
     for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
