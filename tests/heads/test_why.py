@@ -100,7 +100,10 @@ def test_the_sentences_carry_the_numbers(study: xr.Dataset) -> None:
     assert "more than 0.1 in 100.0 % of 40 images" in text
     assert "The prediction changes in 20.0 % of them, accuracy goes from 100.0 % to 80.0 %" in text
     assert "Its patch part carries it" in text
-    assert "The spread of its attention over distances is 2.00 nats of entropy, wider than that of 40 % of the other heads" in text
+    assert (
+        "The spread of its attention over distances is 2.00 nats of entropy, wider than that of 40 % of the other heads"
+        in text
+    )
     assert "Its pattern is shift (+1, 0)" in text
     assert "; 75 % of the images have this pattern when taken alone, most others sink." in text
     assert "How much its map depends on the image: 0.10 of 1, nearly the same map for all images." in text

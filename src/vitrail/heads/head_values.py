@@ -183,7 +183,6 @@ def head_values(study: xr.Dataset, metric: str, image: ImageChoice = None) -> He
         return HeadValues(metric, numbers[at], None, None, None, unpruned, description, True, array.attrs)
     measured = ~np.isnan(numbers).all((1, 2))  # images without a mask have no score
     numbers = numbers[measured] if measured.any() else numbers
-    low, high, spread = _statistics(numbers, metric, array.dtype.kind == "b")
     unpruned, description = _value_unpruned(study, metric, None), describe_choice(study, None)
     exact = exact_values(study, metric)
     corrected = None if exact is None else correct_mean(numbers, exact)
@@ -191,6 +190,7 @@ def head_values(study: xr.Dataset, metric: str, image: ImageChoice = None) -> He
         *_, spread = _statistics(exact[~np.isnan(exact).all((1, 2))], metric, False)
         description = f"{description}, {how_corrected(study)}"
         return HeadValues(metric, *corrected, spread, unpruned, description, False, array.attrs)
+    low, high, spread = _statistics(numbers, metric, array.dtype.kind == "b")
     if len(numbers) < n_images:
         description = f"mean over {len(numbers):,} of {n_images:,} images"
     return HeadValues(metric, numbers.mean(0), low, high, spread, unpruned, description, False, array.attrs)
