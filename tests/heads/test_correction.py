@@ -172,8 +172,10 @@ class TestWhoeverShowsAMeanShowsTheCorrectedOne:
         monkeypatch.setattr("vitrail.study.table._headline", lambda *_: "")
         monkeypatch.setattr("vitrail.study.table._skip_lines", lambda *_: [])
         monkeypatch.setattr("vitrail.study.table._scaling_lines", lambda *_: [])
-        *_, table = study_summary(study(), tmp_path)
-        assert table.title == "heads that matter most, corrected by 100 exact images"
+        *_, words = study_summary(study(), tmp_path)
+        assert str(words) == "p lost: estimated on all images and corrected by 100 exact images"
+        *_, table = study_summary(study().isel(image=slice(96)), tmp_path)
+        assert table.title == "heads that matter most"
 
     def test_the_page(self):
         data, expected = study(), by_hand(study(), "drop")

@@ -124,8 +124,7 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
     if by is None:
         return []
     columns = _columns(set(map(str, heads)))
-    corrected = f", {heads.attrs['corrected']}" if "corrected" in heads.attrs and by == "drop_mean" else ""
-    table = Table(title=f"heads that matter most{corrected}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="heads that matter most", title_justify="left", box=None, pad_edge=False)
     table.add_column("head", no_wrap=True)
     for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
@@ -135,7 +134,8 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
         if not np.isnan(score[layer, head]):
             cells = [_cell(text, [float(heads[name][layer, head]) for name in names]) for _, (text, names) in columns]
             table.add_row(f"L{layer}H{head}", *cells)
-    return [table]
+    words = heads.attrs.get("corrected") if by == "drop_mean" else None
+    return [table, Text(f"p lost: estimated on all images and {words}")] if words else [table]
 
 
 def _columns(available: set[str]) -> list[tuple[str, tuple[str, tuple[str, ...]]]]:
