@@ -370,19 +370,30 @@ def corrected_experiment(options: argparse.Namespace) -> None:
         alone = mean_interval(values[~np.isnan(values).all((1, 2))], limits=value_limits(name))
         widths = [float(np.nanmedian(table[f"{name}_high"] - table[f"{name}_low"])) for table in tables]
         widths.append(float(np.nanmedian(alone.high - alone.low)))
-        truth, error = tables[0][f"{name}_mean"], np.abs(tables[1][f"{name}_mean"] - tables[0][f"{name}_mean"])
+        truth = tables[0][f"{name}_mean"].to_numpy()
+        means = (tables[1][f"{name}_mean"].to_numpy(), np.nanmean(values, 0), estimated_mean(corrected, name))
+        errors = [f"{float(np.nanmean(np.abs(each - truth))):.3f}" for each in means]
         holds = (tables[1][f"{name}_low"] <= truth) & (truth <= tables[1][f"{name}_high"])
         equal = n_images * (widths[0] / widths[1]) ** 2
         cost = n_images * seconds["corrected"] / (equal * seconds["exact"])
         rows.append([
             name, *(f"{width:.3f}" for width in widths), f"{equal:.0f}", f"{float(holds.mean()):.0%}",
-            f"{float(error.mean()):.3f}", f"{cost:.2f}",
+            *errors, f"{cost:.2f}",
         ])  # fmt: skip
     head = [
         "mean of", "width, exact", "width, corrected", "width, sample alone", "photographs for that width, exactly",
-        "intervals that hold the exact mean", "mean error", "cost / exact at equal width",
+        "intervals that hold the exact mean", "mean error, corrected", "of the sample alone", "of the estimate",
+        "cost / exact at equal width",
     ]  # fmt: skip
     print(markdown(head, rows))
+
+
+def estimated_mean(study: xr.Dataset, name: str) -> np.ndarray:
+    """Mean of the estimate alone, [layer head]."""
+    if name != "drop":
+        return np.asarray(study[name].to_numpy().mean(0, dtype=np.float64))
+    without = study["head_probability"].to_numpy().mean(0, dtype=np.float64)
+    return np.asarray(float(study["probability"].mean(dtype=np.float64)) - without)
 
 
 def ablation_experiment(options: argparse.Namespace) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
-from tiny_studies import folder_bytes, write_photos
+from tiny_studies import folder_bytes, tiny_vit, write_photos
 
 from vitrail.analysis import make_collectors
+from vitrail.comparison import compare
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.correction import is_swept
 from vitrail.heads.summary import correct_estimate, head_table
@@ -150,3 +151,13 @@ def test_outside_a_study_every_image_is_swept(vit: Vit) -> None:
         replay, logits = tap.record(images)
         found = collector.finish(tap, replay, logits, labels)["head_loss_change_exact"]
         assert_allclose(found, exact.finish(tap, replay, logits, labels)["head_loss_change"], rtol=1e-4, atol=2e-6)
+
+
+def test_two_such_studies_are_compared_where_both_have_exact_values(
+    vit: Vit, photos: Path, corrected: Path, tmp_path: Path
+) -> None:
+    other = run(tiny_vit(seed=1), photos, tmp_path / "other")
+    compared = compare(corrected, tmp_path / "other")
+    one = open_study(corrected)["head_probability_exact"].to_numpy()
+    expected = np.nanmean(other["head_probability_exact"].to_numpy() - one, 0)
+    assert_allclose(compared["head_probability_exact_head_difference"], expected, rtol=1e-4, atol=1e-6)
