@@ -6,6 +6,7 @@
     python experiments/heads.py table    STUDY...   what studies say of their heads; of two, how far they agree
     python experiments/heads.py classes  STUDY      the heads that matter for each class
     python experiments/heads.py estimate STUDY      what correcting the estimate by a sample saves
+    python experiments/heads.py corrected STUDY CORRECTED   the same of a study with --importance corrected
     python experiments/heads.py ablation STUDY MEAN   zero against the mean output (MEAN: a study with --ablation mean)
     python experiments/heads.py regions  STUDY...   which part of a head carries it (of --measures heads,regions)
 
@@ -26,22 +27,25 @@ import torch
 import xarray as xr
 
 from vitrail import open_study
-from vitrail.analysis import make_collectors
+from vitrail.analysis import SamplesImages, make_collectors
 from vitrail.data import stored_image
 from vitrail.figures.style import head_name
 from vitrail.heads.classes import heads_by_class
+from vitrail.heads.correction import exact_values
 from vitrail.heads.estimate import loss_gradients
 from vitrail.heads.summary import (
     correct_estimate,
     head_table,
     heads_that_matter,
     rank_agreement,
+    value_limits,
 )
 from vitrail.pruning.masked import predictions_without
 from vitrail.pruning.ranking import Area, Curves, area_table, halves, orders, random_orders, scores
 from vitrail.stats import mean_interval, spearman
 from vitrail.study.reopen import reopen
 from vitrail.study.store import read_manifest
+from vitrail.tap.tap import Readers
 
 COUNTS = (0, 1 / 18, 1 / 9, 7 / 36, 5 / 18, 7 / 18, 19 / 36, 13 / 18, 1)
 """Shares of the heads that are pruned: of 36 heads 0, 2, 4, 7, 10, 14, 19, 26 and all."""
@@ -322,19 +326,75 @@ def studied_cost(studied: ReportData) -> tuple[float, float]:
     """Processor seconds an image of the exact sweep and of the estimate, measured once."""
     file = studied.file("cost")
     if not file.exists():
-        images = studied.prepared(studied.calibration[:BATCH].tolist())
-        labels = studied.labels[studied.calibration[:BATCH]]
-        seconds = []
-        for importance in ("exact", "estimate"):
-            (one,) = make_collectors(studied.vit, ["head_loss_change"], {"importance": importance})
-            begun = time.process_time()
-            replay, logits = studied.vit.tap().record(images, one.readers(), keep=one.replays)
-            one.finish(studied.vit.tap(), replay, logits, labels)
-            seconds.append((time.process_time() - begun) / len(images))
+        seconds = [seconds_an_image(studied, importance) for importance in ("exact", "estimate")]
         save_arrays(file, {"seconds": np.array(seconds)})
     with np.load(file) as held:
         exact, rough = held["seconds"]
     return float(exact), float(rough)
+
+
+def seconds_an_image(studied: ReportData, importance: str) -> float:
+    """Processor seconds that the change of loss without each head takes, on one batch."""
+    chosen = studied.calibration[:BATCH]
+    images, labels, tap = studied.prepared(chosen.tolist()), studied.labels[chosen], studied.vit.tap()
+    names = ["head_loss_change", *(["head_loss_change_exact"] if importance == "corrected" else [])]
+    collectors = make_collectors(studied.vit, names, {"importance": importance})
+    begun = time.process_time()
+    keep = any(each.replays for each in collectors)
+    replay, logits = tap.record(images, Readers.join([each.readers() for each in collectors]), keep=keep)
+    for each in collectors:
+        if isinstance(each, SamplesImages):
+            each.take_places(range(len(images)))
+        each.finish(tap, replay, logits, labels)
+    return (time.process_time() - begun) / len(images)
+
+
+def corrected_experiment(options: argparse.Namespace) -> None:
+    """Two studies of the same photographs, exact and corrected: widths of intervals, and what they cost."""
+    exact, corrected = (open_study(folder) for folder in options.studies)
+    if exact["image"].to_numpy().tolist() != corrected["image"].to_numpy().tolist():
+        raise SystemExit("The two studies are not of the same images in the same order.")
+    tables, n_images = [head_table(exact), head_table(corrected)], exact.sizes["image"]
+    studied = ReportData(options.studies[0], options)
+    ways = ("exact", "estimate", "corrected")
+    runs = [[seconds_an_image(studied, way) for way in ways] for _ in range(5)]  # in turn: what else runs hits all
+    seconds = dict(zip(ways, np.median(runs, 0).tolist(), strict=True))
+    costs = ", ".join(f"{way} {each:.2f}" for way, each in seconds.items())
+    n_exact = np.count_nonzero(~np.isnan(corrected["head_loss_change_exact"].to_numpy()).all((1, 2)))
+    print(
+        f"\n{exact.attrs['model']}, {n_images} photographs, {n_exact} of them exact in the corrected study; processor"
+    )
+    print(f"seconds an image: {costs}\n")
+    rows = []
+    for name in ("drop", "head_loss_change"):
+        values = exact_values(corrected, name)
+        alone = mean_interval(values[~np.isnan(values).all((1, 2))], limits=value_limits(name))
+        widths = [float(np.nanmedian(table[f"{name}_high"] - table[f"{name}_low"])) for table in tables]
+        widths.append(float(np.nanmedian(alone.high - alone.low)))
+        truth = tables[0][f"{name}_mean"].to_numpy()
+        means = (tables[1][f"{name}_mean"].to_numpy(), np.nanmean(values, 0), estimated_mean(corrected, name))
+        errors = [f"{float(np.nanmean(np.abs(each - truth))):.3f}" for each in means]
+        holds = (tables[1][f"{name}_low"] <= truth) & (truth <= tables[1][f"{name}_high"])
+        equal = n_images * (widths[0] / widths[1]) ** 2
+        cost = n_images * seconds["corrected"] / (equal * seconds["exact"])
+        rows.append([
+            name, *(f"{width:.3f}" for width in widths), f"{equal:.0f}", f"{float(holds.mean()):.0%}",
+            *errors, f"{cost:.2f}",
+        ])  # fmt: skip
+    head = [
+        "mean of", "width, exact", "width, corrected", "width, sample alone", "photographs for that width, exactly",
+        "intervals that hold the exact mean", "mean error, corrected", "of the sample alone", "of the estimate",
+        "cost / exact at equal width",
+    ]  # fmt: skip
+    print(markdown(head, rows))
+
+
+def estimated_mean(study: xr.Dataset, name: str) -> np.ndarray:
+    """Mean of the estimate alone, [layer head]."""
+    if name != "drop":
+        return np.asarray(study[name].to_numpy().mean(0, dtype=np.float64))
+    without = study["head_probability"].to_numpy().mean(0, dtype=np.float64)
+    return np.asarray(float(study["probability"].mean(dtype=np.float64)) - without)
 
 
 def ablation_experiment(options: argparse.Namespace) -> None:
@@ -432,6 +492,7 @@ def save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
 EXPERIMENTS = {
     "curves": curves_experiment,
     "estimate": estimate_experiment,
+    "corrected": corrected_experiment,
     "ablation": ablation_experiment,
     "regions": regions_experiment,
     "table": table_experiment,

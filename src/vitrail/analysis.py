@@ -36,6 +36,7 @@ __all__ = [
     "Figure",
     "Need",
     "Option",
+    "SamplesImages",
     "TakesMasks",
     "all_options",
     "analyses",
@@ -115,6 +116,32 @@ class TakesMasks(Protocol):
 
 
 @runtime_checkable
+class SamplesImages(Protocol):
+    """A collector that measures only some images of a study, chosen by their places in it.
+
+    A place says more than a batch does: whichever process computes which part, and whatever images follow, the same
+    images are chosen.
+    """
+
+    def take_places(self, places: "Sequence[int]") -> None:
+        """Places in the study of the images of the coming batch, without those that only fill it up.
+
+        Args:
+            places: Counted from 0, in the order of the batch.
+        """
+
+    def refuse_few(self, n_images: int) -> None:
+        """Refuses a study whose sample would be too small for what it is taken for.
+
+        Args:
+            n_images: Of the study.
+
+        Raises:
+            UsageError: There are too few; it says how many are needed and what to do.
+        """
+
+
+@runtime_checkable
 class Calibrates(Protocol):
     """A collector that sees all images before it measures the first; its statistics are kept with the study."""
 
@@ -172,8 +199,8 @@ class Need:
         name: as in `Measure.needs`.
         description: what it is, for the documentation: "a classifier".
         missing: given model, options and measure, why the need is not met; empty where it is.
-        of_other_models: whether models without it have other measures in their place, so that nobody misses it unless
-            the measure was asked for by name.
+        of_other_models: whether models, or options, without it have other measures in their place, so that nobody
+            misses it unless the measure was asked for by name.
     """
 
     name: str

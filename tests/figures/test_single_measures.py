@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose
 
 from vitrail.analysis import BASE, analyses, measures
 from vitrail.figures.whole import draw_figures
+from vitrail.heads.correction import EXACT_VALUES
 from vitrail.heads.head_values import head_values, importance_metrics
 
 BASE_MEASURES = [measure.name for measure in analyses()[BASE].measures]
@@ -16,6 +17,7 @@ NOT_DRAWN = {
     "image_dependence", "pattern_patch_cluster", "pattern_cls_cluster", "field_size", "interaction_distance",
     "predicted_window", "strongest_share", "sink", "sink_share", "object_map", "neuron_peak", "neuron_peak_patch",
     "image_embedding",
+    *EXACT_VALUES.values(),
     *(name for name in measures() if name.startswith(("object_layer_", "object_centre_")) or name.endswith("_null")),
     *(each.name for each in measures().values() if each.analysis == "head_windows" and each.dims == ("image",)),
 }  # fmt: skip

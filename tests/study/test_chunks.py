@@ -129,7 +129,10 @@ def test_the_number_of_operations_does_not_depend_on_the_batch_size(analysis: st
 def test_every_measure_of_the_register_is_counted() -> None:
     """Those of all images that are left here are counted in the passes of patterns."""
     counted = {
-        name for analysis, _ in CASES for kind in MODELS for name in names_of(kind, analysis, {"masks": "given"})
+        name
+        for analysis, options in CASES
+        for kind in MODELS
+        for name in names_of(kind, analysis, options | {"masks": "given"})
     }
     left = measures().keys() - counted - set(analyses()[BASE].measure_names)
     assert {(declaration(name).analysis, declaration(name).derived) for name in left} == {("patterns", True)}

@@ -14,6 +14,7 @@ from vitrail.analysis import BASE, analyses, measures
 from vitrail.app.columns import Columns
 from vitrail.app.lru_cache import LRUCache
 from vitrail.app.summary import QUANTILES_FROM, SetSummary, evenly_spaced, summarise
+from vitrail.heads.correction import EXACT_VALUES, correct_mean, too_few_exact, words_of_correction
 from vitrail.heads.head_values import importance_metrics
 from vitrail.heads.summary import value_limits
 from vitrail.stats import moment_interval
@@ -270,11 +271,14 @@ class StudyArrays:
         with self._summary_lock:
             if key not in self._summaries:
                 array = self.array(name)
-                self._summaries[key] = (
-                    self._stream_summary(array, over_heads, is_cost)
-                    if array.nbytes > WHOLE_BYTES
-                    else _summarise(array, self._cost(array, self.load(name), is_cost), over_heads, array.dims, is_cost)
-                )
+                if self._exact_name(name) is not None:
+                    everything = np.arange(self.n_images)
+                    self._summaries[key] = self._summary_of_set(array, everything, over_heads, {}, is_cost)
+                elif array.nbytes > WHOLE_BYTES:
+                    self._summaries[key] = self._stream_summary(array, over_heads, is_cost)
+                else:
+                    costs = self._cost(array, self.load(name), is_cost)
+                    self._summaries[key] = _summarise(array, costs, over_heads, array.dims, is_cost)
             return self._summaries[key]
 
     def baseline(self, name: str) -> str:
@@ -318,10 +322,21 @@ class StudyArrays:
         if array.nbytes <= WHOLE_BYTES:
             position = tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims[1:])
             values = self.load(str(array.name))[(images, *position)]
-            return _summarise(array, self._cost(array, values, is_cost, images), over_heads, dims, is_cost)
-        sample = images[evenly_spaced(len(images), QUANTILES_FROM)]
-        values = np.asarray(array.isel(fixed | {"image": sample}).values)
-        return _summarise(array, self._cost(array, values, is_cost, sample), over_heads, dims, is_cost)
+        else:
+            images = images[evenly_spaced(len(images), QUANTILES_FROM)]
+            values = np.asarray(array.isel(fixed | {"image": images}).values)
+        summary = _summarise(array, self._cost(array, values, is_cost, images), over_heads, dims, is_cost)
+        exact_name = self._exact_name(str(array.name))
+        if exact_name is None:
+            return summary
+        of_sample = np.asarray(self.array(exact_name).isel(fixed | {"image": images}).values)
+        costs = (self._cost(array, each, is_cost, images) for each in (values, of_sample))
+        return _corrected(summary, *(_to_float(each, over_heads, dims) for each in costs))
+
+    def _exact_name(self, name: str) -> str | None:
+        """The array of exact values on a sample of the images, beside one of estimates."""
+        exact = EXACT_VALUES.get(name)
+        return exact if exact in self.dataset else None
 
     def _stream_summary(self, array: xr.DataArray, over_heads: bool, is_cost: bool) -> SetSummary:
         """As `summarise`, in one pass that never loads the array: exact mean, quantiles of evenly spaced images."""
@@ -381,6 +396,25 @@ def _summarise(
     if is_cost and limits is not None:
         limits = limits[0] - limits[1], limits[1] - limits[0]
     return summarise(_to_float(values, over_heads, dims), is_share=is_bool and not over_heads, limits=limits)
+
+
+def _corrected(
+    summary: SetSummary, estimates: Float32[np.ndarray, "image ..."], exact: Float32[np.ndarray, "image ..."]
+) -> SetSummary:
+    """The summary of estimates with the mean corrected by the images that have exact values, and quantiles of those."""
+    mean = correct_mean(estimates, exact)
+    if mean is None:
+        values = summary.values.copy()
+        values[1:3] = np.nan
+        return replace(summary, values=values, interval=f"{summary.interval}; {too_few_exact(exact)}")
+    rows = exact[~np.isnan(exact.reshape(len(exact), -1)).all(1)]
+    quantiles = summarise(rows).values[3:]
+    return replace(
+        summary,
+        values=np.concatenate([np.stack(mean), quantiles]).astype(np.float32),
+        quantiles_of=len(rows),
+        interval=f"studentised bootstrap, {words_of_correction(len(rows))}",
+    )
 
 
 def _to_float(values: np.ndarray, over_heads: bool, dims: tuple[Hashable, ...]) -> Float32[np.ndarray, "image ..."]:

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from vitrail.app.answers import binary, json_answer, json_body, parse_index, read_body
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.data import class_title
+from vitrail.heads.correction import correct_mean, exact_values, how_corrected
 from vitrail.heads.summary import LARGE_DROP
 from vitrail.sentence import percent
 from vitrail.stats import mean_interval
@@ -225,9 +226,17 @@ def _cost_in_study(arrays: StudyArrays, changes: Mapping[str, Any]) -> str | Non
     lost = arrays.load("probability").astype(np.float64) - without
     if np.isnan(lost).any():
         return None
-    low, high, reason = mean_interval(lost, limits=(-1.0, 1.0))
-    interval = f" (95 % interval {float(low):.3f} to {float(high):.3f})" if not reason else ""
+    exact = exact_values(arrays.dataset, "drop")
+    corrected = None if exact is None else correct_mean(lost, exact[:, layer, head])
+    if exact is not None and corrected is not None:
+        mean, low, high, words = *map(float, corrected), f", {how_corrected(arrays.dataset)}"
+        n_images, lost = len(lost), exact[~np.isnan(exact[:, layer, head]), layer, head]
+        of_them = f"the {len(lost):,} images whose heads were all pruned"
+    else:
+        mean, low, high, words = lost.mean(), *map(float, mean_interval(lost, limits=(-1.0, 1.0))[:2]), ""
+        n_images, of_them = len(lost), "them"
+    interval = f" (95 % interval {low:.3f} to {high:.3f}{words})" if np.isfinite(low + high) else ""
     return (
-        f"Over the {len(lost):,} images of the study the label loses {lost.mean():.3f} of its probability without "
-        f"L{layer}H{head}{interval}, more than {LARGE_DROP} in {percent((lost > LARGE_DROP).mean(), 1)} of them."
+        f"Over the {n_images:,} images of the study the label loses {mean:.3f} of its probability without "
+        f"L{layer}H{head}{interval}, more than {LARGE_DROP} in {percent((lost > LARGE_DROP).mean(), 1)} of {of_them}."
     )

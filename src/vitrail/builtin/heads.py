@@ -25,6 +25,11 @@ NO_RESIDUAL = (
 )
 """Why shifts of tokens are left out, after the layers that are meant."""
 
+EXACT_LIMITS = (
+    "NaN on the images that were not swept, three in four. Its mean is of the sample alone; that of all images is the "
+    "mean of the estimate, corrected by it (`vitrail.heads.summary.head_table`)."
+)
+
 NEIGHBOUR_LIMITS = "Distance on the grid of patches, without looking at what the patches show."
 
 MEASURES = (
@@ -109,6 +114,35 @@ MEASURES = (
         ),
         limits=PRUNING_LIMITS,
         needs=("classifier", "estimable"),
+        depends_on=(*PRUNED_HEAD, "label"),
+    ),
+    Measure(
+        name="head_probability_exact",
+        title="probability of the label without this head, exact on a sample",
+        dims=("image", "layer", "head"),
+        unit="1",
+        baseline="probability",
+        value_range=(0.0, 1.0),
+        low="the answer for this image hangs on this head",
+        high="the head can go: the label keeps its probability",
+        source=f"{FROM_LI}, model and local impact; the head pruned on one image in four, chosen by its place",
+        limits=EXACT_LIMITS,
+        needs=("classifier", "sampled"),
+        depends_on=(*PRUNED_HEAD, "label"),
+    ),
+    Measure(
+        name="head_loss_change_exact",
+        title="change of the loss without this head, exact on a sample",
+        dims=("image", "layer", "head"),
+        unit="nats",
+        low="negative: the label gets likelier without the head",
+        high="the head carries evidence for the label",
+        source=(
+            "cross-entropy (of independent labels the label's own, binary) after pruning minus before, on one image in "
+            "four, chosen by its place; our construction"
+        ),
+        limits=EXACT_LIMITS,
+        needs=("classifier", "sampled"),
         depends_on=(*PRUNED_HEAD, "label"),
     ),
     Measure(
@@ -305,23 +339,31 @@ IMAGE_MEASURES = (
 
 IMPORTANCE = Option(
     "importance",
-    ("exact", "estimate"),
-    "Prune every head in turn, or estimate all of them from one backward pass.",
+    ("exact", "estimate", "corrected"),
+    "Prune every head in turn, or estimate all of them from one backward pass, or estimate and correct the means by "
+    "pruning every head on one image in four (100 images or more).",
 )
 ABLATION = Option("ablation", ("zero", "mean"), "What a pruned head gives: zero, or its mean output over the images.")
 MAPS = Option("maps", ("model", "bfloat16"), "Number format of attention maps while they are read.")
 
 
+NOT_TO_THE_MEAN = 'the estimate turns heads down to zero, not to their mean; use importance="exact" or ablation="zero"'
+
+
 def _not_estimable(vit: "Vit", options: Mapping[str, str], measure: Measure) -> str:
-    if options["importance"] != "estimate":
+    if options["importance"] == "exact":
         return ""
     from vitrail.heads.estimate import ESTIMATED, NOT_ESTIMATED
 
     if measure.name in ESTIMATED:
-        if options["ablation"] == "zero":
-            return ""
-        return 'the estimate turns heads down to zero, not to their mean; use importance="exact" or ablation="zero"'
+        return "" if options["ablation"] == "zero" else NOT_TO_THE_MEAN
     return f'no estimate: {NOT_ESTIMATED[measure.name]}; use importance="exact"'
+
+
+def _not_sampled(vit: "Vit", options: Mapping[str, str], measure: Measure) -> str:
+    if options["importance"] != "corrected":
+        return 'it corrects estimates by a sample of the images; use importance="corrected"'
+    return "" if options["ablation"] == "zero" else NOT_TO_THE_MEAN
 
 
 def _no_residual(vit: "Vit", options: Mapping[str, str], measure: Measure) -> str:
@@ -372,6 +414,12 @@ HEADS = Analysis(
     options=(IMPORTANCE, ABLATION, MAPS),
     needs=(
         Need("estimable", "exact importance, or an estimate of this measure", _not_estimable),
+        Need(
+            "sampled",
+            "estimates that are corrected by a sample (`--importance corrected`)",
+            _not_sampled,
+            of_other_models=True,
+        ),
         Need("residual", "a layer that adds attention to the tokens it was given", _no_residual),
     ),
     figures=_figures,

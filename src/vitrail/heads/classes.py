@@ -7,6 +7,7 @@ import xarray as xr
 
 from vitrail.data import LabelSource
 from vitrail.errors import UsageError
+from vitrail.heads.correction import exact_part
 from vitrail.stats import group_p_values, mean_interval
 
 __all__ = ["ClassHeads", "HeadDrop", "class_table", "heads_by_class"]
@@ -54,6 +55,8 @@ class ClassHeads(NamedTuple):
 def class_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
     """Drop of the label's probability per class, layer and head.
 
+    Of a study whose estimates are corrected by a sample, it is of that sample: a class has too few of them to correct.
+
     Args:
         study: an opened study.
         seed: of the resampled and dealt images.
@@ -69,6 +72,7 @@ def class_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
         UsageError: a study without images or without `head_probability`, which models without a classifier do not have.
     """
     _refuse_without_drops(study)
+    study = exact_part(study)
     drop = study["probability"].to_numpy()[:, None, None] - study["head_probability"].to_numpy().astype(np.float64)
     label = study["label"].to_numpy()
     correct = study["prediction"].to_numpy() == label if "prediction" in study else np.full(len(label), np.nan)

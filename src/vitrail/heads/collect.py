@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.analysis import Collector
+from vitrail.errors import UsageError
+from vitrail.heads.correction import EXACT_VALUES, FEWEST_EXACT, ONE_IN, is_swept
 from vitrail.heads.estimate import ESTIMATED, estimate
-from vitrail.heads.importance import LAYER_METRICS, layers_without_residual, sweep
+from vitrail.heads.importance import LAYER_METRICS, HeadArrays, layers_without_residual, sweep
 from vitrail.heads.means import MeanOutputs
 from vitrail.heads.regions import Mode, mode_edits, modes_offered
 from vitrail.heads.strength import Reach, count_hops, reach
@@ -46,16 +48,23 @@ def head_collectors(vit: Vit, names: Sequence[str], options: Mapping[str, str]) 
         vit: the model.
         names: of measures that this model has.
         options: `importance` ("exact" prunes every head in turn, "estimate" predicts the model metrics from one
-            backward pass; layer metrics stay exact), `ablation` ("mean" puts the head's mean output over the images in
+            backward pass, "corrected" does so and prunes every head on one image in four; layer metrics stay exact),
+            `ablation` ("mean" puts the head's mean output over the images in
             its place, not zero, for which all images are passed through once before) and `maps` ("bfloat16" computes
             attention maps in bfloat16 for the measures of distance).
 
     Returns:
         Collectors that share one plain pass.
+
+    Raises:
+        UsageError: an estimate is to be corrected and the measure of its exact values was not asked for.
     """
-    estimated = [name for name in names if name in ESTIMATED] if options["importance"] == "estimate" else []
+    estimated = [name for name in names if name in ESTIMATED] if options["importance"] != "exact" else []
+    sampled = [name for name in names if name in EXACT_VALUES.values()]
+    if options["importance"] == "corrected":
+        _refuse_uncorrected(estimated, sampled)
     read = [name for name in names if name in REACH_FIELDS]
-    swept = [name for name in names if name not in REACH_FIELDS and name not in estimated]
+    swept = [name for name in names if name not in (*REACH_FIELDS, *estimated, *sampled)]
     result: list[Collector] = []
     if read:
         result.append(_ReachCollector(vit.anatomy, read, token_grids(vit)[0], _precision(options)))
@@ -64,7 +73,18 @@ def head_collectors(vit: Vit, names: Sequence[str], options: Mapping[str, str]) 
         result.append(kind(vit.anatomy, swept, vit.task))
     if estimated:
         result.append(_EstimateCollector(vit.anatomy, estimated, vit.task))
+    if sampled:
+        result.append(_SampledSweepCollector(vit.anatomy, sampled, vit.task))
     return result
+
+
+def _refuse_uncorrected(estimated: Sequence[str], sampled: Sequence[str]) -> None:
+    lacking = [EXACT_VALUES[name] for name in estimated if EXACT_VALUES[name] not in sampled]
+    if lacking:
+        raise UsageError(
+            f"Estimates are corrected by exact values, which are measures of their own: ask for {', '.join(lacking)} "
+            "too, or for heads, which holds them all."
+        )
 
 
 def rule_collectors(vit: Vit, options: Mapping[str, str]) -> list[Collector]:
@@ -241,6 +261,54 @@ class _EstimateCollector:
     ) -> dict[str, np.ndarray]:
         """Arrays [image, layer, head] of every measure."""
         return estimate(tap, self._anatomy, replay, logits, _targets(labels, logits), self.measures, self._task)
+
+
+class _SampledSweepCollector:
+    """Exact importance on one image in four (`is_swept`); outside a study, where images have no place, on all."""
+
+    replays = False
+
+    def __init__(self, anatomy: Anatomy, measures: Sequence[str], task: Task) -> None:
+        self.measures = tuple(measures)
+        self._anatomy, self._task = anatomy, task
+        self._swept = tuple(name for name, exact in EXACT_VALUES.items() if exact in measures)
+        self._places: Sequence[int] | None = None
+
+    def take_places(self, places: Sequence[int]) -> None:
+        """The places of the coming batch."""
+        self._places = places
+
+    def refuse_few(self, n_images: int) -> None:
+        """Refuses a study with fewer swept images than an interval needs."""
+        n_swept = sum(map(is_swept, range(n_images)))
+        if n_swept < FEWEST_EXACT:
+            raise UsageError(
+                f"Estimates are corrected by {FEWEST_EXACT} images or more on which every head is pruned, one image in "
+                f"{ONE_IN}; of {n_images} images that is {n_swept}. Give {ONE_IN * FEWEST_EXACT} images or more, or "
+                'take importance="exact", which prunes every head on all of them.'
+            )
+
+    def readers(self) -> Readers:
+        """Needs nothing of the plain pass but its images: those that are swept have a plain pass of their own."""
+        return Readers()
+
+    def finish(
+        self, tap: Tap, replay: Replay, logits: Float[Tensor, "image class"], labels: Int[np.ndarray, "image"]
+    ) -> dict[str, np.ndarray]:
+        """Arrays [image, layer, head] of every measure; NaN on images that are not swept."""
+        places = self._places
+        rows = list(range(len(logits))) if places is None else [at for at, each in enumerate(places) if is_swept(each)]
+        found = HeadArrays(self.measures, len(logits), [block.heads for block in self._anatomy.blocks]).arrays
+        together = -(-len(logits) // ONE_IN)  # always so many: another number of images gives other last digits
+        for start in range(0, len(rows), together):
+            some = rows[start : start + together]
+            filled = some + some[-1:] * (together - len(some))
+            again, plain = tap.record(replay.images[filled])
+            targets = _targets(labels[filled], plain)
+            arrays = sweep(tap, self._anatomy, again, plain, targets, self._swept, {}, task=self._task)
+            for name in self._swept:
+                found[EXACT_VALUES[name]][some] = arrays[name][: len(some)]
+        return found
 
 
 class _RuleCollector:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from vitrail.analysis import measures
 from vitrail.errors import UsageError
+from vitrail.heads.correction import EXACT_VALUES, correct_mean, exact_values, how_corrected
 from vitrail.heads.summary import value_limits
 from vitrail.selection import ImageChoice, describe_choice, image_id, image_position
 from vitrail.stats import mean_interval, share_interval
@@ -27,8 +28,9 @@ __all__ = [
     "main_metric",
 ]
 
-NOT_IMPORTANCE = frozenset({"head_value"})
-"""A model's value with a head pruned says how much the head matters only as its change, `head_value_change`."""
+NOT_IMPORTANCE = frozenset({"head_value", *EXACT_VALUES.values()})
+"""A model's value with a head pruned says how much the head matters only as its change, `head_value_change`; exact
+values of a sample go into the means of the measures that they correct."""
 
 LOW_MATTERS = frozenset({"head_probability"})
 """Measures whose low values mark the important heads; of the others it is the high ones."""
@@ -65,7 +67,8 @@ class HeadValues:
         values: Value of each head, [layer head]; NaN where a layer has no such head.
         low: Lower end of the 95 % interval of the mean over images, NaN where too few; None for one image.
         high: Upper end of the same interval.
-        spread: 5 % and 95 % quantiles over images, [bound layer head]; None for a single image.
+        spread: 5 % and 95 % quantiles over images, [bound layer head], over the exact ones where the mean is corrected
+            by them; None for a single image.
         unpruned: The value with no head pruned; None where that means nothing.
         description: Whose numbers these are, such as "mean over 320 images".
         one_image: The values are of a single image.
@@ -180,8 +183,14 @@ def head_values(study: xr.Dataset, metric: str, image: ImageChoice = None) -> He
         return HeadValues(metric, numbers[at], None, None, None, unpruned, description, True, array.attrs)
     measured = ~np.isnan(numbers).all((1, 2))  # images without a mask have no score
     numbers = numbers[measured] if measured.any() else numbers
-    low, high, spread = _statistics(numbers, metric, array.dtype.kind == "b")
     unpruned, description = _value_unpruned(study, metric, None), describe_choice(study, None)
+    exact = exact_values(study, metric)
+    corrected = None if exact is None else correct_mean(numbers, exact)
+    if exact is not None and corrected is not None:
+        *_, spread = _statistics(exact[~np.isnan(exact).all((1, 2))], metric, False)
+        description = f"{description}, {how_corrected(study)}"
+        return HeadValues(metric, *corrected, spread, unpruned, description, False, array.attrs)
+    low, high, spread = _statistics(numbers, metric, array.dtype.kind == "b")
     if len(numbers) < n_images:
         description = f"mean over {len(numbers):,} of {n_images:,} images"
     return HeadValues(metric, numbers.mean(0), low, high, spread, unpruned, description, False, array.attrs)

@@ -3,7 +3,7 @@
 Works on a finished study, an `xarray.Dataset`, without torch.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -11,14 +11,22 @@ from jaxtyping import Bool, Float, Int, Num
 
 from vitrail.analysis import analyses
 from vitrail.errors import UsageError
+from vitrail.heads.correction import (
+    EXACT_VALUES,
+    Corrected,
+    correct_estimate,
+    correct_mean,
+    exact_part,
+    exact_values,
+    how_corrected,
+    too_few_exact,
+)
 from vitrail.stats import (
     Interval,
     candidates_for_largest,
     mean_interval,
     quantile_interval,
-    resampled_means,
     spearman,
-    tails,
     upper_bound,
 )
 
@@ -44,20 +52,16 @@ NEGLIGIBLE_DROP = 0.02
 QUANTILES = {"q05": 0.05, "median": 0.5, "q95": 0.95}
 """Of the values of a head over images."""
 
-PRUNING = ("label", "prediction", "probability", "head_probability", "head_flip", "head_prediction")
+PRUNING = (
+    "label",
+    "prediction",
+    "probability",
+    "head_probability",
+    EXACT_VALUES["head_probability"],
+    "head_flip",
+    "head_prediction",
+)
 """What the numbers of pruning are read from."""
-
-FEWEST_EXACT = 25
-"""With fewer exact images the interval of a corrected estimate covers less than nine times in ten for skewed losses."""
-
-Z_95 = 1.959964
-"""Of a normal distribution, 95 % lies within so many standard deviations of the mean."""
-
-NO_ERROR = 1e-9
-"""A standard error below this share of another one is the rounding of float64, a few hundred roundings at most."""
-
-NO_SPREAD = 1e-12
-"""The same of a variance, as a share of the mean square that it is computed from."""
 
 
 def head_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
@@ -81,6 +85,11 @@ def head_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
         - `accuracy`: after pruning, where the study holds `head_prediction`. `attrs["accuracy"]` is the accuracy with
           nothing pruned.
 
+        Of a study with `importance="corrected"`, the means of estimated measures and their intervals are corrected by
+        the images on which every head was pruned (`correct_estimate`); everything else of them is of those images, and
+        `attrs["corrected"]` says how many they are. Below 25 of them nothing is corrected, and the means of estimates
+        have no interval.
+
         Each statistic has a 95 % interval (`vitrail.stats`), `.._low` and `.._high` (of a mean: `NAME_low`,
         `NAME_high`); NaN where none can be trusted, and `attrs["no_interval"]` says why.
 
@@ -90,7 +99,7 @@ def head_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
     table = _Table(study, seed)
     for name, values in study.data_vars.items():
         if values.dims == ("image", "layer", "head") and values.dtype.kind == "f":
-            _add_statistics(table, str(name), values.to_numpy(), seed)
+            _add_statistics(table, study, str(name), values.to_numpy(), seed)
     _add_pruning(table, study, seed)
     _add_verdicts(table, study, seed)
     return table.to_dataset()
@@ -128,6 +137,8 @@ class _Table:
             raise UsageError("A table of heads was asked for; the study holds no images. Run `vitrail study` first.")
         self.columns: dict[str, xr.DataArray] = {}
         self.attrs: dict[str, Any] = {"n_images": n_images, "seed": seed}
+        if words := how_corrected(study):
+            self.attrs["corrected"] = words
 
     def __setitem__(self, name: str, column: xr.DataArray) -> None:
         self.columns[name] = column
@@ -161,7 +172,7 @@ def heads_that_matter(study: xr.Dataset) -> Int[np.ndarray, "image"]:
         study: an opened study.
 
     Returns:
-        Heads per image.
+        Heads per image; of a study whose estimates are corrected, per image on which every head was pruned.
 
     Raises:
         UsageError: a study without `head_probability`.
@@ -171,7 +182,7 @@ def heads_that_matter(study: xr.Dataset) -> Int[np.ndarray, "image"]:
             "Heads that matter were to be counted; this study does not hold head_probability. Study a model with a "
             "classifier with --measures heads."
         )
-    return np.asarray((_drops(study) > LARGE_DROP).sum((1, 2)))
+    return np.asarray((_drops(exact_part(study)) > LARGE_DROP).sum((1, 2)))
 
 
 def present_heads(study: xr.Dataset) -> Bool[np.ndarray, "layer head"]:
@@ -209,88 +220,29 @@ def rank_agreement(
     return spearman(means[0][present], means[1][present])
 
 
-class Corrected(NamedTuple):
-    """Mean over images per head with a 95 % interval, in the unit of what was corrected."""
-
-    mean: Float[np.ndarray, "layer head"]
-    low: Float[np.ndarray, "layer head"]
-    high: Float[np.ndarray, "layer head"]
-
-
-def correct_estimate(
-    estimate: Float[np.ndarray, "image layer head"],
-    sample: Int[np.ndarray, "drawn"],
-    exact: Float[np.ndarray, "measured layer head"],
-    *,
-    seed: int = 0,
-) -> Corrected:
-    """Mean over all images of what `exact` measured on a sample, with the estimate on all images as control variate.
-
-    Regression estimator for double sampling (Cochran, Sampling Techniques, 1977, chapter 12): mean(exact) - slope
-    (mean(estimate on the sample) - mean(estimate)). Its interval is a studentised bootstrap of the sampled pairs, slope
-    included, widened by what the estimate varies over all images. With 25 exact images it covers 95 % for normal values
-    and 90 to 92 % for skewed ones; where losses range over several orders of magnitude, 85 %: use 200 images there.
-
-    Args:
-        estimate: on all images.
-        sample: positions in `estimate` of images drawn at random.
-        exact: on the sampled images, in their order, any unit.
-        seed: of the resampled images.
-
-    Returns:
-        The corrected mean of every head with its interval; NaN for heads with NaN.
-
-    Raises:
-        UsageError: fewer than 25 sampled images, or another number of exact rows.
-    """
-    n_images = len(sample)
-    if n_images < FEWEST_EXACT or n_images != len(exact):
-        raise UsageError(
-            f"Correcting an estimate needs at least {FEWEST_EXACT} images with exact values, one row each; found "
-            f"{n_images} sampled images and {len(exact)} exact rows. Run the exact sweep on more images."
-        )
-    estimates = estimate.astype(np.float64).reshape(len(estimate), -1)
-    truth = exact.astype(np.float64).reshape(n_images, -1)
-    x, y = estimates[sample] - estimates.mean(0), truth - truth.mean(0)
-    moments = (x, y, x * x, x * y, y * y)
-    offset, error, slope = _regression([each.mean(0) for each in moments], n_images)
-    means = np.split(resampled_means(np.concatenate(moments, axis=1), seed), len(moments), axis=1)
-    resampled, errors, _ = _regression(means, n_images)
-    without_spread = errors <= NO_ERROR * error  # pairs on one line, as far as this resample tells
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.where(without_spread, np.sign(resampled - offset) * np.inf, (resampled - offset) / errors)
-    t = np.where(error > NO_ERROR * y.std(0), t, 0.0)  # on one line in all of them: nothing is left to err
-    lower, upper = tails(t, 0.025)
-    of_estimate = Z_95 * np.abs(slope) * estimates.std(0) / np.sqrt(len(estimates))
-    mean = truth.mean(0) + offset
-    low, high = mean - np.hypot(upper * error, of_estimate), mean + np.hypot(lower * error, of_estimate)
-    shape = estimate.shape[1:]
-    return Corrected(mean.reshape(shape), low.reshape(shape), high.reshape(shape))
-
-
-def _regression(means: list[np.ndarray], n_images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """From means of x, y, xx, xy, yy: the height of the regression line at x = 0, its standard error, and the slope."""
-    x, y, xx, xy, yy = means
-    spread = xx - x**2
-    varies = spread > NO_SPREAD * xx
-    divisor = np.where(varies, spread, 1.0)
-    slope = np.where(varies, (xy - x * y) / divisor, 0.0)
-    residual = np.maximum(yy - y**2 - slope**2 * spread, 0.0)
-    leverage = 1 + np.where(varies, x**2 / divisor, 0.0)
-    return y - slope * x, np.sqrt(residual * leverage / (n_images - 2)), slope
-
-
 def _drops(study: xr.Dataset) -> Float[np.ndarray, "image layer head"]:
     return np.asarray(
         study["probability"].to_numpy().astype(np.float64)[:, None, None] - study["head_probability"].to_numpy()
     )
 
 
-def _add_statistics(table: _Table, name: str, values: Float[np.ndarray, "image layer head"], seed: int) -> None:
+def _add_statistics(
+    table: _Table, study: xr.Dataset, name: str, values: Float[np.ndarray, "image layer head"], seed: int
+) -> None:
     present = ~np.isnan(values).all(0)
     columns, limits = values[:, present].astype(np.float64), value_limits(name)
-    table[f"{name}_mean"] = _on_heads(np.nanmean(columns, 0), present)
-    _add_interval(table, name, mean_interval(columns, limits=limits, seed=seed), present)
+    mean, exact = np.nanmean(columns, 0), exact_values(study, name)
+    corrected = None if exact is None else correct_mean(columns, exact[:, present], seed=seed)
+    if exact is None:
+        interval = mean_interval(columns, limits=limits, seed=seed)
+    elif corrected is None:
+        unknown = np.full(len(mean), np.nan)
+        interval = Interval(unknown, unknown, too_few_exact(exact))
+    else:
+        mean, interval = corrected.mean, Interval(corrected.low, corrected.high, _unbounded(corrected))
+        columns = exact[~np.isnan(exact).all((1, 2))][:, present]
+    table[f"{name}_mean"] = _on_heads(mean, present)
+    _add_interval(table, name, interval, present)
     of_all = np.quantile if np.isfinite(columns).all() else np.nanquantile  # which takes each column by itself
     quantiles = of_all(columns, list(QUANTILES.values()), axis=0)
     for (suffix, quantile), values_there in zip(QUANTILES.items(), quantiles, strict=True):
@@ -305,10 +257,9 @@ def _add_share(table: _Table, name: str, values: Bool[np.ndarray, "image layer h
 
 def _add_pruning(table: _Table, study: xr.Dataset, seed: int) -> None:
     if {"probability", "head_probability"} <= set(study):
-        drop = _drops(study)
-        present = ~np.isnan(drop).all(0)
-        _add_statistics(table, "drop", drop, seed)
-        _add_share(table, "drop_share_large", drop > LARGE_DROP, present)
+        _add_statistics(table, study, "drop", _drops(study), seed)
+        drop = _drops(exact_part(study))
+        _add_share(table, "drop_share_large", drop > LARGE_DROP, ~np.isnan(drop).all(0))
     if "head_flip" in study:
         _add_share(table, "flip_share", study["head_flip"].to_numpy().astype(bool), present_heads(study))
     if {"label", "prediction", "head_prediction"} <= set(study):
@@ -320,7 +271,7 @@ def _add_pruning(table: _Table, study: xr.Dataset, seed: int) -> None:
 
 def _add_verdicts(table: _Table, study: xr.Dataset, seed: int) -> None:
     if {"probability", "head_probability"} <= set(study):
-        drop = _drops(study)
+        drop = _drops(exact_part(study))
         present = ~np.isnan(drop).all(0)
         table["drop_bound"] = _on_heads(upper_bound(drop[:, present], (-1.0, 1.0), seed=seed), present)
         largest = candidates_for_largest(drop[:, present], seed=seed)
@@ -332,6 +283,11 @@ def _add_interval(table: _Table, name: str, interval: Interval, present: np.ndar
     table[f"{name}_high"] = _on_heads(interval.high, present)
     if interval.reason:
         table.attrs.setdefault("no_interval", interval.reason)
+
+
+def _unbounded(corrected: Corrected) -> str:
+    lacks = np.isnan(corrected.low) & ~np.isnan(corrected.mean)
+    return "too few exact values differ from the rest" if lacks.any() else ""
 
 
 def _on_heads(values: Num[np.ndarray, "heads"], present: Bool[np.ndarray, "layer head"]) -> xr.DataArray:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from vitrail.data import LabelSource
 from vitrail.errors import UsageError
+from vitrail.heads.correction import EXACT_VALUES, correct_mean, exact_part, exact_values, how_corrected
 from vitrail.heads.summary import LARGE_DROP, pruning_table
 from vitrail.patterns.names import RULES
 from vitrail.patterns.tables import all_patterns, pattern_of_head
@@ -73,8 +74,8 @@ def why_table(study: xr.Dataset) -> xr.Dataset:
     Returns:
         Arrays [layer head]; NaN, or "" for words, where a layer lacks the head:
 
-        - `NAME_mean` over images of every metric of importance, of entropy and of distance, in the unit of the measure;
-          `drop` is the probability that the label loses by pruning;
+        - `NAME_mean` over images of every metric of importance, of entropy and of distance, in the unit of the measure,
+          of estimates corrected as in `head_table`; `drop` is the probability that the label loses by pruning;
         - `rank` by the first of drop, divergence, .., token shift that the study holds, 1 the most
           important (`attrs["ranked_by"]`);
         - `drop_class_part`, `drop_patch_part`: mean probability that the label loses without that part (region modes 3,
@@ -150,16 +151,21 @@ def extreme_images(
         n_images: How many of each.
 
     Returns:
-        Positions in the study of images that have a value, the most extreme first; empty where the study ranks no
+        Positions in the study of images that have a value, an exact one where estimates are corrected, the most extreme
+        first; empty where the study ranks no
         heads or lacks the head.
     """
     metric = _ranking_metric(study)
     none = np.array([], np.int64)
     if metric is None:
         return none, none
-    names = [metric] if metric != "drop" else ["probability", "head_probability"]
-    study[names].load()  # a chunk of the store holds all heads
-    values = _values(study[names].isel(layer=layer, head=head, missing_dims="ignore"), metric)
+    exact = exact_values(study, metric) if how_corrected(study) else None
+    if exact is not None:
+        values = exact[:, layer, head]
+    else:
+        names = [metric] if metric != "drop" else ["probability", "head_probability"]
+        study[names].load()  # a chunk of the store holds all heads
+        values = _values(study[names].isel(layer=layer, head=head, missing_dims="ignore"), metric)
     order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]  # those without one come last
     return order[::-1][:n_images], order[:n_images]
 
@@ -215,8 +221,11 @@ def _values(study: xr.Dataset, metric: str) -> Float[np.ndarray, "image ..."]:
 
 
 def _mean(study: xr.Dataset, metric: str) -> Float[np.ndarray, "layer head"]:
-    """Over the images that have a number; NaN where none has."""
-    values = _values(study, metric)
+    """Over the images that have a number, corrected where it is estimated; NaN where none has."""
+    values, exact = _values(study, metric), exact_values(study, metric)
+    corrected = None if exact is None else correct_mean(values, exact)
+    if corrected is not None:
+        return corrected.mean
     total, n_present = values.sum(0, dtype=np.float64), np.full(values.shape[1:], len(values))
     lacking = np.isnan(total)
     if lacking.any():
@@ -290,10 +299,11 @@ def _importance(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> It
         )
         return
     pruned = pruning_table(study, layer, head)
+    corrected = f", {words}" if (words := how_corrected(study)) else ""
     yield Sentence(
         f"{rank}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} on average "
-        f"({_interval(pruned, 'drop', '{:.3f}'.format, ' of the loss')}), and more than {LARGE_DROP:g} in "
-        f"{percent(float(pruned['drop_share_large']), 1)} of {n_images:,} images.",
+        f"({_interval(pruned, 'drop', '{:.3f}'.format, ' of the loss')}{corrected}), and more than {LARGE_DROP:g} in "
+        f"{percent(float(pruned['drop_share_large']), 1)} of {exact_part(study).sizes['image']:,} images.",
         measure="head_probability",
     )
     flips = (
@@ -423,7 +433,8 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
         return
     ids = study.indexes["image"]
     before = study["probability"].to_numpy()
-    after = study["head_probability"].isel(layer=layer, head=head).to_numpy()
+    exact = EXACT_VALUES["head_probability"] if how_corrected(study) else "head_probability"
+    after = study[exact].isel(layer=layer, head=head).to_numpy()
 
     def describe(at: int) -> str:
         return f"{_short_name(str(ids[at]))} (probability {before[at]:.2f} to {after[at]:.2f})"

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 
 from vitrail.errors import DamagedStudy, UsageError
+from vitrail.heads.correction import correct_mean, exact_values
 from vitrail.heads.summary import present_heads
 from vitrail.stats import mean_interval
 from vitrail.study.store import read_plan
@@ -105,10 +106,10 @@ def scores(study: xr.Dataset, images: Int[np.ndarray, "image"] | None = None) ->
     rankings: dict[str, np.ndarray] = {}
     if {"probability", "head_probability"} <= set(part):
         drop = part["probability"].to_numpy()[:, None, None] - part["head_probability"].to_numpy().astype(np.float64)
-        rankings["probability"] = drop.mean(0)
+        rankings["probability"] = _mean(drop, part, "drop")
     for name in _AS_THEY_ARE:
         if name in part and not np.isnan(part[name].to_numpy()).all():
-            rankings[NAMES[name]] = part[name].to_numpy().astype(np.float64).mean(0)
+            rankings[NAMES[name]] = _mean(part[name].to_numpy().astype(np.float64), part, name)
     if "head_flip" in part:
         rankings["flips"] = part["head_flip"].to_numpy().mean(0)
     if {"label", "prediction", "head_prediction"} <= set(part):
@@ -120,6 +121,12 @@ def scores(study: xr.Dataset, images: Int[np.ndarray, "image"] | None = None) ->
     if not rankings:
         raise UsageError("Heads were to be ranked; this study holds no measure of importance. Use --measures heads.")
     return {name: np.where(present, values, np.nan) for name, values in rankings.items()}
+
+
+def _mean(values: Float[np.ndarray, "image l h"], part: xr.Dataset, name: str) -> Float[np.ndarray, "l h"]:
+    """Over images; of an estimate, corrected by its exact values where there are enough."""
+    corrected = correct_mean(values, exact_values(part, name))
+    return values.mean(0) if corrected is None else corrected.mean
 
 
 NAMES = {

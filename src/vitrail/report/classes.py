@@ -7,6 +7,7 @@ import numpy as np
 from vitrail.data import LabelSource, class_title
 from vitrail.figures.style import head_name
 from vitrail.heads.classes import ClassHeads, HeadDrop, heads_by_class
+from vitrail.heads.correction import exact_part, how_corrected
 from vitrail.report.parts import ReportData, Section, Table
 from vitrail.sentence import Sentence
 
@@ -95,6 +96,8 @@ def _interval(each: ClassHeads, head: HeadDrop) -> str:
 def _note(study: ReportData, n_single: int) -> str:
     """What else keeps the numbers from meaning more."""
     single = f" Left out: {n_single} classes with one image." if n_single else ""
+    if how_corrected(study.data):
+        single = f" Of the {exact_part(study.data).sizes['image']:,} images whose heads were all pruned.{single}"
     if study.plan.labels == LabelSource.PREDICTED:
         return f"{single} The images have no labels: classes are the model's own predictions."
     return single

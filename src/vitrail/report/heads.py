@@ -10,6 +10,7 @@ from jaxtyping import Float
 from vitrail.figures import heads as figures
 from vitrail.figures.pruning import pruning_curves
 from vitrail.figures.style import describe_measure, head_name, number
+from vitrail.heads.correction import ONE_IN, exact_values, how_corrected
 from vitrail.heads.head_values import IMPORTANCE_MEASURES, heads_with_strength, main_metric
 from vitrail.heads.summary import LARGE_DROP, NEGLIGIBLE_DROP, head_table
 from vitrail.pruning.ranking import Curves, area_table, read_curves
@@ -106,8 +107,8 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
         average, flips = " on average", f", and {percent(share, 1)} of the answers change" * ("flip_share" in table)
     else:
         average, flips = "", ", and the answer changes" * (share > 0)
-    intact, without = study.data["probability"].to_numpy(), study.data["head_probability"].to_numpy()
-    lost = intact[:, None, None] - without
+    intact, without = study.data["probability"].to_numpy(), _probability_without(study.data)
+    lost = intact[:, None, None] - without  # NaN on images that were not swept
     yield Sentence(
         f"Without {head_name(*first)} the label loses {float(drops[first]):.3f} of its probability{average}{between}"
         f"{flips}: {_standing(study, table)}. The median head costs {float(np.nanmedian(drops)):.3f}.",
@@ -120,17 +121,26 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
         ],
         caption=f"these lose most without {head_name(*first)}; the probability with and without it",
     )
+    swept = np.flatnonzero(~np.isnan(lost).all((1, 2)))
+    lost = lost[swept]
     many = (np.nan_to_num(lost, nan=0.0) > LARGE_DROP).sum((1, 2))
     if study.n_images > 1:
+        whose = f"the {len(swept):,} images whose heads were all pruned" if how_corrected(study.data) else "the images"
         yield Sentence(
-            f"{percent(float((many == 0).mean()))} of the images lose no more than {LARGE_DROP} by any single head; in "
+            f"{percent(float((many == 0).mean()))} of {whose} lose no more than {LARGE_DROP} by any single head; in "
             f"the median image {int(np.median(many))} of {len(order)} heads cost more than that, in the most sensitive "
             f"one {int(many.max())}.",
             measure="head_probability",
-            images=[(int(image), f"{many[image]} heads") for image in np.argsort(-many, kind="stable")[:N_SHOWN]],
+            images=[(int(swept[at]), f"{many[at]} heads") for at in np.argsort(-many, kind="stable")[:N_SHOWN]],
             caption=f"these have the most heads that cost more than {LARGE_DROP}",
         )
         yield from _of_dispensable(study, table, lost, len(order))
+
+
+def _probability_without(data: xr.Dataset) -> Float[np.ndarray, "image layer head"]:
+    """The label's probability without each head; of a study whose estimates are corrected, the exact one or NaN."""
+    exact = exact_values(data, "head_probability") if how_corrected(data) else None
+    return data["head_probability"].to_numpy() if exact is None else exact
 
 
 def _images_that_need(cost: Float[np.ndarray, "image layer head"], head: tuple[int, int]) -> list[tuple[int, str]]:
@@ -164,10 +174,11 @@ def _of_dispensable(
             measure="head_probability",
         )
     else:
+        n_studied = ONE_IN if how_corrected(study.data) else 1  # for each image whose heads are all pruned
         yield Sentence(
-            f"No head is shown to cost less than {NEGLIGIBLE_DROP} on average: {study.n_images:,} images can show at "
-            f"best that a loss is below {float(np.nanmin(bound)):.2f} (at 95 %, whatever the distribution of losses); "
-            f"{NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)):,} images or more.",
+            f"No head is shown to cost less than {NEGLIGIBLE_DROP} on average: {len(lost):,} images can show at best that "
+            f"a loss is below {float(np.nanmin(bound)):.2f} (at 95 %, whatever the distribution of losses); "
+            f"{NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)) * n_studied:,} images or more.",
             measure="head_probability",
         )
     together = simultaneous_intervals(lost.astype(np.float64), limits=(-1.0, 1.0))
@@ -215,7 +226,8 @@ def _between(study: ReportData, table: xr.Dataset, name: str, head: tuple[int, i
     low, high = (float(table[f"{name}_{end}"][head]) for end in ("low", "high"))
     if np.isnan(low + high):
         return " (too few images for an interval)"
-    return f" (95 % interval {low:.3f} to {high:.3f})"
+    corrected = f", {table.attrs['corrected']}" if "corrected" in table.attrs else ""
+    return f" (95 % interval {low:.3f} to {high:.3f}{corrected})"
 
 
 def _rank_heads(table: xr.Dataset) -> list[tuple[int, int]]:
@@ -312,7 +324,7 @@ def _most_sensitive_images(study: ReportData, order: list[tuple[int, int]]) -> I
     if not order or not {"thumbnail", "head_probability", "probability"} <= set(study.data) or study.n_images < 2:
         return
     head = order[0]
-    intact, without = study.data["probability"].to_numpy(), study.data["head_probability"].to_numpy()[:, *head]
+    intact, without = study.data["probability"].to_numpy(), _probability_without(study.data)[:, *head]
     chosen = np.argsort(without - intact, kind="stable")[:N_PHOTOGRAPHS]
     labels = study.data["label"].to_numpy()
     yield Photographs(
@@ -366,4 +378,6 @@ def _table_explanation(study: ReportData) -> str:
         else ""
     )
     interval = "Intervals: 95 %, over images." if study.n_images > 1 else ""
-    return " ".join(filter(None, (lost, interval, source)))
+    words = how_corrected(study.data)
+    corrected = f"Estimated on all images and {words}, of which all but means are." if words else ""
+    return " ".join(filter(None, (lost, interval, corrected, source)))

@@ -12,7 +12,15 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from vitrail.analysis import BASE, Calibrates, Collector, TakesMasks, declaration, make_collectors
+from vitrail.analysis import (
+    BASE,
+    Calibrates,
+    Collector,
+    SamplesImages,
+    TakesMasks,
+    declaration,
+    make_collectors,
+)
 from vitrail.contract.outlook import reason_of_chance
 from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask
 from vitrail.errors import DataError, ModelError
@@ -151,13 +159,14 @@ class BatchRun:
         expected_names = {name for name in plan.measures if not declaration(name).derived}
         assert computed == expected_names, f"no collector for {expected_names - computed}"
 
-    def __call__(self, batch: LoadedBatch, existing: Container[str] = ()) -> Arrays:
+    def __call__(self, batch: LoadedBatch, existing: Container[str] = (), *, place: int = 0) -> Arrays:
         """Measures one batch.
 
         Args:
             batch: Its images.
             existing: Names of arrays that need not be computed. A collector that gives any other array gives all of
                 its own, so that every array has the bytes that it has where all are computed together.
+            place: In the study, of the first of its images.
 
         Returns:
             Arrays by name, checked against their declarations.
@@ -168,7 +177,7 @@ class BatchRun:
         """
         while True:
             try:
-                return self._measure(batch, existing)
+                return self._measure(batch, existing, place)
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
             except RuntimeError as error:
@@ -211,10 +220,13 @@ class BatchRun:
         for collector, arrays in zip(self.calibrating, statistics, strict=True):
             collector.load_calibration(arrays)
 
-    def _measure(self, batch: LoadedBatch, existing: Container[str]) -> Arrays:
+    def _measure(self, batch: LoadedBatch, existing: Container[str], place: int) -> Arrays:
         n_images = len(batch.entries)
         collectors = [each for each in self._collectors if any(name not in existing for name in each.measures)]
         self._hand_out_masks(collectors, batch.masks)
+        for collector in collectors:
+            if isinstance(collector, SamplesImages):
+                collector.take_places(range(place, place + n_images))
         keep = any(collector.replays for collector in collectors)
         images = _pad(batch.prepared, self._plan.batch_size)
         readers = Readers.join([collector.readers() for collector in collectors])

@@ -17,6 +17,7 @@ import xarray as xr
 from vitrail.analysis import (
     BASE,
     Calibrates,
+    SamplesImages,
     analyses,
     changed_options,
     is_analysis,
@@ -106,7 +107,7 @@ def run_study(
         DataError: Images cannot be used, or have changed since the study began.
         ModelError: The model answers the same images differently each time, or with NaN.
         Unsupported: The model lacks what a measure that was asked for by name needs.
-        UsageError: An argument has no meaning.
+        UsageError: An argument has no meaning, or a sample of so few images would say nothing.
 
     Example:
         >>> import vitrail
@@ -235,11 +236,14 @@ def _plan(vit: Vit, manifest: Manifest, request: _Request, existing: Plan | None
         threads=torch.get_num_threads(),
     )
     if existing is None:
+        _refuse_few_images(vit, plan)
         return plan
     if request.allow_mixed:
         plan = replace(plan, device=existing.device, device_name=existing.device_name)
     plan = merge_plans(existing, plan, [measure.name for measure in request.measures])
     _refuse_other_calibration(vit, existing, plan)
+    if plan.measures != existing.measures:
+        _refuse_few_images(vit, plan)
     return plan
 
 
@@ -271,6 +275,14 @@ def _refuse_other_calibration(vit: Vit, existing: Plan, plan: Plan) -> None:
             "measured against means over all images of the study, so it cannot gain any. Name another folder to begin "
             "anew."
         )
+
+
+def _refuse_few_images(vit: Vit, plan: Plan) -> None:
+    """Refuses a study of which a collector would measure too small a sample."""
+    names = [name for name in plan.measures if name in all_measures()]
+    for collector in make_collectors(vit, names, plan.options):
+        if isinstance(collector, SamplesImages):
+            collector.refuse_few(plan.n_images)
 
 
 def _refuse_unknown_labels(manifest: Manifest, vit: Vit) -> None:
@@ -320,18 +332,21 @@ def _compute_parts(
             part = claimed.popleft()
             n_batches = -(-(part.stop - part.start) // size)
             study.write_part(
-                part, _part_arrays(run, study.arrays_of(part), chain([first], islice(loaded, n_batches - 1)), bars)
+                part,
+                _part_arrays(run, part, study.arrays_of(part), chain([first], islice(loaded, n_batches - 1)), bars),
             )
             n_parts += 1
     return n_parts
 
 
 def _part_arrays(
-    run: BatchRun, existing: Container[str], batches: Iterable[LoadedBatch], bars: Progress
+    run: BatchRun, part: Part, existing: Container[str], batches: Iterable[LoadedBatch], bars: Progress
 ) -> dict[str, np.ndarray]:
     pieces: list[dict[str, np.ndarray]] = []
+    place = part.start
     for batch in batches:
-        pieces.append(run(batch, existing))
+        pieces.append(run(batch, existing, place=place))
+        place += len(batch.entries)
         bars.advance(len(batch.entries))
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 

@@ -134,7 +134,8 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
         if not np.isnan(score[layer, head]):
             cells = [_cell(text, [float(heads[name][layer, head]) for name in names]) for _, (text, names) in columns]
             table.add_row(f"L{layer}H{head}", *cells)
-    return [table]
+    words = heads.attrs.get("corrected") if by == "drop_mean" else None
+    return [table, Text(f"p lost: estimated on all images and {words}")] if words else [table]
 
 
 def _columns(available: set[str]) -> list[tuple[str, tuple[str, tuple[str, ...]]]]:
