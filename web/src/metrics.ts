@@ -2,11 +2,13 @@
 
 import type { Study } from "./types";
 
-/** The measures that are one quantity per image and head, in the study's order; a class id or a cluster's number has no mean. */
+/** The measures that are one quantity per image and head, in the study's order; a class id or a cluster's number has no
+ * mean, and exact values of a sample correct the mean of the estimate that they stand beside. */
 export function headMetrics(study: Study): string[] {
   return Object.keys(study.measures).filter((name) => {
     const measure = study.measures[name];
-    return measure?.dims.join() === "image,layer,head" && !name.startsWith("pattern_") && measure.unit !== "class";
+    if (measure?.dims.join() !== "image,layer,head" || name.startsWith("pattern_")) return false;
+    return measure.unit !== "class" && !(name.endsWith("_exact") && name.slice(0, -"_exact".length) in study.measures);
   });
 }
 

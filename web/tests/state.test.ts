@@ -20,6 +20,7 @@ test("the list of metrics holds only what has a mean over images", () => {
   const about = {
     measures: {
       head_probability: measure(perHead, "probability"),
+      head_probability_exact: measure(perHead, "probability"),
       head_prediction: measure(perHead, "class"),
       head_flip: measure(perHead, "bool"),
       pattern_map_cluster: measure(perHead, "number from 0, -1 for none"),

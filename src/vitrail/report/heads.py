@@ -176,8 +176,8 @@ def _of_dispensable(
     else:
         n_studied = ONE_IN if how_corrected(study.data) else 1  # for each image whose heads are all pruned
         yield Sentence(
-            f"No head is shown to cost less than {NEGLIGIBLE_DROP} on average: {len(lost):,} images can show at best that "
-            f"a loss is below {float(np.nanmin(bound)):.2f} (at 95 %, whatever the distribution of losses); "
+            f"No head is shown to cost less than {NEGLIGIBLE_DROP} on average: {len(lost):,} images can show at best "
+            f"that a loss is below {float(np.nanmin(bound)):.2f} (at 95 %, whatever the distribution of losses); "
             f"{NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)) * n_studied:,} images or more.",
             measure="head_probability",
         )
