@@ -383,7 +383,7 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
     if "attention_distance_mean" in row and not np.isnan(row["attention_distance_mean"]):
         clauses["attention_distance"] = f"it looks {float(row['attention_distance_mean']):.1f} patches far on average"
     if clauses:
-        text = " and ".join(clauses.values())
+        text = ", and ".join(clauses.values())
         yield Sentence(
             text[0].upper() + text[1:] + ".",
             measure=next(iter(clauses)),
