@@ -1,7 +1,7 @@
 """A sentence with numbers that knows what of a study it speaks of: the report prints it, the page links it."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsFloat
 
 __all__ = ["Sentence", "percent"]
 
@@ -85,7 +85,7 @@ class Sentence(str):
         }
 
 
-def percent(share: float, digits: int = 0) -> str:
+def percent(share: SupportsFloat, digits: int = 0) -> str:
     """A share of 1 as text.
 
     Args:
@@ -95,4 +95,4 @@ def percent(share: float, digits: int = 0) -> str:
     Returns:
         Text such as "12 %".
     """
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * float(share):.{digits}f} %"

@@ -347,10 +347,14 @@ def test_the_overlay_follows_the_pointer_without_a_request(visit: Visit, site: S
         expect(seen_from.get_by_role("button", name="class token")).to_have_attribute("aria-pressed", "true")
     page.locator("#photograph .hero svg").click(position={"x": 5, "y": 5})
     assert held(page, "token") == "1"
-    for patch in (40, 63):  # that of a patch follows the pointer
-        assert_allclose(at_patch(page, patch), weights[1 + patch, 1 + patch], rtol=1e-4)
-        row, column = divmod(patch, 8)
-        expect(seen_from.get_by_role("button", name=f"row {row}, column {column}")).to_be_visible()
+    for patch in (40, 63):  # so does that of a patch
+        assert_allclose(at_patch(page, patch), weights[1, 1 + patch], rtol=1e-4)
+        expect(seen_from.get_by_role("button", name="row 0, column 0")).to_be_visible()
+    page.mouse.down()  # a drag looks from patch after patch
+    assert_allclose(at_patch(page, 62), weights[1 + 62, 1 + 62], rtol=1e-4)
+    page.mouse.up()
+    assert held(page, "token") == "63"
+    page.locator("#photograph .hero svg").click(position={"x": 5, "y": 5})
     page.mouse.move(2, 2)
     assert_allclose(
         float(page.locator("#photograph [data-prefix]").get_attribute("data-prefix") or 0), weights[1, 0], rtol=1e-4

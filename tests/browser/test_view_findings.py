@@ -39,7 +39,7 @@ def test_why_a_head_matters_says_whose_images_it_speaks_of(visit: Visit, site: S
     lost = (site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values)[:, 2, 0]
     needs = lost[lost > 0.1]
     expect(scope).to_contain_text(
-        f"not the {len(needs)} selected: without it the label loses {needs.mean():.3g} of probability in those"
+        f"In the {len(needs)} selected images the label loses {needs.mean():.3g} of probability without it"
     )
     page.locator("[data-view=grid] rect[data-head=L1H1]").click()  # another head, the same selection
     other = (site.dataset.probability.values[:, None, None] - site.dataset.head_probability.values)[lost > 0.1, 1, 1]

@@ -27,9 +27,9 @@ export function targetOfImage(sentence: Sentence, image: number, study: Study): 
   const target = targetOf(sentence, study) ?? {};
   const ofHeads = headMetrics(study).length > 0;
   const tab = target.tab ?? (ofHeads ? "heads" : "tokens");
-  const everyHead: Partial<Shared> =
-    sentence.layer === null && tab === "heads" ? { scope: "image", cells: "numbers" } : {};
-  return { ...target, ...everyHead, tab, image: String(image) };
+  const everyHead = sentence.layer === null && tab === "heads";
+  const grid: Partial<Shared> = everyHead ? { scope: "image", cells: "numbers" } : { scope: "set", cells: "" };
+  return { ...target, ...grid, tab, image: String(image) };
 }
 
 /** The view of this tab that draws the numbers of a sentence. */

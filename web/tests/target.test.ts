@@ -30,7 +30,7 @@ test("a sentence on a head leads to that head and its measure, a photograph belo
   const told = sentence({ measure: "head_probability", layer: 2, head: 0, images });
   const target = { tab: "heads", metric: "head_probability", layer: 2, head: 0 };
   expect(targetOf(told, study)).toEqual(target);
-  expect(targetOfImage(told, 7, study)).toEqual({ ...target, image: "7" });
+  expect(targetOfImage(told, 7, study)).toEqual({ ...target, scope: "set", cells: "", image: "7" });
 });
 
 test("a photograph below a sentence of no head leads to what every head does there", () => {

@@ -59,7 +59,7 @@ WORDS = {
     "drop": "what pruning the head does to the label",
     "strength_entropy": "how its attention spreads over distance",
     "attention_distance": "how far it looks",
-    "head_region_probability": "which part of the head carries its importance",
+    "head_region_probability": "which part of the head carries its importance over all images",
     "pattern_rule": "the name of its pattern",
     "image_dependence": "how much its map depends on the image",
 }
@@ -442,11 +442,17 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
     positions = [int(at) for at in (*most, least[0])]
     words = [f"{before[at]:.2f} to {after[at]:.2f}" for at in positions]
     yield Sentence(
-        f"It matters most for {', '.join(map(describe, positions[:-1]))}, and least for {describe(positions[-1])}.",
+        f"It matters most for {', '.join(map(describe, positions[:-1]))}, and "
+        f"{_least(after[positions[-1]] - before[positions[-1]], describe(positions[-1]))}.",
         measure="head_probability",
         images=zip(positions, [*words[:-1], f"least: {words[-1]}"], strict=True),
         caption=f"the probability with L{layer}H{head} and without it",
     )
+
+
+def _least(gain: float, described: str) -> str:
+    """Of the image that needs the head least, which may be better without it."""
+    return f"without it the label gains in {described}" if gain > NEITHER_PART else f"least for {described}"
 
 
 def _short_name(image: str) -> str:

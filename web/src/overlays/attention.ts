@@ -48,7 +48,7 @@ export const ATTENTION: Overlay[] = [
     id: "looks",
     title: "where it looks",
     reading:
-      "Where the chosen token looks, from even attention up. Pointing reads it; a click looks from a patch, then the map follows the pointer.",
+      "Where the chosen token looks, from even attention up. Pointing reads a patch; a click, or a drag over patches, looks from there.",
     source: SOURCE,
     tabs: ["heads", "patterns"],
     live: true,
@@ -59,8 +59,7 @@ export const ATTENTION: Overlay[] = [
   {
     id: "looked-at",
     title: "who looks at it",
-    reading:
-      "Which patches look at the chosen token, in the same scale as where it looks. With a patch chosen the map follows the pointer.",
+    reading: "Which patches look at the chosen token, in the same scale as where it looks.",
     source: SOURCE,
     tabs: ["heads", "patterns"],
     live: true,
