@@ -443,7 +443,7 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
     words = [f"{before[at]:.2f} to {after[at]:.2f}" for at in positions]
     yield Sentence(
         f"It matters most for {', '.join(map(describe, positions[:-1]))}, and "
-        f"{_least(after[positions[-1]] - before[positions[-1]], describe(positions[-1]))}.",
+        f"{_least(float(after[positions[-1]] - before[positions[-1]]), describe(positions[-1]))}.",
         measure="head_probability",
         images=zip(positions, [*words[:-1], f"least: {words[-1]}"], strict=True),
         caption=f"the probability with L{layer}H{head} and without it",
