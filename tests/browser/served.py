@@ -84,3 +84,12 @@ def at_patch(page: Page, patch: int, grid: tuple[int, int] = (8, 8)) -> float:
 def photograph(study: Path, image: int) -> Image.Image:
     manifest = read_manifest(study)
     return stored_image(manifest, manifest.images[image])
+
+
+def drawn_without_room(page: Page) -> list[str]:
+    """Shapes of negative size, after every chart was told that it is 0 wide; the page's errors are looked at after."""
+    page.locator("#evidence").evaluate("each => { each.style.display = 'none' }")
+    page.wait_for_function("() => document.querySelector('#evidence').clientWidth === 0")
+    page.wait_for_timeout(400)
+    wrong = 'all => all.map((each) => each.outerHTML).filter((text) => /(width|height| r)="(-|NaN)/.test(text))'
+    return page.locator("#evidence rect, #evidence circle").evaluate_all(wrong)

@@ -14,7 +14,19 @@ import pytest
 from numpy.testing import assert_allclose
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
-from served import N_IMAGES, Site, Visit, at_patch, becomes, cell, chosen_head, held, n_selected, photograph
+from served import (
+    N_IMAGES,
+    Site,
+    Visit,
+    at_patch,
+    becomes,
+    cell,
+    chosen_head,
+    drawn_without_room,
+    held,
+    n_selected,
+    photograph,
+)
 
 import vitrail
 from synthetic_study import N_LAYERS, PlantedLive, write_study
@@ -626,3 +638,10 @@ def test_the_list_of_images_begins_with_a_whole_row(visit: Visit) -> None:
     rows = pane.evaluate("each => each.scrollTop") / (first.evaluate("each => each.offsetHeight") + 3)
     lowest = pane.evaluate("each => each.scrollHeight - each.clientHeight - each.scrollTop")
     assert abs(rows - round(rows)) < 0.1 or lowest < 2
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_charts_without_room_draw_nothing_wrong(visit: Visit, tab: str) -> None:
+    page = visit(f"?tab={tab}&image=4&layer=2&head=1")
+    page.wait_for_function("() => !document.querySelector('.skeleton')")
+    assert drawn_without_room(page) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from playwright.sync_api import expect
-from served import Site, Visit, chosen_head, held, value
+from served import Site, Visit, chosen_head, drawn_without_room, held, value
 from test_frame import AXE, axe
 
 from synthetic_study import GRID, N_HEADS, N_LAYERS, PlantedLive, windows_of, write_study
@@ -57,3 +57,9 @@ def test_any_other_model_is_told_what_the_tab_would_show(visit: Visit, site: Sit
     page = visit("?tab=windows")
     expect(page.locator("[data-view=areas][data-missing]")).to_contain_text("--measures head_windows")
     expect(page.locator("[data-view=boxes][data-missing]")).to_contain_text("Only a WinT has it")
+
+
+def test_windows_without_room_draw_nothing_wrong(visit: Visit, address: str) -> None:
+    page = visit("?tab=windows&image=3&layer=2&head=0", url=address)
+    page.wait_for_selector("[data-view=boxes] rect[data-head]")
+    assert drawn_without_room(page) == []
