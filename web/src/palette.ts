@@ -36,13 +36,17 @@ export function signedColours(far: number, dark: boolean): Colours {
   return Object.assign((value: number) => scale(root(value / (far || 1))), { domain: () => [-far, 0, far] });
 }
 
-const BOUNDS = [0.02, 0.05, 0.1, 0.2, 0.5, 1];
+/** 1, 2 or 5 times a power of ten, not below a number. */
+function roundUp(value: number): number {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 5, 10].map((digit) => digit * power).find((bound) => bound >= value * (1 - 1e-9)) ?? 10 * power;
+}
 
 /** Of probability that is lost or gained: of one image the whole scale; of means a round end above the largest, since
  * they would all be pale beside 1. */
 export function lossColours(values: ArrayLike<number>, ofOne: boolean, dark: boolean): Colours {
   const largest = Math.max(...extent(values).map(Math.abs));
-  return signedColours(ofOne ? 1 : (BOUNDS.find((bound) => bound >= largest) ?? 1), dark);
+  return signedColours(ofOne || !(largest > 0) ? 1 : roundUp(largest), dark);
 }
 
 /** Of importance, from nothing to the most; of any other quantity, in the ink's own shade. */

@@ -235,8 +235,8 @@ def _cost_in_study(arrays: StudyArrays, changes: Mapping[str, Any]) -> str | Non
     else:
         mean, low, high, words = lost.mean(), *map(float, mean_interval(lost, limits=(-1.0, 1.0))[:2]), ""
         n_images, of_them = len(lost), "them"
-    interval = f" (95 % interval {low:.3f} to {high:.3f}{words})" if np.isfinite(low + high) else ""
+    interval = f" (95 % interval {low:z.3f} to {high:z.3f}{words})" if np.isfinite(low + high) else ""
     return (
-        f"Over the {n_images:,} images of the study the label loses {mean:.3f} of its probability without "
+        f"Over the {n_images:,} images of the study the label loses {mean:z.3f} of its probability without "
         f"L{layer}H{head}{interval}, more than {LARGE_DROP} in {percent((lost > LARGE_DROP).mean(), 1)} of {of_them}."
     )

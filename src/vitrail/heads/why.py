@@ -294,15 +294,15 @@ def _importance(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> It
     moved = "loses" if drop >= 0 else "gains"
     if n_images == 1:
         yield Sentence(
-            f"{rank}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} in this image.",
+            f"{rank}: without it the label {moved} {abs(drop):z.3f} of its probability {before:z.3f} in this image.",
             measure="head_probability",
         )
         return
     pruned = pruning_table(study, layer, head)
     corrected = f", {words}" if (words := how_corrected(study)) else ""
     yield Sentence(
-        f"{rank}: without it the label {moved} {abs(drop):.3f} of its probability {before:.3f} on average "
-        f"({_interval(pruned, 'drop', '{:.3f}'.format, ' of the loss')}{corrected}), and more than {LARGE_DROP:g} in "
+        f"{rank}: without it the label {moved} {abs(drop):z.3f} of its probability {before:z.3f} on average "
+        f"({_interval(pruned, 'drop', '{:z.3f}'.format, ' of the loss')}{corrected}), and more than {LARGE_DROP:g} in "
         f"{percent(float(pruned['drop_share_large']), 1)} of {exact_part(study).sizes['image']:,} images.",
         measure="head_probability",
     )
@@ -360,8 +360,8 @@ def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[Sentence]:
         return
     by_class, by_patch = float(row["drop_class_part"]), float(row["drop_patch_part"])
     numbers = (
-        f"without class rows and columns the label loses {by_class:.3f}, without attention between patches "
-        f"{by_patch:.3f}"
+        f"without class rows and columns the label loses {by_class:z.3f}, without attention between patches "
+        f"{by_patch:z.3f}"
     )
     larger, smaller = max(by_class, by_patch), min(by_class, by_patch)
     if larger < NEITHER_PART:
@@ -381,7 +381,7 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
             f"{_wider_than(float(row['strength_entropy_percentile']))}"
         )
     if "attention_distance_mean" in row and not np.isnan(row["attention_distance_mean"]):
-        clauses["attention_distance"] = f"it looks {float(row['attention_distance_mean']):.1f} patches far on average"
+        clauses["attention_distance"] = f"it looks {float(row['attention_distance_mean']):z.1f} patches far on average"
     if clauses:
         text = ", and ".join(clauses.values())
         yield Sentence(
@@ -395,7 +395,7 @@ def _wider_than(percentile: float) -> str:
     if percentile < 0.5:
         return "the narrowest of all heads"
     return (
-        "the widest of all heads" if percentile > 99.5 else f"wider than that of {percentile:.0f} % of the other heads"
+        "the widest of all heads" if percentile > 99.5 else f"wider than that of {percentile:z.0f} % of the other heads"
     )
 
 
@@ -415,7 +415,7 @@ def _pattern(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Itera
     )
     if pattern.image_dependence is not None:
         yield Sentence(
-            f"How much its map depends on the image: {pattern.image_dependence:.2f} of 1, "
+            f"How much its map depends on the image: {pattern.image_dependence:z.2f} of 1, "
             f"{_degree(pattern.image_dependence)}.",
             measure="image_dependence",
         )
@@ -437,10 +437,10 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
     after = study[exact].isel(layer=layer, head=head).to_numpy()
 
     def describe(at: int) -> str:
-        return f"{_short_name(str(ids[at]))} (probability {before[at]:.2f} to {after[at]:.2f})"
+        return f"{_short_name(str(ids[at]))} (probability {before[at]:z.2f} to {after[at]:z.2f})"
 
     positions = [int(at) for at in (*most, least[0])]
-    words = [f"{before[at]:.2f} to {after[at]:.2f}" for at in positions]
+    words = [f"{before[at]:z.2f} to {after[at]:z.2f}" for at in positions]
     yield Sentence(
         f"It matters most for {', '.join(map(describe, positions[:-1]))}, and "
         f"{_least(float(after[positions[-1]] - before[positions[-1]]), describe(positions[-1]))}.",

@@ -64,8 +64,8 @@ def _finding(by_class: Sequence[ClassHeads]) -> str:
     return Sentence(
         f"{n_own} of {len(by_class)} classes with several images need a head more than other images do (corrected for "
         f"all heads and classes, at 95 %); the largest excess is that of {class_title(best.name)}, which loses "
-        f"{head.drop:.3f} of probability without {head_name(head.layer, head.head)}, the other images "
-        f"{head.elsewhere:.3f}.",
+        f"{head.drop:z.3f} of probability without {head_name(head.layer, head.head)}, the other images "
+        f"{head.elsewhere:z.3f}.",
         measure="head_probability",
         layer=head.layer,
         head=head.head,
@@ -78,10 +78,10 @@ def _rows(each: ClassHeads) -> list[list[str]]:
             class_title(each.name),
             f"{each.n_images:,}",
             head_name(head.layer, head.head) + (" *" if head.is_own else ""),
-            f"{head.drop:+.3f}",
+            f"{head.drop:+z.3f}",
             _interval(each, head),
-            f"{head.elsewhere:+.3f}",
-            "none" if np.isnan(head.p_value) else f"{head.p_value:.3f}",
+            f"{head.elsewhere:+z.3f}",
+            "none" if np.isnan(head.p_value) else f"{head.p_value:z.3f}",
         ]
         for head in each.heads
     ]
@@ -90,7 +90,7 @@ def _rows(each: ClassHeads) -> list[list[str]]:
 def _interval(each: ClassHeads, head: HeadDrop) -> str:
     if np.isnan(head.low + head.high):
         return f"too few images ({each.n_images})"
-    return f"{head.low:+.3f} to {head.high:+.3f}"
+    return f"{head.low:+z.3f} to {head.high:+z.3f}"
 
 
 def _note(study: ReportData, n_single: int) -> str:

@@ -72,7 +72,7 @@ def _shared_against_equal(study: ReportData, name: str, unit: str) -> Sentence:
     shared, equal = (study.data[each].to_numpy().astype(np.float64) for each in (name, f"{name}_equal"))
     low, high, reason = mean_interval(equal - shared)
     difference = float((equal - shared).mean())
-    interval = "" if reason else f" (95 % interval of the difference {float(low):.3f} to {float(high):.3f})"
+    interval = "" if reason else f" (95 % interval of the difference {float(low):z.3f} to {float(high):z.3f})"
     verdict = (
         "sharing the budget between heads keeps more of the prediction"
         if not reason and low > 0
@@ -81,10 +81,10 @@ def _shared_against_equal(study: ReportData, name: str, unit: str) -> Sentence:
         else "no difference is shown"
     )
     return Sentence(
-        f"They change the output by {shared.mean():.3f} {unit}, windows of one area by {equal.mean():.3f}: "
-        f"{difference:+.3f}{interval}; {verdict}.",
+        f"They change the output by {shared.mean():z.3f} {unit}, windows of one area by {equal.mean():z.3f}: "
+        f"{difference:+z.3f}{interval}; {verdict}.",
         measure=name,
-        evidence=[(f"{equal.mean():.3f}", f"{name}_equal")],
+        evidence=[(f"{equal.mean():z.3f}", f"{name}_equal")],
     )
 
 

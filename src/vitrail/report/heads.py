@@ -40,19 +40,19 @@ RANKED_BY = (
 """Columns of the table of heads that importance is read from, in order of preference."""
 
 COLUMNS = (
-    ("p lost", "{:+.3f}", ("drop_mean",)),
-    ("95 %", "{:+.3f} to {:+.3f}", ("drop_low", "drop_high")),
-    ("median", "{:+.3f}", ("drop_median",)),
-    ("images that lose > 0.1", "{:.1f} %", ("drop_share_large",)),
-    ("answers that change", "{:.1f} %", ("flip_share",)),
-    ("top-1 without it", "{:.1f} %", ("accuracy",)),
-    ("95 %", "{:.1f} to {:.1f} %", ("accuracy_low", "accuracy_high")),
-    ("divergence, bits", "{:.4f}", ("head_divergence_mean",)),
+    ("p lost", "{:+z.3f}", ("drop_mean",)),
+    ("95 %", "{:+z.3f} to {:+z.3f}", ("drop_low", "drop_high")),
+    ("median", "{:+z.3f}", ("drop_median",)),
+    ("images that lose > 0.1", "{:z.1f} %", ("drop_share_large",)),
+    ("answers that change", "{:z.1f} %", ("flip_share",)),
+    ("top-1 without it", "{:z.1f} %", ("accuracy",)),
+    ("95 %", "{:z.1f} to {:z.1f} %", ("accuracy_low", "accuracy_high")),
+    ("divergence, bits", "{:z.4f}", ("head_divergence_mean",)),
     ("change of the value", "{:.4g}", ("head_value_change_mean",)),
-    ("shift of the output, 1 - cosine", "{:.4f}", ("head_output_shift_mean",)),
-    ("reach, patches", "{:.2f}", ("attention_distance_mean",)),
-    ("entropy, nats", "{:.2f}", ("strength_entropy_mean",)),
-    ("to prefix tokens", "{:.1f} %", ("prefix_share_mean",)),
+    ("shift of the output, 1 - cosine", "{:z.4f}", ("head_output_shift_mean",)),
+    ("reach, patches", "{:z.2f}", ("attention_distance_mean",)),
+    ("entropy, nats", "{:z.2f}", ("strength_entropy_mean",)),
+    ("to prefix tokens", "{:z.1f} %", ("prefix_share_mean",)),
 )
 INTERVALS = ("drop_low", "accuracy_low")
 
@@ -110,13 +110,13 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
     intact, without = study.data["probability"].to_numpy(), _probability_without(study.data)
     lost = intact[:, None, None] - without  # NaN on images that were not swept
     yield Sentence(
-        f"Without {head_name(*first)} the label loses {float(drops[first]):.3f} of its probability{average}{between}"
-        f"{flips}: {_standing(study, table)}. The median head costs {float(np.nanmedian(drops)):.3f}.",
+        f"Without {head_name(*first)} the label loses {float(drops[first]):z.3f} of its probability{average}{between}"
+        f"{flips}: {_standing(study, table)}. The median head costs {float(np.nanmedian(drops)):z.3f}.",
         measure="head_probability",
         layer=first[0],
         head=first[1],
         images=[
-            (image, f"{intact[image]:.2f} to {without[image, *first]:.2f}")
+            (image, f"{intact[image]:z.2f} to {without[image, *first]:z.2f}")
             for image, _ in _images_that_need(lost, first)
         ],
         caption=f"these lose most without {head_name(*first)}; the probability with and without it",
@@ -126,12 +126,15 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
     many = (np.nan_to_num(lost, nan=0.0) > LARGE_DROP).sum((1, 2))
     if study.n_images > 1:
         whose = f"the {len(swept):,} images whose heads were all pruned" if how_corrected(study.data) else "the images"
+        most = [int(at) for at in np.argsort(-many, kind="stable")[:N_SHOWN] if many[at]]
         yield Sentence(
             f"{percent(float((many == 0).mean()))} of {whose} lose no more than {LARGE_DROP} by any single head; in "
             f"the median image {int(np.median(many))} of {len(order)} heads cost more than that, in the most sensitive "
-            f"one {int(many.max())}.",
+            f"one {int(many.max())}."
+            if most
+            else f"None of {whose} loses more than {LARGE_DROP} by any single head.",
             measure="head_probability",
-            images=[(int(swept[at]), f"{many[at]} heads") for at in np.argsort(-many, kind="stable")[:N_SHOWN]],
+            images=[(int(swept[at]), f"{many[at]} head{'' if many[at] == 1 else 's'}") for at in most],
             caption=f"these have the most heads that cost more than {LARGE_DROP}",
         )
         yield from _of_dispensable(study, table, lost, len(order))
@@ -177,7 +180,7 @@ def _of_dispensable(
         n_studied = ONE_IN if how_corrected(study.data) else 1  # for each image whose heads are all pruned
         yield Sentence(
             f"No head is shown to cost less than {NEGLIGIBLE_DROP} on average: {len(lost):,} images can show at best "
-            f"that a loss is below {float(np.nanmin(bound)):.2f} (at 95 %, whatever the distribution of losses); "
+            f"that a loss is below {float(np.nanmin(bound)):z.2f} (at 95 %, whatever the distribution of losses); "
             f"{NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)) * n_studied:,} images or more.",
             measure="head_probability",
         )
@@ -206,14 +209,14 @@ def _of_reach(distance: Float[np.ndarray, "layer head"]) -> Iterator[str]:
     if not np.isnan(correlation):
         agreement = f" (rank correlation of layer and reach over all heads: {correlation:z.2f})"
     yield Sentence(
-        f"Heads of L{first} look {near:.1f} patches far on average, those of L{last} {far:.1f}{agreement}.",
+        f"Heads of L{first} look {near:z.1f} patches far on average, those of L{last} {far:z.1f}{agreement}.",
         measure="attention_distance",
         layer=last,
     )
     row = distance[first][np.isfinite(distance[first])]
     if len(row) > 1:
         yield Sentence(
-            f"Within L{first} they range from {row.min():.1f} to {row.max():.1f} patches.",
+            f"Within L{first} they range from {row.min():z.1f} to {row.max():z.1f} patches.",
             measure="attention_distance",
             layer=first,
             head=int(np.nanargmin(distance[first])),
@@ -227,7 +230,7 @@ def _between(study: ReportData, table: xr.Dataset, name: str, head: tuple[int, i
     if np.isnan(low + high):
         return " (too few images for an interval)"
     corrected = f", {table.attrs['corrected']}" if "corrected" in table.attrs else ""
-    return f" (95 % interval {low:.3f} to {high:.3f}{corrected})"
+    return f" (95 % interval {low:z.3f} to {high:z.3f}{corrected})"
 
 
 def _rank_heads(table: xr.Dataset) -> list[tuple[int, int]]:
@@ -256,23 +259,23 @@ def curve_findings(curves: Curves) -> list[Sentence]:
     keeps = accuracy >= accuracy[0] - ONE_POINT
     n_spared = int(counts[-1] if keeps.all() else counts[int((~keeps).argmax()) - 1])
     between, low, high = areas[best].between
-    interval = f" (95 % interval {low:.2f} to {high:.2f})" if np.isfinite(low + high) else ""
+    interval = f" (95 % interval {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
     sentences = [
         Sentence(
             f"Of {int(counts[-1])} heads {n_spared} can go together for at most one point of accuracy, least important "
             f"first by {best}: {percent(float(accuracy[0]))} with all, {n_images:,} images that ranked nothing."
         ),
         Sentence(
-            f"By {best} the area between pruning the least and the most important first is {between:.2f}{interval}; 0 "
+            f"By {best} the area between pruning the least and the most important first is {between:z.2f}{interval}; 0 "
             "is a ranking that knows nothing."
         ),
     ]
     over, low, high = areas[best].over_random
     if np.isfinite(low + high):
         verdict = "more than" if low > 0 else "not shown to be more than"
-        interval = f"({low:+.3f} to {high:+.3f})"
+        interval = f"({low:+z.3f} to {high:+z.3f})"
         sentences.append(
-            Sentence(f"It keeps {verdict} orders at random do: {over:+.3f} of accuracy on average {interval}.")
+            Sentence(f"It keeps {verdict} orders at random do: {over:+z.3f} of accuracy on average {interval}.")
         )
     return sentences
 
@@ -330,7 +333,7 @@ def _most_sensitive_images(study: ReportData, order: list[tuple[int, int]]) -> I
     yield Photographs(
         f"The images that need {head_name(*head)} most",
         [study.data["thumbnail"][int(at)].to_numpy() for at in chosen],
-        [f"{study.class_name(int(labels[at]))}: {intact[at]:.2f} to {without[at]:.2f}" for at in chosen],
+        [f"{study.class_name(int(labels[at]))}: {intact[at]:z.2f} to {without[at]:z.2f}" for at in chosen],
         "Probability of the label, with every head and without this one.",
     )
 

@@ -71,13 +71,13 @@ def _best_head(study: ReportData, heads: Summaries) -> str:
     summary = heads["auroc"]
     best = summary.ranked[0]
     whose = "class token" if study.plan.class_token else "mean query"
-    scores = [f"AUROC {summary.mean[best]:.2f}{_interval(summary, best)}"]
+    scores = [f"AUROC {summary.mean[best]:z.2f}{_interval(summary, best)}"]
     if "pointing" in heads:
         share = float(heads["pointing"].mean[best])
         where = f"in {percent(share)} of them" if study.n_images > 1 else ("" if share > 0.5 else "not")
         scores.append(f"its strongest patch lies on an object {where}".strip())
     if "iou" in heads:
-        scores.append(f"overlap with as many strongest patches {heads['iou'].mean[best]:.2f}")
+        scores.append(f"overlap with as many strongest patches {heads['iou'].mean[best]:z.2f}")
     images = f"of {summary.n_images:,} images" if study.n_images > 1 else "of this image"
     return f"{head_name(*best)} finds the objects {images} best, by the map of its {whose}: {'; '.join(scores)}."
 
@@ -97,14 +97,14 @@ def _against_chance(summary: ScoreSummary) -> Iterator[str]:
         below = int((summary.excess_high < 0).sum())
         avoid = f", {below} find them less: they look at the background" if below else ""
         beyond.append(
-            f"Against other images' objects {head_name(*best)} has {summary.null[best]:.2f}. {above or 'None'} of the "
+            f"Against other images' objects {head_name(*best)} has {summary.null[best]:z.2f}. {above or 'None'} of the "
             f"{n_heads} heads {'finds' if above == 1 else 'find'} the objects of the image itself better than those"
             f"{avoid} (all heads at once, 95 %)."
         )
     if np.isfinite(summary.centre):
         above = int((summary.over_centre_low > 0).sum())
         beyond.append(
-            f"A blob in the middle of the view, which knows nothing of the image, has {summary.centre:.2f}; "
+            f"A blob in the middle of the view, which knows nothing of the image, has {summary.centre:z.2f}; "
             f"{above or 'no'} head{'s are' if above > 1 else ' is'} shown to beat it."
         )
     yield from beyond
@@ -113,18 +113,18 @@ def _against_chance(summary: ScoreSummary) -> Iterator[str]:
 def _best_for_patches(summary: ScoreSummary) -> str:
     best = summary.ranked[0]
     has_null = np.isfinite(summary.null[best])
-    null = f", and {summary.null[best]:.2f} at the same places of other images" if has_null else ""
+    null = f", and {summary.null[best]:z.2f} at the same places of other images" if has_null else ""
     return (
         f"Asked by a patch of an object, {head_name(*best)} finds the rest of that object best: AUROC "
-        f"{summary.mean[best]:.2f}{_interval(summary, best)}{null}."
+        f"{summary.mean[best]:z.2f}{_interval(summary, best)}{null}."
     )
 
 
 def _best_layer(heads: ScoreSummary, layers: ScoreSummary) -> str:
     (layer,) = layers.ranked[0]
     return (
-        f"Of the means over heads that of L{layer} is best: AUROC {layers.mean[layer]:.2f}"
-        f"{_interval(layers, (layer,))}, where the best single head has {heads.mean[heads.ranked[0]]:.2f}."
+        f"Of the means over heads that of L{layer} is best: AUROC {layers.mean[layer]:z.2f}"
+        f"{_interval(layers, (layer,))}, where the best single head has {heads.mean[heads.ranked[0]]:z.2f}."
     )
 
 
@@ -142,7 +142,7 @@ def _other_scores(heads: Summaries) -> Iterator[str]:
 
 def _interval(summary: ScoreSummary, row: tuple[int, ...]) -> str:
     low, high = float(summary.low[row]), float(summary.high[row])
-    return f" (95 % interval {low:.2f} to {high:.2f})" if np.isfinite(low + high) else ""
+    return f" (95 % interval {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
 
 
 # --- tables and pictures ---------------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ def _name(row: tuple[int, ...]) -> str:
 
 def _cell(summary: ScoreSummary, row: tuple[int, ...]) -> str:
     low, high = float(summary.low[row]), float(summary.high[row])
-    between = f" ({low:.2f} to {high:.2f})" if np.isfinite(low + high) else ""
-    return f"{summary.mean[row]:.2f}{between}"
+    between = f" ({low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
+    return f"{summary.mean[row]:z.2f}{between}"
 
 
 def _null(summary: ScoreSummary, row: tuple[int, ...]) -> str:
-    return f"{summary.null[row]:.2f}" if np.isfinite(summary.null[row]) else "none"
+    return f"{summary.null[row]:z.2f}" if np.isfinite(summary.null[row]) else "none"

@@ -114,8 +114,8 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
     if "interaction_distance" in lines:
         at, far = _extremes(lines["interaction_distance"])
         yield Sentence(
-            f"On average a patch takes from others {far[0]:.1f} patches away in L{at[0]}, the nearest, and "
-            f"{far[1]:.1f} in L{at[1]}, the farthest.",
+            f"On average a patch takes from others {far[0]:z.1f} patches away in L{at[0]}, the nearest, and "
+            f"{far[1]:z.1f} in L{at[1]}, the farthest.",
             measure="interaction_distance",
             layer=at[1],
         )
@@ -143,7 +143,7 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
         later = (lines["hub"].values - lines["sink"].values)[:, np.isfinite(lines["hub"].values).any(0)]
         if np.nansum(later):
             yield Sentence(
-                f"When sinks are taken away, further patches stand out: {np.nanmax(np.nanmean(later, axis=0)):.1f} an "
+                f"When sinks are taken away, further patches stand out: {np.nanmax(np.nanmean(later, axis=0)):z.1f} an "
                 "image in the layer with the most of them. They are hubs, but no sinks.",
                 measure="hub",
             )
@@ -160,8 +160,8 @@ def _of_objects(own: LayerQuantity, others: LayerQuantity) -> Iterator[str]:
     low, high = (float(end[layer]) for end in simultaneous_intervals(rows, limits=(-1.0, 1.0))[:2])
     interval = "too few images for an interval"
     if np.isfinite(low + high):
-        interval = f"95 % interval of all layers at once {100 * low:+.0f} to {100 * high:+.0f}"
-    known = f"{100 * means[layer]:+.0f} points, {interval}; {len(rows)} images with objects"
+        interval = f"95 % interval of all layers at once {100 * low:+z.0f} to {100 * high:+z.0f}"
+    known = f"{100 * means[layer]:+z.0f} points, {interval}; {len(rows)} images with objects"
     if not low > 0:
         yield f"Windows are not shown to follow objects beyond other images' windows: most in L{layer} ({known})."
         return
@@ -237,4 +237,4 @@ def _cell(values: Float[np.ndarray, "image"]) -> str:
     if not len(finite):
         return "none"
     low, high, reason = mean_interval(finite)
-    return f"{finite.mean():.3f}" + ("" if reason else f" ({low:.3f} to {high:.3f})")
+    return f"{finite.mean():z.3f}" + ("" if reason else f" ({low:z.3f} to {high:z.3f})")

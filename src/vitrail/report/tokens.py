@@ -57,7 +57,7 @@ def _of_norms(study: ReportData) -> Iterator[str]:
     sampled = study.sample_positions[most_counted]
     yield Sentence(
         f"After L{most}, where most patches stand out by their length, {percent(float(outliers.any(1).mean()))} of the "
-        f"images have such patches: {outliers.sum(1).mean():.1f} of {outliers.shape[1]} on average"
+        f"images have such patches: {outliers.sum(1).mean():z.1f} of {outliers.shape[1]} on average"
         f"{_frequent_positions(study, most, outliers)}.",
         measure="token_norm",
         layer=most,
@@ -86,8 +86,8 @@ def _of_grouping(data: xr.Dataset) -> Iterator[str]:
     means = scored.mean(0)
     best = int(means.argmax())
     yield Sentence(
-        f"Tokens of an object find together best after L{best} (silhouette {means[best]:.3f}; {means[0]:.3f} after L0, "
-        f"{means[-1]:.3f} after the last layer; {len(scored)} images with two objects or more).",
+        f"Tokens of an object find together best after L{best} (silhouette {means[best]:z.3f}; {means[0]:z.3f} "
+        f"after L0, {means[-1]:z.3f} after the last layer; {len(scored)} images with two objects or more).",
         measure="grouping_silhouette",
         layer=best,
     )
@@ -102,10 +102,10 @@ def _of_survival(study: ReportData, names: list[str]) -> Iterator[str]:
         if f"occlusion_{name}" in names
     }
     if left:
-        probabilities = ", ".join(f"{values.mean():.2f} without {words} ones" for words, values in left.items())
+        probabilities = ", ".join(f"{values.mean():z.2f} without {words} ones" for words, values in left.items())
         intact = float(study.data["probability"].to_numpy().mean())
         yield Sentence(
-            f"With half of the patches lost the label keeps a probability of {probabilities} ({intact:.2f} intact).",
+            f"With half of the patches lost the label keeps a probability of {probabilities} ({intact:z.2f} intact).",
             measure=next(f"occlusion_{name}" for name, words in named.items() if words in left),
         )
     if {"random", "salient"} <= set(left) and study.n_images > 1:
@@ -113,8 +113,8 @@ def _of_survival(study: ReportData, names: list[str]) -> Iterator[str]:
         low, high = (float(end) for end in mean_interval(difference, limits=(-1.0, 1.0))[:2])
         verdict = "hurts more than" if low > 0 else "hurts less than" if high < 0 else "cannot be told from"
         yield Sentence(
-            f"Losing salient patches {verdict} losing as many random ones: {difference.mean():+.3f} of probability "
-            f"beyond them (95 % interval {low:+.3f} to {high:+.3f}).",
+            f"Losing salient patches {verdict} losing as many random ones: {difference.mean():+z.3f} of probability "
+            f"beyond them (95 % interval {low:+z.3f} to {high:+z.3f}).",
             measure="occlusion_salient",
             images=_most_hurt(difference),
             caption="these are hurt most; the probability lost beyond random patches",
@@ -122,13 +122,13 @@ def _of_survival(study: ReportData, names: list[str]) -> Iterator[str]:
     if "shuffle_probability" in names:
         cells = cells_that_divide(_grid(study))
         values = study.data["shuffle_probability"].to_numpy().mean(0)
-        probabilities = ", ".join(f"{value:.2f} with {n} x {n} cells" for n, value in zip(cells, values, strict=True))
+        probabilities = ", ".join(f"{value:z.2f} with {n} x {n} cells" for n, value in zip(cells, values, strict=True))
         yield Sentence(f"With its patches displaced the label keeps {probabilities}.", measure="shuffle_probability")
 
 
 def _most_hurt(difference: Float[np.ndarray, "image"]) -> list[tuple[int, str]]:
     """The images that lose most with their salient patches, beyond random ones."""
-    return [(int(at), f"{difference[at]:+.2f}") for at in np.argsort(-difference, kind="stable")[:N_SHOWN]]
+    return [(int(at), f"{difference[at]:+z.2f}") for at in np.argsort(-difference, kind="stable")[:N_SHOWN]]
 
 
 def _parts(study: ReportData, names: list[str]) -> Iterator[Part]:
@@ -172,9 +172,9 @@ def _survival_table(study: ReportData, names: list[str]) -> Table:
 
 def _cells(values: np.ndarray) -> tuple[str, str]:
     if len(values) < 2:
-        return f"{values.mean():.3f}", ""
+        return f"{values.mean():z.3f}", ""
     low, high = (float(end) for end in mean_interval(values, limits=(0.0, 1.0))[:2])
-    return f"{values.mean():.3f}", f"{low:.3f} to {high:.3f}"
+    return f"{values.mean():z.3f}", f"{low:z.3f} to {high:z.3f}"
 
 
 def _grid(study: ReportData) -> tuple[int, int]:

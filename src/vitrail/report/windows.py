@@ -49,17 +49,17 @@ def _findings(study: ReportData, names: list[str]) -> Iterator[str]:
         inner = (slice(None),) * 3 + (inner_patches(window_grid(study.sample)),)
         between = np.nanmean(np.nanstd(sides, 0))
         yield Sentence(
-            f"Between images the sides of one patch's window differ by {between:.2f} patches (standard "
-            f"deviation), between inner patches of one image by {np.nanmean(np.nanstd(sides[inner], 3)):.2f}.",
+            f"Between images the sides of one patch's window differ by {between:z.2f} patches (standard "
+            f"deviation), between inner patches of one image by {np.nanmean(np.nanstd(sides[inner], 3)):z.2f}.",
             measure="predicted_window",
         )
     if {"predicted_overlap_open", "predicted_overlap_moved"} <= means.keys():
         own, moved = (float(np.nanmean(means[f"predicted_overlap_{name}"])) for name in ("open", "moved"))
         yield Sentence(
-            f"Windows overlap by {own:.2f} (intersection over union) with where queries would look without them, by "
-            f"{moved:.2f} if these places are moved at random.",
+            f"Windows overlap by {own:z.2f} (intersection over union) with where queries would look without them, by "
+            f"{moved:z.2f} if these places are moved at random.",
             measure="predicted_overlap_open",
-            evidence=[(f"{moved:.2f}", "predicted_overlap_moved")],
+            evidence=[(f"{moved:z.2f}", "predicted_overlap_moved")],
         )
 
 
