@@ -11,6 +11,7 @@ from synthetic_study import N_HEADS, N_LAYERS, write_study
 from vitrail.analysis import Analysis, register, unregister
 from vitrail.app import create_app
 from vitrail.heads.why import why_sentences
+from vitrail.report import findings_of
 from vitrail.report.opening import accuracy
 from vitrail.report.parts import ReportData, Section
 from vitrail.sentence import Sentence
@@ -57,6 +58,17 @@ def test_the_first_sentence_of_heads_names_the_planted_head_and_the_images_that_
     assert named - {""} <= set(dataset.data_vars)
     for each in sentences:
         assert all(part["text"] in each["text"] for part in each["evidence"])
+
+
+def test_heads_that_cost_next_to_nothing_have_no_photographs_and_no_minus_zero(study: Path) -> None:
+    dataset = open_study(study)
+    gains = np.full(dataset.head_probability.shape, 1e-6) * np.linspace(1, 2, N_IMAGES)[:, None, None]
+    without = dataset.probability.astype("float64") + dataset.head_probability.copy(data=gains)
+    told = findings_of(dataset.assign(head_probability=without))
+    none = next(each for each in told if each == "None of the images loses more than 0.1 by any single head.")
+    assert isinstance(none, Sentence)
+    assert none.images == ()
+    assert not any("-0.000" in each for each in told)
 
 
 def test_accuracy_names_the_mistakes_that_the_model_was_surest_of(client: TestClient, study: Path) -> None:
