@@ -71,4 +71,4 @@ def test_groups_of_maps_say_what_adds_them(visit: Visit) -> None:
     missing = page.locator("[data-missing]")
     expect(missing).to_have_count(2)
     expect(missing.first).to_contain_text("--measures patterns")
-    expect(missing.last).to_contain_text("The same command as above adds it.")
+    expect(missing.last).to_contain_text("The command under")

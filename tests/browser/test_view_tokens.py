@@ -66,7 +66,7 @@ def test_a_filter_chosen_is_the_neuron_that_is_followed(visit: Visit, site: Site
 def test_what_the_study_does_not_hold_says_what_adds_it(visit: Visit) -> None:
     page = visit("?tab=tokens")
     expect(page.locator("[data-view=grouping][data-missing]")).to_contain_text(f"--measures {TOKENS.name}")
-    expect(page.locator("[data-view=shuffle][data-missing]")).to_contain_text("The same command as above adds it.")
+    expect(page.locator("[data-view=shuffle][data-missing]")).to_contain_text("The command under")
 
 
 def test_the_photographs_that_excite_a_neuron_are_those_of_the_selection_and_open_where_it_peaks(

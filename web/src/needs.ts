@@ -60,13 +60,17 @@ export function lacking(view: { shows: string; needs: Needs }, study: Study, liv
   return undefined;
 }
 
-/** Views of which several wait for one command name it at the first. */
-export function saidOnce<V extends { view: { shows: string }; missing: Lack | undefined }>(views: V[]): V[] {
-  const said = new Set<string>();
+/** Views of which several wait for one command name it at the first, the others name that view. */
+export function saidOnce<V extends { view: { shows: string; question: string }; missing: Lack | undefined }>(
+  views: V[],
+): V[] {
+  const said = new Map<string, string>();
   return views.map((each) => {
     const command = each.missing?.command;
-    if (!command || !said.has(command)) return (command && said.add(command), each);
-    return { ...each, missing: { sentence: `${each.view.shows} The same command as above adds it.`, command: "" } };
+    const where = command && said.get(command);
+    if (command && !where) said.set(command, each.view.question);
+    if (!where) return each;
+    return { ...each, missing: { sentence: `${each.view.shows} The command under “${where}” adds it.`, command: "" } };
   });
 }
 

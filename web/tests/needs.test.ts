@@ -70,7 +70,7 @@ test("pruning curves are a command away where the study has importance of a clas
 test("a command that adds several views is said at the first of them", () => {
   const lack = { sentence: "It shows. To add it:", command: "vitrail study" };
   const views = [lack, undefined, lack, { ...lack, command: "vitrail curves" }].map((missing) => ({
-    view: { shows: "It shows." },
+    view: { shows: "It shows.", question: "What?" },
     missing,
   }));
   expect(saidOnce(views).map(({ missing }) => missing?.command)).toEqual([
@@ -79,5 +79,5 @@ test("a command that adds several views is said at the first of them", () => {
     "",
     "vitrail curves",
   ]);
-  expect(saidOnce(views)[2]!.missing!.sentence).toBe("It shows. The same command as above adds it.");
+  expect(saidOnce(views)[2]!.missing!.sentence).toBe("It shows. The command under “What?” adds it.");
 });
