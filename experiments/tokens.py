@@ -103,7 +103,7 @@ def save_all(file: Path, asked, correct: np.ndarray, probability: np.ndarray, fo
     """Whole or not at all."""
     told = json.dumps([{"kind": type(probe).__name__, **asdict(probe)} for probe in asked])
     unfinished = file.with_suffix(".unfinished.npz")
-    np.savez(unfinished, all_probes=told, intact_correct=correct, intact_probability=probability, **found)
+    np.savez(unfinished, probes=told, intact_correct=correct, intact_probability=probability, **found)
     unfinished.replace(file)
 
 

@@ -31,3 +31,23 @@ def test_all_scripts_import_what_they_use() -> None:
     assert len(scripts) > 20
     run = subprocess.run([sys.executable, "-c", IMPORT_ALL, *scripts], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip().endswith(f"imported {len(scripts)}"), run.stdout + run.stderr
+
+
+def test_chunks_of_robustness_are_joined_as_they_were_kept(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from tokens import joined, save_all
+from vitrail.tokens.robustness import all_probes
+folder = Path(sys.argv[2])
+for name, n in (("a", 3), ("b", 2)):
+    found = {"drift": np.full((n, 4), n)}
+    save_all(folder / f"{name}.npz", all_probes((2, 2)), np.ones(n, bool), np.zeros(n), found)
+whole = joined(sorted(folder.glob("?.npz")))
+print(len(whole["intact_correct"]), whole["drift"].shape, "Occlusion" in str(whole["probes"]))
+"""
+    command = [sys.executable, "-c", code, ROOT / "experiments", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[0] == "5 (5, 4) True", done.stderr
