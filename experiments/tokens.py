@@ -67,17 +67,13 @@ def chunks(entries: Sequence[ImageEntry], size: int = CHUNK) -> Iterator[tuple[i
 # --- robustness ------------------------------------------------------------------------------------------------------
 
 
-def robustness_of(
-    arguments: argparse.Namespace, precision: str, model: str, limit: int, work: Path, skip: int = 0
-) -> list[Path]:
+def robustness_of(arguments: argparse.Namespace, precision: str, model: str, limit: int, work: Path) -> list[Path]:
     """One file of responses per chunk of photographs; those that are there are not computed again."""
     vit = opened(arguments.data, model, precision)
     source, entries = photographs(arguments.data, limit)
     asked = robustness.all_probes(vit.anatomy.grid)
     files = []
     for start, some in chunks(entries):
-        if start < skip:
-            continue
         file = work / f"robustness-{model}-{precision}-{start:04d}.npz"
         files.append(file)
         if not file.exists():
@@ -108,17 +104,14 @@ def save_all(file: Path, asked, correct: np.ndarray, probability: np.ndarray, fo
 
 
 def robustness_command(arguments: argparse.Namespace) -> None:
-    rest = ", the photographs that the first table lacks" if arguments.skip else ""
-    lines = [f"# Robustness{rest}", ""]
+    lines = ["# Robustness", ""]
     for model in arguments.models:
         if arguments.finished:
             files = sorted(arguments.work.glob(f"robustness-{model}-{arguments.precision}-????.npz"))
         else:
-            files = robustness_of(
-                arguments, arguments.precision, model, arguments.images, arguments.work, arguments.skip
-            )
+            files = robustness_of(arguments, arguments.precision, model, arguments.images, arguments.work)
         lines += robustness_table(model, arguments.precision, joined(files))
-    write("robustness-rest.md" if arguments.skip else "robustness.md", lines)
+    write("robustness.md", lines)
 
 
 def joined(files: Sequence[Path]) -> dict[str, np.ndarray]:
@@ -536,7 +529,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with models/, imagenet-sample/, coco-masks/")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--skip", type=int, default=0, help="robustness: leave out the first N (a multiple of 20)")
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--finished", action="store_true", help="robustness: tabulate what is there, compute nothing")
     parser.add_argument("--threads", type=int, default=2)

@@ -2,6 +2,7 @@
 
 import { array, ids, summary, type SummaryAsk } from "./api";
 import type { Row } from "./export";
+import { printedUnit } from "./format";
 import { slice } from "./slices";
 import {
   STATISTICS,
@@ -49,7 +50,7 @@ export interface Quantity {
 export function quantity(name: string, about: Study): Quantity {
   const measure = about.measures[name] as Measure;
   const baseline = about.measures[measure.baseline];
-  const unit = ["1", "bool"].includes(measure.unit) ? "" : measure.unit;
+  const unit = printedUnit(measure.unit);
   return baseline
     ? { name, title: `${baseline.title} lost`, unit, isCost: true, isChange: true }
     : { name, title: measure.title, unit, isCost: false, isChange: name.startsWith("head_") };

@@ -57,6 +57,9 @@ export const count = (n: number): string => n.toLocaleString("en");
 export const className = (names: string[], index: number | undefined): string =>
   index === undefined || index < 0 ? "no label" : (names[index]?.split(",")[0] ?? `class ${index}`);
 
+/** A unit as it stands behind a number: shares, and means of what is true or false, have none. */
+export const printedUnit = (unit: string): string => (["1", "bool"].includes(unit) ? "" : unit);
+
 /** An image's file without folders and ending, as sentences name it; other names as they are. */
 export function shortName(id: string): string {
   const name = id.slice(id.lastIndexOf("/") + 1);

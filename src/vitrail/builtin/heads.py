@@ -1,10 +1,12 @@
 """Which heads matter, and how far they look."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vitrail.analysis import Analysis, Collector, Figure, Need, Option
 from vitrail.builtin.sources import FROM_LI, PAPER_LI
+from vitrail.heads.correction import EXACT_VALUES
 from vitrail.measure import Measure
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ EXACT_LIMITS = (
 
 NEIGHBOUR_LIMITS = "Distance on the grid of patches, without looking at what the patches show."
 
-MEASURES = (
+PRUNED_AND_READ = (
     Measure(
         name="head_probability",
         title="probability of the label without this head",
@@ -114,35 +116,6 @@ MEASURES = (
         ),
         limits=PRUNING_LIMITS,
         needs=("classifier", "estimable"),
-        depends_on=(*PRUNED_HEAD, "label"),
-    ),
-    Measure(
-        name="head_probability_exact",
-        title="probability of the label without this head, exact on a sample",
-        dims=("image", "layer", "head"),
-        unit="1",
-        baseline="probability",
-        value_range=(0.0, 1.0),
-        low="the answer hangs on this head",
-        high="the head can go: the label keeps its probability",
-        source=f"{FROM_LI}, model and local impact; the head pruned on one image in four, chosen by its place",
-        limits=EXACT_LIMITS,
-        needs=("classifier", "sampled"),
-        depends_on=(*PRUNED_HEAD, "label"),
-    ),
-    Measure(
-        name="head_loss_change_exact",
-        title="change of the loss without this head, exact on a sample",
-        dims=("image", "layer", "head"),
-        unit="nats",
-        low="negative: the label gets likelier without the head",
-        high="the head carries evidence for the label",
-        source=(
-            "cross-entropy (of independent labels the label's own, binary) after pruning minus before, on one image in "
-            "four, chosen by its place; our construction"
-        ),
-        limits=EXACT_LIMITS,
-        needs=("classifier", "sampled"),
         depends_on=(*PRUNED_HEAD, "label"),
     ),
     Measure(
@@ -336,6 +309,21 @@ IMAGE_MEASURES = (
         depends_on=(),
     ),
 )
+
+
+def _exact(measure: Measure) -> Measure:
+    """The same by pruning, on the images that are swept where it is estimated on all."""
+    return replace(
+        measure,
+        name=EXACT_VALUES[measure.name],
+        title=f"{measure.title}, exact on a sample",
+        source=f"{measure.source}; the head pruned on one image in four, chosen by its place",
+        limits=EXACT_LIMITS,
+        needs=("classifier", "sampled"),
+    )
+
+
+MEASURES = (*PRUNED_AND_READ, *(_exact(each) for each in PRUNED_AND_READ if each.name in EXACT_VALUES))
 
 IMPORTANCE = Option(
     "importance",
