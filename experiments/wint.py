@@ -31,7 +31,6 @@ import torch.nn.functional as F  # noqa: N812
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitrail.figures import wint as figures
 from vitrail.figures.style import save
@@ -200,8 +199,8 @@ def run_arm(phase: str, arm: str, seed: int, data: Path, work: Path) -> None:
 
 
 def train_with_bar(title: str, wanted: Recipe, out: Path) -> Any:
-    """Trains with a bar. Plain attention: PyTorch's fused one is slower on a CPU in bfloat16, backwards."""
-    with Progress(console=console) as bars, sdpa_kernel(SDPBackend.MATH):
+    """Trains with a bar."""
+    with Progress(console=console) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(what: str, done: int, total: int, word: str) -> None:

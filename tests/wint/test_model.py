@@ -23,13 +23,16 @@ from vitrail.wint.model import (
     WindowHead,
     WinT,
     attach,
+    attention_bias,
     hard_mask,
     record_sides,
     round_sides,
     set_temperature,
     soft_bias,
+    soft_edges,
     soft_mask,
     window_heads,
+    windowed_attention,
 )
 
 FINAL_TEMPERATURE = 0.15
@@ -86,10 +89,12 @@ def test_the_soft_bias_is_the_logarithm_of_the_soft_mask_gradients_and_all(grid,
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, grid[0] * grid[1], 4)
     sides = (torch.rand(shape, generator=generator, dtype=torch.float64) * max(grid)).requires_grad_()
-    expected = (soft_mask(sides, grid, temperature) + FLOOR).log()
+    mask = soft_mask(sides, grid, temperature)
+    expected, open_enough = mask.clamp(min=1e-300).log(), mask > FLOOR
     bias = soft_bias(sides, grid, temperature)
-    assert_allclose(bias.detach(), expected.detach(), rtol=0, atol=1e-9)
-    into_bias = torch.randn(bias.shape, generator=generator, dtype=torch.float64)
+    assert_allclose(bias[open_enough].detach(), expected[open_enough].detach(), rtol=0, atol=1e-9)
+    assert bool((bias.detach()[~open_enough] <= np.log(FLOOR) + 1e-6).all())
+    into_bias = torch.randn(bias.shape, generator=generator, dtype=torch.float64) * open_enough
     gradients = [torch.autograd.grad((each * into_bias).sum(), sides)[0] for each in (bias, expected)]
     assert bool(gradients[0].isfinite().all())
     assert_allclose(gradients[0], gradients[1], rtol=0, atol=1e-8 * float(gradients[1].abs().max()))
@@ -428,6 +433,47 @@ def test_attention_that_the_tap_reads_lies_in_the_predicted_windows():
         assert float(seen[layer][:, :, :, 0].min()) > 0
 
 
-def test_the_floor_is_the_cost_of_a_closed_patch():
-    far = soft_bias(torch.zeros(64, 4), (8, 8), 0.05)
-    assert_allclose(float(far.min()), np.log(FLOOR), rtol=1e-4)
+def test_the_floor_is_the_cost_of_a_closed_row_and_of_a_closed_column():
+    far = soft_bias(torch.zeros(64, 4), (8, 8), 0.02).view(8, 8, 8, 8)
+    assert_allclose(float(far[0, 0, 0, 5]), np.log(FLOOR), rtol=1e-4)
+    assert_allclose(float(far[0, 0, 5, 5]), 2 * np.log(FLOOR), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("prefix", "n_windows"), [(0, 3), (1, 3), (2, 1)])
+@pytest.mark.parametrize("temperature", [1.0, FINAL_TEMPERATURE])
+def test_windows_as_channels_of_queries_and_keys_are_windows_as_a_mask(prefix, n_windows, temperature):
+    generator = torch.Generator().manual_seed(0)
+    grid, n_heads = (4, 5), 3
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = (draw(2, n_heads, prefix + 20, 8) for _ in range(3))
+    sides = (torch.rand((2, n_windows, 20, 4), generator=generator, dtype=torch.float64) * 4).requires_grad_()
+    bias = attention_bias(soft_bias(sides, grid, temperature), prefix, q)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    taken = windowed_attention(q, k, v, soft_edges(sides, grid, temperature), grid)
+    assert_allclose(taken.detach(), expected.detach(), rtol=0, atol=1e-6)
+    into = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
+    for one in (q, k, v, sides):
+        ours, theirs = (
+            torch.autograd.grad((each * into).sum(), one, retain_graph=True)[0] for each in (taken, expected)
+        )
+        assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("windows", ["predicted", "fixed", "none"])
+def test_a_model_in_training_answers_as_with_masks_in_its_attention(windows):
+    """Training on a CPU takes other products than evaluation (`windowed_attention`); in float32 and bfloat16."""
+    torch.manual_seed(0)
+    model = WinT(Shape(width=32, depth=2, heads=2, windows=windows, start=((0.3, 0.2, 0.4, 0.3),), edges=0.5)).train()
+    for window_head in (each for each in model.modules() if isinstance(each, WindowHead)):
+        window_head.temperature.fill_(0.5)
+    images = noise()
+    trained = model(images).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images).detach()
+    model.eval()
+    with torch.no_grad():
+        assert_allclose(trained, model(images), rtol=0, atol=1e-5)
+        assert_allclose(rounded.float(), trained, rtol=0, atol=0.05 * float(trained.std()))

@@ -40,8 +40,10 @@ __all__ = [
     "round_sides",
     "set_temperature",
     "soft_bias",
+    "soft_edges",
     "soft_mask",
     "window_heads",
+    "windowed_attention",
 ]
 
 Sides = Float[Tensor, "image window patch side"]
@@ -58,7 +60,7 @@ FULL: Start = ((0.982, 0.982, 0.982, 0.982),)
 this start answers as before."""
 
 FLOOR = 1e-6
-"""Added to soft masks before the logarithm: attention to a closed patch costs at most 13.8 of score."""
+"""How open a closed row or column of patches still is: attention to it costs 13.8 of score, 27.6 if both are closed."""
 
 
 # --- windows and masks -----------------------------------------------------------------------------------------------
@@ -102,8 +104,7 @@ class WindowHead(nn.Module):
             Patches left, top, right, bottom of each query, 0 to n - 1, float32 or wider.
         """
         raw = self.sides(F.gelu(self.hidden(tokens)))
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        share = raw.sigmoid().unflatten(-1, (self.n_windows, 4)).transpose(1, 2)
+        share = _at_least_float32(raw).sigmoid().unflatten(-1, (self.n_windows, 4)).transpose(1, 2)
         sides: Tensor = share * max_sides(grid, share)
         if self.change is not None:
             sides = self.change(sides)
@@ -124,13 +125,17 @@ class WindowHead(nn.Module):
             0 where a key is open, down to log(1e-6) (soft edges) or -inf (hard ones); None if every window is full.
         """
         sides = self(tokens, grid)
-        hard = not self.training and not self.edges if self.hard is None else self.hard
-        if not self.training and hard:
+        if not self.training and self.is_hard:
             mask = hard_mask(sides, grid)
             return None if bool(mask.all()) else _hard_bias(mask)
         temperature = self.temperature if self.training or not self.edges else self.edges
         soft = soft_bias(sides, grid, temperature)
-        return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if hard else soft
+        return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if self.is_hard else soft
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether edges are hard now."""
+        return not self.training and not self.edges if self.hard is None else self.hard
 
 
 class FixedWindows(nn.Module):
@@ -198,13 +203,12 @@ def soft_mask(
     return mask.masked_fill(_identity(mask), 1.0)
 
 
-def soft_bias(
+def soft_edges(
     sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""]
-) -> Float[Tensor, "*batch patch other"]:
-    """Turns windows with soft edges into what is added to scores: log(m + 1e-6) of the `soft_mask` m.
+) -> Float[Tensor, "*batch patch line"]:
+    """Turns windows with soft edges into what each line of patches, row or column, adds to a query's scores.
 
-    The logarithm of a product over edges is a sum of what each row and each column of patches adds, and one matrix
-    product spreads the sums over all patches, forwards and backwards.
+    A window is a product over edges, so its logarithm is the sum of what a key's row and what its column add.
 
     Args:
         sides: Patches left, top, right, bottom of each query.
@@ -212,17 +216,74 @@ def soft_bias(
         temperature: The sigmoid's unit, in patches.
 
     Returns:
-        0 where a key is open, down to log(1e-6).
+        For each row, then for each column: 0 where it is open, down to log(1e-6).
     """
     left, top, right, bottom = sides.unsqueeze(-1).unbind(-2)
     down, across = _offsets(grid, sides)
     rows = _log_open((top + down + 0.5) / temperature, (bottom - down + 0.5) / temperature)
     columns = _log_open((left + across + 0.5) / temperature, (right - across + 0.5) / temperature)
-    spread_rows = torch.eye(grid[0], dtype=sides.dtype, device=sides.device).repeat_interleave(grid[1], 1)
-    spread_columns = torch.eye(grid[1], dtype=sides.dtype, device=sides.device).repeat(1, grid[0])
+    return torch.cat((rows, columns), -1)
+
+
+def soft_bias(
+    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""]
+) -> Float[Tensor, "*batch patch other"]:
+    """Turns windows with soft edges into what is added to scores: the logarithm of the `soft_mask`, of which rows and
+    columns are each at least 1e-6.
+
+    Args:
+        sides: Patches left, top, right, bottom of each query.
+        grid: Rows and columns of patches.
+        temperature: The sigmoid's unit, in patches.
+
+    Returns:
+        0 where a key is open, and for the query itself; down to 2 log(1e-6).
+    """
+    edges = soft_edges(sides, grid, temperature)
     with torch.autocast(sides.device.type, enabled=False):
-        log_mask = torch.cat((rows, columns), -1) @ torch.cat((spread_rows, spread_columns))
-    return (log_mask.masked_fill(_identity(log_mask), 0.0).exp() + FLOOR).log()
+        log_mask = edges @ _lines_of_patches(grid, edges).mT
+    return log_mask.masked_fill(_identity(log_mask), 0.0)
+
+
+def windowed_attention(
+    q: Float[Tensor, "image head token channel"],
+    k: Float[Tensor, "image head token channel"],
+    v: Float[Tensor, "image head token channel"],
+    edges: Float[Tensor, "image window patch line"] | None = None,
+    grid: Grid = (0, 0),
+    bias: Float[Tensor, "#image #window query key"] | None = None,
+) -> Float[Tensor, "image head token channel"]:
+    """Attends within soft windows without a mask: what lines of patches add to scores are more channels of q, and which
+    row and column a key lies in are more channels of k, so that one product holds both.
+
+    A mask is a number for each pair of patches, head and image in each layer; this is one for each patch and line.
+    `docs/wint.md` has what it saves on a CPU.
+
+    Args:
+        q: Queries; the last tokens are patches.
+        k: Keys.
+        v: Values.
+        edges: `soft_edges`, of one window for all heads or of one a head; None for no windows.
+        grid: Rows and columns of patches.
+        bias: Added to scores, for windows that are no sums of rows and columns.
+
+    Returns:
+        What each head takes for each token.
+    """
+    q = q * q.shape[-1] ** -0.5
+    if edges is None:
+        scores = _at_least_float32(q @ k.mT)
+    else:
+        lines, edges = _lines_of_patches(grid, q), edges.to(q.dtype)
+        prefix = q.shape[2] - len(lines)
+        more_q = F.pad(edges, (0, 0, prefix, 0)).expand(*q.shape[:3], -1)
+        more_k = F.pad(lines, (0, 0, prefix, 0)).expand(*k.shape[:3], -1)
+        scores = _at_least_float32(torch.cat((q, more_q), -1) @ torch.cat((k, more_k), -1).mT)
+        own = F.pad((edges * lines).sum(-1), (prefix, 0))  # the query sees itself
+        scores = scores - torch.diag_embed(own.to(scores.dtype))
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def hard_mask(sides: Float[Tensor, "*batch patch side"], grid: Grid) -> Bool[Tensor, "*batch patch other"]:
@@ -289,9 +350,19 @@ def _offsets(grid: Grid, like: Tensor) -> tuple[Float[Tensor, "patch row"], Floa
 
 
 def _log_open(first: Tensor, second: Tensor) -> Tensor:
-    """log(sigmoid(first) sigmoid(second)), bounded far below the floor of masks so that no gradient is 0 / 0. Compilers
-    vectorise it, unlike `logsigmoid`."""
-    return (first.sigmoid() * second.sigmoid()).clamp(min=1e-30).log()
+    """log(sigmoid(first) sigmoid(second)), at least the floor, so that no gradient is 0 / 0. Compilers vectorise it,
+    unlike `logsigmoid`."""
+    return (first.sigmoid() * second.sigmoid()).clamp(min=FLOOR).log()
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _lines_of_patches(grid: Grid, like: Tensor) -> Float[Tensor, "patch line"]:
+    """For each patch 1 at its row and at its column: rows first, then columns."""
+    rows, columns = (torch.eye(n, dtype=like.dtype, device=like.device) for n in grid)
+    return torch.cat((rows.repeat_interleave(grid[1], 0), columns.repeat(grid[0], 1)), -1)
 
 
 def _identity(mask: Tensor) -> Bool[Tensor, "patch other"]:
@@ -371,10 +442,22 @@ class Attention(nn.Module):
         if self.kernel is not None and self.windows is not None:
             heads = self.kernel(q, k, v, self.windows(tokens[:, self.prefix :], self.grid), self.grid, self.prefix)
             return self.proj(heads.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-        mask = None if self.windows is None else self.windows.mask(tokens[:, self.prefix :], self.grid)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias(mask, self.prefix, q))
+        heads = self._attend(q, k, v, tokens[:, self.prefix :])
         out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))
         return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, patches: Tensor) -> Tensor:
+        """What heads take. Training on a CPU has products of its own: a mask with a gradient costs more there, and in
+        bfloat16 PyTorch's kernel takes five times as long as plain products."""
+        windows, slow_kernels = self.windows, self.training and q.device.type == "cpu"
+        if slow_kernels and isinstance(windows, WindowHead) and not windows.is_hard:
+            edges = soft_edges(windows(patches, self.grid), self.grid, windows.temperature)
+            return windowed_attention(q, k, v, edges, self.grid)
+        mask = None if windows is None else windows.mask(patches, self.grid)
+        bias = attention_bias(mask, self.prefix, q)
+        if slow_kernels and q.dtype == torch.bfloat16:
+            return windowed_attention(q, k, v, bias=bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class Block(nn.Module):
