@@ -4,7 +4,7 @@
     python benchmarks/wint.py --no-compile --precision no
     python benchmarks/wint.py --image-px 224 --patch-px 16 --width 384 --depth 12 --heads 6    (a ViT-S, on a GPU)
 
-Runs: the ViT, WinT, WinT with a teacher that is shown a quarter of each batch, windows that do not change, and hard windows
+Runs: the ViT, WinT, WinT with a teacher that is shown a quarter of each batch, fixed windows, and hard windows
 with the soft ones' gradient. On a CPU the time is that of one core. Each ratio is that of two steps taken one after the
 other on the same batch. Writes docs/wint/steps.md.
 """
