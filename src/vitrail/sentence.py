@@ -1,6 +1,7 @@
 """A sentence with numbers that knows what of a study it speaks of: the report prints it, the page links it."""
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any, SupportsFloat
 
 __all__ = ["Sentence", "percent"]
@@ -16,6 +17,9 @@ class Sentence(str):
         images: Positions of images in the study that show it, each with a few words.
         caption: What those images are, such as "the label loses most in these"; empty where there are none.
         evidence: Parts of the text, each with the measure that it is read from, where that is not `measure`.
+        by_layer: The number that the text gives of `layer`, for every layer; NaN where a layer has none. Empty where it
+            is the mean of `measure`.
+        by_layer_title: What these numbers are.
     """
 
     measure: str
@@ -24,6 +28,8 @@ class Sentence(str):
     images: tuple[tuple[int, str], ...]
     caption: str
     evidence: tuple[tuple[str, str], ...]
+    by_layer: tuple[float, ...]
+    by_layer_title: str
 
     def __new__(
         cls,
@@ -35,6 +41,8 @@ class Sentence(str):
         images: Iterable[tuple[int, str]] = (),
         caption: str = "",
         evidence: Iterable[tuple[str, str]] = (),
+        by_layer: Iterable[SupportsFloat] = (),
+        by_layer_title: str = "",
     ) -> "Sentence":
         """Make a sentence.
 
@@ -46,6 +54,8 @@ class Sentence(str):
             images: Positions of images in the study that show it, each with a few words.
             caption: What those images are.
             evidence: Parts of the text, each with the name of the measure that it is read from.
+            by_layer: Numbers of all layers, of which the text gives that of `layer`.
+            by_layer_title: What they are.
 
         Returns:
             The sentence.
@@ -53,6 +63,7 @@ class Sentence(str):
         self = super().__new__(cls, text)
         self.measure, self.layer, self.head = measure, layer, head
         self.images, self.caption, self.evidence = tuple(images), caption, tuple(evidence)
+        self.by_layer, self.by_layer_title = tuple(map(float, by_layer)), by_layer_title
         return self
 
     @classmethod
@@ -72,7 +83,7 @@ class Sentence(str):
 
         Returns:
             `text`, `measure`, `layer`, `head`, `images` (each with `image`, `words`), `caption`, `evidence` (each with
-            `text`, `measure`).
+            `text`, `measure`), `by_layer` (null for NaN), `by_layer_title`.
         """
         return {
             "text": str(self),
@@ -82,6 +93,8 @@ class Sentence(str):
             "images": [{"image": image, "words": words} for image, words in self.images],
             "caption": self.caption,
             "evidence": [{"text": text, "measure": measure} for text, measure in self.evidence],
+            "by_layer": [number if isfinite(number) else None for number in self.by_layer],
+            "by_layer_title": self.by_layer_title,
         }
 
 

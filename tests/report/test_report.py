@@ -21,6 +21,7 @@ from vitrail.patterns.tables import all_patterns
 from vitrail.report import write_report
 from vitrail.report.page import page
 from vitrail.report.parts import ReportData, Section, Table, Text
+from vitrail.sentence import Sentence
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study
 
@@ -137,6 +138,24 @@ def test_a_head_is_explained_with_the_photographs_that_need_it_most(crops, whole
     assert np.abs(pixels - study["thumbnail"].to_numpy()[most]).mean() < 6  # the palette of the picture has 128 colours
     before, after = study["probability"][most].item(), study["head_probability"][most, layer, head].item()
     assert picture[2] == f"{before:.2f} to {after:.2f}"
+
+
+@pytest.mark.parametrize("which", ["crops", "masked"])
+def test_the_numbers_beside_a_sentence_of_a_layer_are_those_that_it_gives(which, request):
+    """The page draws them: a line that falls where the sentence says that something grows would be no evidence."""
+    study = ReportData.of(request.getfixturevalue(which))
+    makers = [make for analysis in analyses().values() for make in analysis.all_sections()]
+    sections = [section for make in makers if (section := make(study)) is not None]
+    told = [Sentence.of(each) for section in sections for each in section.findings]
+    of_layers = [each for each in told if each.layer is not None and each.head is None]
+    assert len(of_layers) > 4
+    for each in of_layers:
+        by_layer = np.moveaxis(study.data[each.measure].to_numpy(), 1, 0).reshape(study.plan.n_layers, -1)
+        line = each.by_layer or np.nanmean(by_layer, axis=1)
+        assert len(line) == study.plan.n_layers
+        here = float(line[each.layer])
+        said = {f"{100 * here:.0f} %", *(f"{here:.{digits}f}" for digits in (1, 2, 3))}
+        assert any(number in each for number in said), (each, here)
 
 
 def test_the_accuracy_is_that_of_the_predictions(crops, read):

@@ -131,6 +131,8 @@ export function setPatch(changes: Changes, patch: number, on: boolean): Changes 
   return { ...changes, patches: on ? [...others, patch].sort((a, b) => a - b) : others };
 }
 
+const SIDES = ["left", "up", "right", "down"];
+
 export interface Named {
   words: string;
   /** The changes without this one. */
@@ -141,26 +143,27 @@ export interface Named {
 export function inWords(changes: Changes, about: Study, modeWords: (mode: number) => string): Named[] {
   const { heads, modes, patches, how, windows } = changes;
   const rest = <T>(list: T[], at: number) => list.filter((_, i) => i !== at);
-  const named: Named[] = heads.map(([layer, head], at) => ({
-    words: `${headName(layer, head)} off`,
-    without: { ...changes, heads: rest(heads, at) },
-  }));
+  // In the order in which the model meets them, as the answer's table has them.
+  const named: Named[] = [];
+  if (patches.length)
+    named.push({
+      words: `${patches.length} ${patches.length === 1 ? "patch" : "patches"} ${HOW_WORDS[how]}`,
+      without: { ...changes, patches: [] },
+    });
+  heads.forEach(([layer, head], at) =>
+    named.push({ words: `${headName(layer, head)} off`, without: { ...changes, heads: rest(heads, at) } }),
+  );
   modes.forEach(([layer, head, mode], at) =>
     named.push({
       words: `${headName(layer, head)} without ${modeWords(mode)}`,
       without: { ...changes, modes: rest(modes, at) },
     }),
   );
-  if (patches.length)
-    named.push({
-      words: `${patches.length} ${patches.length === 1 ? "patch" : "patches"} ${HOW_WORDS[how]}`,
-      without: { ...changes, patches: [] },
-    });
   windows.forEach(({ layer, head, patch, sides }, at) =>
     named.push({
       words: `${head === null ? `all heads of L${layer}` : headName(layer, head)} of ${
         patch === null ? "every patch" : tokenName(about, layer, patch + (about.prefixes[layer] ?? 0))
-      } within ${sides.join(", ")}`,
+      } within ${sides.map((side, at) => `${side} ${SIDES[at]}`).join(", ")}`,
       without: { ...changes, windows: rest(windows, at) },
     }),
   );

@@ -16,6 +16,13 @@ export function miniKind(sentence: Sentence, measure: Measure | undefined): Mini
   return measure.dims[2] === "head" && sentence.head !== null ? "heads" : "layers";
 }
 
+/** The small chart of a sentence that brings its numbers. */
+export const ofLayers = (sentence: Sentence): Mini => ({
+  kind: "layers",
+  values: sentence.by_layer.map((value) => value ?? NaN),
+  here: sentence.layer ?? -1,
+});
+
 /** The numbers of a small chart from means [layer, ...] or, of heads, [layer, head]; padding is left out. */
 export function mini(kind: Mini["kind"], means: ArrayLike<number>, nLayers: number, sentence: Sentence): Mini {
   const size = means.length / nLayers;

@@ -120,6 +120,9 @@ export interface Sentence {
   images: { image: number; words: string }[];
   /** What those images are. */
   caption: string;
+  /** Numbers of all layers of which the text gives one; empty where that is the mean of the measure. */
+  by_layer: (number | null)[];
+  by_layer_title: string;
 }
 
 /** The model's answer after one change more. */

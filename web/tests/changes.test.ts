@@ -52,12 +52,12 @@ test("heads and patches are switched and switched back", () => {
 test("each change is said in words and can be taken back alone", () => {
   const named = inWords(parseChanges("L0H1~L1H0:4~patches:2~removed~window:L1H1:4:1,0,2,0", about), about, () => "it");
   expect(named.map(({ words }) => words)).toEqual([
+    "1 patch taken out",
     "L0H1 off",
     "L1H0 without it",
-    "1 patch taken out",
-    "L1H1 of row 1, column 1 within 1, 0, 2, 0",
+    "L1H1 of row 1, column 1 within 1 left, 0 up, 2 right, 0 down",
   ]);
-  expect(changesText(named[2]!.without)).toBe("L0H1~L1H0:4~removed~window:L1H1:4:1,0,2,0");
+  expect(changesText(named[0]!.without)).toBe("L0H1~L1H0:4~removed~window:L1H1:4:1,0,2,0");
 });
 
 test("the window around a patch is the last that is written for it, and gets other sides in its place", () => {

@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { mini, miniKind } from "../src/mini";
+import { mini, miniKind, ofLayers } from "../src/mini";
 import type { Measure, Sentence } from "../src/types";
 
 const sentence = (layer: number | null, head: number | null) =>
@@ -21,4 +21,9 @@ test("heads stand from the greatest, without those that a layer lacks; layers ar
   expect(mini("heads", means, 2, sentence(1, 0))).toEqual({ kind: "heads", values: [0.4, 0.2, 0.1], here: 1 });
   expect(mini("layers", means, 2, sentence(1, null))).toEqual({ kind: "layers", values: [0.25, 0.2], here: 1 });
   expect(mini("layers", [NaN, NaN], 1, sentence(null, null))).toEqual({ kind: "layers", values: [NaN], here: -1 });
+});
+
+test("a sentence that brings the numbers of all layers is drawn from these", () => {
+  const told = { ...sentence(2, null), by_layer: [null, 0.1, 0.3] };
+  expect(ofLayers(told)).toEqual({ kind: "layers", values: [NaN, 0.1, 0.3], here: 2 });
 });

@@ -22,6 +22,8 @@ const sentence = (of: Partial<Sentence>): Sentence => ({
   head: null,
   images: [],
   caption: "",
+  by_layer: [],
+  by_layer_title: "",
   ...of,
 });
 

@@ -78,7 +78,7 @@ MEASURES = (
         ),
         limits=(
             f"{INTERACTION_LIMITS} A box that has to join a few far sinks is large although few patches hold half: "
-            "compare with strongest_share."
+            "compare with the share of the strongest patches."
         ),
         needs=("grid", "shares"),
         version=2,

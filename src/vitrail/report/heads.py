@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from vitrail.data import LabelSource
 from vitrail.figures import heads as figures
 from vitrail.figures.pruning import pruning_curves
 from vitrail.figures.style import describe_measure, head_name, number
@@ -104,14 +105,15 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
     between = _between(study, table, "drop", first)
     share = float(table["flip_share"][first]) if "flip_share" in table else 0.0
     if study.n_images > 1:
-        average, flips = " on average", f", and {percent(share, 1)} of the answers change" * ("flip_share" in table)
+        average, flips = " on average", f" {percent(share, 1)} of the answers change." * ("flip_share" in table)
     else:
-        average, flips = "", ", and the answer changes" * (share > 0)
+        average, flips = "", " The answer changes." * (share > 0)
     intact, without = study.data["probability"].to_numpy(), _probability_without(study.data)
     lost = intact[:, None, None] - without  # NaN on images that were not swept
     yield Sentence(
-        f"Without {head_name(*first)} the label loses {float(drops[first]):z.3f} of its probability{average}{between}"
-        f"{flips}: {_standing(study, table)}. The median head costs {float(np.nanmedian(drops)):z.3f}.",
+        f"Without {head_name(*first)} the label loses {float(drops[first]):z.3f} of its probability{average}{between}: "
+        f"{_standing(study, table)}. The median head costs {float(np.nanmedian(drops)):z.3f}.{flips}"
+        f"{_of_accuracy(study, table, first)}",
         measure="head_probability",
         layer=first[0],
         head=first[1],
@@ -153,6 +155,21 @@ def _images_that_need(cost: Float[np.ndarray, "image layer head"], head: tuple[i
     return [(int(image), number(float(values[image]))) for image in order]
 
 
+def _of_accuracy(study: ReportData, table: xr.Dataset, first: tuple[int, int]) -> str:
+    """Which head's removal costs the most right answers, where that is another one."""
+    own_answers = study.plan.labels == LabelSource.PREDICTED
+    if "accuracy" not in table or own_answers or study.n_images < 2:
+        return ""
+    without = np.where(np.isnan(table["drop_mean"].to_numpy()), np.nan, table["accuracy"].to_numpy())
+    worst = tuple(int(at) for at in np.unravel_index(np.nanargmin(without), without.shape))
+    if worst == first or not without[worst] < without[first]:
+        return ""
+    return (
+        f" Accuracy falls most without {head_name(*worst)}, to {percent(without[worst], 1)}; without "
+        f"{head_name(*first)} it is {percent(without[first], 1)}."
+    )
+
+
 def _standing(study: ReportData, table: xr.Dataset) -> str:
     """Whether the first head costs most beyond the images of this study, too."""
     candidates = int(np.nansum(table["drop_may_be_largest"].to_numpy()))
@@ -179,9 +196,9 @@ def _of_dispensable(
     else:
         n_studied = ONE_IN if how_corrected(study.data) else 1  # for each image whose heads are all pruned
         yield Sentence(
-            f"No head is shown to cost less than {NEGLIGIBLE_DROP} on average: {len(lost):,} images can show at best "
-            f"that a loss is below {float(np.nanmin(bound)):z.2f} (at 95 %, whatever the distribution of losses); "
-            f"{NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)) * n_studied:,} images or more.",
+            f"Which heads cost next to nothing on average cannot be told from {len(lost):,} images: at best that a "
+            f"head costs less than {float(np.nanmin(bound)):z.2f} (at 95 %, whatever the distribution of losses). To "
+            f"tell {NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)) * n_studied:,} images or more.",
             measure="head_probability",
         )
     together = simultaneous_intervals(lost.astype(np.float64), limits=(-1.0, 1.0))

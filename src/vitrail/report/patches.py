@@ -1,6 +1,7 @@
 """The patches of a study: windows, responsive fields, tendencies and hubs."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -110,6 +111,7 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
             f"L{at[0]}, where boxes are smallest, and {percent(size[1])} in L{at[1]}, where they are largest.",
             measure="field_size",
             layer=at[1],
+            **_line(lines["field_size"]),
         )
     if "interaction_distance" in lines:
         at, far = _extremes(lines["interaction_distance"])
@@ -118,6 +120,7 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
             f"{far[1]:z.1f} in L{at[1]}, the farthest.",
             measure="interaction_distance",
             layer=at[1],
+            **_line(lines["interaction_distance"]),
         )
     if "window" in lines:
         at, away = _extremes(lines["window"])
@@ -126,6 +129,7 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
             f"{percent(away[0])}.",
             measure="window",
             layer=at[1],
+            **_line(lines["window"]),
         )
     if "strongest_share" in lines:
         at, share = _extremes(lines["strongest_share"])
@@ -134,6 +138,7 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
             f"L{at[0]}, the fewest, and {percent(share[1])} in L{at[1]}, the most.",
             measure="strongest_share",
             layer=at[1],
+            **_line(lines["strongest_share"]),
         )
     if "sink" in lines:
         yield _sinks(lines["sink"], lines.get("sink_share"))
@@ -171,14 +176,15 @@ def _of_objects(own: LayerQuantity, others: LayerQuantity) -> Iterator[str]:
         f"{percent(others.layer_means[layer])} ({known}).",
         measure="window",
         layer=layer,
+        **_line(own),
     )
 
 
 def _sinks(counts: LayerQuantity, taken: LayerQuantity | None) -> str:
     """Says where sinks are, and names every layer that has them equally often."""
     finite = np.isfinite(counts.values).any(0)
-    often = np.where(finite, (np.nan_to_num(counts.values) > 0).mean(0), -1)
-    most = float(often.max(initial=0))
+    often = np.where(finite, (np.nan_to_num(counts.values) > 0).mean(0), np.nan)
+    most = float(np.nan_to_num(often).max(initial=0))
     if most <= 0:
         return "No layer has sinks, patches that more than half of the queries keep."
     layers = [int(layer) for layer in np.flatnonzero(np.isclose(often, most))]
@@ -187,10 +193,16 @@ def _sinks(counts: LayerQuantity, taken: LayerQuantity | None) -> str:
         f"{', '.join(f'L{layer}' for layer in layers)}, and no more often elsewhere."
     )
     if taken is None:
-        return Sentence(sentence, measure="sink", layer=layers[0])
+        title = "share of the images with sinks"
+        return Sentence(sentence, measure="sink", layer=layers[0], by_layer=often, by_layer_title=title)
     (_, layer), (_, share) = _extremes(taken)
     more = f"They take the most in L{layer}: {percent(share)} of what patches take from patches."
-    return Sentence(f"{sentence} {more}", measure="sink", layer=layer, evidence=[(more, "sink_share")])
+    return Sentence(f"{sentence} {more}", measure="sink", layer=layer, evidence=[(more, "sink_share")], **_line(taken))
+
+
+def _line(line: LayerQuantity) -> dict[str, Any]:
+    """What is drawn beside a sentence that gives means of a quantity."""
+    return {"by_layer": line.layer_means, "by_layer_title": line.title}
 
 
 def _extremes(line: LayerQuantity) -> tuple[tuple[int, int], tuple[float, float]]:

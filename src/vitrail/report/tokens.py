@@ -61,6 +61,10 @@ def _of_norms(study: ReportData) -> Iterator[str]:
         f"{_frequent_positions(study, most, outliers)}.",
         measure="token_norm",
         layer=most,
+        by_layer=[
+            outlying[layer].sum(1).mean() if layer in outlying else np.nan for layer in range(study.plan.n_layers)
+        ],
+        by_layer_title="patches of outlying length an image",
         images=[(int(image), f"{count} patches") for image, count in zip(sampled, counts[most_counted], strict=True)],
         caption="these have the most such patches",
     )
@@ -90,6 +94,8 @@ def _of_grouping(data: xr.Dataset) -> Iterator[str]:
         f"after L0, {means[-1]:z.3f} after the last layer; {len(scored)} images with two objects or more).",
         measure="grouping_silhouette",
         layer=best,
+        by_layer=means,
+        by_layer_title="silhouette of tokens of objects",
     )
 
 

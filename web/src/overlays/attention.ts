@@ -7,6 +7,12 @@ import type { Context } from "../types";
 import type { At, Overlay, OverlayData } from "./overlay";
 import { ends, sharedTop, type Weights } from "./paint";
 
+/** The end of a map's own scale; where nothing gets more than even attention, twice that. */
+export const ownTop = (patches: Float32Array, even: number): number => {
+  const most = ends(patches)[1];
+  return most > even * 1.01 ? most : even * 2;
+};
+
 const SOURCE = "the model's own attention after softmax, computed live";
 
 async function load(context: Context, at: At, signal: AbortSignal, column: boolean): Promise<OverlayData> {
@@ -25,7 +31,7 @@ async function load(context: Context, at: At, signal: AbortSignal, column: boole
         grid,
         values: seen.patches,
         floor: even,
-        top: own ? Math.max(ends(seen.patches)[1], even * 1.01) : shared,
+        top: own ? ownTop(seen.patches, even) : shared,
         floorName: "even",
         unit: "attention weight",
         prefix: names.map((name, i) => ({ name, value: seen.prefix[i]! })),
@@ -47,8 +53,7 @@ export const ATTENTION: Overlay[] = [
   {
     id: "looks",
     title: "where it looks",
-    reading:
-      "Where the chosen token looks, from even attention up. Pointing reads a patch; a click, or a drag over patches, looks from there.",
+    reading: "Where the chosen token looks, from even attention up. Pointing reads a patch; a click looks from there.",
     source: SOURCE,
     tabs: ["heads", "patterns"],
     live: true,

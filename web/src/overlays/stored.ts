@@ -7,13 +7,17 @@ import type { Measure, NamedArray, Study } from "../types";
 import type { Overlay, OverlayData } from "./overlay";
 import { coverage, ends, flow, longest, sharedTop, type Paint } from "./paint";
 
-/** Dimensions beside image, layer and head that a photograph can show, and whether they follow one patch. */
-const DRAWN: Record<string, { perToken: boolean }> = {
+/** Dimensions beside image, layer and head that a photograph can show: whether they follow one patch, and how what is
+ * drawn is read where it is no colour from low to high. */
+const DRAWN: Record<string, { perToken: boolean; reading?: string }> = {
   patch: { perToken: false },
   token: { perToken: false },
-  "patch,xy": { perToken: false },
-  "patch,side": { perToken: true },
-  "patch,channel": { perToken: false },
+  "patch,xy": { perToken: false, reading: "An arrow a patch, in patches." },
+  "patch,side": {
+    perToken: true,
+    reading: "The framed patch's own box, which need not hold it. Pointing shows others'.",
+  },
+  "patch,channel": { perToken: false, reading: "A colour a patch: alike colours, alike values." },
 };
 
 const rest = (measure: Measure): string =>
@@ -79,7 +83,8 @@ function ofMeasures(study: Study): Overlay[] {
     .map(([name, measure]) => ({
       id: name,
       title: measure.title,
-      reading: `${sentence("Low", measure.low)}${sentence("High", measure.high)}`,
+      reading:
+        DRAWN[rest(measure)]!.reading ?? `${sentence("Low", measure.low)}${sentence("High", measure.high)}`.trimEnd(),
       source: measure.source,
       tabs: [tabOf(name, study)],
       live: false,

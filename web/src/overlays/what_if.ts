@@ -6,7 +6,7 @@ import { changesBody, isChanged, parseChanges } from "../changes";
 import { gridOf, placeOfTokens, prefixNames } from "../grids";
 import { shared } from "../state.svelte";
 import type { Context } from "../types";
-import { ATTENTION, betweenPatches } from "./attention";
+import { ATTENTION, betweenPatches, ownTop } from "./attention";
 import type { At, Overlay, OverlayData } from "./overlay";
 import { ends, sharedTop, type Weights } from "./paint";
 
@@ -30,7 +30,7 @@ async function looks(context: Context, at: At, signal: AbortSignal): Promise<Ove
         grid: gridOf(context.about, at.layer, n - prefix),
         values: seen.patches,
         floor: even,
-        top: own ? Math.max(ends(seen.patches)[1], even * 1.01) : top,
+        top: own ? ownTop(seen.patches, even) : top,
         floorName: "even",
         unit: "attention weight",
         prefix: prefixNames(context.about, prefix).map((name, i) => ({ name, value: seen.prefix[i]! })),
@@ -69,7 +69,7 @@ async function moved(context: Context, at: At, signal: AbortSignal): Promise<Ove
 export const WHAT_IF: Overlay[] = [
   {
     id: "changed-looks",
-    title: "where it looks then",
+    title: "attention after",
     reading:
       "Where the chosen token looks under the changes, from even attention up. A head that is off still has a map, and adds nothing.",
     source: SOURCE,
@@ -81,7 +81,7 @@ export const WHAT_IF: Overlay[] = [
   },
   {
     id: "changed-tokens",
-    title: "which tokens moved",
+    title: "tokens that moved",
     reading: "How far each token of the layer has turned from where it was.",
     source: SOURCE,
     tabs: ["what-if"],

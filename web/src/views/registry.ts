@@ -317,7 +317,8 @@ const OWN: ViewEntry[] = [
     id: "boxes",
     tab: "windows",
     question: "What may this patch see?",
-    shows: "The windows that a WinT predicts for the chosen patch, head by head.",
+    shows:
+      "The windows that a WinT, a transformer whose patches predict what they may attend to, has for the chosen patch.",
     needs: stored("predicted_window"),
     component: Boxes,
   },
@@ -422,6 +423,10 @@ const EVERY = (["findings", "heads", "patterns", "patches", "tokens", "windows"]
 }));
 
 export const VIEWS: ViewEntry[] = [...OWN, ...EVERY];
+
+/** The view made for a measure, if there is one that needs no more than what is stored. */
+export const viewOf = (measure: string): ViewEntry | undefined =>
+  OWN.find(({ needs }) => !needs.live && needs.measures.includes(measure));
 
 /** The views of a tab, each with what takes its place where the study lacks what it needs. */
 export function viewsOf(
