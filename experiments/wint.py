@@ -42,9 +42,9 @@ from vitrail.windows.evaluate import Evaluation, evaluate
 from vitrail.windows.window_maps import windows_as_study
 from vitrail.wint.batches import normalise, read_images
 from vitrail.wint.folder import open_model
-from vitrail.wint.model import WindowHead, hard_mask, window_heads
+from vitrail.wint.model import WindowHead, hard_mask, soft_bias, window_heads
 from vitrail.wint.recipe import Recipe, recipe_from
-from vitrail.wint.sparse import BLOCK, attend, block_mask, open_share, sparse_attention
+from vitrail.wint.sparse import BLOCK, attend, block_mask, open_share, soft_reach, sparse_attention
 from vitrail.wint.teacher import Teacher
 from vitrail.wint.train import train
 
@@ -453,7 +453,13 @@ def crossover(heads: int = 2, width: int = 32, share: float = 0.1) -> str:
     for side in (14, 24, 32, 48) if device == "cpu" else (14, 28, 56, 84, 112):
         lines.append(crossover_row(side, heads, width, share, device))
         console.print(lines[-1], markup=False)
+    lines += ["", "Soft edges at the final temperature, cut where they let through less than a thousandth:\n"]
+    lines += ["| grid | dense soft mask | in blocks, whole | open blocks, % | hard edges', % | largest difference |"]
+    lines += [f"| {' | '.join(['---'] * 6)} |"]
+    for side in (14, 32, 48) if device == "cpu" else (28, 56, 112):
+        lines.append(soft_row(side, heads, width, share, device))
     if device == "cpu":
+        lines += [soft_row(side, heads, width, share, "") for side in (56, 112)]
         lines += ["", "The mask alone, in closed form, on one CPU thread (least of 50):\n"]
         lines += ["| grid | tokens | mask, ms | of 10,000 tokens, ms | windows' area, % | open blocks, % | tiles, % |"]
         lines += [f"| {' | '.join(['---'] * 7)} |", *(mask_row(side, share) for side in (56, 112))]
@@ -489,6 +495,24 @@ def crossover_row(side: int, heads: int, width: int, share: float, device: str) 
         f"{100 * each:.1f}" for each in (float(inside.float().mean()), *map(open_share, masks.values()))
     )
     return f"| {side} x {side} | {side * side:,} | {cells} | {shares} | {apart:.0e} |"
+
+
+def soft_row(side: int, heads: int, width: int, share: float, device: str) -> str:
+    """One resolution with soft edges: what blocks open for them, and how far the answers are from the dense mask's."""
+    grid, edges = (side, side), 0.15
+    sides = square_windows(side, share, device or "cpu")
+    opened = [100 * open_share(block_mask(sides + soft_reach(each), grid, 0)) for each in (edges, 0.0)]
+    shares = " | ".join(f"{each:.1f}" for each in opened)
+    if not device:  # counted, not computed
+        return f"| {side} x {side} | | | {shares} | |"
+    q, k, v = torch.randn((3, 1, heads, side * side, width), generator=torch.Generator().manual_seed(0)).to(device)
+    bias = soft_bias(sides, grid, edges)
+    ways: list[Callable[[], Any]] = [
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        lambda: sparse_attention(q, k, v, sides, grid, 0, edges=edges),
+    ]
+    times = " | ".join(f"{milliseconds(way, device):.2f}" for way in ways)
+    return f"| {side} x {side} | {times} | {shares} | {float((ways[0]() - ways[1]()).abs().max()):.0e} |"
 
 
 def mask_row(side: int, share: float) -> str:

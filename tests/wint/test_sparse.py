@@ -1,4 +1,4 @@
-"""Hard windows as block-sparse attention: the closed form of its mask, its numbers, what it costs."""
+"""Windows as block-sparse attention: the closed form of its mask, its numbers, what it costs."""
 
 import pytest
 import torch
@@ -10,15 +10,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrail.errors import UsageError
-from vitrail.wint.model import WinT, hard_mask
+from vitrail.wint.model import WinT, attention_bias, hard_mask, soft_bias, soft_mask
 from vitrail.wint.sparse import (
     BLOCK,
+    CUT,
     block_mask,
     block_sparse,
     hard_edges,
     open_share,
+    soft_reach,
     sparse_attention,
     tile_order,
+    window_mode,
 )
 from wint.test_evaluate import small
 
@@ -206,6 +209,40 @@ def test_a_model_gives_the_same_logits_through_blocks(class_token, start):
         assert torch.equal(model(images), dense)
 
 
+@pytest.mark.parametrize("n_windows", [1, 2])
+@pytest.mark.parametrize(("grid", "prefix"), GRIDS)
+def test_soft_windows_in_blocks_are_those_of_the_dense_mask_within_the_cut(grid, prefix, n_windows):
+    sides = random_sides(grid, n_windows=n_windows)
+    n_tokens = prefix + grid[0] * grid[1]
+    q, k, v = torch.randn((3, 2, 2, n_tokens, 8), generator=torch.Generator().manual_seed(0)).unbind(0)
+    bias = attention_bias(soft_bias(sides, grid, 0.15), prefix, q)
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    blocks = sparse_attention(q, k, v, sides, grid, prefix, edges=0.15)
+    assert_allclose(blocks, dense, atol=0.05 * float(v.std()))
+    assert float((blocks - dense).abs().mean()) < CUT * float(v.std())
+    rounded = sparse_attention(q, k, v, sides, grid, prefix)
+    assert float((rounded - dense).abs().mean()) > 20 * float((blocks - dense).abs().mean())
+
+
+def test_what_a_soft_window_closes_is_less_open_than_the_cut_and_what_it_sees_is_more():
+    grid = (16, 16)
+    sides = 6 * torch.rand((1, 1, 256, 4), generator=torch.Generator().manual_seed(0))
+    seen = hard_mask(sides + soft_reach(0.15), grid)
+    soft = soft_mask(sides, grid, 0.15)
+    assert float(soft[~seen].max()) <= CUT
+    assert float(soft[seen].min()) >= 0.25 * CUT**2  # at a corner both its row and its column are as little open
+    assert float((seen & ~hard_mask(sides, grid)).float().mean()) > 0
+
+
+def test_a_model_with_soft_edges_gives_its_own_logits_through_blocks():
+    model = small(edges=0.15)
+    images = torch.randn((3, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), window_mode(model, "sparse"):
+        through_blocks = model(images)
+    with torch.no_grad():
+        assert_allclose(through_blocks, model(images), atol=CUT * 10)
+
+
 def test_soft_edges_are_hardened_where_that_is_asked_for():
     soft, hard = small(edges=0.15), small()
     images = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
@@ -226,7 +263,11 @@ def refuse(model: WinT, match: str) -> None:
 def test_block_sparse_attention_is_for_windows_in_evaluation():
     refuse(small(windows="none"), "in evaluation")
     refuse(small().train(), "in evaluation")
-    refuse(small(edges=0.15), "this model's are soft.*--windows sparse")
+    with (
+        pytest.raises(UsageError, match=r"this model's are soft.*--windows tiles"),
+        block_sparse(small(edges=0.15), tile_windows=True),
+    ):
+        pass
     with pytest.raises(UsageError, match="has none"), hard_edges(small(windows="none")):
         pass
     with pytest.raises(UsageError, match="up to 256"):

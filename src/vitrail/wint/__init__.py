@@ -9,7 +9,7 @@ building    what a recipe asks for: model, teacher, optimiser, schedule
 train       the loop: resumable to the bit, on one device or several
 objectives  what training minimises
 checkpoint  what a resumed run starts from
-sparse      hard windows as block-sparse attention (FlexAttention)
+sparse      windows as block-sparse attention (FlexAttention)
 
 Known of Ma et al. 2022 (arXiv 2203.05922): attention windows are predicted, differ from layer to layer, and are guided
 by the interactions of a trained ViT. All formulas here are our construction; `docs/wint.md` has the experiments.

@@ -1,4 +1,4 @@
-"""Hard windows as block-sparse attention: FlexAttention skips blocks of keys that no query of a block may see.
+"""Windows as block-sparse attention: FlexAttention skips blocks of keys that no query of a block may see.
 
 A dense mask saves no time, it only closes what was computed. Here the cost follows the windows' area, in blocks of
 `BLOCK` tokens. Three things make that pay:
@@ -7,6 +7,10 @@ A dense mask saves no time, it only closes what was computed. Here the cost foll
 - Which blocks are open follows in closed form from the bounding boxes of blocks and of their windows: no cell of the
   attention matrix is evaluated, and blocks that every query sees whole need no rule (`block_mask`).
 - Within the other blocks the rule computes where a key lies from its index, and reads one packed number a query.
+
+Soft edges need no rounding for it: a row or column of patches that a window lets through by less than `CUT` is closed,
+a patch or so beyond where rounding would close it, and what soft edges add to the scores of the others is looked up by
+the key's row and column. The answers are those of the dense mask, within the cut.
 
 `tile_windows` goes further: the queries of a block share their mean window, snapped to whole blocks. No block needs a
 rule then, and as much is computed as windows have area; the answer changes a little.
@@ -18,7 +22,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from math import log
 from typing import Any, no_type_check
 
 import torch
@@ -28,16 +33,18 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from vitrail.errors import UsageError
 from vitrail.grid import Grid
-from vitrail.wint.model import Attention, FixedWindows, WindowHead, round_sides
+from vitrail.wint.model import Attention, FixedWindows, WindowHead, round_sides, soft_edges
 
 __all__ = [
     "BLOCK",
+    "CUT",
     "TileOrder",
     "attend",
     "block_mask",
     "block_sparse",
     "hard_edges",
     "open_share",
+    "soft_reach",
     "sparse_attention",
     "tile_order",
     "window_mode",
@@ -49,6 +56,9 @@ BLOCK = 128
 TILE_ROWS = 8
 """Rows of patches in a tile; with 128 tokens it is then 16 columns wide. A kernel of 128 tokens has no squarer tile
 whose sides are powers of two."""
+
+CUT = 1e-3
+"""How open a row or column of patches must be at least for soft windows to be seen in blocks."""
 
 PACKED_SIDE = 256
 """Grids up to this many rows and columns: the four edges of a window share one 32-bit number."""
@@ -195,8 +205,9 @@ def sparse_attention(
     prefix: int,
     *,
     tile_windows: bool = False,
+    edges: float = 0.0,
 ) -> Float[Tensor, "image head token channel"]:
-    """Attention within hard windows; compiled on a GPU.
+    """Attention within windows; compiled on a GPU.
 
     Args:
         q: queries, tokens in the model's order.
@@ -206,14 +217,28 @@ def sparse_attention(
         grid: rows and columns of patches.
         prefix: number of prefix tokens.
         tile_windows: as in `block_mask`.
+        edges: the temperature of soft edges, in patches; 0: hard ones.
 
     Returns:
         The heads' output, tokens in the model's order.
     """
     order = tile_order(grid, prefix, BLOCK, sides.device)
-    mask = block_mask(sides, grid, prefix, tile_windows=tile_windows)
-    out = attend(q[:, :, order.order], k[:, :, order.order], v[:, :, order.order], mask)
+    mask = block_mask(sides + soft_reach(edges), grid, prefix, tile_windows=tile_windows)
+    soften = _soft_rule(soft_edges(sides, grid, edges), order, grid) if edges else None
+    out = attend(q[:, :, order.order], k[:, :, order.order], v[:, :, order.order], mask, soften)
     return out[:, :, order.inverse]
+
+
+def soft_reach(edges: float) -> float:
+    """Says how far beyond rounded sides soft edges let through more than `CUT`.
+
+    Args:
+        edges: Their temperature, in patches; 0 for hard edges.
+
+    Returns:
+        Patches.
+    """
+    return edges * log(1 / CUT - 1)
 
 
 def attend(
@@ -221,6 +246,7 @@ def attend(
     k: Float[Tensor, "image head token channel"],
     v: Float[Tensor, "image head token channel"],
     mask: BlockMask,
+    soften: Callable[..., Tensor] | None = None,
 ) -> Float[Tensor, "image head token channel"]:
     """Attends through FlexAttention: the kernel alone, compiled on a GPU.
 
@@ -229,12 +255,13 @@ def attend(
         k: Keys.
         v: Values.
         mask: As `block_mask` makes it.
+        soften: What each score becomes, as FlexAttention's `score_mod`; None for the scores as they are.
 
     Returns:
         The heads' output, tokens in tile order.
     """
     kernel = _compile_kernel() if q.is_cuda else _eager_kernel
-    out: Tensor = kernel(q, k, v, block_mask=mask)
+    out: Tensor = kernel(q, k, v, block_mask=mask, score_mod=soften)
     return out
 
 
@@ -242,16 +269,18 @@ def attend(
 def block_sparse(model: nn.Module, *, tile_windows: bool = False, harden: bool = False) -> Iterator[nn.Module]:
     """Lets a WinT in evaluation attend through FlexAttention, within. The tap does not see such attention.
 
+    Soft edges stay soft: the answers are those of the model, within what `CUT` leaves out.
+
     Args:
         model: a WinT of ours.
-        tile_windows: as in `block_mask`; it changes the answers.
-        harden: take models with soft edges too, with their sides rounded, which changes their answers.
+        tile_windows: as in `block_mask`; it changes the answers. For hard edges.
+        harden: round the sides of windows with soft edges, which changes the answers.
 
     Returns:
         The model.
 
     Raises:
-        UsageError: the model has no windows of ours, is training, or has soft edges and `harden` is false.
+        UsageError: the model has no windows of ours, is training, or is to share soft windows.
 
     Example:
         with torch.no_grad(), block_sparse(model) as sparse:
@@ -260,17 +289,14 @@ def block_sparse(model: nn.Module, *, tile_windows: bool = False, harden: bool =
     layers = [module for module in model.modules() if isinstance(module, Attention) and module.windows is not None]
     if not layers or model.training:
         raise UsageError("Block-sparse attention is for a WinT with windows, in evaluation: call model.eval().")
-    if not harden and any(getattr(layer.windows, "edges", 0.0) for layer in layers):
+    edges = [0.0 if harden else getattr(layer.windows, "edges", 0.0) for layer in layers]
+    if tile_windows and any(edges):
         raise UsageError(
-            "Block-sparse attention is for windows with hard edges; this model's are soft. Round them with harden=True "
-            "(vitrail evaluate --windows sparse does), which changes its answers a little."
+            "Windows that the queries of a block share have hard edges; this model's are soft. Round them with "
+            "harden=True (vitrail evaluate --windows tiles does), which changes its answers a little."
         )
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, sides: Tensor, grid: Grid, prefix: int) -> Tensor:
-        return sparse_attention(q, k, v, sides, grid, prefix, tile_windows=tile_windows)
-
-    for layer in layers:
-        layer.kernel = kernel
+    for layer, temperature in zip(layers, edges, strict=True):
+        layer.kernel = partial(sparse_attention, tile_windows=tile_windows, edges=temperature)
     try:
         yield model
     finally:
@@ -309,7 +335,8 @@ def window_mode(model: nn.Module, mode: str) -> AbstractContextManager[nn.Module
 
     Args:
         model: A WinT in evaluation; any model for the mode "model".
-        mode: "model", as it is; "hard" (`hard_edges`), "sparse" or "tiles" (`block_sparse`).
+        mode: "model", as it is; "hard" (`hard_edges`); "sparse", as it is, in blocks, or "tiles", hard and shared by
+            the queries of a block (`block_sparse`).
 
     Returns:
         A context that gives the model.
@@ -320,7 +347,7 @@ def window_mode(model: nn.Module, mode: str) -> AbstractContextManager[nn.Module
     modes: dict[str, Callable[[], AbstractContextManager[nn.Module]]] = {
         "model": lambda: nullcontext(model),
         "hard": lambda: hard_edges(model),
-        "sparse": lambda: block_sparse(model, harden=True),
+        "sparse": lambda: block_sparse(model),
         "tiles": lambda: block_sparse(model, harden=True, tile_windows=True),
     }
     if mode not in modes:
@@ -418,6 +445,22 @@ def _window_rule(edges: Tensor, grid: Grid) -> Callable[..., Tensor]:
     return rule  # type: ignore[no-any-return]
 
 
+def _soft_rule(edges: Float[Tensor, "image window patch line"], order: TileOrder, grid: Grid) -> Callable[..., Tensor]:
+    """What soft edges make of a query's score for a key, both by position in tile order. Traced by FlexAttention."""
+    n_patches, head_step = grid[0] * grid[1], int(edges.shape[1] > 1)
+    by_line = edges.index_select(2, order.patch)
+
+    @no_type_check
+    def soften(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row, column = _place_of_patch(key.clamp(max=n_patches - 1), grid)
+        window = head * head_step
+        added = by_line[image, window, query, row] + by_line[image, window, query, grid[0] + column]
+        sees_all = (query >= n_patches) | (key >= n_patches) | (query == key)
+        return torch.where(sees_all, score, score + added)
+
+    return soften  # type: ignore[no-any-return]
+
+
 def _block_rule(is_open: Bool[Tensor, "image window q k"], block: int) -> Callable[..., Tensor]:
     """Whether a query's block sees a key's. The compiled kernel asks this of the last, ragged block alone; the eager
     one knows no blocks and asks it of every cell."""
@@ -431,11 +474,11 @@ def _block_rule(is_open: Bool[Tensor, "image window q k"], block: int) -> Callab
     return rule  # type: ignore[no-any-return]
 
 
-def _eager_kernel(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask) -> Any:
+def _eager_kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     with warnings.catch_warnings():
         # it says that it is slow without torch.compile, which is known here
         warnings.filterwarnings("ignore", message=".*flex_attention.*", category=UserWarning)
-        return flex_attention(q, k, v, block_mask=block_mask)
+        return flex_attention(q, k, v, **options)
 
 
 @lru_cache(maxsize=1)
