@@ -69,7 +69,7 @@ TUNING = {"lr": 3e-4, "weight_decay": 0.05, "warmup_epochs": 0.1}
 DISTILLATION = {"weight": 0.5, "area": 15, "batch_share": 0.25, "until": 0.6}
 WINDOWS = {
     "scratch": {"lr_scale": 3.0},
-    "long": {"lr_scale": 3.0},
+    "long": {"lr_scale": 3.0, "cut": 0.001},
     "tuned": {"lr_scale": 20.0},
     "transfer": {"lr_scale": 1.0, "temperature": 0.15},
 }

@@ -440,8 +440,8 @@ def test_the_floor_is_the_cost_of_a_closed_row_and_of_a_closed_column():
 
 
 @pytest.mark.parametrize(("prefix", "n_windows"), [(0, 3), (1, 3), (2, 1)])
-@pytest.mark.parametrize("temperature", [1.0, FINAL_TEMPERATURE])
-def test_windows_as_channels_of_queries_and_keys_are_windows_as_a_mask(prefix, n_windows, temperature):
+@pytest.mark.parametrize(("temperature", "cut"), [(1.0, 0.0), (FINAL_TEMPERATURE, 0.0), (FINAL_TEMPERATURE, 1e-3)])
+def test_windows_as_channels_of_queries_and_keys_are_windows_as_a_mask(prefix, n_windows, temperature, cut):
     generator = torch.Generator().manual_seed(0)
     grid, n_heads = (4, 5), 3
 
@@ -450,9 +450,9 @@ def test_windows_as_channels_of_queries_and_keys_are_windows_as_a_mask(prefix, n
 
     q, k, v = (draw(2, n_heads, prefix + 20, 8) for _ in range(3))
     sides = (torch.rand((2, n_windows, 20, 4), generator=generator, dtype=torch.float64) * 4).requires_grad_()
-    bias = attention_bias(soft_bias(sides, grid, temperature), prefix, q)
+    bias = attention_bias(soft_bias(sides, grid, temperature, cut), prefix, q)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    taken = windowed_attention(q, k, v, soft_edges(sides, grid, temperature), grid)
+    taken = windowed_attention(q, k, v, soft_edges(sides, grid, temperature, cut), grid)
     assert_allclose(taken.detach(), expected.detach(), rtol=0, atol=1e-6)
     into = torch.randn(taken.shape, generator=generator, dtype=torch.float64)
     for one in (q, k, v, sides):

@@ -49,8 +49,8 @@ def evaluate(
     windows: Annotated[
         WindowMode,
         typer.Option(
-            help="model: as trained. sparse: the same, computed in blocks. hard: sides rounded; tiles: these, shared by "
-            "the queries of a block. sparse and tiles are fast on a GPU, at many tokens."
+            help="model: as trained. sparse: the same, computed in blocks. hard: sides rounded; tiles: these, shared "
+            "by the queries of a block. sparse and tiles are fast on a GPU, at many tokens."
         ),
     ] = WindowMode.model,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,

@@ -48,10 +48,11 @@ def build_model(recipe: Recipe) -> nn.Module:
             model.timm, pretrained=model.timm_weights, num_classes=classes, img_size=size, **model.timm_args
         )
         if model.windows != "none":
-            attach(timm_vit, model.start, edge_temperature(recipe))
+            attach(timm_vit, model.start, edge_temperature(recipe), recipe.windows.cut)
         return timm_vit
     architecture = {field.name: getattr(model, field.name) for field in fields(Architecture)}
-    module = WinT(Shape(**architecture, image_px=(size, size), n_classes=classes, edges=edge_temperature(recipe)))
+    edges, cut = edge_temperature(recipe), recipe.windows.cut
+    module = WinT(Shape(**architecture, image_px=(size, size), n_classes=classes, edges=edges, cut=cut))
     if model.start_from:
         same_classes = read_shape(model.start_from).n_classes == classes
         state = read_weights(model.start_from)
@@ -185,10 +186,11 @@ def timm_description(recipe: Recipe) -> dict[str, Any] | None:
         recipe: The training run.
 
     Returns:
-        timm's name and arguments, start and edges of the windows; None for a WinT of ours.
+        timm's name and arguments, start, edges and cut of the windows; None for a WinT of ours.
     """
     model, data = recipe.model, recipe.data
     if not model.timm:
         return None
     args = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
-    return {"name": model.timm, "args": args, "start": model.start, "edges": edge_temperature(recipe)}
+    edges = {"edges": edge_temperature(recipe), "cut": recipe.windows.cut}
+    return {"name": model.timm, "args": args, "start": model.start, **edges}

@@ -285,9 +285,8 @@ def _timm_module(description: Any, request: Request) -> nn.Module:
     if request.n_classes is not None:
         options["num_classes"] = request.n_classes
     try:
-        module: nn.Module = attach(
-            timm.create_model(description["name"], **options), description["start"], description.get("edges", 0.0)
-        )
+        edges, cut = (float(description.get(name, 0.0)) for name in ("edges", "cut"))
+        module: nn.Module = attach(timm.create_model(description["name"], **options), description["start"], edges, cut)
     except (KeyError, RuntimeError, TypeError) as error:
         raise UnknownModel(f"config.json describes a timm model that cannot be made: {error}.") from error
     return module

@@ -59,6 +59,9 @@ FULL: Start = ((0.982, 0.982, 0.982, 0.982),)
 """One window for all heads that covers the grid after rounding, up to 28 x 28 patches: sigmoid(4). A trained ViT with
 this start answers as before."""
 
+CLOSED = -1e4
+"""Added to the scores of rows and columns that a window is cut at: attention to them is 0, and no sum overflows."""
+
 FLOOR = 1e-6
 """How open a closed row or column of patches still is: attention to it costs 13.8 of score, 27.6 if both are closed."""
 
@@ -72,7 +75,7 @@ class WindowHead(nn.Module):
     W2 begins at zero, so that at first all patches have the windows `start` and content counts as far as it helps.
     """
 
-    def __init__(self, width: int, start: Start = FULL, edges: float = 0.0) -> None:
+    def __init__(self, width: int, start: Start = FULL, edges: float = 0.0, cut: float = 0.0) -> None:
         super().__init__()
         share = torch.tensor([list(sides) for sides in start], dtype=torch.float32)
         if share.ndim != 2 or share.shape[1] != 4 or not bool(((share > 0) & (share < 1)).all()):
@@ -87,6 +90,8 @@ class WindowHead(nn.Module):
         self.register_buffer("temperature", torch.ones(()), persistent=False)
         self.edges = edges
         """The temperature of edges in evaluation; 0: hard."""
+        self.cut = cut
+        """Rows and columns of patches that soft edges let through by less are closed; 0: none."""
         self.hard: bool | None = None
         """Whether edges are hard; None: in evaluation, unless `edges` says otherwise. While training, hard windows keep
         the soft ones' gradient."""
@@ -129,7 +134,7 @@ class WindowHead(nn.Module):
             mask = hard_mask(sides, grid)
             return None if bool(mask.all()) else _hard_bias(mask)
         temperature = self.temperature if self.training or not self.edges else self.edges
-        soft = soft_bias(sides, grid, temperature)
+        soft = soft_bias(sides, grid, temperature, self.cut)
         return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if self.is_hard else soft
 
     @property
@@ -204,7 +209,7 @@ def soft_mask(
 
 
 def soft_edges(
-    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""]
+    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""], cut: float = 0.0
 ) -> Float[Tensor, "*batch patch line"]:
     """Turns windows with soft edges into what each line of patches, row or column, adds to a query's scores.
 
@@ -214,19 +219,20 @@ def soft_edges(
         sides: Patches left, top, right, bottom of each query.
         grid: Rows and columns of patches.
         temperature: The sigmoid's unit, in patches.
+        cut: Lines that are less open than this are closed altogether.
 
     Returns:
-        For each row, then for each column: 0 where it is open, down to log(1e-6).
+        For each row, then for each column: 0 where it is open, down to log(1e-6); `CLOSED` beyond the cut.
     """
     left, top, right, bottom = sides.unsqueeze(-1).unbind(-2)
     down, across = _offsets(grid, sides)
-    rows = _log_open((top + down + 0.5) / temperature, (bottom - down + 0.5) / temperature)
-    columns = _log_open((left + across + 0.5) / temperature, (right - across + 0.5) / temperature)
+    rows = _log_open((top + down + 0.5) / temperature, (bottom - down + 0.5) / temperature, cut)
+    columns = _log_open((left + across + 0.5) / temperature, (right - across + 0.5) / temperature, cut)
     return torch.cat((rows, columns), -1)
 
 
 def soft_bias(
-    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""]
+    sides: Float[Tensor, "*batch patch side"], grid: Grid, temperature: float | Float[Tensor, ""], cut: float = 0.0
 ) -> Float[Tensor, "*batch patch other"]:
     """Turns windows with soft edges into what is added to scores: the logarithm of the `soft_mask`, of which rows and
     columns are each at least 1e-6.
@@ -235,11 +241,12 @@ def soft_bias(
         sides: Patches left, top, right, bottom of each query.
         grid: Rows and columns of patches.
         temperature: The sigmoid's unit, in patches.
+        cut: Rows and columns that are less open than this are closed altogether.
 
     Returns:
-        0 where a key is open, and for the query itself; down to 2 log(1e-6).
+        0 where a key is open, and for the query itself; down to 2 log(1e-6), far below where it is cut.
     """
-    edges = soft_edges(sides, grid, temperature)
+    edges = soft_edges(sides, grid, temperature, cut)
     with torch.autocast(sides.device.type, enabled=False):
         log_mask = edges @ _lines_of_patches(grid, edges).mT
     return log_mask.masked_fill(_identity(log_mask), 0.0)
@@ -349,10 +356,12 @@ def _offsets(grid: Grid, like: Tensor) -> tuple[Float[Tensor, "patch row"], Floa
     return down.to(like.dtype), across.to(like.dtype)
 
 
-def _log_open(first: Tensor, second: Tensor) -> Tensor:
+def _log_open(first: Tensor, second: Tensor, cut: float) -> Tensor:
     """log(sigmoid(first) sigmoid(second)), at least the floor, so that no gradient is 0 / 0. Compilers vectorise it,
     unlike `logsigmoid`."""
-    return (first.sigmoid() * second.sigmoid()).clamp(min=FLOOR).log()
+    is_open = first.sigmoid() * second.sigmoid()
+    log_open = is_open.clamp(min=FLOOR).log()
+    return torch.where(is_open < cut, CLOSED, log_open) if cut else log_open
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
@@ -401,12 +410,13 @@ class Shape(Architecture):
     """An architecture for images of one size and a number of classes; goes into config.json as it is.
 
     image_px: (rows, columns). edges: the temperature of predicted windows' edges in evaluation, in patches; 0: rounded,
-    with hard edges.
+    with hard edges. cut: rows and columns of patches that soft edges let through by less than this are closed.
     """
 
     image_px: tuple[int, int] = (32, 32)
     n_classes: int = 10
     edges: float = 0.0
+    cut: float = 0.0
 
     def __post_init__(self) -> None:
         if self.windows not in ("predicted", "fixed", "none"):
@@ -451,7 +461,7 @@ class Attention(nn.Module):
         bfloat16 PyTorch's kernel takes five times as long as plain products."""
         windows, slow_kernels = self.windows, self.training and q.device.type == "cpu"
         if slow_kernels and isinstance(windows, WindowHead) and not windows.is_hard:
-            edges = soft_edges(windows(patches, self.grid), self.grid, windows.temperature)
+            edges = soft_edges(windows(patches, self.grid), self.grid, windows.temperature, windows.cut)
             return windowed_attention(q, k, v, edges, self.grid)
         mask = None if windows is None else windows.mask(patches, self.grid)
         bias = attention_bias(mask, self.prefix, q)
@@ -547,7 +557,11 @@ class WinT(nn.Module):
 def _build_windows(shape: Shape) -> WindowHead | FixedWindows | None:
     if shape.windows == "none":
         return None
-    return FixedWindows(shape.start) if shape.windows == "fixed" else WindowHead(shape.width, shape.start, shape.edges)
+    return (
+        FixedWindows(shape.start)
+        if shape.windows == "fixed"
+        else WindowHead(shape.width, shape.start, shape.edges, shape.cut)
+    )
 
 
 # --- the same windows on a timm model --------------------------------------------------------------------------------
@@ -556,10 +570,10 @@ def _build_windows(shape: Shape) -> WindowHead | FixedWindows | None:
 class WindowedAttention(nn.Module):
     """A timm attention module, its weights untouched, whose patches see each other within predicted windows."""
 
-    def __init__(self, attn: Any, prefix: int, grid: Grid, start: Start, edges: float = 0.0) -> None:
+    def __init__(self, attn: Any, prefix: int, grid: Grid, start: Start, edges: float = 0.0, cut: float = 0.0) -> None:
         super().__init__()
         self.attn, self.prefix, self.grid = attn, prefix, grid
-        self.windows = WindowHead(attn.qkv.in_features, start, edges)
+        self.windows = WindowHead(attn.qkv.in_features, start, edges, cut)
 
     def forward(
         self, tokens: Float[Tensor, "image token channel"], attn_mask: Tensor | None = None, **options: Any
@@ -576,7 +590,7 @@ class WindowedAttention(nn.Module):
         return out
 
 
-def attach(model: Any, start: Start = FULL, edges: float = 0.0) -> Any:
+def attach(model: Any, start: Start = FULL, edges: float = 0.0, cut: float = 0.0) -> Any:
     """Gives every block of a plain timm ViT window heads, in place.
 
     With the default start the model answers as before, bitwise, in evaluation; while training, soft edges change its
@@ -586,6 +600,7 @@ def attach(model: Any, start: Start = FULL, edges: float = 0.0) -> Any:
         model: timm's `VisionTransformer`, with the image size that it is to have.
         start: Where windows begin, as in `Architecture`.
         edges: The temperature of edges in evaluation, as in `Shape`.
+        cut: Where soft edges are cut, as in `Shape`.
 
     Returns:
         The model.
@@ -612,7 +627,7 @@ def attach(model: Any, start: Start = FULL, edges: float = 0.0) -> Any:
     grid = tuple(model.patch_embed.grid_size)
     weight = next(model.parameters())
     for block in blocks:
-        windowed = WindowedAttention(block.attn, model.num_prefix_tokens, grid, start, edges)
+        windowed = WindowedAttention(block.attn, model.num_prefix_tokens, grid, start, edges, cut)
         block.attn = windowed.to(weight.device, weight.dtype).train(model.training)
     return model
 

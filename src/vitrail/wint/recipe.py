@@ -72,14 +72,17 @@ class Windows:
     """How windows are trained. Their edges' temperature (patches) falls from `temperature` to `final_temperature`, on a
     geometric path, over the share `anneal_until` of training. edges: "hard": sides are rounded in evaluation, and in
     training after the share `hard_from`, with the soft windows' gradient; "soft": edges keep the final temperature for
-    good, which needs a dense mask. lr_scale: learning rate of the window heads relative to the rest. area_weight:
-    weight of the windows' mean area in the loss."""
+    good. cut: rows and columns of patches that soft edges let through by less than this are closed, in training and
+    after it, so that a model cannot learn to look through its windows and blocks can be skipped; 0: none. lr_scale:
+    learning rate of the window heads relative to the rest. area_weight: weight of the windows' mean area in the loss.
+    """
 
     temperature: float = 1.0
     final_temperature: float = 0.15
     anneal_until: float = 0.7
     edges: str = "hard"
     hard_from: float = 0.7
+    cut: float = 0.0
     lr_scale: float = 1.0
     area_weight: float = 0.0
 
@@ -292,6 +295,7 @@ def _check(recipe: Recipe) -> None:
         <= 1,
         f"[windows] edges = {windows.edges!r}; choose hard or soft": windows.edges in ("hard", "soft"),
         f"[windows] hard_from = {windows.hard_from}; give a share": 0 <= windows.hard_from <= 1,
+        f"[windows] cut = {windows.cut}; give a share from 0 to below 0.1": 0 <= windows.cut < 0.1,
         f"[windows] area_weight = {windows.area_weight}; give 0 or more": windows.area_weight >= 0,
         f"[distillation] area = {distillation.area} percent; give 1 to 100": 1 <= distillation.area <= 100,
         f"[distillation] batch_share = {distillation.batch_share}; give a share above 0, at most 1": 0

@@ -8,9 +8,10 @@ A dense mask saves no time, it only closes what was computed. Here the cost foll
   attention matrix is evaluated, and blocks that every query sees whole need no rule (`block_mask`).
 - Within the other blocks the rule computes where a key lies from its index, and reads one packed number a query.
 
-Soft edges need no rounding for it: a row or column of patches that a window lets through by less than `CUT` is closed,
-a patch or so beyond where rounding would close it, and what soft edges add to the scores of the others is looked up by
-the key's row and column. The answers are those of the dense mask, within the cut.
+Soft edges need no rounding for it: a row or column of patches that a window lets through by less than the model's `cut`
+is closed, a patch or so beyond where rounding would close it, and what soft edges add to the scores of the others is
+looked up by the key's row and column. The answers are those of the dense mask. A model without a cut is cut at `CUT`,
+which changes its answers as far as it has learnt to look through its windows.
 
 `tile_windows` goes further: the queries of a block share their mean window, snapped to whole blocks. No block needs a
 rule then, and as much is computed as windows have area; the answer changes a little.
@@ -206,6 +207,7 @@ def sparse_attention(
     *,
     tile_windows: bool = False,
     edges: float = 0.0,
+    cut: float = CUT,
 ) -> Float[Tensor, "image head token channel"]:
     """Attention within windows; compiled on a GPU.
 
@@ -218,27 +220,29 @@ def sparse_attention(
         prefix: number of prefix tokens.
         tile_windows: as in `block_mask`.
         edges: the temperature of soft edges, in patches; 0: hard ones.
+        cut: rows and columns of patches that soft edges let through by less than this are closed.
 
     Returns:
         The heads' output, tokens in the model's order.
     """
     order = tile_order(grid, prefix, BLOCK, sides.device)
-    mask = block_mask(sides + soft_reach(edges), grid, prefix, tile_windows=tile_windows)
-    soften = _soft_rule(soft_edges(sides, grid, edges), order, grid) if edges else None
+    mask = block_mask(sides + soft_reach(edges, cut), grid, prefix, tile_windows=tile_windows)
+    soften = _soft_rule(soft_edges(sides, grid, edges, cut), order, grid) if edges else None
     out = attend(q[:, :, order.order], k[:, :, order.order], v[:, :, order.order], mask, soften)
     return out[:, :, order.inverse]
 
 
-def soft_reach(edges: float) -> float:
-    """Says how far beyond rounded sides soft edges let through more than `CUT`.
+def soft_reach(edges: float, cut: float = CUT) -> float:
+    """Says how far beyond rounded sides soft edges let through as much as their cut.
 
     Args:
         edges: Their temperature, in patches; 0 for hard edges.
+        cut: A share.
 
     Returns:
         Patches.
     """
-    return edges * log(1 / CUT - 1)
+    return edges * log(1 / cut - 1)
 
 
 def attend(
@@ -269,7 +273,8 @@ def attend(
 def block_sparse(model: nn.Module, *, tile_windows: bool = False, harden: bool = False) -> Iterator[nn.Module]:
     """Lets a WinT in evaluation attend through FlexAttention, within. The tap does not see such attention.
 
-    Soft edges stay soft: the answers are those of the model, within what `CUT` leaves out.
+    Soft edges stay soft: the answers are those of the model where it has a cut (`Shape.cut`); one without is cut at
+    `CUT`.
 
     Args:
         model: a WinT of ours.
@@ -296,7 +301,8 @@ def block_sparse(model: nn.Module, *, tile_windows: bool = False, harden: bool =
             "harden=True (vitrail evaluate --windows tiles does), which changes its answers a little."
         )
     for layer, temperature in zip(layers, edges, strict=True):
-        layer.kernel = partial(sparse_attention, tile_windows=tile_windows, edges=temperature)
+        cut = getattr(layer.windows, "cut", 0.0) or CUT
+        layer.kernel = partial(sparse_attention, tile_windows=tile_windows, edges=temperature, cut=cut)
     try:
         yield model
     finally:
