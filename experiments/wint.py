@@ -69,7 +69,7 @@ TUNING = {"lr": 3e-4, "weight_decay": 0.05, "warmup_epochs": 0.1}
 DISTILLATION = {"weight": 0.5, "area": 15, "batch_share": 0.25, "until": 0.6}
 WINDOWS = {
     "scratch": {"lr_scale": 3.0},
-    "long": {"lr_scale": 3.0, "cut": 0.001},
+    "long": {"lr_scale": 3.0},
     "tuned": {"lr_scale": 20.0},
     "transfer": {"lr_scale": 1.0, "temperature": 0.15},
 }
@@ -246,7 +246,8 @@ def describe_run(phase: str, arm: str, seed: int) -> dict[str, Any]:
     if arm == "fixed-local":
         model |= {"windows": "fixed", "start": [closest_window(mean_area(f"{phase}-wint-{seed}"))]}
     hard = {"hard": {"edges": "hard", "hard_from": 0.7}, "hard-start": {"edges": "hard", "hard_from": 0.0}}
-    soft = {} if arm in ("control", "fixed-local") else {"edges": "soft"}
+    cut = {"cut": 0.001} if phase == "long" else {}
+    soft = {} if arm in ("control", "fixed-local") else {"edges": "soft"} | cut
     windows = WINDOWS[phase] | hard.get(arm, soft)
     if arm == "frozen":
         windows |= {"lr_scale": 0.0}
