@@ -17,6 +17,7 @@ made; models stay in --work.
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -175,8 +176,8 @@ def run_arm(phase: str, arm: str, seed: int, data: Path, work: Path) -> None:
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     if record.is_file() and json.loads(record.read_text())["recipe"] == digest:
         return
-    spent = out / "spent_s"
-    before = float(spent.read_text()) if spent.is_file() else 0.0
+    spent = out / "spent_s"  # unknown where an earlier run was killed before it could write it
+    before = float(spent.read_text()) if spent.is_file() else math.nan if out.is_dir() else 0.0
     began = time.process_time()
     try:
         results = train_with_bar(name, recipe(description, data, work), out)
@@ -190,7 +191,7 @@ def run_arm(phase: str, arm: str, seed: int, data: Path, work: Path) -> None:
     )
     kept = {
         "phase": phase, "arm": arm, "seed": seed, "recipe": digest, **asdict(results), **rounded, "steps": steps(out),
-        "core_s": round(float(spent.read_text()), 1),
+        **({"core_s": round(core_s, 1)} if math.isfinite(core_s := float(spent.read_text())) else {}),
         "parameters": sum(parameter.numel() for parameter in open_model(out / "last").parameters()),
         "torch": torch.__version__,
     }  # fmt: skip
@@ -321,7 +322,7 @@ def table(phase: str, found: list[dict[str, Any]]) -> str:
                 f"| {ARMS[arm]} | {len(runs)} | {spread([100 * run['accuracy'] for run in runs.values()])} "
                 f"| {gain_cell(runs, by_arm['control'])} | {gain_cell(runs, by_arm['fixed-local'])} "
                 f"| {hard_edge_cell(runs)} | {area} "
-                f"| {next(iter(runs.values()))['steps']:,} | {mean_cell(runs, lambda run: run['core_s'])} |"
+                f"| {next(iter(runs.values()))['steps']:,} | {core_seconds_cell(runs)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -344,6 +345,12 @@ def gain_cell(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]
     if not seeds or runs is others:
         return ""
     return spread([100 * (runs[seed]["accuracy"] - others[seed]["accuracy"]) for seed in seeds], "+")
+
+
+def core_seconds_cell(runs: dict[int, dict[str, Any]]) -> str:
+    """Of the runs of which all seconds are known."""
+    known = {seed: run for seed, run in runs.items() if "core_s" in run}
+    return mean_cell(known, lambda run: run["core_s"]) if known else ""
 
 
 def mean_cell(runs: dict[int, dict[str, Any]], number: Callable[[dict[str, Any]], float]) -> str:
