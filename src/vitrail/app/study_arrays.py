@@ -14,7 +14,8 @@ from vitrail.analysis import BASE, analyses, measures
 from vitrail.app.columns import Columns
 from vitrail.app.lru_cache import LRUCache
 from vitrail.app.summary import QUANTILES_FROM, SetSummary, evenly_spaced, summarise
-from vitrail.heads.correction import EXACT_VALUES, correct_mean, too_few_exact, words_of_correction
+from vitrail.heads.correction import correct_mean, too_few_exact, words_of_correction
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.head_values import importance_metrics
 from vitrail.heads.summary import value_limits
 from vitrail.stats import moment_interval

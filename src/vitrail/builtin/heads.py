@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitrail.analysis import Analysis, Collector, Figure, Need, Option
 from vitrail.builtin.sources import FROM_LI, PAPER_LI
-from vitrail.heads.correction import EXACT_VALUES
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.measure import Measure
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ metrics      how far apart two predictions or two sets of tokens are
 importance   leave-one-head-out, exactly
 estimate     the same from one backward pass
 correction   means of estimates, corrected by a sample with exact values (no torch)
+exact_names  the measures that such a sample has (no torch)
 means        the mean output of a head, which may stand in its place
 regions      which part of one head's map matters: the six region modes
 strength     attention over distance

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vitrail.analysis import Collector
 from vitrail.errors import UsageError
-from vitrail.heads.correction import EXACT_VALUES, FEWEST_EXACT, ONE_IN, is_swept
+from vitrail.heads.correction import FEWEST_EXACT, ONE_IN, is_swept
 from vitrail.heads.estimate import ESTIMATED, estimate
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.importance import LAYER_METRICS, HeadArrays, layers_without_residual, sweep
 from vitrail.heads.means import MeanOutputs
 from vitrail.heads.regions import Mode, mode_edits, modes_offered

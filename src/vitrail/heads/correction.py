@@ -12,10 +12,10 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from vitrail.errors import UsageError
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.stats import resampled_means, tails
 
 __all__ = [
-    "EXACT_VALUES",
     "FEWEST_EXACT",
     "ONE_IN",
     "Corrected",
@@ -28,9 +28,6 @@ __all__ = [
     "too_few_exact",
     "words_of_correction",
 ]
-
-EXACT_VALUES = {"head_probability": "head_probability_exact", "head_loss_change": "head_loss_change_exact"}
-"""By measures that a study may hold estimates of: the measure of their exact values on a sample of the images."""
 
 ONE_IN = 4
 """One image in so many is swept. Where the estimate costs a fifth of the sweep and is correlated with it to 0.76, as on

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 
 from vitrail.analysis import measures
 from vitrail.errors import UsageError
-from vitrail.heads.correction import EXACT_VALUES, correct_mean, exact_values, how_corrected
+from vitrail.heads.correction import correct_mean, exact_values, how_corrected
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.summary import value_limits
 from vitrail.selection import ImageChoice, describe_choice, image_id, image_position
 from vitrail.stats import mean_interval, share_interval

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Num
 from vitrail.analysis import analyses
 from vitrail.errors import UsageError
 from vitrail.heads.correction import (
+from vitrail.heads.exact_names import EXACT_VALUES
     EXACT_VALUES,
     Corrected,
     correct_estimate,

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 
 from vitrail.data import LabelSource
 from vitrail.errors import UsageError
-from vitrail.heads.correction import EXACT_VALUES, correct_mean, exact_part, exact_values, how_corrected
+from vitrail.heads.correction import correct_mean, exact_part, exact_values, how_corrected
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.summary import LARGE_DROP, pruning_table
 from vitrail.patterns.names import RULES
 from vitrail.patterns.tables import all_patterns, pattern_of_head
