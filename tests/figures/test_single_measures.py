@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 
 from vitrail.analysis import BASE, analyses, measures
 from vitrail.figures.whole import draw_figures
-from vitrail.heads.correction import EXACT_VALUES
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.head_values import head_values, importance_metrics
 
 BASE_MEASURES = [measure.name for measure in analyses()[BASE].measures]

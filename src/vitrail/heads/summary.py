@@ -12,8 +12,6 @@ from jaxtyping import Bool, Float, Int, Num
 from vitrail.analysis import analyses
 from vitrail.errors import UsageError
 from vitrail.heads.correction import (
-from vitrail.heads.exact_names import EXACT_VALUES
-    EXACT_VALUES,
     Corrected,
     correct_estimate,
     correct_mean,
@@ -22,6 +20,7 @@ from vitrail.heads.exact_names import EXACT_VALUES
     how_corrected,
     too_few_exact,
 )
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.stats import (
     Interval,
     candidates_for_largest,
