@@ -28,7 +28,7 @@ from vitrail.wint.building import build_model, temperature_at
 from vitrail.wint.model import hard_mask, record_sides, window_heads
 from vitrail.wint.objectives import TrainingBatch, WindowArea, WindowDistillation
 from vitrail.wint.recipe import read_recipe, recipe_from
-from vitrail.wint.teacher import Teacher, window_l1
+from vitrail.wint.teacher import Teacher, build_teacher, window_l1
 from vitrail.wint.train import train
 from wint.tiny_runs import described, packed, recipe
 
@@ -306,6 +306,23 @@ def test_the_teachers_windows_hold_their_query_and_no_more_than_their_area(whole
         Teacher(open_vit(control), 25, 2, 1, (4, 4), shared_budget=True)
     with pytest.raises(UsageError, match="2 layers of"):
         Teacher(open_vit(control), 25, 3, 2, (4, 4))
+
+
+def test_a_teacher_in_the_precision_of_training_has_nearly_the_same_windows(whole, control):
+    images = torch.randn(8, 3, 16, 16)
+    exact, rounded = (
+        Teacher(open_vit(control, precision=precision), 25, 2, 2, (4, 4)).sides(images)
+        for precision in ("float32", "bfloat16")
+    )
+    assert all(layer.dtype == torch.float32 for layer in rounded)
+    same = torch.stack([(ours == theirs).all(-1).float().mean() for ours, theirs in zip(rounded, exact, strict=True)])
+    assert float(same.min()) > 0.8
+    for budget, precision in ((False, "bfloat16"), (True, "float32")):
+        settings = {"teacher": str(control), "shared_budget": budget}
+        wanted = recipe(whole, distillation=settings, run={"precision": "bf16"}, model={"start": [[0.5] * 4] * 2})
+        teacher = build_teacher(wanted, build_model(wanted), (4, 4), "cpu")
+        assert teacher._vit.precision == precision
+        assert all(bool(layer.isfinite().all()) for layer in teacher.sides(images))
 
 
 def test_a_teacher_is_shown_images_as_it_was_trained(whole, control):

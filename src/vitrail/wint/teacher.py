@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import UsageError
 from vitrail.grid import Grid
-from vitrail.models.open import Vit, open_vit
+from vitrail.models.open import PRECISIONS, Vit, open_vit
 from vitrail.patches import windows
 from vitrail.patches.budget import builtin_prices
 from vitrail.patches.head_windows import head_windows
@@ -22,6 +22,7 @@ from vitrail.wint.model import WindowHead, max_sides, window_heads
 from vitrail.wint.recipe import Recipe
 
 HALF = (0.5, 0.5, 0.5)
+TEACHES_IN = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 __all__ = ["Teacher", "build_teacher", "window_l1"]
 
@@ -88,13 +89,13 @@ class Teacher:
         Returns:
             For each layer patches left, top, right, bottom of each query, none below 0.
         """
-        views = images * self._scale + self._shift
+        views = (images * self._scale + self._shift).to(PRECISIONS[self._vit.precision])
         if self._prices is not None:
             return [self._as_sides(boxes) for boxes in head_windows(self._vit, views, self._prices, self._area)]
         by_layer: dict[int, Tensor] = {}
 
         def read(attention: LayerAttention) -> None:
-            by_layer[attention.layer] = self._best_sides(attention.weights(), attention.prefix)
+            by_layer[attention.layer] = self._best_sides(attention.weights().float(), attention.prefix)
 
         self._vit.tap().read(views, Readers(attention=read))
         return [by_layer[layer] for layer in sorted(by_layer)]
@@ -133,7 +134,9 @@ def build_teacher(recipe: Recipe, module: nn.Module, grid: Grid, device: str) ->
     settings, data = recipe.distillation, recipe.data
     if not settings.teacher or not heads:
         return None
-    vit = open_vit(settings.teacher, device=device)
+    # windows under one budget are bought by differences of sums, which half precision does not give
+    precision = "float32" if settings.shared_budget else TEACHES_IN[recipe.run.precision]
+    vit = open_vit(settings.teacher, device=device, precision=precision)
     return Teacher(
         vit,
         settings.area,
