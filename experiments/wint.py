@@ -45,7 +45,7 @@ from vitrail.wint.batches import normalise, read_images
 from vitrail.wint.folder import open_model
 from vitrail.wint.model import WindowHead, hard_mask, soft_bias, window_heads
 from vitrail.wint.recipe import Recipe, recipe_from
-from vitrail.wint.sparse import BLOCK, attend, block_mask, open_share, soft_reach, sparse_attention
+from vitrail.wint.sparse import BLOCK, CUT, attend, block_mask, open_share, soft_reach, sparse_attention
 from vitrail.wint.teacher import Teacher
 from vitrail.wint.train import train
 
@@ -514,7 +514,7 @@ def soft_row(side: int, heads: int, width: int, share: float, device: str) -> st
     if not device:  # counted, not computed
         return f"| {side} x {side} | | | {shares} | |"
     q, k, v = torch.randn((3, 1, heads, side * side, width), generator=torch.Generator().manual_seed(0)).to(device)
-    bias = soft_bias(sides, grid, edges)
+    bias = soft_bias(sides, grid, edges, CUT)
     ways: list[Callable[[], Any]] = [
         lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         lambda: sparse_attention(q, k, v, sides, grid, 0, edges=edges),
