@@ -239,6 +239,8 @@ def test_a_start_that_has_no_meaning_is_refused():
         WindowHead(16, ((0.0, 0.5, 0.5, 0.5),))
     with pytest.raises(UsageError, match="1 or 2, one a head"):
         small(start=((0.3,) * 4,) * 3)
+    with pytest.raises(UsageError, match=r"cut at 1\.5"):
+        Shape(cut=1.5)
     with pytest.raises(UsageError, match="predicted, fixed or none"):
         small(windows="sliding")
     with pytest.raises(UsageError, match="temperature"):

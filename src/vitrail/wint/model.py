@@ -425,6 +425,8 @@ class Shape(Architecture):
             raise UsageError(f"A width of {self.width} cannot be shared between {self.heads} heads; it must divide.")
         if any(side % self.patch_px for side in self.image_px):
             raise UsageError(f"Images of {self.image_px} px cannot be cut into patches of {self.patch_px} px.")
+        if not 0 <= self.cut < 1:
+            raise UsageError(f"Soft windows cannot be cut at {self.cut}; give a share from 0 to below 1.")
         if self.windows != "none" and len(self.start) not in (1, self.heads):
             raise UsageError(f"{len(self.start)} windows a layer were asked for; give 1 or {self.heads}, one a head.")
 
