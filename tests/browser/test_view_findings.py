@@ -103,3 +103,26 @@ def test_three_clicks_lead_from_the_first_screen_to_what_happens_without_the_hea
     page.get_by_role("button", name=f"Take back: {name} off").click()
     page.get_by_role("button", name=f"switch {name} off").click()
     assert held(page, "change") == name
+
+
+def test_a_sentence_of_no_layer_leads_to_the_view_made_for_it_and_back_to_where_one_left(visit: Visit) -> None:
+    page = visit()
+    page.set_viewport_size({"width": 1200, "height": 420})
+    sentence = page.locator("[data-findings=patterns] li").filter(has_text="heads are named")
+    link = sentence.get_by_role("button", name="show in Patterns")
+    link.scroll_into_view_if_needed()
+    left = page.evaluate("document.querySelector('#evidence').scrollTop")
+    assert left > 0
+    link.click()
+    expect(page.get_by_role("tab", name="Patterns")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("[data-view=classes], [data-view=rules]").first).to_be_in_viewport()
+    page.go_back()
+    expect(sentence).to_be_visible()
+    page.wait_for_function("left => Math.abs(document.querySelector('#evidence').scrollTop - left) < 2", arg=left)
+
+
+def test_the_line_beside_a_sentence_has_the_number_that_the_sentence_gives(visit: Visit) -> None:
+    page = visit()
+    sentence = page.locator("[data-findings=patches] li").filter(has_text="of the windows do not hold the patch")
+    drawn = float(sentence.locator("[data-mini]").get_attribute("data-value"))
+    assert f"{100 * drawn:.0f} % of the windows" in sentence.inner_text()
