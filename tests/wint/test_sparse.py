@@ -33,6 +33,12 @@ def random_sides(grid, n_images=2, n_windows=2, longest=6.0) -> Tensor:
     return torch.rand((n_images, n_windows, grid[0] * grid[1], 4), generator=torch.Generator().manual_seed(1)) * longest
 
 
+def random_tokens(grid, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of two images and two heads."""
+    shape = (3, 2, 2, prefix + grid[0] * grid[1], 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).unbind(0)
+
+
 def as_dense(mask: BlockMask, n_tokens: int, block: int = BLOCK) -> Tensor:
     """The mask of a block mask cell by cell: full blocks are open, the others as their rule says."""
     n_images, n_windows, n_blocks = mask.kv_num_blocks.shape
@@ -127,8 +133,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 @pytest.mark.parametrize(("grid", "prefix"), GRIDS)
 def test_attention_is_that_of_the_dense_mask(grid, prefix, n_windows):
     sides = random_sides(grid, n_windows=n_windows)
-    n_tokens = prefix + grid[0] * grid[1]
-    q, k, v = torch.randn((3, 2, 2, n_tokens, 8), generator=torch.Generator().manual_seed(0)).unbind(0)
+    q, k, v = random_tokens(grid, prefix)
     seen = nn.functional.pad(hard_mask(sides, grid), (prefix, 0, prefix, 0), value=True)
     assert_allclose(sparse_attention(q, k, v, sides, grid, prefix), dense_attention(q, k, v, seen), atol=1e-5)
 
@@ -143,7 +148,7 @@ def test_windows_shared_by_a_tile_are_whole_blocks(grid, prefix):
     blocks = dense[..., : n_tokens // BLOCK * BLOCK, : n_tokens // BLOCK * BLOCK]
     blocks = blocks.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
     assert torch.equal(blocks.any(-1).any(-2), blocks.all(-1).all(-2))
-    q, k, v = torch.randn((3, 2, 2, n_tokens, 8), generator=torch.Generator().manual_seed(0)).unbind(0)
+    q, k, v = random_tokens(grid, prefix)
     inverse = tile_order(grid, prefix).inverse
     wanted = dense_attention(q, k, v, dense[..., inverse, :][..., inverse])
     assert_allclose(sparse_attention(q, k, v, sides, grid, prefix, tile_windows=True), wanted, atol=1e-5)
@@ -214,8 +219,7 @@ def test_a_model_gives_the_same_logits_through_blocks(class_token, start):
 @pytest.mark.parametrize(("grid", "prefix"), GRIDS)
 def test_soft_windows_in_blocks_are_those_of_the_dense_mask(grid, prefix, n_windows):
     sides = random_sides(grid, n_windows=n_windows)
-    n_tokens = prefix + grid[0] * grid[1]
-    q, k, v = torch.randn((3, 2, 2, n_tokens, 8), generator=torch.Generator().manual_seed(0)).unbind(0)
+    q, k, v = random_tokens(grid, prefix)
     for cut in (CUT, 0.02):
         bias = attention_bias(soft_bias(sides, grid, 0.15, cut), prefix, q)
         dense = scaled_dot_product_attention(q, k, v, attn_mask=bias)
