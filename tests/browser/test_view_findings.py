@@ -16,7 +16,7 @@ def texts(page, where: str) -> list[str]:
 def test_the_page_opens_on_the_sentences_of_the_report(visit: Visit, site: Site) -> None:
     page = visit()
     page.wait_for_selector("[data-findings=heads] li")
-    page.wait_for_function("!document.querySelector('[data-view=findings] .skeleton')")
+    expect(page.locator("[data-view=findings] .skeleton")).to_have_count(0)
     shown = " ".join(texts(page, "[data-view=findings]"))
     for sentence in findings_of(site.dataset):
         assert sentence.replace("`", "") in shown
@@ -108,17 +108,32 @@ def test_three_clicks_lead_from_the_first_screen_to_what_happens_without_the_hea
 def test_a_sentence_of_no_layer_leads_to_the_view_made_for_it_and_back_to_where_one_left(visit: Visit) -> None:
     page = visit()
     page.set_viewport_size({"width": 1200, "height": 420})
-    sentence = page.locator("[data-findings=patterns] li").filter(has_text="heads are named")
-    link = sentence.get_by_role("button", name="show in Patterns")
-    link.scroll_into_view_if_needed()
+    expect(page.locator("[data-view=findings] .skeleton")).to_have_count(0)
+    sentence = page.locator("[data-findings=patches] li").filter(has_text="They are hubs")
+    page.wait_for_function(  # what comes late above a sentence moves it: until it stands
+        """sentence => {
+            const before = sentence.getBoundingClientRect().top;
+            sentence.scrollIntoView({ block: "center" });
+            const moved = Math.abs(sentence.getBoundingClientRect().top - before);
+            return document.querySelector("#evidence").scrollTop > 100 && moved < 1;
+        }""",
+        arg=sentence.element_handle(),
+    )
     left = page.evaluate("document.querySelector('#evidence').scrollTop")
-    assert left > 0
-    link.click()
-    expect(page.get_by_role("tab", name="Patterns")).to_have_attribute("aria-selected", "true")
-    expect(page.locator("[data-view=classes], [data-view=rules]").first).to_be_in_viewport()
+    sentence.get_by_role("button", name="show in Patches").click()
+    expect(page.get_by_role("tab", name="Patches")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("[data-view=hubs]")).to_be_in_viewport()
     page.go_back()
     expect(sentence).to_be_visible()
     page.wait_for_function("left => Math.abs(document.querySelector('#evidence').scrollTop - left) < 2", arg=left)
+
+
+def test_a_sentence_of_patterns_leads_to_their_view(visit: Visit) -> None:
+    page = visit()
+    sentence = page.locator("[data-findings=patterns] li").filter(has_text="heads are named")
+    sentence.get_by_role("button", name="show in Patterns").click()
+    expect(page.get_by_role("tab", name="Patterns")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("[data-view=classes], [data-view=rules]").first).to_be_in_viewport()
 
 
 def test_the_line_beside_a_sentence_has_the_number_that_the_sentence_gives(visit: Visit) -> None:
