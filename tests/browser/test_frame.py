@@ -547,6 +547,18 @@ def test_axe_finds_nothing_on_any_tab(visit: Visit, theme: str) -> None:
         assert axe(page) == [], tab
 
 
+def test_on_a_phone_a_button_beside_the_name_leads_to_all_images(visit: Visit) -> None:
+    page = visit("?tab=heads")
+    button = page.get_by_role("button", name="All images, below")
+    expect(button).to_be_hidden()
+    page.set_viewport_size({"width": 390, "height": 844})
+    images = page.locator("[data-view=images]")
+    page.wait_for_function("() => !document.querySelector('.skeleton, [aria-busy=true]')")
+    expect(images).not_to_be_in_viewport()
+    button.click()
+    expect(images).to_be_in_viewport(ratio=0.5)
+
+
 @pytest.mark.parametrize(
     "size", [(390, 844), (900, 1000), (1280, 720), (1920, 1080), (3840, 2160)], ids=lambda size: f"{size[0]}x{size[1]}"
 )
