@@ -15,7 +15,7 @@ from torch import nn
 import vitrail
 from vitrail.cli.entry import HUB_REQUESTS, main
 from vitrail.contract.check import differences, footprint
-from vitrail.errors import ModelError, UnknownModel, Unsupported, UsageError, WeightsMismatch
+from vitrail.errors import ModelError, StudyError, UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.models.open import open_vit
 from vitrail.tap.attention import Readers
 
@@ -364,10 +364,11 @@ def own_file(tmp_path):
     return tmp_path / "my_model.py"
 
 
-def test_a_folder_opens_again_from_another_folder(tmp_path, monkeypatch):
+def timm_folder(folder: Path) -> Path:
+    """A folder in timm's own form, of one block."""
     import timm
 
-    (tmp_path / "own").mkdir()
+    folder.mkdir()
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
     config = {
         "architecture": "vit_tiny_patch16_224",
@@ -375,11 +376,14 @@ def test_a_folder_opens_again_from_another_folder(tmp_path, monkeypatch):
         "model_args": shape,
         "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3},
     }
-    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
-    save_file(
-        timm.create_model("vit_tiny_patch16_224", num_classes=3, **shape).state_dict(),
-        tmp_path / "own" / "model.safetensors",
-    )
+    (folder / "config.json").write_text(json.dumps(config))
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **shape)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_a_folder_opens_again_from_another_folder(tmp_path, monkeypatch):
+    timm_folder(tmp_path / "own")
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     vit = open_vit("own")
@@ -427,6 +431,52 @@ def test_a_study_never_runs_a_python_file_that_it_names(own_file, tmp_path):
     run_study(vit, tmp_path / "images", out=tmp_path / "study", measures=["head_divergence"])
     own_file.write_text("raise SystemExit")
     with pytest.raises(UnknownModel, match=r"runs a Python file only when you name it"):
+        reopen(tmp_path / "study")
+
+
+def test_the_model_of_a_study_opens_again_where_the_user_names_it(own_file, tmp_path):
+    from PIL import Image
+
+    from vitrail import run_study
+    from vitrail.study.reopen import reopen
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32), (90, 20, 160)).save(tmp_path / "images" / "one.png")
+    named = open_vit(f"{own_file}:small", mean=0.5, std=0.25)
+    handed = open_vit(named.model, mean=0.5, std=0.25)
+    batch = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    for vit, study in ((named, tmp_path / "named"), (handed, tmp_path / "handed")):
+        run_study(vit, tmp_path / "images", out=study, measures=["head_divergence"])
+        again = reopen(study, model=f"{own_file}:small")
+        assert again.preprocessing == vit.preprocessing
+        assert torch.equal(again.logits(batch), vit.logits(batch))
+        assert reopen(study, model=vit) is vit
+    with pytest.raises(UnknownModel, match=r"handed to the study as a Python object.*--model FILE\.py:FUNCTION"):
+        reopen(tmp_path / "handed")
+    other = open_vit("vitrail:photos")
+    with pytest.raises(WeightsMismatch, match="studied with other weights"):
+        reopen(tmp_path / "handed", model=other)
+    own_file.write_text(SOURCE.replace("def small():", "def small():\n    __import__('torch').manual_seed(5)"))
+    with pytest.raises(WeightsMismatch, match="studied with other weights"):
+        reopen(tmp_path / "named", model=f"{own_file}:small")
+
+
+def test_a_model_that_has_moved_since_its_study_is_found_where_it_is_named(tmp_path):
+    from PIL import Image
+
+    from vitrail import run_study
+    from vitrail.study.reopen import reopen
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32), (90, 20, 160)).save(tmp_path / "images" / "one.png")
+    folder = timm_folder(tmp_path / "own")
+    run_study(open_vit(folder), tmp_path / "images", out=tmp_path / "study", measures=["head_divergence"])
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(UnknownModel, match=r"leads to no model.*where it has moved, name it with --model"):
+        reopen(tmp_path / "study")
+    assert reopen(tmp_path / "study", model=tmp_path / "moved").n_layers == 1
+    (tmp_path / "study" / "model.json").write_text(json.dumps(["broken"]))
+    with pytest.raises(StudyError, match="does not say how the model was opened"):
         reopen(tmp_path / "study")
 
 

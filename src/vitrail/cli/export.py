@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vitrail.cli.entry import app
-from vitrail.cli.options import Device, Study, Weights, require_study
+from vitrail.cli.options import Device, StudiedModel, Study, Weights, require_study
 from vitrail.errors import UsageError
 
 __all__ = ["write_page"]
@@ -44,6 +44,7 @@ def export(
         list[Path] | None, typer.Option("--with", help="Another study of the same images, compared on the page.")
     ] = None,
     live: Annotated[bool, typer.Option(help="Open the model, for the attention of these images.")] = True,
+    model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
@@ -51,7 +52,7 @@ def export(
     if page is not None:
         if to is not None:
             raise UsageError("Give --page or --to, not both.")
-        write_page(study, page, images, others or (), weights, device, live=live)
+        write_page(study, page, images, others or (), model, weights, device, live=live)
         return
     from vitrail.exports import export_study
 
@@ -63,7 +64,15 @@ def export(
 
 
 def write_page(
-    study: Path, page: Path, images: str | None, others: Any, weights: str | None, device: str, *, live: bool
+    study: Path,
+    page: Path,
+    images: str | None,
+    others: Any,
+    model: str | None,
+    weights: str | None,
+    device: str,
+    *,
+    live: bool,
 ) -> None:
     """Writes the page of a study as one file, and says where it is.
 
@@ -72,6 +81,7 @@ def write_page(
         page: The file, or a folder for it.
         images: Images as `0,5,17`; None chooses.
         others: Studies to compare with.
+        model: Where the model is, if not where it was.
         weights: Where the model's weights are, if not where they were.
         device: Where the model runs.
         live: Whether the model is opened.
@@ -82,13 +92,13 @@ def write_page(
 
     for other in others:
         require_study(other)
-    model = None
+    live_model = None
     if live:
         try:
-            model = open_live_model(study, weights, device)
+            live_model = open_live_model(study, model, weights, device)
         except VitrailError:
             typer.secho("Attention is left out.", err=True)  # why has been said
-    target = export_page(study, page, model, images=_parse_images(images), others=others)
+    target = export_page(study, page, live_model, images=_parse_images(images), others=others)
     typer.echo(f"{target}  ({target.stat().st_size / 1e6:.1f} MB)")
 
 

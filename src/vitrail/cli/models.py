@@ -18,6 +18,7 @@ from vitrail.cli.options import (
     Json,
     ModelOptions,
     Out,
+    StudiedModel,
     Study,
     Weights,
     analysis_names,
@@ -209,6 +210,7 @@ def prune(
     ranking: Annotated[
         str | None, typer.Option(help="What heads are ranked by; default: flips, the best in our curves.")
     ] = None,
+    model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
@@ -224,6 +226,7 @@ def prune(
         heads=parse_heads(heads) if heads is not None else None,
         keep_accuracy=keep_accuracy,
         ranking=ranking,
+        model=model,
         weights=weights,
         device=device,
         seed=seed,
@@ -239,6 +242,7 @@ def curves(
         int, typer.Option(help="Images that are asked, at most: of the half that ranks nothing.", min=1)
     ] = 200,
     random_orders: Annotated[int, typer.Option(help="Orders at random beside the rankings.", min=1)] = 5,
+    model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
@@ -248,7 +252,14 @@ def curves(
     from vitrail.report.heads import curve_findings
 
     measured = measure_curves(
-        study, n_test=test, n_random=random_orders, weights=weights, device=device, seed=seed, progress=True
+        study,
+        n_test=test,
+        n_random=random_orders,
+        model=model,
+        weights=weights,
+        device=device,
+        seed=seed,
+        progress=True,
     )
     for sentence in curve_findings(measured):
         typer.echo(sentence)

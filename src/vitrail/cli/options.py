@@ -105,6 +105,15 @@ Weights = Annotated[
         metavar="FILE",
     ),
 ]
+StudiedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Where the study's model is now, if not where it was: a folder, or FILE.py:FUNCTION of a model of your "
+        "own, which runs that file. Its weights must be those that were studied.",
+        metavar="MODEL",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.", metavar="DIR")]
 Study = Annotated[

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrail.cli.entry import app
-from vitrail.cli.options import Device, Out, Weights, decode, require_study
+from vitrail.cli.options import Device, Out, StudiedModel, Weights, decode, require_study
 from vitrail.cli.studies import print_summary
-from vitrail.errors import VitrailError, explain_missing_library
+from vitrail.errors import UsageError, VitrailError, explain_missing_library
 
 if TYPE_CHECKING:
     from vitrail.models.open import Vit
@@ -50,11 +50,14 @@ def open_(
     measures: Annotated[
         str, typer.Option(help="Of photographs without a study: what is measured, as in `vitrail study`.")
     ] = "heads,patches,tokens",
+    model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
     """Open a study, or a model and some photographs, as linked views in the browser."""
     if photographs:
+        if model is not None:
+            raise UsageError(f"Before photographs {study!r} is the model itself; --model is for a study.")
         from vitrail.app.server import serve
         from vitrail.live import LiveModel
         from vitrail.models.open import open_vit
@@ -65,14 +68,14 @@ def open_(
         typer.echo(repr(vit))
         with tempfile.TemporaryDirectory(prefix="vitrail-") as folder:
             path = study_photographs(vit, photographs, Path(folder), measures)
-            model = LiveModel(vit) if live else None
-            serve(path, model, host=host, port=port, open_browser=browser, announce=_announce)
+            live_model = LiveModel(vit) if live else None
+            serve(path, live_model, host=host, port=port, open_browser=browser, announce=_announce)
         return
     path, beside = require_study(Path(study)), [require_study(other) for other in others or ()]
     from vitrail.app.server import serve
 
     def open_model() -> Any:
-        return open_live_model(path, weights, device)
+        return open_live_model(path, model, weights, device)
 
     model_or_none = open_model if live else None
     serve(path, model_or_none, host=host, port=port, open_browser=browser, announce=_announce, others=beside)
@@ -128,11 +131,12 @@ def demo(
         serve_page(out, LiveModel(vit), port=port, open_browser=browser, announce=_announce)
 
 
-def open_live_model(study: Path, weights: str | None, device: str) -> Any:
+def open_live_model(study: Path, model: str | None, weights: str | None, device: str) -> Any:
     """The study's model behind the page; where it cannot be opened, a line says why the page goes on without it.
 
     Args:
         study: The study.
+        model: Where the model is, if not where it was.
         weights: Where the weights are, if not where they were.
         device: Where the model runs.
 
@@ -146,7 +150,7 @@ def open_live_model(study: Path, weights: str | None, device: str) -> Any:
         from vitrail.live import LiveModel
         from vitrail.study.reopen import reopen
 
-        return LiveModel(reopen(study, weights=weights, device=device))
+        return LiveModel(reopen(study, model=model, weights=weights, device=device))
     except ModuleNotFoundError as error:
         sentence = explain_missing_library(error)
         if sentence is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.errors import Unsupported, UsageError
+from vitrail.models.open import Vit
 from vitrail.pruning.masked import predictions_without
 from vitrail.pruning.ranking import CURVES_FILE, Curves, halves, orders, random_orders, scores
 from vitrail.pruning.study_images import StudyImages
@@ -30,6 +31,7 @@ def measure_curves(
     rankings: Sequence[str] | None = None,
     n_test: int = 200,
     n_random: int = 5,
+    model: str | Path | Vit | None = None,
     weights: str | Path | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -44,6 +46,7 @@ def measure_curves(
         rankings: Names of rankings (`vitrail.pruning.ranking.scores`); None: six of them, as far as the study has them.
         n_test: Images of the other half that are asked, at most.
         n_random: Orders at random beside the rankings.
+        model: Where the model is now, if not where it was, or the opened model: as for `reopen`.
         weights: The weights file, where it has moved.
         device: Where the model runs.
         seed: Of the two halves and of the orders at random.
@@ -62,7 +65,7 @@ def measure_curves(
         >>> measure_curves("study").accuracy("least", "flips")  # doctest: +SKIP
     """
     dataset = open_study(study)
-    vit = reopen(study, weights=weights, device=device)
+    vit = reopen(study, model=model, weights=weights, device=device)
     if vit.n_classes is None:
         raise Unsupported(f"Pruning curves are of accuracy: {vit.task.without('a classifier')}.")
     half = halves(dataset.sizes["image"], seed)

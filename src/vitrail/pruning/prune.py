@@ -112,6 +112,7 @@ def prune_study(
     heads: Sequence[tuple[int, int]] | None = None,
     keep_accuracy: float | None = None,
     ranking: str | None = None,
+    model: str | Path | Vit | None = None,
     weights: str | Path | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -131,6 +132,7 @@ def prune_study(
         heads: The (layer, head) to remove; or give `keep_accuracy`.
         keep_accuracy: Share of the accuracy to keep, 0 to 1: as many heads are removed as leave it.
         ranking: Name of the ranking (`heads.ranking.scores`); default: the best that the study has.
+        model: Where the model is now, if not where it was, or the opened model: as for `reopen`.
         weights: The weights file, where it has moved.
         device: Where the models run.
         seed: Of the two halves.
@@ -151,7 +153,7 @@ def prune_study(
     _check_request(heads, keep_accuracy)
     refuse_full_folder(out)
     dataset = open_study(study)
-    vit = reopen(study, weights=weights, device=device)
+    vit = reopen(study, model=model, weights=weights, device=device)
     reason = why_not_removable(vit)
     if reason:
         raise Unsupported(reason)

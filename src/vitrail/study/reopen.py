@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from vitrail.errors import StudyError, UnknownModel, WeightsMismatch
 from vitrail.models.open import Vit, open_vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.models.sources import split_python_name
 from vitrail.study.ownership import MODEL, write_atomic
+from vitrail.study.plan import Plan
 from vitrail.study.store import read_plan
 
 __all__ = ["reopen", "save_model_arguments"]
@@ -23,11 +25,15 @@ def save_model_arguments(folder: Path, vit: Vit) -> None:
     write_atomic(folder / MODEL, json.dumps(vit.opened_with, indent=1) + "\n")
 
 
-def reopen(folder: str | Path, *, weights: str | Path | None = None, device: str = "cpu") -> Vit:
+def reopen(
+    folder: str | Path, *, model: str | Path | Vit | None = None, weights: str | Path | None = None, device: str = "cpu"
+) -> Vit:
     """Opens the model of a study as it was opened then.
 
     Args:
         folder: The study.
+        model: Where the model is now, as `open_vit` takes it: a folder that has moved, "FILE.py:FUNCTION" (which runs
+            that file), or an opened model. None: as the study names it.
         weights: A file of the same weights, where they have moved; None: where they were.
         device: Where it runs.
 
@@ -35,45 +41,74 @@ def reopen(folder: str | Path, *, weights: str | Path | None = None, device: str
         The model.
 
     Raises:
-        UnknownModel: The model was handed over as a Python object, or made by a Python file.
+        UnknownModel: The model was handed over as a Python object, or made by a Python file, and `model` does not name
+            it; or it is not where it was.
         WeightsMismatch: The weights are not those that were studied.
         StudyError: The folder is no study, or does not say how its model was opened.
     """
     folder = Path(folder)
     plan = read_plan(folder)
+    if isinstance(model, Vit):
+        return _studied(model, plan)
+    opened = _opened_with(folder)
+    name = str(model) if model is not None else _name_of(opened, plan.model)
+    opened = opened or {"task": plan.task or None, "precision": plan.precision, "output": plan.output}
+    size = opened.get("image_size")
     try:
-        opened = json.loads((folder / MODEL).read_text())
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{folder / MODEL}, which says how the model was opened, cannot be read: {error}.") from error
-    if opened is None:
-        raise UnknownModel(
-            f"{plan.model} was handed to the study as a Python object and cannot be opened again from here. "
-            "Serve it from Python: vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
+        vit = open_vit(
+            name,
+            image_size=tuple(size) if isinstance(size, list) else size,
+            preprocessing=Preprocessing.from_dict(plan.preprocessing),
+            weights=weights or opened.get("weights"),
+            device=device,
+            precision=opened["precision"],
+            n_classes=opened.get("n_classes"),
+            class_names=plan.class_names,
+            task=opened.get("task"),
+            output=opened.get("output"),
+            prompts=opened.get("prompts"),
         )
-    if split_python_name(opened["model"]) is not None:
-        raise UnknownModel(
-            f"The model of this study was made by running {opened['model']}. Vitrail runs a Python file only when you "
-            "name it, never because a study does: open it with vitrail.open_vit and serve it from Python, "
-            "vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
-        )
-    size = opened["image_size"]
-    preprocessing = Preprocessing.from_dict(plan.preprocessing)
-    vit = open_vit(
-        opened["model"],
-        image_size=tuple(size) if isinstance(size, list) else size,
-        preprocessing=preprocessing,
-        weights=weights or opened["weights"],
-        device=device,
-        precision=opened["precision"],
-        n_classes=opened["n_classes"],
-        class_names=plan.class_names,
-        task=opened.get("task"),
-        output=opened.get("output"),
-        prompts=opened.get("prompts"),
-    )
+    except UnknownModel as error:
+        if model is not None:
+            raise
+        raise UnknownModel(f"{error} The study was made of it; where it has moved, name it with --model.") from error
+    return _studied(vit, plan)
+
+
+def _studied(vit: Vit, plan: Plan) -> Vit:
+    """The model, if its weights are those of the study; raises `WeightsMismatch`."""
     if vit.weight_digest != plan.weight_digest:
         raise WeightsMismatch(
             f"{plan.model} was studied with other weights ({plan.weight_digest[:12]}) than those found now "
             f"({vit.weight_digest[:12]}). Give the studied file with --weights, or open the study without the model."
         )
     return vit
+
+
+def _opened_with(folder: Path) -> dict[str, Any] | None:
+    """The arguments that the model of a study was opened with; None if it was handed over as an object."""
+    try:
+        opened = json.loads((folder / MODEL).read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{folder / MODEL}, which says how the model was opened, cannot be read: {error}.") from error
+    if opened is not None and not (isinstance(opened, dict) and {"model", "precision"} <= opened.keys()):
+        raise StudyError(f"{folder / MODEL} does not say how the model was opened.")
+    return opened
+
+
+def _name_of(opened: dict[str, Any] | None, model: str) -> str:
+    """What leads to the model without a word of the user; raises `UnknownModel` where nothing may."""
+    name_it = (
+        "Name it to have it here: --model FILE.py:FUNCTION, of a function that returns the model with its trained "
+        "weights (in Python: vitrail.app.server.serve(study, vitrail.live.LiveModel(vit)))."
+    )
+    if opened is None:
+        raise UnknownModel(
+            f"{model} was handed to the study as a Python object and cannot be opened again from here. {name_it}"
+        )
+    if split_python_name(opened["model"]) is not None:
+        raise UnknownModel(
+            f"The model of this study was made by running {opened['model']}. Vitrail runs a Python file only when you "
+            f"name it, never because a study does. {name_it}"
+        )
+    return str(opened["model"])
