@@ -27,6 +27,7 @@ from vitrail.models.open import Vit
 from vitrail.patches import budget, windows
 from vitrail.patches.hubs import find_hubs, without_hubs
 from vitrail.patches.interaction import INDICATORS, between_patches, normalise_rows
+from vitrail.tap.attention import LayerAttention, Readers
 from vitrail.tap.edits import Edit
 
 AREAS = (0.10, 0.25, 0.44, 0.60)
@@ -86,6 +87,33 @@ def by_layers(batch: Batch, share: float, prices: Prices, place: str = "best") -
     return _placed(batch, batch.head_windows(share, prices), place)
 
 
+def bought_with_rest(batch: Batch, share: float, prices: Prices) -> list[Edit]:
+    """The same budget, less a patch a query; for that patch a query sees the mean of all patches outside its box.
+
+    That mean has the mean key of those patches, so its score is the mean of theirs, and it counts as many times as
+    they are: attention evenly spread outside a box is kept as it was.
+    """
+    n_patches = batch.grid[0] * batch.grid[1]
+    edits: list[Edit] = []
+    for layer, boxes in enumerate(batch.bought(share - 1 / n_patches, prices)):
+        read: list[Tensor] = []
+        readers = Readers(attention=functools.partial(_keep_scores, layer, read))
+        batch.vit.tap().read(batch.images, readers, edits=edits)
+        scores = read[0][:, :, batch.prefix :, batch.prefix :]
+        outside = ~windows.masks(boxes, batch.grid)
+        mean = (scores * outside).sum(-1, keepdim=True) / outside.sum(-1, keepdim=True).clamp_min(1)
+        bias = torch.zeros_like(read[0])
+        bias[:, :, batch.prefix :, batch.prefix :] = torch.where(outside, mean - scores, 0.0)
+        edits.append(Edit(layer, bias=bias))
+    return edits
+
+
+def _keep_scores(layer: int, read: list[Tensor], attention: LayerAttention) -> None:
+    """Scores of a layer, but for a constant a row."""
+    if attention.layer == layer:
+        read.append(attention.weights().clamp_min(torch.finfo(torch.float32).tiny).log())
+
+
 def _placed(batch: Batch, boxes_of_layers: Sequence[Tensor], place: str) -> list[Edit]:
     masks = []
     for layer, boxes in enumerate(boxes_of_layers):
@@ -127,6 +155,7 @@ def head_window_conditions(prices: Prices) -> dict[str, Condition]:
         "head windows@0.25": with_share(by_layers, 0.25, prices),
         "head windows: same boxes, centred@0.25": with_share(by_layers, 0.25, prices, "centred"),
         "head windows: strongest keys@0.25": with_share(by_layers, 0.25, prices, "keys"),
+        "budget, and the mean of the rest@0.25": with_share(bought_with_rest, 0.25, prices),
         "budget@0.25": with_share(bought, 0.25, prices),
     }
 

@@ -11,8 +11,10 @@ from torch.testing import assert_close
 
 from patches.planted import attention_in, neighbourhood, planted_boxes
 from vitrail.errors import UsageError
-from vitrail.patches import integral, windows
-from vitrail.patches.interaction import indicator, normalise_rows
+from vitrail.patches import budget, integral, windows
+from vitrail.patches.field import strongest_share
+from vitrail.patches.hubs import find_hubs
+from vitrail.patches.interaction import INDICATORS, indicator, normalise_rows
 
 
 def random_indicator(n_images: int, n_patches: int, seed: int) -> Tensor:
@@ -76,6 +78,31 @@ def test_the_smallest_area_is_that_of_the_smallest_box(rows: int, columns: int, 
     expected = torch.where(enough, areas, rows * columns).amin(0).float()
     empty = matrix.sum(-1) == 0
     assert_close(found, expected.masked_fill(empty, torch.nan), equal_nan=True)
+
+
+def test_attention_that_carries_gradients_is_read_like_any_other() -> None:
+    """A tap outside `torch.no_grad` gives such attention, and whoever calls these functions by hand has it."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.rand((2, 3, 17, 17), generator=generator).softmax(-1)
+    v, out = torch.rand((2, 2, 3, 17, 5), generator=generator)
+    carrying = plain.clone().requires_grad_() * 1
+    for name in INDICATORS:
+        given = (
+            {"v": v, "out": out} if name in ("value", "removal") else {"gradient": plain} if name == "gradient" else {}
+        )
+        matrix, same = indicator(plain, 1, name, **given), indicator(carrying, 1, name, **given)
+        assert_close(same.detach(), matrix, rtol=0, atol=0)
+        for found in (windows.best_boxes, windows.smallest_boxes):
+            share = 4 if found is windows.best_boxes else 0.5
+            assert_close(found(same, (4, 4), share), found(matrix, (4, 4), share), rtol=0, atol=0)
+        assert_close(windows.smallest_areas(same, (4, 4), 0.5), windows.smallest_areas(matrix, (4, 4), 0.5))
+        assert_close(strongest_share(same, 0.5), strongest_share(matrix, 0.5))
+        assert torch.equal(find_hubs(same).hubs, find_hubs(matrix).hubs)
+    levels = budget.boxes_of_levels(carrying, 1, (4, 4))
+    assert torch.equal(levels, budget.boxes_of_levels(plain, 1, (4, 4)))
+    changes = budget.output_changes(carrying, v, levels, 1, (4, 4))
+    assert_close(changes.detach(), budget.output_changes(plain, v, levels, 1, (4, 4)))
+    assert torch.equal(budget.boxes_of_shapes(carrying, 1, (4, 4)), budget.boxes_of_shapes(plain, 1, (4, 4)))
 
 
 @pytest.mark.parametrize(("grid", "shape"), [((14, 14), (7, 7)), ((14, 14), (4, 12)), ((9, 16), (6, 6))])

@@ -68,7 +68,7 @@ def strongest_share(indicator: Float[Tensor, "*batch patch other"], share: float
 
 def _sort_rows(rows: Float[Tensor, "*batch other"]) -> Float[Tensor, "*batch other"]:
     """Each row in growing order; on a CPU by NumPy, whose vectorised sort takes a tenth of the time."""
-    return torch.from_numpy(np.sort(rows.numpy())) if rows.device.type == "cpu" else rows.sort(-1).values
+    return torch.from_numpy(np.sort(rows.detach().numpy())) if rows.device.type == "cpu" else rows.sort(-1).values
 
 
 def interaction_distance(indicator: Float[Tensor, "*batch patch other"], grid: Grid) -> Float[Tensor, "*batch patch"]:

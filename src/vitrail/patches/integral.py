@@ -75,6 +75,7 @@ class Integral:
 
     def __init__(self, rows: Float[Tensor, "query key"], grid: Grid) -> None:
         self._grid = grid
+        rows = rows.detach()  # where a box lies has no gradient, and sums are written into memory of their own
         self._total = rows.sum(-1)
         self._corner = _corners(rows, grid)  # [row column query], sums of all keys above and left of each corner
         # Memory for the sums of one shape: fresh pages for every shape would cost as much as the sums.

@@ -130,9 +130,9 @@ def _head_statistic(share: Float[Tensor, "image head patch other"], name: str) -
 
 
 def _removal(weights: Tensor, prefix: int, v: Tensor, out: Tensor) -> Float[Tensor, "image patch other"]:
-    """Root of the sum over heads of (A / (1 - A))^2 |v_j - out_i|^2, the distances from one product."""
-    share = weights[..., prefix:, prefix:]
-    v, out = v[:, :, prefix:].to(share), out[:, :, prefix:].to(share)
+    """Root of the sum over heads of (A / (1 - A))^2 |v_j - out_i|^2, the distances from one product; no gradient."""
+    share = weights.detach()[..., prefix:, prefix:]
+    v, out = v.detach()[:, :, prefix:].to(share), out.detach()[:, :, prefix:].to(share)
     one = torch.ones_like(v[..., :1])
     query_side = torch.cat([out, out.square().sum(-1, keepdim=True), one], -1)
     key_side = torch.cat([-2 * v, one, v.square().sum(-1, keepdim=True)], -1)
