@@ -472,7 +472,7 @@ def test_a_model_that_has_moved_since_its_study_is_found_where_it_is_named(tmp_p
     folder = timm_folder(tmp_path / "own")
     run_study(open_vit(folder), tmp_path / "images", out=tmp_path / "study", measures=["head_divergence"])
     folder.rename(tmp_path / "moved")
-    with pytest.raises(UnknownModel, match=r"leads to no model.*where it has moved, name it with --model"):
+    with pytest.raises(UnknownModel, match=r"own, is not where it was\. Name it where it is now, with --model\."):
         reopen(tmp_path / "study")
     assert reopen(tmp_path / "study", model=tmp_path / "moved").n_layers == 1
     (tmp_path / "study" / "model.json").write_text(json.dumps(["broken"]))

@@ -69,10 +69,17 @@ def reopen(
             prompts=opened.get("prompts"),
         )
     except UnknownModel as error:
-        if model is not None:
+        if model is not None or not _is_gone(name):
             raise
-        raise UnknownModel(f"{error} The study was made of it; where it has moved, name it with --model.") from error
+        raise UnknownModel(
+            f"The model of this study, {name}, is not where it was. Name it where it is now, with --model."
+        ) from error
     return _studied(vit, plan)
+
+
+def _is_gone(name: str) -> bool:
+    """Whether a model's name is that of a folder which is not there."""
+    return name != "vitrail:photos" and not Path(name).exists() and (":" not in name or Path(name).is_absolute())
 
 
 def _studied(vit: Vit, plan: Plan) -> Vit:
