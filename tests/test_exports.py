@@ -22,6 +22,7 @@ from vitrail.errors import MissingLibrary, UsageError
 from vitrail.exports import export_study
 from vitrail.exports.fiftyone import heat_map
 from vitrail.exports.source import ExportSource, open_source
+from vitrail.patterns.names import RULES
 
 N_IMAGES = 7
 HEADS = (3, 2, *(3,) * (N_LAYERS - 2))
@@ -62,6 +63,28 @@ def test_pandas_reads_the_tables_of_parquet_with_units_and_without_padding(study
     schema = parquet.read_schema(folder / "image-layer-head.parquet")
     assert schema.field("head_divergence").metadata[b"unit"] == b"bits"
     assert json.loads(schema.metadata[b"vitrail"])["model"] == "planted:vit_of_shapes"
+
+
+def test_places_along_dimensions_have_the_names_and_values_that_they_stand_for(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas reads the exported tables, and is not installed")
+    pytest.importorskip("pyarrow.parquet", reason="pyarrow writes Parquet, and is not installed")
+    vit = open_vit("vitrail:photos")
+    measured = "tokens,patches,patterns,regions"
+    dataset = run_study(vit, "vitrail:photos", out=tmp_path / "study", measures=measured, limit=8)
+    invoke(tmp_path / "study", "--to", "parquet")
+    tables = tmp_path / "study" / "exports" / "parquet"
+    lost = pandas.read_parquet(tables / "image-amount.parquet")
+    assert sorted(set(lost["amount"])) == [0.25, 0.5, 0.75]
+    half = dataset["occlusion_random"].sel(amount=0.5)
+    np.testing.assert_array_equal(lost[lost["amount"] == 0.5]["occlusion_random"], half)
+    np.testing.assert_array_equal(half, dataset["occlusion_random"].to_numpy()[:, 1])
+    rules = pandas.read_parquet(tables / "image-layer-head-rule.parquet")
+    assert list(dict.fromkeys(rules["rule"])) == list(RULES)
+    sinks = dataset["pattern_rule"].sel(rule="sink")
+    np.testing.assert_array_equal(sinks, dataset["pattern_rule"].to_numpy()[..., RULES.index("sink")])
+    np.testing.assert_array_equal(dataset["window"].sel(side="bottom"), dataset["window"].to_numpy()[..., 3])
+    assert dataset["cells"].to_numpy().tolist() == [2, 4]
+    assert dataset["mode"].to_numpy().tolist() == ["class token", "patches"]
 
 
 def test_csv_holds_the_same_numbers_to_the_last_bit_and_says_what_its_columns_are(study: Path, tmp_path: Path) -> None:

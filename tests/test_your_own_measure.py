@@ -17,6 +17,7 @@ from vitrail.analysis import (
     changed_options,
     make_collectors,
     measures_named,
+    places,
     register,
     resolve_options,
     unregister,
@@ -109,6 +110,27 @@ def measure(name: str = "mine", **options: object) -> vitrail.Measure:
 
 def analysis(name: str = "own", **options: object) -> Analysis:
     return Analysis(name=name, title="", question="", **{"measures": (measure(),)} | options)  # type: ignore[arg-type]
+
+
+def test_places_are_named_where_an_analysis_names_as_many_as_there_are() -> None:
+    import numpy as np
+    import xarray as xr
+
+    def named(study: dict[str, object]) -> dict[str, tuple[str, ...]]:
+        return {"feature": tuple(study["n"] * "x"), "rank": ("first", "second"), "side": ("a", "b", "c", "d")}
+
+    register(analysis(places=named, measures=(measure(dims=("image", "feature")),)))
+    try:
+        data = {
+            "mine": (("image", "feature"), np.zeros((2, 3))),
+            "other": (("rank", "side", "xy"), np.zeros((5, 4, 2))),
+        }
+        found = places(xr.Dataset(data), {"n": 3})
+        assert found == {"feature": ["x", "x", "x"], "side": ["a", "b", "c", "d"], "xy": ["x", "y"]}
+        without = places(xr.Dataset(data).drop_vars("mine"), {"n": 3})
+        assert without == {"side": ["left", "top", "right", "bottom"], "xy": ["x", "y"]}
+    finally:
+        unregister("own")
 
 
 @pytest.mark.parametrize(

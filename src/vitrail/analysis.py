@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from vitrail.errors import UsageError
-from vitrail.measure import Measure
+from vitrail.measure import PLACES, Measure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +49,7 @@ __all__ = [
     "make_collectors",
     "measures",
     "measures_named",
+    "places",
     "register",
     "resolve_options",
     "split_names",
@@ -255,6 +256,9 @@ class Analysis:
         aliases: older names that `--measures` accepts too.
         only_for: the models that have it ("a WinT"); empty for any model.
         on_demand: whether a look at one image computes it only if asked for by name.
+        places: given the attributes of a study (its plan), what the places along dimensions of its measures are called
+            or which values they stand for, by dimension; they become coordinates of the dataset. Dimensions without
+            are counted from 0.
     """
 
     name: str
@@ -275,6 +279,7 @@ class Analysis:
     aliases: tuple[str, ...] = ()
     only_for: str = ""
     on_demand: bool = False
+    places: "Callable[[Mapping[str, Any]], Mapping[str, Sequence[Any]]] | None" = None
 
     def __post_init__(self) -> None:
         options = tuple(option.name for option in self.options)
@@ -389,6 +394,26 @@ def measures() -> dict[str, Measure]:
         Declarations in the order of the analyses, those that every study has first.
     """
     return {measure.name: measure for analysis in analyses().values() for measure in analysis.measures}
+
+
+def places(dataset: "xr.Dataset", attributes: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What the places along a study's dimensions are called.
+
+    Args:
+        dataset: its arrays.
+        attributes: its plan, as `vitrail.open_study` has it in `attrs`.
+
+    Returns:
+        Names or values by dimension, of those that have any. Those of another number than the study has places, as in
+        a study of another version, are left out.
+    """
+    held = set(map(str, dataset.data_vars))
+    found: dict[str, list[Any]] = {}
+    for analysis in analyses().values():
+        if analysis.places is not None and held.intersection(analysis.measure_names):
+            found = {each: list(values) for each, values in analysis.places(attributes).items()} | found
+    found = {each: list(values) for each, values in PLACES.items()} | found
+    return {each: values for each, values in found.items() if dataset.sizes.get(each) == len(values)}
 
 
 def in_order_of_declaration(by_name: Mapping[str, Value]) -> dict[str, Value]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vitrail.errors import UsageError
 
-__all__ = ["DIMENSIONS", "Measure"]
+__all__ = ["DIMENSIONS", "PLACES", "Measure"]
 
 DIMENSIONS = (
     "image",
@@ -43,6 +43,9 @@ DIMENSIONS = (
     "feature",
 )
 """The closed list of dimension words: types, store, JSON and TypeScript use these and no others."""
+
+PLACES = {"xy": ("x", "y"), "side": ("left", "top", "right", "bottom")}
+"""What the places along dimensions are called that mean the same in every measure; analyses name those of others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from vitrail.analysis import (
     declaration,
     is_of_other_models,
     make_collectors,
+    places,
     unavailable,
 )
 from vitrail.contract.outlook import require_finite
@@ -214,7 +215,7 @@ def record_image(
 
 def _base_part(one: OneImage) -> xr.Dataset:
     masks = None if one.instance_ids is None else [one.instance_ids]
-    return _dataset(_outputs(one.vit, one.logits, masks)).assign_attrs(left_out={})
+    return _dataset(one.vit, _outputs(one.vit, one.logits, masks)).assign_attrs(left_out={})
 
 
 def _collector_part(collector: Collector) -> Callable[[OneImage], xr.Dataset]:
@@ -222,7 +223,7 @@ def _collector_part(collector: Collector) -> Callable[[OneImage], xr.Dataset]:
         masks = None if one.instance_ids is None else [one.instance_ids]
         arrays = _collect(one.vit, one.pixels, [collector], masks)[0]
         present, empty = _part_empty({name: arrays[name] for name in collector.measures})
-        return _dataset(present).assign_attrs(left_out=empty)
+        return _dataset(one.vit, present).assign_attrs(left_out=empty)
 
     return compute
 
@@ -237,7 +238,7 @@ def _image_part(
             one.left_out.update(reasons)
         else:
             try:
-                arrays = _dataset(compute(one))
+                arrays = _dataset(one.vit, compute(one))
             except Unsupported as reason:
                 one.leave_out(names, reason)
         return arrays.assign_attrs(left_out={name: one.left_out[name] for name in names if name in one.left_out})
@@ -297,7 +298,7 @@ def look(
     arrays, replay, logits = measure_image(vit, pixels, names, None if ids is None else [ids])
     arrays, empty = _part_empty(arrays)
     one = OneImage(vit, vit.view(image), pixels, replay, logits, arrays, patch, channel, ids, {**reasons, **empty})
-    dataset = _dataset(arrays)
+    dataset = _dataset(vit, arrays)
     for analysis in chosen:
         progress(analysis.title.lower())
         for together, compute in analysis.all_look_parts().items():
@@ -470,8 +471,8 @@ def _check(
         )
 
 
-def _dataset(arrays: Mapping[str, np.ndarray | xr.DataArray]) -> xr.Dataset:
-    """The arrays with the dimensions and attributes of their declarations."""
+def _dataset(vit: Vit, arrays: Mapping[str, np.ndarray | xr.DataArray]) -> xr.Dataset:
+    """The arrays with dimensions, attributes and names of places along dimensions, as their declarations have them."""
     variables = {}
     for name, values in arrays.items():
         if isinstance(values, xr.DataArray):  # with coordinates of its own
@@ -479,7 +480,8 @@ def _dataset(arrays: Mapping[str, np.ndarray | xr.DataArray]) -> xr.Dataset:
         else:
             measure = declaration(name)
             variables[name] = xr.DataArray(values, dims=measure.dims, attrs=measure.attributes())
-    return MeasureDataset(variables)
+    dataset = MeasureDataset(variables)
+    return dataset.assign_coords(places(dataset, {"grids": [block.grid for block in vit.anatomy.blocks]}))
 
 
 def _attributes(

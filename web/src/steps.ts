@@ -1,20 +1,21 @@
-// Where the steps of a measure lie along dimensions of which the store holds the order alone, as docs/measures.md says;
-// and what the answer keeps along them.
+// Where the steps of a measure lie along its dimensions, and what the answer keeps along them.
 
 import { array, summary } from "./api";
 import type { Line } from "./charts/lines";
 import { set, statistic } from "./data";
-import { gridOf } from "./grids";
+import { percent } from "./format";
 import type { Selection, Study, Summary } from "./types";
 
-/** Shares of the patches that are lost, along `amount`. */
-export const AMOUNTS = [0.25, 0.5, 0.75];
-const CELLS = [2, 4, 7, 14];
+/** The numbers that the places along a dimension stand for; counted from 0 where the study says none. */
+export const stepsAlong = (study: Study, dim: string): number[] =>
+  study.places[dim]?.map(Number) ?? Array.from({ length: study.sizes[dim] ?? 0 }, (_, at) => at);
 
-/** Cells a side, along `cells`: those that divide the first layer's grid. */
-export function cellsOf(study: Study): number[] {
-  const [rows, columns] = gridOf(study, 0);
-  return CELLS.filter((cells) => rows % cells === 0 && columns % cells === 0);
+/** What a place along a dimension is called. */
+export function placeName(study: Study, dim: string, at: number): string {
+  const place = study.places[dim]?.[at];
+  if (place === undefined) return String(at);
+  if (dim === "amount") return percent(Number(place), 0);
+  return String(place).replaceAll("_", " ");
 }
 
 /** A curve that begins with the intact image. */

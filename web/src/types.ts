@@ -64,6 +64,8 @@ export interface Study {
   name: string;
   model: string;
   sizes: Record<string, number>;
+  /** What the places along a dimension are called, or the numbers that they stand for; others count from 0. */
+  places: Record<string, (string | number)[]>;
   n_heads: number[];
   grids: ([number, number] | null)[];
   prefixes: number[];

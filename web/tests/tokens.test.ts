@@ -10,7 +10,7 @@ import { greatest, laidOut, lengths, likeness, objectColour } from "../src/liken
 import { GROUPS, OTHERS } from "../src/palette";
 import { asColours, asSigns } from "../src/pictures";
 import { relevanceLines } from "../src/relevance";
-import { cellsOf, fromIntact } from "../src/steps";
+import { fromIntact, placeName, stepsAlong } from "../src/steps";
 import type { Study } from "../src/types";
 
 /** Two layers: 2 x 2 patches after a class token, then 1 x 2 without. */
@@ -113,9 +113,13 @@ test("published views clip at zero, signed ones keep both signs", () => {
   expect([...signs]).toEqual([1, 2, 3, 255, 4, 5, 6, 255]);
 });
 
-test("cells divide the grid, and curves begin with the intact image", () => {
-  expect(cellsOf({ grids: [[14, 14]] } as unknown as Study)).toEqual([2, 7, 14]);
-  expect(cellsOf({ grids: [[8, 8]] } as unknown as Study)).toEqual([2, 4]);
+test("places have the study's names or numbers, or count from 0, and curves begin with the intact image", () => {
+  const study = { sizes: { hop: 3 }, places: { amount: [0.25, 0.5], rule: ["shift_mass"] } } as unknown as Study;
+  expect(stepsAlong(study, "amount")).toEqual([0.25, 0.5]);
+  expect(stepsAlong(study, "hop")).toEqual([0, 1, 2]);
+  expect(placeName(study, "amount", 1)).toBe("50 %");
+  expect(placeName(study, "rule", 0)).toBe("shift mass");
+  expect(placeName(study, "hop", 2)).toBe("2");
   expect([...fromIntact(1, [0.5])]).toEqual([1, 0.5]);
 });
 

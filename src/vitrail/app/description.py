@@ -24,14 +24,16 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         name: The study's name, in the page's address.
 
     Returns:
-        Values that JSON can hold: sizes by dimension, the plan's facts, each measure's dimensions and texts, and every
-        registered analysis with the measures that this study holds of it and the command that measures it.
+        Values that JSON can hold: sizes and names of places by dimension, the plan's facts, each measure's dimensions
+        and texts, and every registered analysis with the measures that this study holds of it and the command that
+        measures it.
     """
     dataset = arrays.dataset
     return {
         "name": name,
         "model": plan.model,
         "sizes": {str(dimension): int(size) for dimension, size in dataset.sizes.items()},
+        "places": {str(name): each.to_numpy().tolist() for name, each in dataset.coords.items() if name != "image"},
         "n_heads": plan.n_heads,
         "grids": plan.grids,
         "prefixes": plan.prefixes,

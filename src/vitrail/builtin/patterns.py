@@ -159,12 +159,19 @@ def _sections() -> Sequence[Any]:
     return (patterns,)
 
 
+def _places(study: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    from vitrail.patterns.names import RULES
+
+    return {"rule": RULES}
+
+
 PATTERNS = Analysis(
     name="patterns",
     title="Attention patterns",
     question="What do heads look like, and which are alike?",
     measures=MEASURES,
     accompanying=ACCOMPANYING,
+    places=_places,
     collectors=_collectors,
     options=(MAPS,),
     needs=(

@@ -61,4 +61,5 @@ REGIONS = Analysis(
     needs=(Need("class_rows", "a map with a row and a column of a class token", _no_class_rows),),
     paper=PAPER_LI,
     on_demand=True,
+    places=lambda study: {"mode": ("class token", "patches")},
 )

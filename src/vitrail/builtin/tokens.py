@@ -474,6 +474,13 @@ def _sections() -> Sequence[Any]:
     return (tokens,)
 
 
+def _places(study: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
+
+    grids = study.get("grids") or [None]
+    return {"amount": AMOUNTS} | ({"cells": cells_that_divide(tuple(grids[0]))} if grids[0] else {})
+
+
 TOKENS = Analysis(
     name="tokens",
     title="Tokens and neurons",
@@ -482,6 +489,7 @@ TOKENS = Analysis(
     collectors=_collectors,
     image_measures=IMAGE_MEASURES,
     look_parts=_look_parts,
+    places=_places,
     options=(MASKS, RADIUS, LOST_PATCHES),
     needs=(
         Need("whole_maps", "the same tokens in all layers", _no_whole_maps),

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitrail.exports.source import ExportSource, import_library
+from vitrail.measure import PLACES
 
 __all__ = ["write_csv", "write_parquet"]
-
-WIDE = {"xy": ("x", "y"), "side": ("left", "top", "right", "bottom")}
-"""Dimensions whose entries are columns: they are the parts of one value."""
 
 CLASSES = ("label", "prediction")
 """Class ids of each image, which get a column with the class's name too."""
@@ -101,7 +99,7 @@ def _tables(source: ExportSource) -> list[_Table]:
     """The tables, that of images first."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, array in source.data.data_vars.items():
-        groups.setdefault(tuple(str(each) for each in array.dims if each not in WIDE), []).append(str(name))
+        groups.setdefault(tuple(str(each) for each in array.dims if each not in PLACES), []).append(str(name))
     order = sorted(groups, key=lambda dims: (dims[:1] != ("image",), len(dims)))
     return [_Table("-".join(dims) or "study", dims, tuple(groups[dims])) for dims in order]
 
@@ -133,13 +131,11 @@ def _measures(source: ExportSource, table: _Table, values: dict[str, np.ndarray]
     columns: Columns = {}
     for name in table.measures:
         dims = [str(each) for each in source.data[name].dims if each != "image"]
-        wide = [each for each in dims if each in WIDE]
+        wide = [each for each in dims if each in PLACES]  # the parts of one value: a column each
         order = [1 + dims.index(each) for each in [*(d for d in table.dims if d != "image"), *wide]]
         array = values[name].transpose(0, *order)
-        flat = array.reshape(len(array), *cells.shape, -1)[:, cells].reshape(
-            -1, array.size // max(1, len(array) * cells.size)
-        )
-        parts = WIDE[wide[0]] if wide else ("",)
+        parts = PLACES[wide[0]] if wide else ("",)
+        flat = array.reshape(len(array), *cells.shape, len(parts))[:, cells].reshape(-1, len(parts))
         columns |= {f"{name}_{part}" if part else name: flat[:, at] for at, part in enumerate(parts)}
     return columns
 
@@ -153,7 +149,7 @@ def _labels(source: ExportSource, dimension: str) -> np.ndarray:
 
 def _about(source: ExportSource, column: str) -> dict[str, str]:
     """What the study says of the measure in a column; empty for an index."""
-    names = [column, *(column.removesuffix(f"_{part}") for parts in WIDE.values() for part in parts)]
+    names = [column, *(column.removesuffix(f"_{part}") for parts in PLACES.values() for part in parts)]
     name = next((each for each in names if each in source.data.data_vars), None)
     return {} if name is None else {word: str(source.data[name].attrs.get(word, "")) for word in ABOUT}
 

@@ -28,7 +28,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 from zarr.registry import register_pipeline
 
-from vitrail.analysis import measures
+from vitrail.analysis import measures, places
 from vitrail.data import Manifest
 from vitrail.data.files import sentence, some
 from vitrail.dataset import MeasureDataset
@@ -85,8 +85,9 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
             are being added to it and are not complete.
 
     Returns:
-        Arrays with title, unit, low, high, source and limits in their attributes; the coordinate `image` holds the ids;
-        `attrs` holds the plan, `missing_images` (a count) and `missing_measures` (names).
+        Arrays with title, unit, low, high, source and limits in their attributes; the coordinate `image` holds the ids,
+        others say what places along a dimension are called (`rule`, `side`, ..) or stand for (`amount`, ..); `attrs`
+        holds the plan, `missing_images` (a count) and `missing_measures` (names).
 
     Raises:
         StudyError: The folder is no study, or not finished and `partial` is False.
@@ -96,6 +97,7 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
         >>> import vitrail
         >>> study = vitrail.open_study("study")  # doctest: +SKIP
         >>> study["head_probability"].mean("image")  # doctest: +SKIP
+        >>> study["pattern_rule"].sel(rule="sink")  # doctest: +SKIP
     """
     if is_address(path):
         from vitrail.study.object_store import open_objects
@@ -133,7 +135,9 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
         "missing_images": plan.n_images - dataset.sizes["image"],
         "missing_measures": sorted(_arrays_of_every_part(plan, listed) - names),
     }
-    study = MeasureDataset(dataset.data_vars, dataset.coords, {**asdict(plan), **left, **about})
+    attributes = {**asdict(plan), **left, **about}
+    dataset = dataset.assign_coords(places(dataset, attributes))
+    study = MeasureDataset(dataset.data_vars, dataset.coords, attributes)
     study.encoding["source"] = str(folder.resolve())  # as xarray's own readers note it; `vitrail.show` reads it
     return study
 
