@@ -408,12 +408,12 @@ def places(dataset: "xr.Dataset", attributes: Mapping[str, Any]) -> dict[str, li
         a study of another version, are left out.
     """
     held = set(map(str, dataset.data_vars))
-    found: dict[str, list[Any]] = {}
+    names: dict[str, Sequence[Any]] = {}
     for analysis in analyses().values():
         if analysis.places is not None and held.intersection(analysis.measure_names):
-            found = {each: list(values) for each, values in analysis.places(attributes).items()} | found
-    found = {each: list(values) for each, values in PLACES.items()} | found
-    return {each: values for each, values in found.items() if dataset.sizes.get(each) == len(values)}
+            names = {**analysis.places(attributes), **names}
+    names = {**PLACES, **names}
+    return {dim: list(values) for dim, values in names.items() if dataset.sizes.get(dim) == len(values)}
 
 
 def in_order_of_declaration(by_name: Mapping[str, Value]) -> dict[str, Value]:

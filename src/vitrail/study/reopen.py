@@ -49,8 +49,8 @@ def reopen(
     folder = Path(folder)
     plan = read_plan(folder)
     if isinstance(model, Vit):
-        return _studied(model, plan)
-    opened = _opened_with(folder)
+        return _require_weights(model, plan)
+    opened = _read_arguments(folder)
     name = str(model) if model is not None else _name_of(opened, plan.model)
     opened = opened or {"task": plan.task or None, "precision": plan.precision, "output": plan.output}
     size = opened.get("image_size")
@@ -74,15 +74,15 @@ def reopen(
         raise UnknownModel(
             f"The model of this study, {name}, is not where it was. Name it where it is now, with --model."
         ) from error
-    return _studied(vit, plan)
+    return _require_weights(vit, plan)
 
 
 def _is_gone(name: str) -> bool:
     """Whether a model's name is that of a folder which is not there."""
-    return name != "vitrail:photos" and not Path(name).exists() and (":" not in name or Path(name).is_absolute())
+    return not Path(name).exists() and (":" not in name or Path(name).is_absolute())
 
 
-def _studied(vit: Vit, plan: Plan) -> Vit:
+def _require_weights(vit: Vit, plan: Plan) -> Vit:
     """The model, if its weights are those of the study; raises `WeightsMismatch`."""
     if vit.weight_digest != plan.weight_digest:
         raise WeightsMismatch(
@@ -92,7 +92,7 @@ def _studied(vit: Vit, plan: Plan) -> Vit:
     return vit
 
 
-def _opened_with(folder: Path) -> dict[str, Any] | None:
+def _read_arguments(folder: Path) -> dict[str, Any] | None:
     """The arguments that the model of a study was opened with; None if it was handed over as an object."""
     try:
         opened = json.loads((folder / MODEL).read_text())
@@ -107,7 +107,8 @@ def _name_of(opened: dict[str, Any] | None, model: str) -> str:
     """What leads to the model without a word of the user; raises `UnknownModel` where nothing may."""
     name_it = (
         "Name it to have it here: --model FILE.py:FUNCTION, of a function that returns the model with its trained "
-        "weights (in Python: vitrail.app.server.serve(study, vitrail.live.LiveModel(vit)))."
+        "weights; in Python hand over the opened model, as `model=vit` or, to serve the page, "
+        "vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
     )
     if opened is None:
         raise UnknownModel(
