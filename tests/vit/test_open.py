@@ -349,6 +349,9 @@ from beside import DEPTH
 def small():
     return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=DEPTH, num_classes=4)
 
+def larger():
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=DEPTH, num_classes=4)
+
 def number():
     return 3
 
@@ -459,6 +462,8 @@ def test_the_model_of_a_study_opens_again_where_the_user_names_it(own_file, tmp_
     own_file.write_text(SOURCE.replace("def small():", "def small():\n    __import__('torch').manual_seed(5)"))
     with pytest.raises(WeightsMismatch, match="studied with other weights"):
         reopen(tmp_path / "named", model=f"{own_file}:small")
+    with pytest.raises(WeightsMismatch, match=r"larger is not the model of this study, .* Opened as that was, it says"):
+        reopen(tmp_path / "named", model=f"{own_file}:larger")
 
 
 def test_a_model_that_has_moved_since_its_study_is_found_where_it_is_named(tmp_path):

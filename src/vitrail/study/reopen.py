@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import StudyError, UnknownModel, WeightsMismatch
+from vitrail.errors import StudyError, UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.models.open import Vit, open_vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.models.sources import split_python_name
@@ -73,6 +73,12 @@ def reopen(
             raise
         raise UnknownModel(
             f"The model of this study, {name}, is not where it was. Name it where it is now, with --model."
+        ) from error
+    except (UsageError, Unsupported, WeightsMismatch) as error:
+        if model is None:
+            raise
+        raise WeightsMismatch(
+            f"{name} is not the model of this study, {plan.model}. Opened as that was, it says: {error}"
         ) from error
     return _require_weights(vit, plan)
 
