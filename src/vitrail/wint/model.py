@@ -127,7 +127,8 @@ class WindowHead(nn.Module):
             grid: Rows and columns of patches.
 
         Returns:
-            0 where a key is open, down to log(1e-6) (soft edges) or -inf (hard ones); None if every window is full.
+            0 where a key is open. Elsewhere -inf with hard edges (`CLOSED` while training), with soft ones down to
+            2 log(1e-6) and below `CLOSED` where it is cut. None if every window is full.
         """
         sides = self(tokens, grid)
         if not self.training and self.is_hard:
@@ -135,7 +136,10 @@ class WindowHead(nn.Module):
             return None if bool(mask.all()) else _hard_bias(mask)
         temperature = self.temperature if self.training or not self.edges else self.edges
         soft = soft_bias(sides, grid, temperature, self.cut)
-        return soft + ((hard_mask(sides, grid).float() + FLOOR).log() - soft).detach() if self.is_hard else soft
+        if not self.is_hard:
+            return soft
+        closed = ~hard_mask(sides, grid)
+        return (soft - soft.detach()).masked_fill(closed, CLOSED)  # the soft edges' gradient, where keys are open
 
     @property
     def is_hard(self) -> bool:
