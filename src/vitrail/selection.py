@@ -7,14 +7,14 @@ from vitrail.errors import UsageError
 
 __all__ = ["ImageChoice", "describe_choice", "image_id", "image_position"]
 
-ImageChoice = int | str | None
+ImageChoice = int | np.integer | str | None
 """An image by its position or id; None: all images together."""
 
 N_IDS_NAMED = 3
 """Ids that an error message gives as examples."""
 
 
-def image_position(study: xr.Dataset, image: int | str) -> int:
+def image_position(study: xr.Dataset, image: int | np.integer | str) -> int:
     """The position of an image in the study.
 
     Args:
@@ -28,9 +28,9 @@ def image_position(study: xr.Dataset, image: int | str) -> int:
         UsageError: The study has no such image.
     """
     n_images = study.sizes["image"]
-    if isinstance(image, int):
+    if isinstance(image, (int, np.integer)):
         if 0 <= image < n_images:
-            return image
+            return int(image)
         raise UsageError(f"Image {image} was asked for; the study has images 0 to {n_images - 1}.")
     ids = study["image"].to_numpy().astype(str) if "image" in study.coords else np.array([], dtype=str)
     positions = np.flatnonzero(ids == image)

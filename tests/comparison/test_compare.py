@@ -213,11 +213,27 @@ def test_measures_of_the_label_are_of_images_with_the_same_label(folders, tmp_pa
     other["label"][:10] = (other["label"][:10] + 1) % 5
     compared = vitrail.compare(folders[0], write(tmp_path / "own", other, NAMES, labels="predicted"))
     assert f"30 of {N} images" in compared.attrs["labels"]
+    assert compared.attrs["labels"].startswith("The labels of own are the model's own predictions, those of the other")
     assert np.isnan(compared["difference"].sel(measure="probability")[:10]).all()
     assert not np.isnan(compared["difference"].sel(measure="attention_distance")).any()
     assert "correct" not in compared["measure"].values
     classes = write(tmp_path / "classes", numbers(7), NAMES, class_names=None, n_classes=9)
     assert "other classes" in vitrail.compare(folders[0], classes).attrs["left_out"]["probability"]
+
+
+def test_estimates_are_left_out_where_exact_values_lie_beside_them(tmp_path):
+    """A corrected study's own means are corrected; differences of its estimates would contradict them."""
+    pair = []
+    for seed, name in enumerate(("first", "second")):
+        arrays = numbers(seed)
+        arrays["head_probability_exact"] = np.where(
+            np.arange(N)[:, None, None] % 4 == 1, arrays["head_probability"], np.nan
+        )
+        pair.append(write(tmp_path / name, arrays, NAMES, options={"importance": "corrected"}))
+    compared = vitrail.compare(*pair)
+    assert "estimates; head_probability_exact has" in compared.attrs["left_out"]["head_probability"]
+    assert "head_probability_exact" in compared["measure"].values
+    assert np.isfinite(compared["difference"].sel(measure="head_probability_exact")).sum() == N // 4
 
 
 def test_what_cannot_be_compared_is_refused_in_a_sentence(folders, tmp_path):

@@ -60,6 +60,11 @@ def test_whiskers_are_the_interval_of_the_mean():
     assert_allclose(ends, np.stack([low, high], 1), rtol=1e-12)
 
 
+def test_an_image_is_named_by_a_position_of_numpy_too():
+    study = planted()
+    assert_array_equal(head_values(study, "head_flip", np.int64(2)).values, head_values(study, "head_flip", 2).values)
+
+
 def test_padded_flips_are_no_heads():
     shown = head_values(planted(fewer=(3,)), "head_flip")
     assert np.isnan(shown.values[3, 2])

@@ -161,6 +161,8 @@ class TestWhoeverShowsAMeanShowsTheCorrectedOne:
         assert values.description == "mean over 400 images, corrected by 100 exact images"
         exact = data["head_probability_exact"].to_numpy()
         assert_allclose(values.spread[:, 0], np.nanquantile(exact[:, 0], (0.05, 0.95), axis=0), rtol=1e-6)
+        of_exact, swept = head_values(data, "head_probability_exact"), ~np.isnan(exact).all((1, 2))
+        assert_allclose(of_exact.unpruned, data["probability"].to_numpy()[swept].mean())
         assert not {"head_probability_exact", "head_loss_change_exact"} & set(importance_metrics(data))
 
     def test_rankings_of_heads_that_are_pruned_together(self):

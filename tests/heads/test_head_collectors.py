@@ -120,7 +120,7 @@ def test_measures_that_a_model_cannot_give_are_named_with_the_reason():
 
 def test_the_estimate_says_what_it_does_not_offer(vit):
     reasons = unavailable(vit, list(analyses()["heads"].measure_names), {"importance": "estimate"})
-    assert 'use importance="exact"' in reasons["head_divergence"]
+    assert "use --importance exact" in reasons["head_divergence"]
     assert "head_loss_change" not in reasons
 
 

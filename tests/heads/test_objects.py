@@ -271,6 +271,23 @@ def test_images_without_a_mask_leave_the_mean_of_a_head_to_the_others() -> None:
     assert np.isfinite(values.low).all()
 
 
+def test_heads_of_layers_that_miss_small_objects_are_compared_on_the_same_images() -> None:
+    """Half of the images have no patch of an object on the grid of the last layer, and would be easy for the others."""
+    study = planted_scores(120)
+    small = np.arange(120) % 2 == 0
+    study["object_auroc"][small, :2] = 0.99
+    study["object_auroc"][small, 2] = np.nan
+    summary = summarise_scores(study, "object_auroc")
+    assert summary.n_images == 59
+    assert summary.ranked[0] == (2, 1)
+    assert summary.reason == ""
+    assert summary.may_be_best[2, 1]
+    assert np.isfinite(summary.low).all()
+    values = head_values(study, "object_auroc")
+    assert_allclose(values.values, summary.mean)
+    assert values.description == "mean over 59 of 120 images"
+
+
 def test_heads_that_find_no_more_than_chance_are_told_so_nineteen_times_in_twenty() -> None:
     shown = [
         (summarise_scores(planted_scores(40, 0.6, seed), "object_auroc").excess_low > 0).any() for seed in range(40)

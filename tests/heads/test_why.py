@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from planted_patterns import FAMILIES, GRID
 
 from vitrail.errors import UsageError
+from vitrail.heads import why
 from vitrail.heads.summary import head_table, pruning_table
 from vitrail.heads.why import extreme_images, missing, why_sentences, why_table
 from vitrail.patterns.names import RULES
@@ -77,6 +78,17 @@ def test_the_planted_head_is_first_and_its_part_and_images_are_found(study: xr.D
     assert table["pattern"][IMPORTANT] == "shift (+1, 0)"
     assert_allclose(table["pattern_share"][IMPORTANT], 0.75)
     assert_allclose(table["rule_shift_mass"][IMPORTANT], 0.75 + 0.25 * rules_of("sink")[RULES.index("shift_mass")])
+
+
+def test_only_the_head_without_a_wider_one_is_called_the_widest() -> None:
+    """Of 384 heads the second narrowest and the second widest are not the last ones."""
+    words = [why._wider_than(100 * at / 383) for at in (0, 1, 382, 383)]
+    assert words == [
+        "the narrowest of all heads",
+        "wider than that of 1 % of the other heads",
+        "wider than that of 99 % of the other heads",
+        "the widest of all heads",
+    ]
 
 
 def test_one_head_alone_has_the_numbers_that_it_has_among_all(study: xr.Dataset) -> None:

@@ -117,7 +117,9 @@ def test_the_report_says_by_what_means_are_corrected(corrected: Path) -> None:
 
 
 def test_too_few_images_are_refused_with_what_to_do(vit: Vit, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"of 40 images that is 10\. Give 100 images or more, or take importance="):
+    with pytest.raises(
+        UsageError, match=r"of 40 images that is 10\. Give 100 images or more, or take --importance exact"
+    ):
         run(vit, photos, tmp_path / "study", limit=40)
     assert not (tmp_path / "study" / "study.json").exists()
     run(vit, photos, tmp_path / "study", measures="prefix_share", limit=40)
@@ -129,7 +131,7 @@ def test_too_few_images_are_refused_with_what_to_do(vit: Vit, photos: Path, tmp_
 def test_an_estimate_without_what_corrects_it_is_refused(vit: Vit, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ask for head_loss_change_exact too, or for heads"):
         run(vit, photos, tmp_path / "study", measures="head_loss_change")
-    with pytest.raises(Unsupported, match='use importance="corrected"'):
+    with pytest.raises(Unsupported, match="use --importance corrected"):
         run(vit, photos, tmp_path / "study", "exact", measures="head_loss_change_exact")
 
 

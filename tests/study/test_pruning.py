@@ -136,6 +136,38 @@ def test_named_heads_are_removed_and_accuracy_is_of_all_images(study: Path, tmp_
     assert "L5 kept no head" in told
 
 
+def test_heads_may_be_numpy_numbers_or_names(study: Path, tmp_path: Path) -> None:
+    pairs = np.argwhere(np.arange(6)[:, None] + np.arange(3) == 1)
+    done = prune_study(study, tmp_path / "array", heads=pairs)
+    assert done.heads == [(0, 1), (1, 0)]
+    assert json.loads((tmp_path / "array" / "pruning.json").read_text())["heads"] == [[0, 1], [1, 0]]
+    assert prune_study(study, tmp_path / "names", heads="L1H0,L0H1").heads == done.heads
+
+
+def test_a_model_handed_over_in_another_precision_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    vit = open_vit(tiny_vit().model, precision="bfloat16", mean=0.5, std=0.5)
+    run_study(vit, "photos", out=tmp_path / "study", measures="head_divergence", limit=2)
+    with pytest.raises(Unsupported, match=r"in bfloat16, .*Hand it over opened in float32"):
+        prune_study(tmp_path / "study", tmp_path / "out", heads=[(0, 0)], model=vit)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chosen_output_is_that_of_the_smaller_model_too(tmp_path: Path) -> None:
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 24}
+    torch.manual_seed(0)
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(image_size=32, patch_size=8, num_labels=4, **shape))
+    model.save_pretrained(tmp_path / "model")
+    vit = open_vit(tmp_path / "model", output="cls_logits", mean=0.5, std=0.5)
+    run_study(vit, "photos", out=tmp_path / "study", measures="head_divergence", limit=4)
+    done = prune_study(tmp_path / "study", tmp_path / "out", heads=[(0, 0)])
+    assert done.error < 1e-5
+    assert "output='cls_logits'" in "\n".join(map(str, pruning_summary(done)))
+    assert done.kept.labels == "predicted"
+    assert "agreement with the model's own answers: on all 4 images" in "\n".join(map(str, pruning_summary(done)))
+
+
 def test_the_summary_says_whether_the_promise_was_kept(kept: tuple) -> None:
     from dataclasses import replace
 
@@ -154,6 +186,9 @@ def test_the_summary_says_whether_the_promise_was_kept(kept: tuple) -> None:
         ({"heads": [(0, 7)]}, "L0H7 is not a head"),
         ({"heads": [(layer, head) for layer in range(6) for head in range(3)]}, "All 18 heads"),
         ({"keep_accuracy": 0.9, "ranking": "luck"}, "it has probability"),
+        ({"heads": "H0L0"}, "names no head"),
+        ({"heads": [0, 1]}, "names no heads. Give pairs"),
+        ({"heads": [(0, 0), (0, 0), (0, 1)]}, "a head twice"),
     ],
 )
 def test_what_has_no_meaning_is_refused_and_nothing_is_written(

@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from vitrail.cli import app
-from vitrail.data import stored_image
+from vitrail.contract.tiny_models import FAMILIES
+from vitrail.data import LabelSource, stored_image
 from vitrail.errors import DamagedStudy, Unsupported, UsageError
 from vitrail.models.open import open_vit
 from vitrail.pruning.curves import measure_curves
@@ -37,8 +38,9 @@ def test_curves_are_the_answers_with_heads_masked_and_reach_the_report(study: Pa
     half = halves(N_PHOTOS)
     order = orders(scores(dataset, half.calibration)["flips"])
     manifest = read_manifest(study)
-    images = vit.prepare([stored_image(manifest, manifest.images[at]) for at in half.test[:N_TEST]])
-    labels = dataset["label"].to_numpy()[half.test[:N_TEST]]
+    test = np.sort(np.random.default_rng(0).permutation(half.test)[:N_TEST])  # not the first classes alone
+    images = vit.prepare([stored_image(manifest, manifest.images[at]) for at in test])
+    labels = dataset["label"].to_numpy()[test]
     assert curves.counts[0] == 0
     assert curves.counts[-1] == len(order) == sum(vit.n_heads)
     for at, count in enumerate(curves.counts):
@@ -60,6 +62,22 @@ def test_curves_are_the_answers_with_heads_masked_and_reach_the_report(study: Pa
     assert "vitrail curves STUDY" not in page
     assert "Accuracy with heads pruned one after the other" in page
     assert finding in page
+
+
+def test_a_ranking_of_some_heads_alone_has_no_curve_over_all(tmp_path: Path) -> None:
+    """Of CaiT the class token is there in the last layers alone, so a shift of it ranks few of the heads."""
+    model = next(each for each in FAMILIES if each.name == "timm CaiT").make()
+    vit = open_vit(model, mean=0.5, std=0.5)
+    run_study(vit, "photos", out=tmp_path / "study", measures="heads", limit=6)
+    held = scores(open_study(tmp_path / "study"))
+    assert len(orders(held["class token"])) < len(orders(held["probability"])) == sum(vit.n_heads)
+    curves = measure_curves(tmp_path / "study", n_test=2, n_random=1, model=vit)
+    assert "class token" not in curves.least
+    assert curves.counts[-1] == sum(vit.n_heads)
+    assert curves.labels == LabelSource.PREDICTED
+    assert "one point of agreement with the model's own answers" in str(curve_findings(curves)[0])
+    with pytest.raises(UsageError, match=r"class token has no number for \d+ of the"):
+        measure_curves(tmp_path / "study", rankings=["class token", "probability"], model=vit)
 
 
 def test_the_command_says_how_many_can_go(study: Path) -> None:

@@ -176,6 +176,20 @@ _OPERATORS.impl(
 )
 
 
+def _gradients_of_hidden(context, gradient):
+    inputs = [each.detach().requires_grad_() for each in context.saved_tensors]
+    with torch.enable_grad():
+        q, k, v = inputs
+        return torch.autograd.grad((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v, inputs, gradient)
+
+
+torch.library.register_autograd(
+    "vitrail_test::hidden_attention",
+    _gradients_of_hidden,
+    setup_context=lambda context, inputs, output: context.save_for_backward(*inputs),
+)
+
+
 class _HiddenAttention(nn.Module):
     """timm's attention with its kernel behind an operator that no mode of Python sees into."""
 
@@ -235,6 +249,9 @@ def test_a_study_keeps_the_number_of_a_layer_whose_attention_is_hidden(fresh, tm
     divergence = study["head_divergence"].values
     assert_array_equal(np.isfinite(divergence).all((0, 2)), [True, False, True])
     assert_array_equal(np.isnan(divergence[:, 1]), True)
+    estimate = {"measures": ["head_loss_change"], "options": {"importance": "estimate"}}
+    estimated = run_study(vit, tmp_path / "images", out=tmp_path / "estimate", **estimate)
+    assert_array_equal(np.isfinite(estimated["head_loss_change"].values).all((0, 2)), [True, False, True])
 
 
 class _RoundedByBatch(nn.Module):

@@ -2,6 +2,9 @@
 
 export const headName = (layer: number, head: number): string => `L${layer}H${head}`;
 
+/** A word or sentence that begins with a capital. */
+export const capital = (text: string): string => text.charAt(0).toUpperCase() + text.slice(1);
+
 /** Three significant digits, without an exponent where one can do without. */
 export function number(value: number | undefined): string {
   if (value === undefined || Number.isNaN(value)) return "–";

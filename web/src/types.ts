@@ -48,6 +48,8 @@ export interface Curves {
     area: { value: number | null; low: number | null; high: number | null };
   }[];
   random: { low: number[]; mean: number[]; high: number[]; orders: number; images: number };
+  /** What the shares of right answers are: accuracy, or agreement with the model's own answers. */
+  correctness: string;
   /** Test images, which ranked nothing. */
   images: number;
 }

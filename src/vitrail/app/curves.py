@@ -79,6 +79,7 @@ def _describe(curves: Curves | None) -> dict[str, Any]:
             "orders": n_orders,
             "images": n_random_images,
         },
+        "correctness": curves.labels.correctness,
         "images": next(iter(curves.least.values())).shape[1],
     }
 

@@ -335,7 +335,10 @@ ABLATION = Option("ablation", ("zero", "mean"), "What a pruned head gives: zero,
 MAPS = Option("maps", ("model", "bfloat16"), "Number format of attention maps while they are read.")
 
 
-NOT_TO_THE_MEAN = 'the estimate turns heads down to zero, not to their mean; use importance="exact" or ablation="zero"'
+NOT_TO_THE_MEAN = (
+    "the estimate turns heads down to zero, not to their mean; use --importance exact or --ablation zero (in Python "
+    'options={"importance": "exact"})'
+)
 
 
 def _not_estimable(vit: "Vit", options: Mapping[str, str], measure: Measure) -> str:
@@ -345,12 +348,16 @@ def _not_estimable(vit: "Vit", options: Mapping[str, str], measure: Measure) -> 
 
     if measure.name in ESTIMATED:
         return "" if options["ablation"] == "zero" else NOT_TO_THE_MEAN
-    return f'no estimate: {NOT_ESTIMATED[measure.name]}; use importance="exact"'
+    use = 'use --importance exact (in Python options={"importance": "exact"})'
+    return f"no estimate: {NOT_ESTIMATED[measure.name]}; {use}"
 
 
 def _not_sampled(vit: "Vit", options: Mapping[str, str], measure: Measure) -> str:
     if options["importance"] != "corrected":
-        return 'it corrects estimates by a sample of the images; use importance="corrected"'
+        return (
+            "it corrects estimates by a sample of the images; use --importance corrected (in Python "
+            'options={"importance": "corrected"})'
+        )
     return "" if options["ablation"] == "zero" else NOT_TO_THE_MEAN
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from vitrail.analysis import measures
 from vitrail.comparison.pairs import Pair, StudySide
 from vitrail.errors import UsageError
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.measure import Measure
 
 __all__ = ["AlignedMeasure", "align", "comparable_measures", "depths_of", "mean_of_present"]
@@ -90,6 +91,8 @@ def _why_not(pair: Pair, measure: Measure, stored: list[set[str]]) -> str:
     for side, own, other in ((pair.a, stored[0], stored[1]), (pair.b, stored[1], stored[0])):
         if name in other and name not in own:
             return f"{side.folder.name} does not hold it"
+    if name in EXACT_VALUES and "corrected" in (pair.a.option("importance"), pair.b.option("importance")):
+        return f"its values are estimates; {EXACT_VALUES[name]} has the images with exact ones"
     versions = [side.plan.measures.get(name) for side in (pair.a, pair.b)]
     if versions[0] != versions[1]:
         return f"it was computed by versions {versions[0]} and {versions[1]} of its definition"

@@ -170,7 +170,11 @@ def describe_labels(pair: Pair) -> str:
         if same == count:
             return ""
         return f"Measures of the label are of the {same:,} of {count:,} images whose label is the same in both studies."
-    return (
-        f"The labels are the models' own predictions, so measures of the label are of the {same:,} of {count:,} images "
-        "for which both predict the same class."
-    )
+    of_images = f"so measures of the label are of the {same:,} of {count:,} images"
+    if LabelSource.GIVEN in (pair.a.plan.labels, pair.b.plan.labels):
+        own = pair.b if pair.a.plan.labels == LabelSource.GIVEN else pair.a
+        return (
+            f"The labels of {own.folder.name} are the model's own predictions, those of the other study were given, "
+            f"{of_images} for which they are the same."
+        )
+    return f"The labels are the models' own predictions, {of_images} for which both predict the same class."

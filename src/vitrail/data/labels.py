@@ -26,6 +26,11 @@ class LabelSource(StrEnum):
     NONE = "none"
     """Nobody's: the images have none and the model has no classes."""
 
+    @property
+    def correctness(self) -> str:
+        """What the share of answers that equal the labels is."""
+        return "agreement with the model's own answers" if self == LabelSource.PREDICTED else "accuracy"
+
     @classmethod
     def of_sentence(cls, labels_from: str) -> "LabelSource":
         """The labels of a plan from before they had a field, read off its sentence.

@@ -38,12 +38,14 @@ def pruning_curves(curves: Curves, model: str = "", *, seed: int = 0) -> Figure:
     names = list(table)[:MAX_RANKINGS]
     n_columns = min(3, len(names) + 1)
     n_rows = -(-(len(names) + 1) // n_columns)
-    title = f"Accuracy with heads pruned one after the other{f', {model}' if model else ''}"
+    correctness = curves.labels.correctness
+    title = f"{correctness[0].upper()}{correctness[1:]} with heads pruned one after the other"
+    title = f"{title}, {model}" if model else title
     figure = blank(2.9 * n_columns, 2.15 * n_rows + 0.9, title)
     grid = figure.subplots(n_rows, n_columns, squeeze=False)
     for at, (axes, name) in enumerate(zip(grid.flat, names, strict=False)):
         _draw_curve(axes, curves, name, table[name])
-        axes.set_ylabel("top-1 accuracy" if at % n_columns == 0 else "")
+        axes.set_ylabel(correctness.replace(" with ", "\nwith ") if at % n_columns == 0 else "")
         axes.set_xlabel("heads pruned" if at + n_columns >= len(names) else "")
     grid.flat[0].legend(loc="best", fontsize=6, handlelength=1.8)
     _draw_areas(grid.flat[len(names)], table, names)
@@ -55,7 +57,7 @@ def pruning_curves(curves: Curves, model: str = "", *, seed: int = 0) -> Figure:
         f"Rankings come from other images than these {next(iter(curves.least.values())).shape[1]:,}. A ranking that "
         "knows which heads matter lies high with its least important heads pruned first (blue) and low with its most "
         f"important first (orange). Grey: {n_orders} orders at random, range and mean, on {n_some} of the images. "
-        "Area: mean accuracy between blue and orange over all numbers of heads, with 95 % interval over "
+        f"Area: mean {correctness} between blue and orange over all numbers of heads, with 95 % interval over "
         "images. Our construction, after Li et al. 2023 (arXiv 2303.13731).",
     )
     return figure

@@ -286,7 +286,7 @@ class _SampledSweepCollector:
             raise UsageError(
                 f"Estimates are corrected by {FEWEST_EXACT} images or more on which every head is pruned, one image in "
                 f"{ONE_IN}; of {n_images} images that is {n_swept}. Give {ONE_IN * FEWEST_EXACT} images or more, or "
-                'take importance="exact", which prunes every head on all of them.'
+                'take --importance exact (in Python options={"importance": "exact"}), which prunes every head on all.'
             )
 
     def readers(self) -> Readers:

@@ -111,12 +111,16 @@ def loss_gradients(
 
 def _gradients(tap: Tap, anatomy: Anatomy, images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        gates = [
-            torch.ones(len(images), block.heads, device=images.device, requires_grad=True) for block in anatomy.blocks
-        ]
-        edits = [Edit(layer, gate=gate) for layer, gate in enumerate(gates)]
+        gates = {
+            layer: torch.ones(len(images), block.heads, device=images.device, requires_grad=True)
+            for layer, block in enumerate(anatomy.blocks)
+            if block.calls
+        }
+        edits = [Edit(layer, gate=gate) for layer, gate in gates.items()]
         loss = -task.label_log_probability(tap.read(images, edits=edits), labels).sum()
-        return torch.autograd.grad(loss, gates)
+        by_layer = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
+    no_heads = images.new_zeros((len(images), 0), dtype=torch.float32)  # of a layer whose attention is hidden
+    return tuple(by_layer.get(layer, no_heads) for layer in range(len(anatomy.blocks)))
 
 
 def _graph_bytes(anatomy: Anatomy) -> int:

@@ -14,6 +14,7 @@ from vitrail.errors import UsageError
 from vitrail.heads.correction import correct_mean, exact_values, how_corrected
 from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.summary import value_limits
+from vitrail.layer_summary import finite_mean, images_with_values
 from vitrail.selection import ImageChoice, describe_choice, image_id, image_position
 from vitrail.stats import mean_interval, share_interval
 
@@ -180,12 +181,13 @@ def head_values(study: xr.Dataset, metric: str, image: ImageChoice = None) -> He
         raise UsageError(f"A figure of {metric!r} was asked for; the study holds no images. Run `vitrail study` first.")
     if image is not None or n_images == 1:
         at = image_position(study, 0 if image is None else image)
-        unpruned, description = _value_unpruned(study, metric, at), f"image {image_id(study, at)}"
+        unpruned, description = _value_unpruned(study, metric, np.array([at])), f"image {image_id(study, at)}"
         return HeadValues(metric, numbers[at], None, None, None, unpruned, description, True, array.attrs)
-    measured = ~np.isnan(numbers).all((1, 2))  # images without a mask have no score
-    numbers = numbers[measured] if measured.any() else numbers
-    unpruned, description = _value_unpruned(study, metric, None), describe_choice(study, None)
+    measured = images_with_values(numbers)
+    numbers = numbers[measured]
+    unpruned, description = _value_unpruned(study, metric, measured), describe_choice(study, None)
     exact = exact_values(study, metric)
+    exact = None if exact is None else exact[measured]
     corrected = None if exact is None else correct_mean(numbers, exact)
     if exact is not None and corrected is not None:
         *_, spread = _statistics(exact[~np.isnan(exact).all((1, 2))], metric, False)
@@ -194,7 +196,8 @@ def head_values(study: xr.Dataset, metric: str, image: ImageChoice = None) -> He
     low, high, spread = _statistics(numbers, metric, array.dtype.kind == "b")
     if len(numbers) < n_images:
         description = f"mean over {len(numbers):,} of {n_images:,} images"
-    return HeadValues(metric, numbers.mean(0), low, high, spread, unpruned, description, False, array.attrs)
+    mean = finite_mean(np.moveaxis(numbers, 0, -1))
+    return HeadValues(metric, mean, low, high, spread, unpruned, description, False, array.attrs)
 
 
 def importance_metrics(study: xr.Dataset | None = None) -> list[str]:
@@ -364,13 +367,12 @@ def _statistics(
     return interval[0], interval[1], spread
 
 
-def _value_unpruned(study: xr.Dataset, metric: str, position: int | None) -> float | None:
-    """The measure with nothing pruned: the plain probability or value, or 0 for what measures a change."""
+def _value_unpruned(study: xr.Dataset, metric: str, images: np.ndarray) -> float | None:
+    """The measure of these images with nothing pruned: the plain probability or value; 0 for what measures a change."""
     declared = measures().get(metric)
     baseline = declared.baseline if declared is not None else ""
     if baseline:
         if baseline not in study:
             return None
-        plain = study[baseline].to_numpy().astype(np.float64)
-        return float(plain.mean() if position is None else plain[position])
+        return float(study[baseline].to_numpy()[images].astype(np.float64).mean())
     return 0.0 if metric.startswith("head_") else None

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from vitrail.layer_summary import finite_mean
+from vitrail.layer_summary import finite_mean, images_with_values
 from vitrail.stats import candidates_for_largest, simultaneous_intervals
 
 __all__ = ["TOP", "ExampleMap", "ScoreSummary", "example_maps", "scale_of_map", "summarise_scores"]
@@ -27,7 +27,7 @@ class ScoreSummary:
 
     Attributes:
         name: Of the measure.
-        n_images: Images with objects.
+        n_images: Images with objects that have a score in every layer that has any.
         mean: Mean over these images, 0 to 1.
         low, high: Ends of its 95 % interval.
         null: Mean against other images' objects, of the images that have such a score.
@@ -74,9 +74,9 @@ def summarise_scores(study: xr.Dataset, name: str) -> ScoreSummary | None:
     if name not in study:
         return None
     values = study[name].to_numpy().astype(np.float64)
-    masked = np.isfinite(values.reshape(len(values), -1)).any(1)
-    if not masked.any():
+    if not np.isfinite(values).any():
         return None
+    masked = images_with_values(values)
     values = values[masked]
     null = study[name + NULL].to_numpy()[masked] if name + NULL in study else np.full(values.shape, np.nan)
     low, high, reason = simultaneous_intervals(values, limits=(0.0, 1.0))
@@ -158,9 +158,9 @@ class _Difference(NamedTuple):
 def _difference(values: Float[np.ndarray, "image *row"], others: Float[np.ndarray, "image *row"]) -> _Difference:
     """Mean difference with intervals of all rows at once, of the images that have one."""
     differences = values - others
-    differences = differences[np.isfinite(differences.reshape(len(differences), -1)).any(1)]
-    if not len(differences):
+    if not np.isfinite(differences).any():
         return _Difference(*np.full((3, *values.shape[1:]), np.nan))
+    differences = differences[images_with_values(differences)]
     low, high, _ = simultaneous_intervals(differences, limits=(-1.0, 1.0))
     return _Difference(_mean(differences), low, high)
 

@@ -393,11 +393,9 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
 
 
 def _wider_than(percentile: float) -> str:
-    if percentile < 0.5:
-        return "the narrowest of all heads"
-    return (
-        "the widest of all heads" if percentile > 99.5 else f"wider than that of {percentile:z.0f} % of the other heads"
-    )
+    if percentile in (0, 100):
+        return "the widest of all heads" if percentile else "the narrowest of all heads"
+    return f"wider than that of {min(max(percentile, 1), 99):.0f} % of the other heads"
 
 
 def _pattern(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:

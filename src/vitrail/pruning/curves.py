@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vitrail.data.labels import LabelSource
 from vitrail.errors import Unsupported, UsageError
+from vitrail.heads.summary import present_heads
 from vitrail.models.open import Vit
 from vitrail.pruning.masked import predictions_without
 from vitrail.pruning.ranking import CURVES_FILE, Curves, halves, orders, random_orders, scores
@@ -43,8 +45,9 @@ def measure_curves(
 
     Args:
         study: The folder of a study of heads, of a classifier.
-        rankings: Names of rankings (`vitrail.pruning.ranking.scores`); None: six of them, as far as the study has them.
-        n_test: Images of the other half that are asked, at most.
+        rankings: Names of rankings (`vitrail.pruning.ranking.scores`); None: six of them, as far as the study has them
+            for every head.
+        n_test: Images of the other half that are asked, at most; drawn at random.
         n_random: Orders at random beside the rankings.
         model: Where the model is now, if not where it was, or the opened model: as for `reopen`.
         weights: The weights file, where it has moved.
@@ -56,7 +59,7 @@ def measure_curves(
         The curves, as `vitrail.pruning.ranking.read_curves` reads them again.
 
     Raises:
-        UsageError: A ranking that the study does not have, or too few images.
+        UsageError: A ranking that the study does not have, or not for every head; or too few images.
         Unsupported: The model is no classifier.
         DataError: The images have moved or changed.
 
@@ -74,13 +77,22 @@ def measure_curves(
     unknown = [name for name in names if name not in held]
     if unknown or not names:
         raise UsageError(f"This study has no ranking {', '.join(unknown)}; it has {', '.join(held)}.")
+    heads = [(int(layer), int(head)) for layer, head in np.argwhere(present_heads(dataset))]
     by_rank = {name: orders(held[name]) for name in names}
-    heads = next(iter(by_rank.values()))
+    partial = [name for name, order in by_rank.items() if len(order) < len(heads)]
+    if partial and (rankings is not None or len(partial) == len(names)):
+        raise UsageError(
+            f"The ranking {partial[0]} has no number for {len(heads) - len(by_rank[partial[0]])} of the {len(heads)} "
+            "heads, so no curve over all of them; choose other rankings."
+        )
+    by_rank = {name: order for name, order in by_rank.items() if name not in partial}
     counts = sorted({round(share * len(heads)) for share in SHARES})
     ranked = [order for least in by_rank.values() for order in (least, least[::-1])]
-    every = [*ranked, *random_orders(sorted(heads), n_random, seed=seed + 1)]
+    every = [*ranked, *random_orders(heads, n_random, seed=seed + 1)]
     sets = [frozenset(order[:count]) for order in every for count in counts]
-    images, test = StudyImages(vit, read_manifest(study), dataset["label"].to_numpy()), half.test[:n_test]
+    images = StudyImages(vit, read_manifest(study), dataset["label"].to_numpy())
+    # at random: the first of a half are the first classes, where images lie in order of their classes
+    test = np.sort(np.random.default_rng(seed).permutation(half.test)[:n_test])
     with Progress(progress) as bars:
         bars.studying(0, len(test), "pruning")
         parts = list(
@@ -89,9 +101,10 @@ def measure_curves(
     right = np.concatenate(parts, -1).reshape(len(every), len(counts), -1)
     curves = Curves(
         np.array(counts),
-        {name: right[2 * at] for at, name in enumerate(names)},
-        {name: right[2 * at + 1] for at, name in enumerate(names)},
+        {name: right[2 * at] for at, name in enumerate(by_rank)},
+        {name: right[2 * at + 1] for at, name in enumerate(by_rank)},
         right[len(ranked) :],
+        LabelSource(read_plan(study).labels),
     )
     _write(Path(study), curves)
     return curves

@@ -7,7 +7,7 @@ accuracy is reported on images that were used for choosing.
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import xarray as xr
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vitrail.data.labels import LabelSource
 from vitrail.errors import ModelError, Unsupported, UsageError
 from vitrail.models.open import Vit, open_vit
 from vitrail.outputs import local_path
 from vitrail.pruning.masked import logits_without, predictions_without
-from vitrail.pruning.ranking import Order, halves, orders, scores
+from vitrail.pruning.ranking import Order, as_heads, halves, orders, scores
 from vitrail.pruning.removal import remove_heads, why_not_removable
 from vitrail.pruning.saving import refuse_full_folder, save_pruned
 from vitrail.pruning.study_images import StudyImages
@@ -31,7 +32,7 @@ from vitrail.stats import mean_interval
 from vitrail.study.ownership import write_atomic
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import reopen
-from vitrail.study.store import open_study, read_manifest
+from vitrail.study.store import open_study, read_manifest, read_plan
 
 __all__ = ["KeptAccuracy", "Pruned", "Speed", "prune_study"]
 
@@ -57,7 +58,8 @@ class KeptAccuracy:
     """Accuracy before and after on `images`, and the share of it that is kept with a 95 % interval over images.
 
     Ends of the interval are NaN, in the record null, where the images are too few for one. `held_out`: nothing was
-    chosen on these images. `promised`: the share asked for, or None.
+    chosen on these images. `promised`: the share asked for, or None. `labels`: whose they are; where they are the
+    model's own answers, accuracy is agreement with these.
     """
 
     images: int
@@ -68,6 +70,7 @@ class KeptAccuracy:
     low: float
     high: float
     promised: float | None
+    labels: LabelSource = LabelSource.GIVEN
 
     @property
     def holds(self) -> bool | None:
@@ -103,13 +106,15 @@ class Pruned:
     error: float
     speed: Speed
     kept: KeptAccuracy | None
+    output: str | int | None = None
+    """Which of the model's outputs all of it is of; None for its own."""
 
 
 def prune_study(
     study: str | Path,
     out: str | Path,
     *,
-    heads: Sequence[tuple[int, int]] | None = None,
+    heads: str | Iterable[Any] | None = None,
     keep_accuracy: float | None = None,
     ranking: str | None = None,
     model: str | Path | Vit | None = None,
@@ -129,7 +134,7 @@ def prune_study(
         study: The folder of a study.
         out: Folder of the smaller model, new or empty. It opens with `open_vit(out)` and, by its load.py, with the
             model's library alone; its `pruning.json` holds what is returned.
-        heads: The (layer, head) to remove; or give `keep_accuracy`.
+        heads: The (layer, head) to remove, or their names, "L0H1,L9H2"; or give `keep_accuracy`.
         keep_accuracy: Share of the accuracy to keep, 0 to 1: as many heads are removed as leave it.
         ranking: Name of the ranking (`heads.ranking.scores`); default: the best that the study has.
         model: Where the model is now, if not where it was, or the opened model: as for `reopen`.
@@ -144,30 +149,38 @@ def prune_study(
     Raises:
         UsageError: Heads that are not there, all heads, neither or both of `heads` and `keep_accuracy`, or a folder
             that holds files.
-        Unsupported: Heads of this attention cannot be removed, or there is no classifier whose accuracy could be kept.
+        Unsupported: Heads of this attention cannot be removed, there is no classifier whose accuracy could be kept, or
+            a model that was handed over has its weights rounded to another precision than float32.
         DataError: The images have moved or changed.
         UnknownModel, WeightsMismatch: The model cannot be opened again, as for `reopen`.
         ModelError: The smaller model does not give what the masked one gives; it is not written.
     """
     out = local_path(out)
     _check_request(heads, keep_accuracy)
+    named = None if heads is None else as_heads(heads)
     refuse_full_folder(out)
     dataset = open_study(study)
     vit = reopen(study, model=model, weights=weights, device=device)
     reason = why_not_removable(vit)
     if reason:
         raise Unsupported(reason)
+    if vit.precision != "float32" and vit.opened_with is None:
+        raise Unsupported(
+            f"{vit.name} was handed over in {vit.precision}, and a smaller model is made of the weights before they "
+            "were rounded. Hand it over opened in float32."
+        )
     images = StudyImages(vit, read_manifest(study), dataset["label"].to_numpy())
     with Progress(progress) as bars:
-        if heads is None:
+        if named is None:
             assert keep_accuracy is not None
             ranking, selected, positions = _choose_heads(images, dataset, keep_accuracy, ranking, seed, bars)
         else:
-            ranking, selected, positions = None, list(heads), np.arange(dataset.sizes["image"])
+            ranking, selected, positions = None, named, np.arange(dataset.sizes["image"])
         _refuse_all(vit, selected)
         done = _write_model(vit, selected, images, positions[:SPEED_IMAGES], out, ranking)
         if vit.n_classes is not None:
-            done = _with_accuracy(done, images, positions, keep_accuracy, bars)
+            labels = LabelSource(read_plan(study).labels)
+            done = _with_accuracy(done, images, positions, keep_accuracy, labels, bars)
     write_atomic(out / RECORD, json.dumps(_without_nan(asdict(done)), indent=1, allow_nan=False) + "\n")
     return done
 
@@ -179,7 +192,7 @@ def _without_nan(record: Any) -> Any:
     return None if isinstance(record, float) and np.isnan(record) else record
 
 
-def _check_request(heads: Sequence[tuple[int, int]] | None, keep: float | None) -> None:
+def _check_request(heads: str | Iterable[Any] | None, keep: float | None) -> None:
     if (heads is None) == (keep is None):
         raise UsageError(
             "Say either which heads to remove (--heads L0H4,L3H1) or how much accuracy to keep (--keep-accuracy 0.99)."
@@ -265,7 +278,7 @@ def _write_model(
     original = _in_float32(vit)
     save_pruned(original, remove_heads(original, selected), out)
     try:
-        smaller = open_vit(out, device=vit.device)
+        smaller = _open_smaller(out, vit)
         tried = images.prepare(positions.tolist(), original)
         error = _error(original, smaller, tried, selected)
     except BaseException:
@@ -275,7 +288,18 @@ def _write_model(
     lost = [layer for layer, n_heads in enumerate(vit.n_heads) if sum(at == layer for at, _ in selected) == n_heads]
     sizes = [sum(weight.numel() for weight in each.model.parameters()) for each in (original, smaller)]
     speed = _speed(original, smaller, tried)
-    return Pruned(str(out), sorted(selected), heads, ranking, sizes[0], sizes[1], lost, error, speed, None)
+    return Pruned(
+        str(out), sorted(selected), heads, ranking, sizes[0], sizes[1], lost, error, speed, None, _output(vit)
+    )
+
+
+def _open_smaller(folder: str | Path, vit: Vit) -> Vit:
+    """The model in the folder, its answers read as those of the model that it was made of."""
+    return open_vit(folder, device=vit.device, output=_output(vit))
+
+
+def _output(vit: Vit) -> str | int | None:
+    return vit.read_output.output
 
 
 def _remove_model(folder: Path) -> None:
@@ -329,10 +353,15 @@ def _speed(original: Vit, smaller: Vit, tried: Tensor) -> Speed:
 
 
 def _with_accuracy(
-    done: Pruned, images: StudyImages, positions: Int[np.ndarray, "image"], keep: float | None, bars: Progress
+    done: Pruned,
+    images: StudyImages,
+    positions: Int[np.ndarray, "image"],
+    keep: float | None,
+    labels: LabelSource,
+    bars: Progress,
 ) -> Pruned:
     """Accuracy of the folder's own model beside that of the original one, both in float32."""
-    original, smaller = _in_float32(images.vit), open_vit(done.folder, device=images.vit.device)
+    original, smaller = _in_float32(images.vit), _open_smaller(done.folder, images.vit)
     bars.studying(0, len(positions), "measuring")
 
     def predictions(some: Sequence[int]) -> np.ndarray:
@@ -342,7 +371,15 @@ def _with_accuracy(
     before, after = np.concatenate(list(images.correct(positions, predictions, bars)), -1)
     share, low, high = _share_interval(before, after)
     accuracy = KeptAccuracy(
-        len(positions), keep is not None, float(before.mean()), float(after.mean()), share, low, high, keep
+        len(positions),
+        keep is not None,
+        float(before.mean()),
+        float(after.mean()),
+        share,
+        low,
+        high,
+        keep,
+        labels,
     )
     return replace(done, kept=accuracy)
 

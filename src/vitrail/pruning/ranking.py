@@ -6,10 +6,11 @@ once when it prunes the most important first; orders at random lie between.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,6 +18,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 
+from vitrail.data.labels import LabelSource
 from vitrail.errors import DamagedStudy, UsageError
 from vitrail.heads.correction import correct_mean, exact_values
 from vitrail.heads.summary import present_heads
@@ -29,6 +31,7 @@ __all__ = [
     "Curves",
     "Halves",
     "area_table",
+    "as_heads",
     "halves",
     "orders",
     "parse_heads",
@@ -166,6 +169,32 @@ def parse_heads(text: str) -> Order:
     return heads
 
 
+def as_heads(heads: str | Iterable[Any]) -> Order:
+    """Heads as they were given: names, pairs, or an array of pairs.
+
+    Args:
+        heads: "L0H4,L3H1", or (layer, head) of each.
+
+    Returns:
+        (layer, head) of each, in their order.
+
+    Raises:
+        UsageError: It is no heads, or a head is named twice.
+    """
+    if isinstance(heads, str):
+        return parse_heads(heads)
+    pairs: Order = []
+    try:
+        for pair in heads:
+            layer, head = map(index, pair)
+            pairs.append((layer, head))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{heads!r} names no heads. Give pairs, [(0, 4), (3, 1)], or names, 'L0H4,L3H1'.") from error
+    if len(set(pairs)) < len(pairs):
+        raise UsageError(f"{pairs} names a head twice.")
+    return pairs
+
+
 def orders(ranking: Float[np.ndarray, "layer head"]) -> Order:
     """Heads from the least to the most important; ties in the order of layers and heads.
 
@@ -200,13 +229,14 @@ class Curves:
     """Which test images are answered rightly after pruning the first `counts` heads of each order.
 
     `least` and `most` are by the name of the ranking: least or most important heads first. `random` holds orders at
-    random, on the first of the test images if on fewer than the others.
+    random, on the first of the test images if on fewer than the others. `labels`: whose they are.
     """
 
     counts: Int[np.ndarray, "k"]
     least: Mapping[str, Bool[np.ndarray, "k image"]]
     most: Mapping[str, Bool[np.ndarray, "k image"]]
     random: Bool[np.ndarray, "order k some"]
+    labels: LabelSource = LabelSource.GIVEN
 
     def accuracy(self, first: Literal["least", "most"], name: str) -> Float[np.ndarray, "k"]:
         """Accuracy over the number of heads pruned by one ranking.
@@ -248,11 +278,12 @@ def read_curves(study: str | Path) -> Curves | None:
         return None
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            if str(arrays["data_digest"]) != read_plan(Path(study)).data_digest:
+            plan = read_plan(Path(study))
+            if str(arrays["data_digest"]) != plan.data_digest:
                 return None
             names = [str(name) for name in arrays["names"]]
             least, most = (dict(zip(names, arrays[end], strict=True)) for end in ("least", "most"))
-            return Curves(arrays["counts"], least, most, arrays["random"])
+            return Curves(arrays["counts"], least, most, arrays["random"], LabelSource(plan.labels))
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise DamagedStudy(f"{file} is damaged ({error}); make it again: vitrail curves {study}.") from error
 

@@ -279,8 +279,9 @@ def curve_findings(curves: Curves) -> list[Sentence]:
     interval = f" (95 % interval {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
     sentences = [
         Sentence(
-            f"Of {int(counts[-1])} heads {n_spared} can go together for at most one point of accuracy, least important "
-            f"first by {best}: {percent(float(accuracy[0]))} with all, {n_images:,} images that ranked nothing."
+            f"Of {int(counts[-1])} heads {n_spared} can go together for at most one point of "
+            f"{curves.labels.correctness}, least important first by {best}: {percent(float(accuracy[0]))} with all, "
+            f"{n_images:,} images that ranked nothing."
         ),
         Sentence(
             f"By {best} the area between pruning the least and the most important first is {between:z.2f}{interval}; 0 "
@@ -291,9 +292,7 @@ def curve_findings(curves: Curves) -> list[Sentence]:
     if np.isfinite(low + high):
         verdict = "more than" if low > 0 else "not shown to be more than"
         interval = f"({low:+z.3f} to {high:+z.3f})"
-        sentences.append(
-            Sentence(f"It keeps {verdict} orders at random do: {over:+z.3f} of accuracy on average {interval}.")
-        )
+        sentences.append(Sentence(f"It keeps {verdict} orders at random do: {over:+z.3f} of it on average {interval}."))
     return sentences
 
 

@@ -176,7 +176,8 @@ def pruning_summary(done: "Pruned") -> list[RenderableType]:
     before, after = done.parameters_before, done.parameters_after
     table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before:.3f}")
     if accuracy is not None:
-        table.add_row("top-1", f"{accuracy.before:.1%}", f"{accuracy.after:.1%}", _share_cell(accuracy))
+        title = "top-1" if accuracy.labels == LabelSource.GIVEN else "agreement"
+        table.add_row(title, f"{accuracy.before:.1%}", f"{accuracy.after:.1%}", _share_cell(accuracy))
     lines: list[RenderableType] = [f"removed: {', '.join(f'L{layer}H{head}' for layer, head in done.heads) or 'none'}"]
     lines += [table, _speed_line(speed.ratio, speed.low, speed.high, speed.images)]
     lines += [f"logits: those of the model with these heads masked, within {done.error:.0e} of the largest"]
@@ -185,7 +186,8 @@ def pruning_summary(done: "Pruned") -> list[RenderableType]:
     if done.layers_without_heads:
         names = ", ".join(f"L{layer}" for layer in done.layers_without_heads)
         lines.append(f"{names} kept no head: of the smaller model, Vitrail numbers the layers with attention left")
-    return [*lines, Text(f'\nOpen it:  open_vit("{done.folder}")   or, without Vitrail, {done.folder}/load.py')]
+    output = "" if done.output is None else f", output={done.output!r}"
+    return [*lines, Text(f'\nOpen it:  open_vit("{done.folder}"{output})   or, without Vitrail, {done.folder}/load.py')]
 
 
 def _share_cell(accuracy: "KeptAccuracy") -> str:
@@ -205,10 +207,11 @@ def _speed_line(ratio: float, low: float, high: float, images: int) -> str:
 def _accuracy_line(done: "Pruned") -> str:
     accuracy = done.kept
     assert accuracy is not None
+    what = accuracy.labels.correctness
     if accuracy.promised is None:
-        return f"accuracy: on all {accuracy.images} images of the study, which may be those the heads were chosen on"
+        return f"{what}: on all {accuracy.images} images of the study, which may be those the heads were chosen on"
     if np.isnan(accuracy.share):
-        return f"accuracy: the original model has none to keep: it predicts no label of {accuracy.images} test images"
+        return f"{what}: the original model has none to keep: it predicts no label of {accuracy.images} test images"
     verdict = "kept" if accuracy.holds else "NOT kept"
     interval = (
         "too few for an interval"
@@ -216,7 +219,7 @@ def _accuracy_line(done: "Pruned") -> str:
         else f"95 % interval {accuracy.low:.1%} .. {accuracy.high:.1%}"
     )
     return (
-        f"accuracy: {verdict}: {accuracy.share:.1%} of it where {accuracy.promised:.1%} was promised, measured on "
+        f"{what}: {verdict}: {accuracy.share:.1%} of it where {accuracy.promised:.1%} was promised, measured on "
         f"{accuracy.images} images that nothing was chosen on ({interval}); heads "
         f"ranked by {done.ranking} on the others"
     )

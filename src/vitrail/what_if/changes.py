@@ -1,6 +1,7 @@
 """What can be changed, checked against the model, and how to have the same elsewhere."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ __all__ = ["HOW", "HeadOff", "WindowMove", "grid_of", "parse_heads_off", "parse_
 HOW = ("mean", "black", "removed", "shuffled")
 """What happens to patches: painted in the image's mean colour or in black, taken out of the sequence, or put in each
 other's places."""
+
+HOW_PATCHES = "Patches are given as indices, as (row, column) or as a mask of the grid."
 
 
 class HeadOff(NamedTuple):
@@ -49,7 +52,7 @@ class WindowMove(NamedTuple):
     patch: int | None = None
 
 
-def parse_heads_off(vit: Vit, heads: str | Sequence[HeadOff | Sequence[int]]) -> list[HeadOff]:
+def parse_heads_off(vit: Vit, heads: str | Sequence[Any]) -> list[HeadOff]:
     """The heads that are switched off.
 
     Args:
@@ -63,7 +66,12 @@ def parse_heads_off(vit: Vit, heads: str | Sequence[HeadOff | Sequence[int]]) ->
         UsageError: a head or mode is not there, or one is named twice.
         Unsupported: a layer does not have that mode.
     """
-    heads_off = [HeadOff(*each) for each in (parse_heads(heads) if isinstance(heads, str) else heads)]
+    try:
+        heads_off = [HeadOff(*map(index, each)) for each in (parse_heads(heads) if isinstance(heads, str) else heads)]
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{heads!r} names no heads; give 'L0H4,L3H1', or (layer, head) or (layer, head, mode) of each."
+        ) from error
     for off in heads_off:
         _check_head(vit, off.layer, off.head)
         if off.mode not in list(Mode) or off.mode == Mode.NOTHING:
@@ -94,7 +102,10 @@ def parse_patches(vit: Vit, patches: Sequence[Any] | np.ndarray) -> Bool[np.ndar
     Raises:
         UsageError: a patch lies outside of the grid.
     """
-    values = np.asarray(patches)
+    try:
+        values = np.asarray(patches)
+    except ValueError as error:  # rows of unequal length
+        raise UsageError(HOW_PATCHES) from error
     if values.size == 0:
         return None
     grid = grid_of(vit, 0)
@@ -104,8 +115,8 @@ def parse_patches(vit: Vit, patches: Sequence[Any] | np.ndarray) -> Bool[np.ndar
             raise UsageError(f"A mask of {values.size} patches was given; the grid is {grid[0]} x {grid[1]}.")
         mask = values.reshape(-1)
     else:
-        if values.dtype.kind not in "iu" or values.ndim > 2 or (values.ndim == 2 and values.shape[1] != 2):
-            raise UsageError("Patches are given as indices, as (row, column) or as a mask of the grid.")
+        if values.dtype.kind not in "iu" or values.ndim not in (1, 2) or (values.ndim == 2 and values.shape[1] != 2):
+            raise UsageError(HOW_PATCHES)
         rows = values // grid[1] if values.ndim == 1 else values[:, 0]
         columns = values % grid[1] if values.ndim == 1 else values[:, 1]
         if not ((rows >= 0) & (rows < grid[0]) & (columns >= 0) & (columns < grid[1])).all():

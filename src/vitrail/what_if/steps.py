@@ -77,7 +77,7 @@ def what_if(
     vit: Vit,
     image: Image.Image,
     *,
-    heads_off: str | Sequence[HeadOff | Sequence[int]] = (),
+    heads_off: str | Sequence[Any] = (),
     patches: Sequence[Any] | np.ndarray = (),
     how: str = "mean",
     windows: Sequence[WindowMove | Sequence[Any]] = (),
