@@ -176,18 +176,18 @@ _OPERATORS.impl(
 )
 
 
-def _gradients_of_hidden(context, gradient):
-    inputs = [each.detach().requires_grad_() for each in context.saved_tensors]
+def _keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_of_hidden(ctx, gradient):
+    inputs = [each.detach().requires_grad_() for each in ctx.saved_tensors]
     with torch.enable_grad():
         q, k, v = inputs
         return torch.autograd.grad((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v, inputs, gradient)
 
 
-torch.library.register_autograd(
-    "vitrail_test::hidden_attention",
-    _gradients_of_hidden,
-    setup_context=lambda context, inputs, output: context.save_for_backward(*inputs),
-)
+torch.library.register_autograd("vitrail_test::hidden_attention", _gradients_of_hidden, setup_context=_keep_inputs)
 
 
 class _HiddenAttention(nn.Module):
