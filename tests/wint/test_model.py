@@ -368,6 +368,7 @@ def test_a_timm_model_with_windows_is_saved_and_opened_again(tmp_path):
         ({"name": "vit_tiny_patch16_224", "args": {"pretrained_cfg": {"url": "http://x"}}}, r"\['pretrained_cfg'\]"),
         ({"name": "vit_tiny_patch16_224", "args": ["depth"]}, "the arguments list"),
         (["vit_tiny_patch16_224"], "should describe a timm model"),
+        ({"name": "vit_tiny_patch16_224", "windows": "fixed"}, "windows = 'fixed'; there are predicted and none"),
     ],
 )
 def test_a_folder_can_make_timm_load_nothing_else(tmp_path, timm_model, words, monkeypatch):

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitrail import open_vit
-from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, TrainingDiverged, UsageError
+from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, TrainingDiverged, Unsupported, UsageError
 from vitrail.tap.tap import Readers
 from vitrail.wint.batches import Batches, Images, read_images
-from vitrail.wint.building import build_model, temperature_at
+from vitrail.wint.building import build_model, grid_of, temperature_at
 from vitrail.wint.model import hard_mask, record_sides, window_heads
 from vitrail.wint.objectives import TrainingBatch, WindowArea, WindowDistillation
 from vitrail.wint.recipe import read_recipe, recipe_from
@@ -497,14 +497,46 @@ def test_training_can_begin_with_a_saved_vit_and_other_classes(whole, control, t
     train(wanted, tmp_path / "run")
 
 
-def test_a_timm_model_trains_with_window_heads_and_opens_again(whole, tmp_path):
-    args = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TIMM_ARGS = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def of_timm(**changes: object) -> dict[str, object]:
+    return {"timm": "vit_tiny_patch16_224", "timm_args": TIMM_ARGS, "start": [[0.982] * 4], **changes}
+
+
+@pytest.mark.parametrize(("windows", "n_heads"), [("predicted", 2), ("none", 0)])
+def test_a_timm_model_trains_with_and_without_window_heads_and_opens_again(whole, tmp_path, windows, n_heads):
+    """Arguments that count in training alone are not in the folder, from which timm makes the model."""
+    args = {**TIMM_ARGS, "drop_rate": 0.1, "weight_init": "jax"}
     changes = {
-        "model": {"timm": "vit_tiny_patch16_224", "timm_args": args, "start": [[0.982] * 4]},
-        "run": {"epochs": 1}, "optimiser": {"layer_decay": 0.8},
+        "model": of_timm(windows=windows, timm_args=args), "run": {"epochs": 1}, "optimiser": {"layer_decay": 0.8},
     }  # fmt: skip
     train(recipe(whole, **changes), tmp_path / "run")
-    assert open_vit(tmp_path / "run" / "last").anatomy.grid == (4, 4)
+    vit = open_vit(tmp_path / "run" / "last")
+    assert vit.anatomy.grid == (4, 4)
+    assert len(window_heads(vit.model)) == n_heads
+    averaged = weights(tmp_path / "run")
+    assert all(torch.equal(tensor, averaged[f"average/{name}"]) for name, tensor in vit.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (of_timm(windows="fixed"), r"timm has windows = .predicted. or .none."),
+        (of_timm(start_from="somewhere"), "start_from is a WinT of ours"),
+        (of_timm(timm_args={"foo": 3, "num_classes": 3}), "timm_args has foo, num_classes.*valid keys: attn_drop_rate"),
+        (of_timm(timm_args={"embed_dim": 7}), "could not be made with"),
+        (of_timm(timm="resnet18", timm_args={}, windows="none"), "could not be made with"),
+    ],
+)
+def test_a_timm_model_that_cannot_be_what_was_asked_for_is_refused(tmp_path, model, said):
+    with pytest.raises(UsageError, match=said):
+        build_model(recipe_from(described(tmp_path, model=model)))
+
+
+def test_a_model_without_a_grid_of_patches_is_refused():
+    with pytest.raises(Unsupported, match="no grid of patches"):
+        grid_of(nn.Linear(3, 3))
 
 
 def test_the_temperature_falls_geometrically(tmp_path):

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrail.errors import UsageError
+from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid
 from vitrail.wint.batches import Batches
-from vitrail.wint.folder import fit_state, read_shape, read_weights
+from vitrail.wint.folder import OPTIONS, fit_state, read_shape, read_weights
 from vitrail.wint.model import Architecture, Shape, WinT, attach, window_heads
 from vitrail.wint.recipe import Recipe
 
@@ -24,6 +24,13 @@ __all__ = [
     "timm_description",
 ]
 
+TRAINING_OPTIONS = frozenset(
+    ["attn_drop_rate", "drop_rate", "fix_init", "patch_drop_rate", "pos_drop_rate", "proj_drop_rate", "weight_init"]
+)
+"""Arguments of timm's ViTs that a trained model does without: a recipe may give them, a folder has none of them."""
+
+OPTIONS_OF_DATA = frozenset(["img_size", "in_chans", "num_classes"])
+
 
 def build_model(recipe: Recipe) -> nn.Module:
     """The model of a recipe with the weights that it starts from; draws from torch's global generator.
@@ -35,18 +42,13 @@ def build_model(recipe: Recipe) -> nn.Module:
         A `WinT`, or a timm ViT with window heads.
 
     Raises:
-        UsageError: timm has no such model, or the shape has no meaning.
+        UsageError: timm has no such model or argument, or the shape has no meaning.
+        Unsupported: Window heads do not fit timm's model, or it has no grid of patches.
         WeightsMismatch: `start_from` does not fit.
     """
     model, classes, size = recipe.model, recipe.data.classes, recipe.data.image_px
     if model.timm:
-        import timm
-
-        if not timm.is_model(model.timm):
-            raise UsageError(f"[model] timm = {model.timm!r} is no model of timm.")
-        timm_vit: nn.Module = timm.create_model(
-            model.timm, pretrained=model.timm_weights, num_classes=classes, img_size=size, **model.timm_args
-        )
+        timm_vit = _build_timm(recipe)
         if model.windows != "none":
             attach(timm_vit, model.start, edge_temperature(recipe), recipe.windows.cut)
         return timm_vit
@@ -57,6 +59,31 @@ def build_model(recipe: Recipe) -> nn.Module:
         same_classes = read_shape(model.start_from).n_classes == classes
         state = read_weights(model.start_from)
         module.load_state_dict(fit_state(state, module, new_head=not same_classes, new_windows=not model.keep_windows))
+    return module
+
+
+def _build_timm(recipe: Recipe) -> nn.Module:
+    import timm
+
+    model, data = recipe.model, recipe.data
+    if not timm.is_model(model.timm):
+        raise UsageError(f"[model] timm = {model.timm!r} is no model of timm.")
+    valid = (OPTIONS | TRAINING_OPTIONS) - OPTIONS_OF_DATA
+    unknown = sorted(model.timm_args.keys() - valid)
+    if unknown:
+        raise UsageError(
+            f"[model] timm_args has {', '.join(unknown)}. Images and classes are those of [data]; valid keys: "
+            f"{', '.join(sorted(valid))}."
+        )
+    options = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
+    try:
+        module: nn.Module = timm.create_model(model.timm, pretrained=model.timm_weights, **options)
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"[model] timm = {model.timm!r} could not be made with {options} ({type(error).__name__}: {error}). Check "
+            "timm_args, image_px, and timm_weights = true, which needs the Hugging Face Hub."
+        ) from error
+    grid_of(module)
     return module
 
 
@@ -95,11 +122,16 @@ def grid_of(module: nn.Module) -> Grid:
 
     Returns:
         Rows and columns of patches.
+
+    Raises:
+        Unsupported: It has none.
     """
     if isinstance(module, WinT):
         return module.shape.grid
-    rows, columns = module.patch_embed.grid_size  # type: ignore[union-attr, misc]
-    return int(rows), int(columns)
+    size: Any = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+    if size is None:
+        raise Unsupported(f"{type(module).__name__} has no grid of patches; name a ViT of timm, as vit_* or deit_*.")
+    return int(size[0]), int(size[1])
 
 
 def build_optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
@@ -180,17 +212,18 @@ def build_average(decay: float, module: nn.Module) -> Any:
 
 
 def timm_description(recipe: Recipe) -> dict[str, Any] | None:
-    """Describes how a timm model with window heads is made again, for its folder.
+    """Describes how a timm model is made again, with or without window heads, for its folder.
 
     Args:
         recipe: The training run.
 
     Returns:
-        timm's name and arguments, start, edges and cut of the windows; None for a WinT of ours.
+        timm's name and arguments but those that count in training alone, and the windows; None for a WinT of ours.
     """
     model, data = recipe.model, recipe.data
     if not model.timm:
         return None
-    args = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
+    of_shape = {name: value for name, value in model.timm_args.items() if name in OPTIONS}
+    args = {"num_classes": data.classes, "img_size": data.image_px, **of_shape}
     edges = {"edges": edge_temperature(recipe), "cut": recipe.windows.cut}
-    return {"name": model.timm, "args": args, "start": model.start, **edges}
+    return {"name": model.timm, "args": args, "windows": model.windows, "start": model.start, **edges}

@@ -49,12 +49,15 @@ OPTIONS = frozenset(
         "num_classes",
         "num_heads",
         "patch_size",
+        "pool_include_prefix",
         "pos_embed",
         "pre_norm",
         "proj_bias",
         "qk_norm",
         "qkv_bias",
         "reg_tokens",
+        "scale_attn_norm",
+        "scale_mlp_norm",
     ]
 )
 """Arguments of timm's ViTs that a folder may give: its shape, nothing that names a file, an address or a class."""
@@ -76,7 +79,8 @@ def save(
         model: The model.
         folder: Where to; created if need be.
         class_names: In the order of the logits.
-        timm_model: For a timm ViT what made it, {"name": .., "args": {..}, "start": [..]}.
+        timm_model: For a timm ViT what made it, {"name": .., "args": {..}, "start": [..]}, or instead of a start
+            "windows": "none" where it has no window heads.
         mean: By which its images are normalised, of values 0..1.
         std: The same.
 
@@ -284,9 +288,14 @@ def _timm_module(description: Any, request: Request) -> nn.Module:
         options["img_size"] = request.image_size
     if request.n_classes is not None:
         options["num_classes"] = request.n_classes
+    windows = description.get("windows", "predicted")
+    if windows not in ("predicted", "none"):
+        raise UnknownModel(f"config.json gives a timm model windows = {windows!r}; there are predicted and none.")
     try:
-        edges, cut = (float(description.get(name, 0.0)) for name in ("edges", "cut"))
-        module: nn.Module = attach(timm.create_model(description["name"], **options), description["start"], edges, cut)
+        module: nn.Module = timm.create_model(description["name"], **options)
+        if windows == "predicted":
+            edges, cut = (float(description.get(name, 0.0)) for name in ("edges", "cut"))
+            attach(module, description["start"], edges, cut)
     except (KeyError, RuntimeError, TypeError) as error:
         raise UnknownModel(f"config.json describes a timm model that cannot be made: {error}.") from error
     return module

@@ -54,7 +54,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Model(Architecture):
-    """A WinT of this architecture, or with `timm` that model of timm with window heads.
+    """A WinT of this architecture, or with `timm` that model of timm with window heads (windows = "predicted") or as it
+    is ("none"), to which `timm_args` give its shape.
 
     start_from: a saved WinT whose weights to begin with; window heads and a classifier of other classes are drawn anew
     unless `keep_windows`.
@@ -301,6 +302,11 @@ def _check(recipe: Recipe) -> None:
         f"[distillation] batch_share = {distillation.batch_share}; give a share above 0, at most 1": 0
         < distillation.batch_share
         <= 1,
+        '[model] timm has windows = "predicted" or "none"': not recipe.model.timm
+        or recipe.model.windows in ("predicted", "none"),
+        "[model] start_from is a WinT of ours; with timm, timm_weights = true begins with weights of timm": not (
+            recipe.model.timm and recipe.model.start_from
+        ),
         '[distillation] a teacher needs [model] windows = "predicted"': not distillation.teacher
         or recipe.model.windows == "predicted",
         "[run] mixup and cutmix need an even batch_size": not (run.mixup or run.cutmix) or run.batch_size % 2 == 0,
