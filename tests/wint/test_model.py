@@ -15,7 +15,7 @@ from vitrail import open_vit
 from vitrail.contract.check import check_vit
 from vitrail.errors import UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.patches import windows as measured
-from vitrail.wint.folder import open_model, save
+from vitrail.wint.folder import fit_state, open_model, save
 from vitrail.wint.model import (
     FLOOR,
     FULL,
@@ -388,6 +388,34 @@ def test_it_opens_on_any_other_grid(tmp_path):
         vit.model(noise(px=(40, 64)))
     assert float(sides[0][..., 0].max()) <= 15
     assert float(sides[0][..., 1].max()) <= 9
+
+
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+@pytest.mark.parametrize(("px", "other"), [((32, 72), (64, 144)), ((32, 64), (64, 128)), ((32, 72), (48, 48))])
+def test_positions_of_any_grid_are_resampled_by_rows_and_columns(tmp_path, kind, px, other):
+    """A ramp down the rows of a grid that is no square stays one, whatever the new number of patches."""
+    rows, columns = px[0] // 4, px[1] // 4
+    args = {"img_size": px, "patch_size": 4, "depth": 1, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+    ours = kind == "ours"
+    model = small(image_px=px) if ours else attach(small_timm(**args), ((0.2,) * 4,))
+    positions = model.positions if ours else model.pos_embed
+    with torch.no_grad():
+        positions[:, -rows * columns :] = torch.linspace(-1, 1, rows).repeat_interleave(columns)[:, None]
+    save(model, tmp_path, timm_model={"name": "vit_tiny_patch16_224", "args": args, "start": ((0.2,) * 4,)})
+    opened = open_vit(tmp_path, image_size=other).model
+    resampled = (opened.positions if ours else opened.pos_embed).detach()
+    new_rows, new_columns = other[0] // 4, other[1] // 4
+    ramp = resampled[0, -new_rows * new_columns :, 0].view(new_rows, new_columns)
+    assert float(ramp.std(1).max()) < 1e-5
+    assert bool((ramp.mean(1).diff() > 0).all())
+
+
+def test_weights_whose_grid_nobody_knows_are_refused():
+    model = small()
+    state = {**model.state_dict(), "positions": torch.zeros(1, 1 + 8 * 16, 24)}
+    with pytest.raises(WeightsMismatch, match="128 patches, which are no square"):
+        fit_state(state, model)
+    assert fit_state(state, model, grid=(8, 16))["positions"].shape == (1, 65, 24)
 
 
 def test_another_class_count_draws_a_new_classifier(tmp_path):

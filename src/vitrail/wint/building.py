@@ -56,9 +56,9 @@ def build_model(recipe: Recipe) -> nn.Module:
     edges, cut = edge_temperature(recipe), recipe.windows.cut
     module = WinT(Shape(**architecture, image_px=(size, size), n_classes=classes, edges=edges, cut=cut))
     if model.start_from:
-        same_classes = read_shape(model.start_from).n_classes == classes
-        state = read_weights(model.start_from)
-        module.load_state_dict(fit_state(state, module, new_head=not same_classes, new_windows=not model.keep_windows))
+        saved, state = read_shape(model.start_from), read_weights(model.start_from)
+        new_head, new_windows = saved.n_classes != classes, not model.keep_windows
+        module.load_state_dict(fit_state(state, module, new_head=new_head, new_windows=new_windows, grid=saved.grid))
     return module
 
 
