@@ -334,6 +334,21 @@ def test_a_teacher_is_shown_images_as_it_was_trained(whole, control):
         assert_allclose(one, two)
 
 
+def test_a_folder_belongs_to_a_recipe_when_a_step_was_taken(whole, tmp_path):
+    """What was refused before is corrected in the same folder."""
+    with pytest.raises(DataError, match="classes = 4"):
+        train(recipe(whole, data={"classes": 4}), tmp_path / "run")
+    (tmp_path / "run" / "recipe.json").unlink()  # as one that is killed between the lock and its recipe leaves it
+    with pytest.raises(UsageError, match="could not be made"):
+        train(recipe(whole, model=of_timm(timm="resnet18", timm_args={}), run={"epochs": 1}), tmp_path / "run")
+    corrected = recipe(whole, run={"epochs": 0.2, "log_steps": 1})
+    train(corrected, tmp_path / "run")
+    assert recipe_from(json.loads((tmp_path / "run" / "recipe.json").read_text())) == corrected
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    with pytest.raises(PlanMismatch, match=r"run\.epochs was 0\.2, is 1"):
+        train(recipe(whole, run={"epochs": 1, "log_steps": 1}), tmp_path / "run")
+
+
 def test_the_weight_of_distillation_grows_and_ends(whole, control):
     settings = recipe_from(
         described(Path(), distillation={"teacher": "somewhere", "weight": 2.0, "warmup_share": 0.2, "until": 0.6})

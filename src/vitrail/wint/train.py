@@ -48,8 +48,8 @@ __all__ = ["Results", "results_of", "train"]
 EVALUATION_BATCH = 250
 """Test images at a time: their activations fit beside the training's in a small GPU's memory."""
 
-LOCK = ".lock"
-FILES = ("checkpoint.safetensors", "steps.csv", "epochs.csv", "config.json", "model.safetensors")
+LOCK, CHECKPOINT, TABLES = ".lock", "checkpoint.safetensors", ("steps.csv", "epochs.csv")
+FILES = ("recipe.json", CHECKPOINT, *TABLES, "config.json", "model.safetensors")
 """Of a run and of the models in it, which only the process writes that holds the lock."""
 
 OLD_COLUMNS = {"taught": "window_l1", "guidance": "window_l1_weight", "rate": "lr"}
@@ -97,8 +97,10 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
     )
     with ExitStack() as stack:
         if accelerator.is_main_process:
-            _start(out, recipe)
+            _refuse_other_files(out)
+            out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(out))
+            _start(out, recipe)
         torch.manual_seed(run.seed)
         images, test_images = _read_data(recipe)
         session = _Session(recipe, out, accelerator, images, test_images, progress)
@@ -367,7 +369,7 @@ class _Session:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.out / "checkpoint.safetensors"
+        return self.out / CHECKPOINT
 
 
 @contextmanager
@@ -392,23 +394,22 @@ def _defer_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def _start(out: Path, recipe: Recipe) -> None:
-    """The folder with its recipe; refuses one started with another."""
+    """The folder with its recipe; refuses another recipe once a step of the first was taken."""
     path = out / "recipe.json"
-    _refuse_other_files(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        description = json.dumps(recipe.as_dict(), indent=2) + "\n"
-        write_atomically(path, lambda beside: beside.write_text(description, encoding="utf-8"))
-        return
-    earlier = _read_started(path)
-    if earlier != recipe:
-        flat, other = _flatten(earlier.as_dict()), _flatten(recipe.as_dict())
-        differences = [
-            f"{key} was {flat.get(key)!r}, is {other.get(key)!r}"
-            for key in {**flat, **other}
-            if flat.get(key) != other.get(key)
-        ]
-        raise PlanMismatch(f"{out} was begun with another recipe: {'; '.join(differences)}. Choose another folder.")
+    if path.is_file():
+        earlier = _read_started(path)
+        if earlier == recipe:
+            return
+        if any((out / name).is_file() for name in (CHECKPOINT, *TABLES)):
+            flat, other = _flatten(earlier.as_dict()), _flatten(recipe.as_dict())
+            differences = [
+                f"{key} was {flat.get(key)!r}, is {other.get(key)!r}"
+                for key in {**flat, **other}
+                if flat.get(key) != other.get(key)
+            ]
+            raise PlanMismatch(f"{out} was begun with another recipe: {'; '.join(differences)}. Choose another folder.")
+    description = json.dumps(recipe.as_dict(), indent=2) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(description, encoding="utf-8"))
 
 
 @contextmanager
@@ -442,9 +443,9 @@ def _read_started(path: Path) -> Recipe:
 
 
 def _refuse_other_files(out: Path) -> None:
-    """A training begins in a new or empty folder; a recipe half-written by one that was killed does not count."""
+    """A training begins in a new or empty folder; what one leaves behind that has not begun does not count."""
     files = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
-    if "recipe.json" not in files and not all(name.startswith(".recipe.json.") for name in files):
+    if "recipe.json" not in files and not all(name == LOCK or name.startswith(".recipe.json.") for name in files):
         raise UsageError(f"{out} holds other files ({', '.join(files[:3])}) and no training; name a new folder.")
 
 
