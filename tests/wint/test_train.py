@@ -1,5 +1,6 @@
 """Training: it learns, goes on to the bit after a kill, gives one curve on one process or two, refuses bad recipes."""
 
+import copy
 import csv
 import json
 import os
@@ -22,10 +23,14 @@ from torch import nn
 
 from vitrail import open_vit
 from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, TrainingDiverged, Unsupported, UsageError
+from vitrail.models.preprocessing import Preprocessing
 from vitrail.tap.tap import Readers
+from vitrail.wint import checkpoint
+from vitrail.wint import train as train_module
 from vitrail.wint.batches import Batches, Images, read_images
-from vitrail.wint.building import build_model, grid_of, temperature_at
-from vitrail.wint.model import hard_mask, record_sides, window_heads
+from vitrail.wint.building import build_model, build_optimiser, grid_of, temperature_at
+from vitrail.wint.folder import save
+from vitrail.wint.model import Shape, WinT, hard_mask, record_sides, window_heads
 from vitrail.wint.objectives import TrainingBatch, WindowArea, WindowDistillation
 from vitrail.wint.recipe import read_recipe, recipe_from
 from vitrail.wint.teacher import Teacher, build_teacher, window_l1
@@ -164,6 +169,90 @@ def test_interrupted_it_keeps_its_step_and_says_where_it_goes_on(whole, tmp_path
     assert signal.getsignal(signal.SIGINT) == before
     train(wanted, tmp_path / "run")
     same(whole / "whole", tmp_path / "run")
+
+
+class Stop(Exception):
+    """Ends a run as a killed one ends: nothing is written any more."""
+
+
+def stop_at(step: int):
+    def report(what, done, total, word):
+        if what == "training" and done == step:
+            raise Stop
+
+    return report
+
+
+@pytest.mark.parametrize("name", ["lamb", "adan", "adabelief", "adafactorbv", "nadamlegacy", "laprop", "muon"])
+def test_an_optimiser_goes_on_as_it_was(tmp_path, name):
+    """Steps kept in groups, as tensors or whole numbers; numbers and tensors of half precision in the state."""
+    torch.manual_seed(0)
+    model = WinT(Shape(width=16, depth=1, heads=2, image_px=(16, 16), n_classes=3))
+    wanted = recipe_from(described(tmp_path, optimiser={"name": name}))
+    begun, other = copy.deepcopy(model), copy.deepcopy(model)
+    optimiser = build_optimiser(wanted, begun)
+    take_steps(begun, optimiser, range(3))
+    checkpoint.save(tmp_path / "checkpoint", begun, None, optimiser, {"step": 3})
+    resumed = build_optimiser(wanted, other)
+    assert checkpoint.load(tmp_path / "checkpoint", other, None, resumed) == {"step": 3}
+    for module, each in ((begun, optimiser), (other, resumed)):
+        take_steps(module, each, range(3, 6))
+    for one, two in zip(begun.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def take_steps(model: nn.Module, optimiser: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        images = torch.randn((4, 3, 16, 16), generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(images), torch.arange(4) % 3).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def test_a_run_goes_on_with_the_steps_of_its_groups(whole, tmp_path):
+    wanted = recipe(whole, optimiser={"name": "lamb"}, run=FOLLOWED)
+    train(wanted, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(wanted, tmp_path / "stopped", progress=stop_at(9))
+    train(wanted, tmp_path / "stopped")
+    same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adamx", "name = 'adamx' cannot be run here.*Did you mean adam"),
+        ("adahessian", "cannot be run here"),
+        ("kron", "a checkpoint cannot hold"),
+        ("lookahead_adamw", "a checkpoint cannot hold"),
+    ],
+)
+def test_an_optimiser_that_could_not_go_on_is_refused_at_the_start(tmp_path, name, said):
+    with pytest.raises(UsageError, match=said):
+        build_optimiser(recipe_from(described(tmp_path, optimiser={"name": name})), nn.Linear(3, 3))
+
+
+def test_the_scale_of_half_precision_goes_on(whole, tmp_path, monkeypatch):
+    """Accelerate scales losses on GPUs only; here a run in float32 gets such a scaler, whose growth counts steps."""
+
+    class Scaling(train_module.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=7)
+
+    monkeypatch.setattr(train_module, "Accelerator", Scaling)
+    wanted, scales = recipe(whole, run=FOLLOWED), {}
+    train(wanted, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(wanted, tmp_path / "stopped", progress=stop_at(9))
+    train(wanted, tmp_path / "stopped")
+    for name in ("whole", "stopped"):
+        with safe_open(tmp_path / name / "checkpoint.safetensors", "pt") as file:
+            scales[name] = json.loads(file.metadata()["progress"])["scaler"]
+    assert scales["whole"] == scales["stopped"]
+    assert scales["whole"]["scale"] == 1024.0
+    same(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")

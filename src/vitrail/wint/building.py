@@ -1,5 +1,6 @@
 """What a recipe asks for: the model with the weights it starts from, optimiser, schedule and averaged weights."""
 
+import difflib
 from dataclasses import fields
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid
+from vitrail.wint import checkpoint
 from vitrail.wint.batches import Batches
 from vitrail.wint.folder import OPTIONS, fit_state, read_shape, read_weights
 from vitrail.wint.model import Architecture, Shape, WinT, attach, window_heads
@@ -143,11 +145,15 @@ def build_optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 
     Returns:
         An optimiser whose groups have `lr_scale`.
+
+    Raises:
+        UsageError: timm has no such optimiser here, or a checkpoint could not keep its state.
     """
     from timm.optim import create_optimizer_v2
     from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
     settings = recipe.optimiser
+    _try_optimiser(settings.name, next(module.parameters()).device)
     no_decay: set[str] = getattr(module, "no_weight_decay", set)()
     of_windows = {id(parameter) for head in window_heads(module) for parameter in head.parameters()}
 
@@ -170,6 +176,29 @@ def build_optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
         module, opt=settings.name, lr=settings.lr, weight_decay=settings.weight_decay, param_group_fn=groups
     )
     return optimiser
+
+
+def _try_optimiser(name: str, device: torch.device) -> None:
+    """Takes a step with two small parameters, so that what cannot run or go on is refused at the start."""
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    parameters = [nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 4), (4,))]
+    try:
+        optimiser = create_optimizer_v2([{"params": parameters}], opt=name, lr=1e-3)
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 0.1)
+        optimiser.step()
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        close = difflib.get_close_matches(name, list_optimizers(), 3)
+        advice = f"Did you mean {' or '.join(close)}?" if close and name not in close else "Take adamw, say."
+        raise UsageError(
+            f"[optimiser] name = {name!r} cannot be run here ({type(error).__name__}: {error}). {advice}"
+        ) from error
+    if not checkpoint.storable(optimiser):
+        raise UsageError(
+            f"[optimiser] name = {name!r} keeps a state that a checkpoint cannot hold, so a run could not go on. Take "
+            "another optimiser of timm, such as adamw."
+        )
 
 
 def build_schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, batches: Batches) -> Any:

@@ -190,6 +190,8 @@ class _Session:
                 for name, total in state["sums"].items()
             }
             self._n_summed = state["since"]
+            if state.get("scaler") and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:
             for name in ("steps", "epochs"):
                 _rewrite_table(self.out / f"{name}.csv", self.step)
@@ -334,6 +336,7 @@ class _Session:
                 "areas": self.results.areas,
                 "sums": {name: float(total) for name, total in self._sums.items()},
                 "since": self._n_summed,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
             }
             average = self.average.module if self.average is not None else None
             checkpoint.save(self._checkpoint, self.module, average, self.optimiser, state)
