@@ -337,6 +337,21 @@ def test_another_recipe_or_a_broken_checkpoint_is_refused(whole, tmp_path):
         train(recipe(whole, **changes), tmp_path / "run")
 
 
+def test_a_folder_belongs_to_a_recipe_when_a_step_was_taken(whole, tmp_path):
+    """What was refused before is corrected in the same folder."""
+    with pytest.raises(DataError, match="classes = 4"):
+        train(recipe(whole, data={"classes": 4}), tmp_path / "run")
+    (tmp_path / "run" / "recipe.json").unlink()  # as one that is killed between the lock and its recipe leaves it
+    with pytest.raises(UsageError, match="could not be made"):
+        train(recipe(whole, model=of_timm(timm="resnet18", timm_args={}), run={"epochs": 1}), tmp_path / "run")
+    corrected = recipe(whole, run={"epochs": 0.2, "log_steps": 1})
+    train(corrected, tmp_path / "run")
+    assert recipe_from(json.loads((tmp_path / "run" / "recipe.json").read_text())) == corrected
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    with pytest.raises(PlanMismatch, match=r"run\.epochs was 0\.2, is 1"):
+        train(recipe(whole, run={"epochs": 1, "log_steps": 1}), tmp_path / "run")
+
+
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
@@ -417,25 +432,29 @@ def test_a_teacher_in_the_precision_of_training_has_nearly_the_same_windows(whol
 def test_a_teacher_is_shown_images_as_it_was_trained(whole, control):
     images = torch.rand(2, 3, 16, 16)
     plain = Teacher(open_vit(control), 25, 2, 1, (4, 4)).sides((images - 0.5) / 0.5)
-    other = Teacher(open_vit(control), 25, 2, 1, (4, 4), (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))
+    view = Preprocessing((16, 16), (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))
+    other = Teacher(open_vit(control), 25, 2, 1, (4, 4), view)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.3, 0.4, 0.5), (0.2, 0.3, 0.4)))
     for one, two in zip(plain, other.sides((images - mean) / std), strict=True):
         assert_allclose(one, two)
 
 
-def test_a_folder_belongs_to_a_recipe_when_a_step_was_taken(whole, tmp_path):
-    """What was refused before is corrected in the same folder."""
-    with pytest.raises(DataError, match="classes = 4"):
-        train(recipe(whole, data={"classes": 4}), tmp_path / "run")
-    (tmp_path / "run" / "recipe.json").unlink()  # as one that is killed between the lock and its recipe leaves it
-    with pytest.raises(UsageError, match="could not be made"):
-        train(recipe(whole, model=of_timm(timm="resnet18", timm_args={}), run={"epochs": 1}), tmp_path / "run")
-    corrected = recipe(whole, run={"epochs": 0.2, "log_steps": 1})
-    train(corrected, tmp_path / "run")
-    assert recipe_from(json.loads((tmp_path / "run" / "recipe.json").read_text())) == corrected
-    (tmp_path / "run" / "checkpoint.safetensors").unlink()
-    with pytest.raises(PlanMismatch, match=r"run\.epochs was 0\.2, is 1"):
-        train(recipe(whole, run={"epochs": 1, "log_steps": 1}), tmp_path / "run")
+def test_a_teacher_of_another_image_size_is_refused(whole, tmp_path):
+    """It has as many patches, of twice the size."""
+    save(WinT(Shape(width=16, depth=2, heads=2, patch_px=8, image_px=(32, 32), windows="none")), tmp_path / "teacher")
+    wanted = recipe(whole, distillation={"teacher": str(tmp_path / "teacher")}, model={"start": [[0.3] * 4] * 2})
+    with pytest.raises(UsageError, match=r"takes images of 32 x 32 px.* 16 x 16.*patches of 4 x 4 px"):
+        train(wanted, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "is_path"),
+    [("openclip:ViT-B-32/x", False), ("hf:x/y", False), ("timm:deit", False), ("tv:vit_b_16", False),
+     ("vitrail:photos", False), ("runs/vit", True), ("model.py:make", True)],
+)  # fmt: skip
+def test_a_teachers_path_counts_from_the_recipe(tmp_path, teacher, is_path):
+    read = recipe_from(described(tmp_path, distillation={"teacher": teacher}), Path("/recipes")).distillation.teacher
+    assert read == (f"/recipes/{teacher}" if is_path else teacher)
 
 
 def test_the_weight_of_distillation_grows_and_ends(whole, control):

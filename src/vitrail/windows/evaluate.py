@@ -86,8 +86,7 @@ def evaluate(
     if teacher is not None:
         if not heads or grid is None:
             raise UsageError(f"{vit.name} predicts no windows that could be compared with a teacher's.")
-        own = vit.preprocessing
-        guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, own.mean, own.std)
+        guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, vit.preprocessing)
     n_correct, seconds, sums = 0, 0.0, dict[str, np.ndarray]()
     reader = WindowCollector(vit, tuple(MEASURES_BY_LAYER.values()))
     for start in range(0, len(images), batch_size):

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from vitrail.data.files import text
 from vitrail.errors import UsageError
+from vitrail.models.sources import resolve_name
 from vitrail.wint.model import Architecture
 
 __all__ = ["Data", "Distillation", "Model", "Optimiser", "Recipe", "Run", "Windows", "read_recipe", "recipe_from"]
@@ -211,8 +212,8 @@ def recipe_from(content: Mapping[str, Any], folder: Path = Path(), note: Callabl
     return replace(
         recipe,
         data=replace(recipe.data, train=_path(recipe.data.train, folder), test=_path(recipe.data.test, folder)),
-        model=replace(recipe.model, start_from=_path(recipe.model.start_from, folder)),
-        distillation=replace(recipe.distillation, teacher=_path(recipe.distillation.teacher, folder)),
+        model=replace(recipe.model, start_from=_model(recipe.model.start_from, folder)),
+        distillation=replace(recipe.distillation, teacher=_model(recipe.distillation.teacher, folder)),
     )
 
 
@@ -316,5 +317,9 @@ def _check(recipe: Recipe) -> None:
             raise UsageError(f"The recipe cannot be run: {problem}.")
 
 
-def _path(text: str, folder: Path) -> str:
-    return text if not text or text.startswith(("hf:", "timm:", "tv:", "vitrail:")) else str((folder / text).absolute())
+def _path(source: str, folder: Path) -> str:
+    return source if not source or source.startswith(("hf:", "vitrail:")) else str((folder / source).absolute())
+
+
+def _model(name: str, folder: Path) -> str:
+    return resolve_name(name, folder) if name else ""
