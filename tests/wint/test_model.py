@@ -237,6 +237,16 @@ def test_soft_edges_are_kept_in_evaluation_and_in_a_folder(tmp_path):
 def test_a_start_that_has_no_meaning_is_refused():
     with pytest.raises(UsageError, match="four shares"):
         WindowHead(16, ((0.0, 0.5, 0.5, 0.5),))
+    with pytest.raises(UsageError, match="four shares"):
+        WindowHead(16, ((0.5,) * 4, (0.5,) * 3))
+    for sides in ((1.0,) * 3, (1.0, 1.0, 1.0, -1.0)):
+        with pytest.raises(UsageError, match="four sides of 0 or more"):
+            small(windows="fixed", start=(sides,))
+    for wrong in ({"heads": 0}, {"depth": 0}, {"patch_px": 0}, {"mlp_ratio": 0.0}, {"image_px": (0, 0)}):
+        with pytest.raises(UsageError, match="make no model"):
+            small(**wrong)
+    with pytest.raises(UsageError, match=r"drop_path_rate = 1\.0"):
+        small(drop_path_rate=1.0)
     with pytest.raises(UsageError, match="1 or 2, one a head"):
         small(start=((0.3,) * 4,) * 3)
     with pytest.raises(UsageError, match=r"cut at 1\.5"):

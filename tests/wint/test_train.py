@@ -504,6 +504,16 @@ def test_processes_share_a_batch_and_keep_partners_together(whole):
         assert_allclose(own_labels, whole_labels[part.mine], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "world", "accumulate"), [(6, 2, 1), (75, 3, 1), (60, 4, 5), (16, 1, 2), (15, 1, 1)])
+def test_processes_have_equal_parts_of_a_batch_and_of_its_pieces(whole, size, world, accumulate):
+    wanted = recipe(whole, run={"batch_size": size, "accumulate": accumulate})
+    images = read_images(wanted.data.train)
+    parts = [Batches(wanted, images, images.pixels(16), rank, world).mine for rank in range(world)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(size))
+    pieces = [[len(piece) for piece in part.chunk(accumulate)] for part in parts]
+    assert pieces == [[size // world // accumulate] * accumulate] * world
+
+
 def test_every_image_is_seen_once_an_epoch_and_in_another_order_the_next(whole):
     wanted = recipe(whole, data={"augmentation": "none"})
     images = read_images(wanted.data.train)
@@ -575,12 +585,33 @@ def test_class_folders_are_read(tmp_path):
         ({"model": {"start": [[1, "a"]]}}, "must be a float"),
         ({"windows": {"edges": "round"}}, "choose hard or soft"),
         ({"windows": {"hard_from": 1.5}}, "hard_from = 1.5; give a share"),
+        ({"run": {"evaluate_epochs": 0}}, "evaluate_epochs = 0; give 1 or more"),
+        ({"run": {"log_steps": 0}}, "log_steps = 0; give 1 or more"),
+        ({"run": {"seed": -1}}, "seed = -1; give 0 or more"),
+        ({"run": {"label_smoothing": 1.5}}, "label_smoothing = 1.5; give a share"),
+        ({"run": {"ema": 1.5}}, "ema = 1.5; give a share below 1"),
+        ({"run": {"epochs": float("inf")}}, "epochs = inf"),
+        ({"data": {"workers": -1}}, "workers = -1; give 0 or more"),
+        ({"data": {"border_px": 16}}, "border_px = 16; give 0 or more, less than image_px = 16"),
+        ({"optimiser": {"lr": -1.0}}, r"lr = -1\.0; give 0 or more"),
         ({"distillation": {"teacher": "x"}, "model": {"windows": "none"}}, 'needs .model. windows = "predicted"'),
     ],
 )
 def test_recipes_that_cannot_be_run_say_what_can(tmp_path, changes, said):
     with pytest.raises(UsageError, match=said):
         recipe_from(described(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"augmentation": "timm", "timm": {"auto_augment": "rnd"}}}, "auto_augment.*create_transform"),
+        ({"data": {"augmentation": "timm", "timm": {"colour": 1}}}, "colour.*create_transform"),
+    ],
+)
+def test_what_libraries_do_not_take_is_said_before_a_step(whole, tmp_path, changes, said):
+    with pytest.raises(UsageError, match=said):
+        train(recipe(whole, **changes), tmp_path / "run")
 
 
 def test_a_missing_table_and_a_broken_file_are_named(tmp_path):
@@ -603,8 +634,13 @@ def test_packs_that_are_damaged_are_refused(tmp_path):
     np.savez(path, **{**arrays, "offset": arrays["offset"][:-1]})
     with pytest.raises(DataError, match="damaged"):
         read_images(str(path))
-    path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="cannot be read as packed images"):
+    np.savez(path, **arrays)
+    for content in (b"nothing", b"", path.read_bytes()[: path.stat().st_size // 2]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read as packed images"):
+            read_images(str(path))
+    np.savez(path, **{**arrays, "offset": arrays["offset"][:1], "label": arrays["label"][:0]})
+    with pytest.raises(DataError, match="holds no images"):
         read_images(str(path))
 
 
