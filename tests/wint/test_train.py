@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from filelock import FileLock
 from numpy.testing import assert_allclose
@@ -169,6 +170,25 @@ def test_interrupted_it_keeps_its_step_and_says_where_it_goes_on(whole, tmp_path
     assert signal.getsignal(signal.SIGINT) == before
     train(wanted, tmp_path / "run")
     same(whole / "whole", tmp_path / "run")
+
+
+def test_the_rate_decays_by_layer_in_a_wint_as_in_a_vit_of_timm(tmp_path):
+    wanted = recipe_from(described(tmp_path, optimiser={"layer_decay": 0.5}, windows={"lr_scale": 3.0}))
+    wint = WinT(Shape(width=16, depth=2, heads=2, image_px=(16, 16)))
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=4)
+    scales = []
+    for model in (wint, vit):
+        scale_of = {
+            id(parameter): group["lr_scale"]
+            for group in build_optimiser(wanted, model).param_groups for parameter in group["params"]
+        }  # fmt: skip
+        scales.append({name: scale_of[id(parameter)] for name, parameter in model.named_parameters()})
+    ours, theirs = scales
+    assert len(set(theirs.values())) > 3
+    for name in ("cls_token", "blocks.0.attn.qkv.weight", "blocks.1.norm2.bias", "norm.weight", "head.weight"):
+        assert ours[name] == theirs[name], name
+    assert ours["positions"] == ours["patch_embed.weight"] == theirs["pos_embed"]
+    assert ours["blocks.1.attn.windows.sides.weight"] == 3 * theirs["blocks.1.attn.qkv.weight"]
 
 
 class Stop(Exception):

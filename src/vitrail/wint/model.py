@@ -555,6 +555,18 @@ class WinT(nn.Module):
         """
         return {"cls_token", "positions", *(name for name, _ in self.named_parameters() if name.endswith("sides.bias"))}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Tells which parameters are of which layer (timm's decay of the learning rate by layer asks for it).
+
+        Args:
+            coarse: Whether few groups are enough; they are the same.
+
+        Returns:
+            Patterns of names: of the stem, and of blocks and the norm after them; the classifier comes last.
+        """
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^(?:cls_token|positions|patch_embed)", "blocks": blocks}
+
     def _init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
