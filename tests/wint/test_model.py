@@ -25,6 +25,7 @@ from vitrail.wint.model import (
     attach,
     attention_bias,
     hard_mask,
+    moved_windows,
     record_sides,
     round_sides,
     set_temperature,
@@ -295,6 +296,19 @@ def test_windows_change_the_answer_and_the_far_patches_do_not_count():
     moved = (kept["tokens"].detach() - before).abs().sum(-1).view(8, 8)
     assert float(moved[:, :2].max()) == 0
     assert float(moved[:, 2:].min()) > 0
+
+
+def test_full_fixed_windows_can_be_moved():
+    model = small(windows="fixed", start=((7.0,) * 4,))
+    narrow = small(windows="fixed", start=((6.0,) * 4,))
+    narrow.load_state_dict(model.state_dict())
+    alone = [moved_windows(each, [(0, (0, 0, 0, 0), None, None)])(noise()) for each in (model, narrow)]
+    plain = small(windows="none")
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(noise()), plain(noise()))
+    assert not torch.allclose(alone[0], model(noise()))
+    wider = moved_windows(narrow, [(layer, (7, 7, 7, 7), None, None) for layer in range(3)])
+    assert_allclose(wider(noise()).detach(), model(noise()).detach(), atol=1e-5)
 
 
 def test_a_pretrained_timm_model_starts_unchanged_bitwise():
