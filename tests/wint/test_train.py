@@ -401,6 +401,27 @@ def test_a_teacher_draws_windows_towards_its_own(whole, control, tmp_path, start
     assert apart[5.0] < 0.9 * apart[0.0]
 
 
+def test_tables_have_means_of_the_steps_that_computed_a_loss_and_the_rate_of_the_model(whole, control, tmp_path):
+    """The teacher's time ends within a row; later rows are empty, not zeros."""
+    tables = {}
+    for log_steps in (1, 4):
+        changes = {
+            "distillation": {"teacher": str(control), "until": 0.5}, "model": {"start": [[0.3] * 4] * 2},
+            "windows": {"lr_scale": 3.0}, "run": {"log_steps": log_steps, "checkpoint_steps": 9},
+        }  # fmt: skip
+        wanted, out = recipe(whole, **changes), tmp_path / str(log_steps)
+        with pytest.raises(Stop):
+            train(wanted, out, progress=stop_at(9))
+        train(wanted, out)
+        tables[log_steps] = text_rows(out / "steps.csv")
+    by_step = [float(row["window_l1"]) for row in tables[1][:9]]
+    assert {row["window_l1"] for row in tables[1][9:]} == {""}
+    means = [np.mean(by_step[first : first + 4]) for first in (0, 4, 8)]
+    assert_allclose([float(row["window_l1"]) for row in tables[4][:3]], means)
+    assert [row["window_l1"] for row in tables[4][3:]] == ["", ""]
+    assert_allclose(float(tables[1][9]["lr"]), 1e-5 + (3e-3 - 1e-5) / 2)  # half of the cosine
+
+
 @pytest.mark.parametrize(("edges", "kept"), [("soft", 0.3), ("hard", 0.0)])
 def test_edges_are_exported_as_they_were_asked_for(whole, tmp_path, edges, kept):
     """Soft edges keep their last temperature in the exported model; hard ones are those of the last steps."""
@@ -784,7 +805,8 @@ def test_a_run_folder_of_an_earlier_version_goes_on_to_the_same_weights(whole, t
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         progress = json.loads(file.metadata()["progress"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    assert progress["since"] == 1
+    assert progress.pop("counts") == {"loss": 1, "cross_entropy": 1}
+    progress["since"] = 1
     progress["sums"] = {"loss": progress["sums"]["loss"], "taught": 0.0}
     save_file(tensors, out / "checkpoint.safetensors", {"progress": json.dumps(progress)})
     train(wanted, out)
