@@ -95,6 +95,7 @@ def test_what_has_no_curves_says_so(study: Path, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="classifier"):
         measure_curves(features)
     assert read_curves(features) is None
-    (features / CURVES_FILE).write_bytes(b"no arrays")
-    with pytest.raises(DamagedStudy, match="vitrail curves"):
-        read_curves(features)
+    for content in (b"no arrays", b"", b"PK\x03\x04"):
+        (features / CURVES_FILE).write_bytes(content)
+        with pytest.raises(DamagedStudy, match="vitrail curves"):
+            read_curves(features)

@@ -64,6 +64,19 @@ def test_an_evaluation_says_what_the_model_itself_says():
     assert found.images_per_s > 0
 
 
+def test_labels_are_those_of_the_model_by_name():
+    """Another order of the same classes changes nothing, other names of a model are an error, no names are numbers."""
+    vit, images = open_vit(small(), mean=0.5, std=0.5, class_names=["a", "b", "c"]), pictures()
+    answers = vit.logits(vit.prepare([images.image(index) for index in range(len(images))])).argmax(1)
+    new = torch.tensor([2, 0, 1])  # where classes a, b, c are now
+    for names, labels in ((("a", "b", "c"), answers), (("b", "c", "a"), new[answers])):
+        assert evaluate(vit, Images("other", images.contents, labels, names)).accuracy == 1
+    assert evaluate(open_small(small()), Images("other", images.contents, answers, ("x", "y", "z"))).accuracy == 1
+    for names in (("a", "b", "d"), ("x", "y", "z")):
+        with pytest.raises(DataError, match=r"no classes of .*--class-names"):
+            evaluate(vit, Images("other", images.contents, images.labels, names))
+
+
 def test_a_model_taught_by_itself_agrees_with_itself_more_than_by_chance():
     """Measured windows lie where attention may look, so they overlap with the predicted ones."""
     found = evaluate(open_small(small(start=((0.15,) * 4,))), pictures())

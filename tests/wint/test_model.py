@@ -15,7 +15,7 @@ from vitrail import open_vit
 from vitrail.contract.check import check_vit
 from vitrail.errors import UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.patches import windows as measured
-from vitrail.wint.folder import open_model, save
+from vitrail.wint.folder import fit_state, open_model, save
 from vitrail.wint.model import (
     FLOOR,
     FULL,
@@ -25,6 +25,7 @@ from vitrail.wint.model import (
     attach,
     attention_bias,
     hard_mask,
+    moved_windows,
     record_sides,
     round_sides,
     set_temperature,
@@ -241,6 +242,16 @@ def test_soft_edges_are_kept_in_evaluation_and_in_a_folder(tmp_path):
 def test_a_start_that_has_no_meaning_is_refused():
     with pytest.raises(UsageError, match="four shares"):
         WindowHead(16, ((0.0, 0.5, 0.5, 0.5),))
+    with pytest.raises(UsageError, match="four shares"):
+        WindowHead(16, ((0.5,) * 4, (0.5,) * 3))
+    for sides in ((1.0,) * 3, (1.0, 1.0, 1.0, -1.0)):
+        with pytest.raises(UsageError, match="four sides of 0 or more"):
+            small(windows="fixed", start=(sides,))
+    for wrong in ({"heads": 0}, {"depth": 0}, {"patch_px": 0}, {"mlp_ratio": 0.0}, {"image_px": (0, 0)}):
+        with pytest.raises(UsageError, match="make no model"):
+            small(**wrong)
+    with pytest.raises(UsageError, match=r"drop_path_rate = 1\.0"):
+        small(drop_path_rate=1.0)
     with pytest.raises(UsageError, match="1 or 2, one a head"):
         small(start=((0.3,) * 4,) * 3)
     with pytest.raises(UsageError, match=r"cut at 1\.5"):
@@ -289,6 +300,19 @@ def test_windows_change_the_answer_and_the_far_patches_do_not_count():
     moved = (kept["tokens"].detach() - before).abs().sum(-1).view(8, 8)
     assert float(moved[:, :2].max()) == 0
     assert float(moved[:, 2:].min()) > 0
+
+
+def test_full_fixed_windows_can_be_moved():
+    model = small(windows="fixed", start=((7.0,) * 4,))
+    narrow = small(windows="fixed", start=((6.0,) * 4,))
+    narrow.load_state_dict(model.state_dict())
+    alone = [moved_windows(each, [(0, (0, 0, 0, 0), None, None)])(noise()) for each in (model, narrow)]
+    plain = small(windows="none")
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(noise()), plain(noise()))
+    assert not torch.allclose(alone[0], model(noise()))
+    wider = moved_windows(narrow, [(layer, (7, 7, 7, 7), None, None) for layer in range(3)])
+    assert_allclose(wider(noise()).detach(), model(noise()).detach(), atol=1e-5)
 
 
 def test_a_pretrained_timm_model_starts_unchanged_bitwise():
@@ -372,6 +396,7 @@ def test_a_timm_model_with_windows_is_saved_and_opened_again(tmp_path):
         ({"name": "vit_tiny_patch16_224", "args": {"pretrained_cfg": {"url": "http://x"}}}, r"\['pretrained_cfg'\]"),
         ({"name": "vit_tiny_patch16_224", "args": ["depth"]}, "the arguments list"),
         (["vit_tiny_patch16_224"], "should describe a timm model"),
+        ({"name": "vit_tiny_patch16_224", "windows": "fixed"}, "windows = 'fixed'; there are predicted and none"),
     ],
 )
 def test_a_folder_can_make_timm_load_nothing_else(tmp_path, timm_model, words, monkeypatch):
@@ -391,6 +416,34 @@ def test_it_opens_on_any_other_grid(tmp_path):
         vit.model(noise(px=(40, 64)))
     assert float(sides[0][..., 0].max()) <= 15
     assert float(sides[0][..., 1].max()) <= 9
+
+
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+@pytest.mark.parametrize(("px", "other"), [((32, 72), (64, 144)), ((32, 64), (64, 128)), ((32, 72), (48, 48))])
+def test_positions_of_any_grid_are_resampled_by_rows_and_columns(tmp_path, kind, px, other):
+    """A ramp down the rows of a grid that is no square stays one, whatever the new number of patches."""
+    rows, columns = px[0] // 4, px[1] // 4
+    args = {"img_size": px, "patch_size": 4, "depth": 1, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+    ours = kind == "ours"
+    model = small(image_px=px) if ours else attach(small_timm(**args), ((0.2,) * 4,))
+    positions = model.positions if ours else model.pos_embed
+    with torch.no_grad():
+        positions[:, -rows * columns :] = torch.linspace(-1, 1, rows).repeat_interleave(columns)[:, None]
+    save(model, tmp_path, timm_model={"name": "vit_tiny_patch16_224", "args": args, "start": ((0.2,) * 4,)})
+    opened = open_vit(tmp_path, image_size=other).model
+    resampled = (opened.positions if ours else opened.pos_embed).detach()
+    new_rows, new_columns = other[0] // 4, other[1] // 4
+    ramp = resampled[0, -new_rows * new_columns :, 0].view(new_rows, new_columns)
+    assert float(ramp.std(1).max()) < 1e-5
+    assert bool((ramp.mean(1).diff() > 0).all())
+
+
+def test_weights_whose_grid_nobody_knows_are_refused():
+    model = small()
+    state = {**model.state_dict(), "positions": torch.zeros(1, 1 + 8 * 16, 24)}
+    with pytest.raises(WeightsMismatch, match="128 patches, which are no square"):
+        fit_state(state, model)
+    assert fit_state(state, model, grid=(8, 16))["positions"].shape == (1, 65, 24)
 
 
 def test_another_class_count_draws_a_new_classifier(tmp_path):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from numpy.testing import assert_allclose
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrail.errors import UsageError
-from vitrail.wint.model import CLOSED, WinT, attention_bias, hard_mask, soft_bias, soft_mask
+from vitrail.wint.model import CLOSED, WinT, attach, attention_bias, hard_mask, soft_bias, soft_mask
 from vitrail.wint.sparse import (
     BLOCK,
     CUT,
@@ -268,7 +269,8 @@ def refuse(model: WinT, match: str) -> None:
 
 def test_block_sparse_attention_is_for_windows_in_evaluation():
     refuse(small(windows="none"), "in evaluation")
-    refuse(small().train(), "in evaluation")
+    refuse(small().train(), r"in evaluation: call model\.eval\(\)")
+    refuse(attach(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)).eval(), "heads on a timm model")
     with (
         pytest.raises(UsageError, match=r"this model's are soft.*--windows tiles"),
         block_sparse(small(edges=0.15), tile_windows=True),

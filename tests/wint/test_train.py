@@ -1,5 +1,6 @@
 """Training: it learns, goes on to the bit after a kill, gives one curve on one process or two, refuses bad recipes."""
 
+import copy
 import csv
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from filelock import FileLock
 from numpy.testing import assert_allclose
@@ -21,11 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitrail import open_vit
-from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, TrainingDiverged, UsageError
+from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, TrainingDiverged, Unsupported, UsageError
+from vitrail.models.preprocessing import Preprocessing
 from vitrail.tap.tap import Readers
+from vitrail.wint import checkpoint
+from vitrail.wint import train as train_module
 from vitrail.wint.batches import Batches, Images, read_images
-from vitrail.wint.building import build_model, temperature_at
-from vitrail.wint.model import hard_mask, record_sides, window_heads
+from vitrail.wint.building import build_model, build_optimiser, grid_of, temperature_at
+from vitrail.wint.folder import save
+from vitrail.wint.model import Shape, WinT, hard_mask, record_sides, window_heads
 from vitrail.wint.objectives import TrainingBatch, WindowArea, WindowDistillation
 from vitrail.wint.recipe import read_recipe, recipe_from
 from vitrail.wint.teacher import Teacher, build_teacher, window_l1
@@ -166,6 +172,109 @@ def test_interrupted_it_keeps_its_step_and_says_where_it_goes_on(whole, tmp_path
     same(whole / "whole", tmp_path / "run")
 
 
+def test_the_rate_decays_by_layer_in_a_wint_as_in_a_vit_of_timm(tmp_path):
+    wanted = recipe_from(described(tmp_path, optimiser={"layer_decay": 0.5}, windows={"lr_scale": 3.0}))
+    wint = WinT(Shape(width=16, depth=2, heads=2, image_px=(16, 16)))
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=16, depth=2, num_heads=2, img_size=16, patch_size=4)
+    scales = []
+    for model in (wint, vit):
+        scale_of = {
+            id(parameter): group["lr_scale"]
+            for group in build_optimiser(wanted, model).param_groups for parameter in group["params"]
+        }  # fmt: skip
+        scales.append({name: scale_of[id(parameter)] for name, parameter in model.named_parameters()})
+    ours, theirs = scales
+    assert len(set(theirs.values())) > 3
+    for name in ("cls_token", "blocks.0.attn.qkv.weight", "blocks.1.norm2.bias", "norm.weight", "head.weight"):
+        assert ours[name] == theirs[name], name
+    assert ours["positions"] == ours["patch_embed.weight"] == theirs["pos_embed"]
+    assert ours["blocks.1.attn.windows.sides.weight"] == 3 * theirs["blocks.1.attn.qkv.weight"]
+
+
+class Stop(Exception):
+    """Ends a run as a killed one ends: nothing is written any more."""
+
+
+def stop_at(step: int):
+    def report(what, done, total, word):
+        if what == "training" and done == step:
+            raise Stop
+
+    return report
+
+
+@pytest.mark.parametrize("name", ["lamb", "adan", "adabelief", "adafactorbv", "nadamlegacy", "laprop", "muon"])
+def test_an_optimiser_goes_on_as_it_was(tmp_path, name):
+    """Steps kept in groups, as tensors or whole numbers; numbers and tensors of half precision in the state."""
+    torch.manual_seed(0)
+    model = WinT(Shape(width=16, depth=1, heads=2, image_px=(16, 16), n_classes=3))
+    wanted = recipe_from(described(tmp_path, optimiser={"name": name}))
+    begun, other = copy.deepcopy(model), copy.deepcopy(model)
+    optimiser = build_optimiser(wanted, begun)
+    take_steps(begun, optimiser, range(3))
+    checkpoint.save(tmp_path / "checkpoint", begun, None, optimiser, {"step": 3})
+    resumed = build_optimiser(wanted, other)
+    assert checkpoint.load(tmp_path / "checkpoint", other, None, resumed) == {"step": 3}
+    for module, each in ((begun, optimiser), (other, resumed)):
+        take_steps(module, each, range(3, 6))
+    for one, two in zip(begun.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def take_steps(model: nn.Module, optimiser: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        images = torch.randn((4, 3, 16, 16), generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(images), torch.arange(4) % 3).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def test_a_run_goes_on_with_the_steps_of_its_groups(whole, tmp_path):
+    wanted = recipe(whole, optimiser={"name": "lamb"}, run=FOLLOWED)
+    train(wanted, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(wanted, tmp_path / "stopped", progress=stop_at(9))
+    train(wanted, tmp_path / "stopped")
+    same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adamx", "name = 'adamx' cannot be run here.*Did you mean adam"),
+        ("adahessian", "cannot be run here"),
+        ("kron", "a checkpoint cannot hold"),
+        ("lookahead_adamw", "a checkpoint cannot hold"),
+    ],
+)
+def test_an_optimiser_that_could_not_go_on_is_refused_at_the_start(tmp_path, name, said):
+    with pytest.raises(UsageError, match=said):
+        build_optimiser(recipe_from(described(tmp_path, optimiser={"name": name})), nn.Linear(3, 3))
+
+
+def test_the_scale_of_half_precision_goes_on(whole, tmp_path, monkeypatch):
+    """Accelerate scales losses on GPUs only; here a run in float32 gets such a scaler, whose growth counts steps."""
+
+    class Scaling(train_module.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=7)
+
+    monkeypatch.setattr(train_module, "Accelerator", Scaling)
+    wanted, scales = recipe(whole, run=FOLLOWED), {}
+    train(wanted, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(wanted, tmp_path / "stopped", progress=stop_at(9))
+    train(wanted, tmp_path / "stopped")
+    for name in ("whole", "stopped"):
+        with safe_open(tmp_path / name / "checkpoint.safetensors", "pt") as file:
+            scales[name] = json.loads(file.metadata()["progress"])["scaler"]
+    assert scales["whole"] == scales["stopped"]
+    assert scales["whole"]["scale"] == 1024.0
+    same(tmp_path / "whole", tmp_path / "stopped")
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_compiled_it_learns_the_same_and_ends_in_the_same_weights_after_a_kill(whole, tmp_path):
     """In processes of their own, for operations cannot be fused while the tests check shapes."""
@@ -248,6 +357,21 @@ def test_another_recipe_or_a_broken_checkpoint_is_refused(whole, tmp_path):
         train(recipe(whole, **changes), tmp_path / "run")
 
 
+def test_a_folder_belongs_to_a_recipe_when_a_step_was_taken(whole, tmp_path):
+    """What was refused before is corrected in the same folder."""
+    with pytest.raises(DataError, match="classes = 4"):
+        train(recipe(whole, data={"classes": 4}), tmp_path / "run")
+    (tmp_path / "run" / "recipe.json").unlink()  # as one that is killed between the lock and its recipe leaves it
+    with pytest.raises(UsageError, match="could not be made"):
+        train(recipe(whole, model=of_timm(timm="resnet18", timm_args={}), run={"epochs": 1}), tmp_path / "run")
+    corrected = recipe(whole, run={"epochs": 0.2, "log_steps": 1})
+    train(corrected, tmp_path / "run")
+    assert recipe_from(json.loads((tmp_path / "run" / "recipe.json").read_text())) == corrected
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    with pytest.raises(PlanMismatch, match=r"run\.epochs was 0\.2, is 1"):
+        train(recipe(whole, run={"epochs": 1, "log_steps": 1}), tmp_path / "run")
+
+
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +399,27 @@ def test_a_teacher_draws_windows_towards_its_own(whole, control, tmp_path, start
             student(images)
         apart[weight] = float(window_l1(sides, teacher.sides(images), (4, 4)))
     assert apart[5.0] < 0.9 * apart[0.0]
+
+
+def test_tables_have_means_of_the_steps_that_computed_a_loss_and_the_rate_of_the_model(whole, control, tmp_path):
+    """The teacher's time ends within a row; later rows are empty, not zeros."""
+    tables = {}
+    for log_steps in (1, 4):
+        changes = {
+            "distillation": {"teacher": str(control), "until": 0.5}, "model": {"start": [[0.3] * 4] * 2},
+            "windows": {"lr_scale": 3.0}, "run": {"log_steps": log_steps, "checkpoint_steps": 9},
+        }  # fmt: skip
+        wanted, out = recipe(whole, **changes), tmp_path / str(log_steps)
+        with pytest.raises(Stop):
+            train(wanted, out, progress=stop_at(9))
+        train(wanted, out)
+        tables[log_steps] = text_rows(out / "steps.csv")
+    by_step = [float(row["window_l1"]) for row in tables[1][:9]]
+    assert {row["window_l1"] for row in tables[1][9:]} == {""}
+    means = [np.mean(by_step[first : first + 4]) for first in (0, 4, 8)]
+    assert_allclose([float(row["window_l1"]) for row in tables[4][:3]], means)
+    assert [row["window_l1"] for row in tables[4][3:]] == ["", ""]
+    assert_allclose(float(tables[1][9]["lr"]), 1e-5 + (3e-3 - 1e-5) / 2)  # half of the cosine
 
 
 @pytest.mark.parametrize(("edges", "kept"), [("soft", 0.3), ("hard", 0.0)])
@@ -328,10 +473,29 @@ def test_a_teacher_in_the_precision_of_training_has_nearly_the_same_windows(whol
 def test_a_teacher_is_shown_images_as_it_was_trained(whole, control):
     images = torch.rand(2, 3, 16, 16)
     plain = Teacher(open_vit(control), 25, 2, 1, (4, 4)).sides((images - 0.5) / 0.5)
-    other = Teacher(open_vit(control), 25, 2, 1, (4, 4), (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))
+    view = Preprocessing((16, 16), (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))
+    other = Teacher(open_vit(control), 25, 2, 1, (4, 4), view)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.3, 0.4, 0.5), (0.2, 0.3, 0.4)))
     for one, two in zip(plain, other.sides((images - mean) / std), strict=True):
         assert_allclose(one, two)
+
+
+def test_a_teacher_of_another_image_size_is_refused(whole, tmp_path):
+    """It has as many patches, of twice the size."""
+    save(WinT(Shape(width=16, depth=2, heads=2, patch_px=8, image_px=(32, 32), windows="none")), tmp_path / "teacher")
+    wanted = recipe(whole, distillation={"teacher": str(tmp_path / "teacher")}, model={"start": [[0.3] * 4] * 2})
+    with pytest.raises(UsageError, match=r"takes images of 32 x 32 px.* 16 x 16.*patches of 4 x 4 px"):
+        train(wanted, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "is_path"),
+    [("openclip:ViT-B-32/x", False), ("hf:x/y", False), ("timm:deit", False), ("tv:vit_b_16", False),
+     ("vitrail:photos", False), ("runs/vit", True), ("model.py:make", True)],
+)  # fmt: skip
+def test_a_teachers_path_counts_from_the_recipe(tmp_path, teacher, is_path):
+    read = recipe_from(described(tmp_path, distillation={"teacher": teacher}), Path("/recipes")).distillation.teacher
+    assert read == (f"/recipes/{teacher}" if is_path else teacher)
 
 
 def test_the_weight_of_distillation_grows_and_ends(whole, control):
@@ -379,6 +543,16 @@ def test_processes_share_a_batch_and_keep_partners_together(whole):
         own_images, own_labels = part[3]
         assert_allclose(own_images, whole_images[part.mine], rtol=1e-6)
         assert_allclose(own_labels, whole_labels[part.mine], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "world", "accumulate"), [(6, 2, 1), (75, 3, 1), (60, 4, 5), (16, 1, 2), (15, 1, 1)])
+def test_processes_have_equal_parts_of_a_batch_and_of_its_pieces(whole, size, world, accumulate):
+    wanted = recipe(whole, run={"batch_size": size, "accumulate": accumulate})
+    images = read_images(wanted.data.train)
+    parts = [Batches(wanted, images, images.pixels(16), rank, world).mine for rank in range(world)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(size))
+    pieces = [[len(piece) for piece in part.chunk(accumulate)] for part in parts]
+    assert pieces == [[size // world // accumulate] * accumulate] * world
 
 
 def test_every_image_is_seen_once_an_epoch_and_in_another_order_the_next(whole):
@@ -452,12 +626,33 @@ def test_class_folders_are_read(tmp_path):
         ({"model": {"start": [[1, "a"]]}}, "must be a float"),
         ({"windows": {"edges": "round"}}, "choose hard or soft"),
         ({"windows": {"hard_from": 1.5}}, "hard_from = 1.5; give a share"),
+        ({"run": {"evaluate_epochs": 0}}, "evaluate_epochs = 0; give 1 or more"),
+        ({"run": {"log_steps": 0}}, "log_steps = 0; give 1 or more"),
+        ({"run": {"seed": -1}}, "seed = -1; give 0 or more"),
+        ({"run": {"label_smoothing": 1.5}}, "label_smoothing = 1.5; give a share"),
+        ({"run": {"ema": 1.5}}, "ema = 1.5; give a share below 1"),
+        ({"run": {"epochs": float("inf")}}, "epochs = inf"),
+        ({"data": {"workers": -1}}, "workers = -1; give 0 or more"),
+        ({"data": {"border_px": 16}}, "border_px = 16; give 0 or more, less than image_px = 16"),
+        ({"optimiser": {"lr": -1.0}}, r"lr = -1\.0; give 0 or more"),
         ({"distillation": {"teacher": "x"}, "model": {"windows": "none"}}, 'needs .model. windows = "predicted"'),
     ],
 )
 def test_recipes_that_cannot_be_run_say_what_can(tmp_path, changes, said):
     with pytest.raises(UsageError, match=said):
         recipe_from(described(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"augmentation": "timm", "timm": {"auto_augment": "rnd"}}}, "auto_augment.*create_transform"),
+        ({"data": {"augmentation": "timm", "timm": {"colour": 1}}}, "colour.*create_transform"),
+    ],
+)
+def test_what_libraries_do_not_take_is_said_before_a_step(whole, tmp_path, changes, said):
+    with pytest.raises(UsageError, match=said):
+        train(recipe(whole, **changes), tmp_path / "run")
 
 
 def test_a_missing_table_and_a_broken_file_are_named(tmp_path):
@@ -480,8 +675,13 @@ def test_packs_that_are_damaged_are_refused(tmp_path):
     np.savez(path, **{**arrays, "offset": arrays["offset"][:-1]})
     with pytest.raises(DataError, match="damaged"):
         read_images(str(path))
-    path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="cannot be read as packed images"):
+    np.savez(path, **arrays)
+    for content in (b"nothing", b"", path.read_bytes()[: path.stat().st_size // 2]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read as packed images"):
+            read_images(str(path))
+    np.savez(path, **{**arrays, "offset": arrays["offset"][:1], "label": arrays["label"][:0]})
+    with pytest.raises(DataError, match="holds no images"):
         read_images(str(path))
 
 
@@ -497,14 +697,46 @@ def test_training_can_begin_with_a_saved_vit_and_other_classes(whole, control, t
     train(wanted, tmp_path / "run")
 
 
-def test_a_timm_model_trains_with_window_heads_and_opens_again(whole, tmp_path):
-    args = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TIMM_ARGS = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def of_timm(**changes: object) -> dict[str, object]:
+    return {"timm": "vit_tiny_patch16_224", "timm_args": TIMM_ARGS, "start": [[0.982] * 4], **changes}
+
+
+@pytest.mark.parametrize(("windows", "n_heads"), [("predicted", 2), ("none", 0)])
+def test_a_timm_model_trains_with_and_without_window_heads_and_opens_again(whole, tmp_path, windows, n_heads):
+    """Arguments that count in training alone are not in the folder, from which timm makes the model."""
+    args = {**TIMM_ARGS, "drop_rate": 0.1, "weight_init": "jax"}
     changes = {
-        "model": {"timm": "vit_tiny_patch16_224", "timm_args": args, "start": [[0.982] * 4]},
-        "run": {"epochs": 1}, "optimiser": {"layer_decay": 0.8},
+        "model": of_timm(windows=windows, timm_args=args), "run": {"epochs": 1}, "optimiser": {"layer_decay": 0.8},
     }  # fmt: skip
     train(recipe(whole, **changes), tmp_path / "run")
-    assert open_vit(tmp_path / "run" / "last").anatomy.grid == (4, 4)
+    vit = open_vit(tmp_path / "run" / "last")
+    assert vit.anatomy.grid == (4, 4)
+    assert len(window_heads(vit.model)) == n_heads
+    averaged = weights(tmp_path / "run")
+    assert all(torch.equal(tensor, averaged[f"average/{name}"]) for name, tensor in vit.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (of_timm(windows="fixed"), r"timm has windows = .predicted. or .none."),
+        (of_timm(start_from="somewhere"), "start_from is a WinT of ours"),
+        (of_timm(timm_args={"foo": 3, "num_classes": 3}), "timm_args has foo, num_classes.*valid keys: attn_drop_rate"),
+        (of_timm(timm_args={"embed_dim": 7}), "could not be made with"),
+        (of_timm(timm="resnet18", timm_args={}, windows="none"), "could not be made with"),
+    ],
+)
+def test_a_timm_model_that_cannot_be_what_was_asked_for_is_refused(tmp_path, model, said):
+    with pytest.raises(UsageError, match=said):
+        build_model(recipe_from(described(tmp_path, model=model)))
+
+
+def test_a_model_without_a_grid_of_patches_is_refused():
+    with pytest.raises(Unsupported, match="no grid of patches"):
+        grid_of(nn.Linear(3, 3))
 
 
 def test_the_temperature_falls_geometrically(tmp_path):
@@ -573,7 +805,8 @@ def test_a_run_folder_of_an_earlier_version_goes_on_to_the_same_weights(whole, t
     with safe_open(out / "checkpoint.safetensors", "pt") as file:
         progress = json.loads(file.metadata()["progress"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    assert progress["since"] == 1
+    assert progress.pop("counts") == {"loss": 1, "cross_entropy": 1}
+    progress["since"] = 1
     progress["sums"] = {"loss": progress["sums"]["loss"], "taught": 0.0}
     save_file(tensors, out / "checkpoint.safetensors", {"progress": json.dumps(progress)})
     train(wanted, out)

@@ -2,12 +2,17 @@
 
 import os
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from zipfile import BadZipFile
 
 from vitrail.errors import BadImage, DataError
 
-__all__ = ["file_bytes", "sentence", "some", "text", "too_many_bytes"]
+__all__ = ["BROKEN_ARCHIVE", "file_bytes", "sentence", "some", "text", "too_many_bytes"]
+
+BROKEN_ARCHIVE = (BadZipFile, EOFError, zlib.error)
+"""What reading a truncated or damaged .npz raises beside what a missing or foreign file does."""
 
 
 def file_bytes(path: Path, max_bytes: int) -> bytes:

@@ -11,7 +11,7 @@ from vitrail.data.files import some, text
 from vitrail.data.images import Item, Skipped
 from vitrail.errors import DataError
 
-__all__ = ["LabelSource", "Labels", "class_title", "labels_of", "read_class_names"]
+__all__ = ["LabelSource", "Labels", "class_title", "classes_of_names", "labels_of", "read_class_names"]
 
 
 class LabelSource(StrEnum):
@@ -135,6 +135,21 @@ def _synsets(n_classes: int) -> list[str]:
     return text(table).split() if table.is_file() else []
 
 
+def classes_of_names(names: Sequence[str], class_names: Sequence[str] | None, n_classes: int | None) -> Index:
+    """Looks names up in the class names of a model and in timm's ImageNet tables.
+
+    Args:
+        names: Of class folders, or in a table.
+        class_names: Those of the model, in order.
+        n_classes: Number of the model's classes.
+
+    Returns:
+        For each name the classes that it may mean; none where it is no class.
+    """
+    full, single = _indices(class_names, n_classes)
+    return {name: full.get(_plain(name)) or single.get(_plain(name), set()) for name in names}
+
+
 class Labels(NamedTuple):
     """Items with their labels (None for all where there are none), where those came from, and what was left out."""
 
@@ -172,14 +187,13 @@ def labels_of(
     names = list(dict.fromkeys(item.class_name for item in items if item.class_name is not None))
     if not names:
         return _no_labels(items, "the images do not lie in class folders")
-    full, single = _indices(class_names, n_classes)
-    classes = {name: full.get(_plain(name)) or single.get(_plain(name), set()) for name in names}
+    classes = classes_of_names(names, class_names, n_classes)
     origin = f"the names in {table}" if table else "the names of the class folders"
     if not any(classes.values()) and (numbers := _class_numbers(names, n_classes or len(class_names or ()))):
         classes = {name: {number} for name, number in zip(names, numbers, strict=True)}
         origin = f"the numbers {'in ' + table if table else 'of the class folders'}, taken as indices of the classes"
     if not any(classes.values()):
-        if not full:
+        if not class_names and not _synsets(n_classes or 0):
             return _no_labels(items, "there are no class names to look the folders up in")
         if table:
             raise DataError(f"None of the labels in {table} is a class of the model: {some(names)}.")

@@ -34,11 +34,23 @@ from vitrail.models.task import Task, library_task, module_task
 from vitrail.models.zero_shot import Prompts, Tokenize, ZeroShot, is_image_text_model, zero_shot
 from vitrail.tap.clone import unwrap_compiled
 
-__all__ = ["LoadedModel", "ModelWithOptions", "Request", "describe_module", "load_model", "split_python_name"]
+__all__ = [
+    "LoadedModel",
+    "ModelWithOptions",
+    "Request",
+    "describe_module",
+    "load_model",
+    "resolve_name",
+    "split_python_name",
+]
 
 BUILT_ELSEWHERE = {"vitrail_wint": "vitrail.wint.folder"}
 """Architectures of config.json that a module of ours builds by its `load_folder(folder, config, request)`: named, not
 imported, because it lies above this layer."""
+
+
+BUILT_IN = "vitrail:photos"
+"""The small model that comes with Vitrail."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ def _build_unseeded(name: str, request: Request) -> LoadedModel:
         loaded = _SOURCES[source](rest, request)
     elif python is not None:
         loaded = describe_module(unwrap_compiled(_run_python(*python)), request)
-    elif name == "vitrail:photos" or (Path(name).is_dir() and (Path(name) / "config.json").is_file()):
+    elif name == BUILT_IN or (Path(name).is_dir() and (Path(name) / "config.json").is_file()):
         loaded = _from_folder(name, request)
     else:
         raise UnknownModel(_unknown_name(name))
@@ -233,6 +245,20 @@ def describe_module(module: nn.Module, request: Request) -> LoadedModel:
     loaded.class_names = loaded.class_names or _transformers_class_names(module)
     loaded.task = module_task(module, loaded.preprocessing.size, OutputReader(request.output))
     return loaded
+
+
+def resolve_name(name: str, folder: Path) -> str:
+    """Makes a model's name absolute where it is a path.
+
+    Args:
+        name: As `load_model` takes it.
+        folder: Where relative paths count from.
+
+    Returns:
+        The same model, named from anywhere.
+    """
+    is_path = name.partition(":")[0] not in _SOURCES and name != BUILT_IN
+    return str((folder / name).absolute()) if is_path else name
 
 
 def split_python_name(name: str) -> tuple[Path, str] | None:
@@ -672,7 +698,7 @@ def _open_clip_tag(
 def _from_folder(name: str, request: Request) -> LoadedModel:
     import timm
 
-    folder = Path(__file__).parents[1] / "embedded" if name == "vitrail:photos" else Path(name)
+    folder = Path(__file__).parents[1] / "embedded" if name == BUILT_IN else Path(name)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from scipy.special import stdtrit
 
+from vitrail.data.files import BROKEN_ARCHIVE
 from vitrail.data.labels import LabelSource
 from vitrail.errors import DamagedStudy, UsageError
 from vitrail.heads.correction import correct_mean, exact_values
@@ -277,14 +277,14 @@ def read_curves(study: str | Path) -> Curves | None:
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
             plan = read_plan(Path(study))
             if str(arrays["data_digest"]) != plan.data_digest:
                 return None
             names = [str(name) for name in arrays["names"]]
             least, most = (dict(zip(names, arrays[end], strict=True)) for end in ("least", "most"))
             return Curves(arrays["counts"], least, most, arrays["random"], LabelSource(plan.labels))
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, *BROKEN_ARCHIVE) as error:
         raise DamagedStudy(f"{file} is damaged ({error}); make it again: vitrail curves {study}.") from error
 
 

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from vitrail.data.files import some
+from vitrail.data.labels import classes_of_names
 from vitrail.errors import DataError, UsageError
 from vitrail.models.open import Vit
 from vitrail.windows.collect import WindowCollector, overlap, predict_windows
@@ -61,7 +64,7 @@ def evaluate(
 
     Args:
         vit: The model.
-        images: Labelled images of the model's classes.
+        images: Labelled images of the model's classes, found by their names where both have names.
         teacher: A model of the same layers, heads and grid, with whose windows the predicted ones are compared.
         teacher_area: Percent of the grid that the teacher's windows have.
         windows: How the model attends while its answers are counted and timed: "model", as it was trained; "hard",
@@ -74,20 +77,16 @@ def evaluate(
         Numbers over all images.
 
     Raises:
-        DataError: The images have other classes than the model.
+        DataError: The images have other classes than the model, in number or by name.
         UsageError: The teacher does not fit, or the model has no windows to harden.
     """
-    if vit.n_classes != len(images.class_names):
-        raise DataError(
-            f"{images.name} has {len(images.class_names)} classes, and {vit.name} tells {vit.n_classes} apart."
-        )
+    labels = _labels_of_model(vit, images)
     heads, grid = window_heads(vit.model), vit.anatomy.grid
     guide = None
     if teacher is not None:
         if not heads or grid is None:
             raise UsageError(f"{vit.name} predicts no windows that could be compared with a teacher's.")
-        own = vit.preprocessing
-        guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, own.mean, own.std)
+        guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, vit.preprocessing)
     n_correct, seconds, sums = 0, 0.0, dict[str, np.ndarray]()
     reader = WindowCollector(vit, tuple(MEASURES_BY_LAYER.values()))
     for start in range(0, len(images), batch_size):
@@ -97,7 +96,7 @@ def evaluate(
         with window_mode(vit.model, windows):
             logits = vit.logits(pixels)
         seconds += time.perf_counter() - start_time
-        n_correct += int((logits.argmax(1).cpu() == images.labels[batch.start : batch.stop]).sum())
+        n_correct += int((logits.argmax(1).cpu() == labels[batch.start : batch.stop]).sum())
         if heads and grid is not None:
             by_layer = {name: values.mean(2) for name, values in reader.of(pixels).items()}
             if guide is not None:
@@ -113,6 +112,24 @@ def evaluate(
         if name in sums
     }
     return Evaluation(len(images), n_correct / len(images), len(images) / seconds, **layers)
+
+
+def _labels_of_model(vit: Vit, images: Images) -> Tensor:
+    """The classes of images as the model numbers them: data sets of the same classes may have them in another order."""
+    names = images.class_names
+    if vit.n_classes != len(names):
+        raise DataError(f"{images.name} has {len(names)} classes, and {vit.name} tells {vit.n_classes} apart.")
+    if vit.class_names is None or vit.class_names == names:
+        return images.labels
+    classes = classes_of_names(names, vit.class_names, vit.n_classes)
+    numbers = [min(each) for each in classes.values() if len(each) == 1]
+    if sorted(numbers) != list(range(len(names))):
+        unclear = [name for name, each in classes.items() if len(each) != 1] or list(names)
+        raise DataError(
+            f"Classes of {images.name} are no classes of {vit.name} by their names: {some(unclear)}. If they are the "
+            "same by other names, give these in the model's order: --class-names FILE (class_names=)."
+        )
+    return torch.tensor(numbers)[images.labels]
 
 
 def _overlap(one: Tensor, two: Tensor, grid: tuple[int, int]) -> np.ndarray:

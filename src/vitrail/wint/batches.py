@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitrail.data import decode_image, open_images
+from vitrail.data.files import BROKEN_ARCHIVE
 from vitrail.errors import DataError, UsageError
-from vitrail.wint.recipe import Recipe
+from vitrail.wint.recipe import Data, Recipe
 
 __all__ = ["Batches", "Images", "derive_seed", "normalise", "read_images"]
 
@@ -123,11 +124,13 @@ def read_images(source: str) -> Images:
 
 def _read_packed(path: Path) -> Images:
     try:
-        with np.load(path, allow_pickle=False) as pack:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as pack:
             blob, offset, label = pack["blob"], pack["offset"], pack["label"]
             classes = tuple(str(name) for name in pack["classes"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, *BROKEN_ARCHIVE) as error:
         raise DataError(f"{path} cannot be read as packed images (blob, offset, label, classes): {error}.") from error
+    if not len(label):
+        raise DataError(f"{path} holds no images.")
     if len(offset) != len(label) + 1 or int(label.min()) < 0 or int(label.max()) >= len(classes):
         raise DataError(f"{path} is damaged: {len(label)} labels up to {label.max()}, {len(offset)} offsets.")
     contents = [partial(_byte_range, blob, int(offset[index]), int(offset[index + 1])) for index in range(len(label))]
@@ -180,8 +183,9 @@ def derive_seed(*numbers: int) -> int:
 class Batches(Dataset[tuple[Tensor, Tensor]]):
     """Batches by step: `batches[step]` is this process's part of it, images and labels (soft ones under mixup).
 
-    The order of an epoch, crops and mixing depend on seed and step alone. Of a batch each process takes images from
-    both ends, so that the partners that timm's mixup joins, first and last, stay together.
+    The order of an epoch, crops and mixing depend on seed and step alone. All processes take as many images of a batch.
+    Where that is an even number each takes them from both ends, so that the partners that timm's mixup joins, first and
+    last, stay together.
     """
 
     def __init__(self, recipe: Recipe, images: Images, pixels: Tensor | None, rank: int = 0, world: int = 1) -> None:
@@ -197,8 +201,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             raise UsageError(f"{len(images)} training images do not fill one batch of {size}.")
         self.n_steps = max(1, round(recipe.run.epochs * self.per_epoch))
         position = torch.arange(size)
-        half = position.minimum(size - 1 - position)
-        self.mine = (half * world // ((size + 1) // 2) == rank).nonzero().flatten()
+        pair = position.minimum(size - 1 - position)
+        owner = position * world // size if size // world % 2 else pair * world // (size // 2)
+        self.mine = (owner == rank).nonzero().flatten()
+        self._transform = _timm_transform(recipe.data) if pixels is None else None
 
     def __len__(self) -> int:
         return self.n_steps
@@ -264,18 +270,6 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             out: Tensor = self._transform(self.images.image(index))
         return out
 
-    @cached_property
-    def _transform(self) -> Any:
-        from timm.data import create_transform
-
-        data = self.recipe.data
-        try:
-            return create_transform(
-                data.image_px, is_training=True, mean=tuple(data.mean), std=tuple(data.std), **data.timm
-            )
-        except TypeError as error:
-            raise UsageError(f"[data] timm has options that timm's create_transform does not know: {error}.") from error
-
     @property
     def _mixes(self) -> bool:
         return self.recipe.run.mixup > 0 or self.recipe.run.cutmix > 0
@@ -286,6 +280,20 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
         run = self.recipe.run
         return Mixup(run.mixup, run.cutmix, label_smoothing=run.label_smoothing, num_classes=self.recipe.data.classes)
+
+
+def _timm_transform(data: Data) -> Any:
+    from timm.data import create_transform
+
+    try:
+        return create_transform(
+            data.image_px, is_training=True, mean=tuple(data.mean), std=tuple(data.std), **data.timm
+        )
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"[data] timm = {data.timm} is not taken by timm's create_transform ({type(error).__name__}: {error}). Its "
+            "documentation lists options and their values."
+        ) from error
 
 
 @contextmanager

@@ -1,15 +1,17 @@
 """What a recipe asks for: the model with the weights it starts from, optimiser, schedule and averaged weights."""
 
+import difflib
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitrail.errors import UsageError
+from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid
+from vitrail.wint import checkpoint
 from vitrail.wint.batches import Batches
-from vitrail.wint.folder import fit_state, read_shape, read_weights
+from vitrail.wint.folder import OPTIONS, fit_state, read_shape, read_weights
 from vitrail.wint.model import Architecture, Shape, WinT, attach, window_heads
 from vitrail.wint.recipe import Recipe
 
@@ -24,6 +26,13 @@ __all__ = [
     "timm_description",
 ]
 
+TRAINING_OPTIONS = frozenset(
+    ["attn_drop_rate", "drop_rate", "fix_init", "patch_drop_rate", "pos_drop_rate", "proj_drop_rate", "weight_init"]
+)
+"""Arguments of timm's ViTs that a trained model does without: a recipe may give them, a folder has none of them."""
+
+OPTIONS_OF_DATA = frozenset(["img_size", "in_chans", "num_classes"])
+
 
 def build_model(recipe: Recipe) -> nn.Module:
     """The model of a recipe with the weights that it starts from; draws from torch's global generator.
@@ -35,18 +44,13 @@ def build_model(recipe: Recipe) -> nn.Module:
         A `WinT`, or a timm ViT with window heads.
 
     Raises:
-        UsageError: timm has no such model, or the shape has no meaning.
+        UsageError: timm has no such model or argument, or the shape has no meaning.
+        Unsupported: Window heads do not fit timm's model, or it has no grid of patches.
         WeightsMismatch: `start_from` does not fit.
     """
     model, classes, size = recipe.model, recipe.data.classes, recipe.data.image_px
     if model.timm:
-        import timm
-
-        if not timm.is_model(model.timm):
-            raise UsageError(f"[model] timm = {model.timm!r} is no model of timm.")
-        timm_vit: nn.Module = timm.create_model(
-            model.timm, pretrained=model.timm_weights, num_classes=classes, img_size=size, **model.timm_args
-        )
+        timm_vit = _build_timm(recipe)
         if model.windows != "none":
             attach(timm_vit, model.start, edge_temperature(recipe), recipe.windows.cut)
         return timm_vit
@@ -54,9 +58,34 @@ def build_model(recipe: Recipe) -> nn.Module:
     edges, cut = edge_temperature(recipe), recipe.windows.cut
     module = WinT(Shape(**architecture, image_px=(size, size), n_classes=classes, edges=edges, cut=cut))
     if model.start_from:
-        same_classes = read_shape(model.start_from).n_classes == classes
-        state = read_weights(model.start_from)
-        module.load_state_dict(fit_state(state, module, new_head=not same_classes, new_windows=not model.keep_windows))
+        saved, state = read_shape(model.start_from), read_weights(model.start_from)
+        new_head, new_windows = saved.n_classes != classes, not model.keep_windows
+        module.load_state_dict(fit_state(state, module, new_head=new_head, new_windows=new_windows, grid=saved.grid))
+    return module
+
+
+def _build_timm(recipe: Recipe) -> nn.Module:
+    import timm
+
+    model, data = recipe.model, recipe.data
+    if not timm.is_model(model.timm):
+        raise UsageError(f"[model] timm = {model.timm!r} is no model of timm.")
+    valid = (OPTIONS | TRAINING_OPTIONS) - OPTIONS_OF_DATA
+    unknown = sorted(model.timm_args.keys() - valid)
+    if unknown:
+        raise UsageError(
+            f"[model] timm_args has {', '.join(unknown)}. Images and classes are those of [data]; valid keys: "
+            f"{', '.join(sorted(valid))}."
+        )
+    options = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
+    try:
+        module: nn.Module = timm.create_model(model.timm, pretrained=model.timm_weights, **options)
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"[model] timm = {model.timm!r} could not be made with {options} ({type(error).__name__}: {error}). Check "
+            "timm_args, image_px, and timm_weights = true, which needs the Hugging Face Hub."
+        ) from error
+    grid_of(module)
     return module
 
 
@@ -95,11 +124,16 @@ def grid_of(module: nn.Module) -> Grid:
 
     Returns:
         Rows and columns of patches.
+
+    Raises:
+        Unsupported: It has none.
     """
     if isinstance(module, WinT):
         return module.shape.grid
-    rows, columns = module.patch_embed.grid_size  # type: ignore[union-attr, misc]
-    return int(rows), int(columns)
+    size: Any = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+    if size is None:
+        raise Unsupported(f"{type(module).__name__} has no grid of patches; name a ViT of timm, as vit_* or deit_*.")
+    return int(size[0]), int(size[1])
 
 
 def build_optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
@@ -111,11 +145,15 @@ def build_optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 
     Returns:
         An optimiser whose groups have `lr_scale`.
+
+    Raises:
+        UsageError: timm has no such optimiser here, or a checkpoint could not keep its state.
     """
     from timm.optim import create_optimizer_v2
     from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
     settings = recipe.optimiser
+    _try_optimiser(settings.name, next(module.parameters()).device)
     no_decay: set[str] = getattr(module, "no_weight_decay", set)()
     of_windows = {id(parameter) for head in window_heads(module) for parameter in head.parameters()}
 
@@ -138,6 +176,29 @@ def build_optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
         module, opt=settings.name, lr=settings.lr, weight_decay=settings.weight_decay, param_group_fn=groups
     )
     return optimiser
+
+
+def _try_optimiser(name: str, device: torch.device) -> None:
+    """Takes a step with two small parameters, so that what cannot run or go on is refused at the start."""
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    parameters = [nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 4), (4,))]
+    try:
+        optimiser = create_optimizer_v2([{"params": parameters}], opt=name, lr=1e-3)
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 0.1)
+        optimiser.step()
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        close = difflib.get_close_matches(name, list_optimizers(), 3)
+        advice = f"Did you mean {' or '.join(close)}?" if close and name not in close else "Take adamw, say."
+        raise UsageError(
+            f"[optimiser] name = {name!r} cannot be run here ({type(error).__name__}: {error}). {advice}"
+        ) from error
+    if not checkpoint.storable(optimiser):
+        raise UsageError(
+            f"[optimiser] name = {name!r} keeps a state that a checkpoint cannot hold, so a run could not go on. Take "
+            "another optimiser of timm, such as adamw."
+        )
 
 
 def build_schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, batches: Batches) -> Any:
@@ -180,17 +241,18 @@ def build_average(decay: float, module: nn.Module) -> Any:
 
 
 def timm_description(recipe: Recipe) -> dict[str, Any] | None:
-    """Describes how a timm model with window heads is made again, for its folder.
+    """Describes how a timm model is made again, with or without window heads, for its folder.
 
     Args:
         recipe: The training run.
 
     Returns:
-        timm's name and arguments, start, edges and cut of the windows; None for a WinT of ours.
+        timm's name and arguments but those that count in training alone, and the windows; None for a WinT of ours.
     """
     model, data = recipe.model, recipe.data
     if not model.timm:
         return None
-    args = {"num_classes": data.classes, "img_size": data.image_px, **model.timm_args}
+    of_shape = {name: value for name, value in model.timm_args.items() if name in OPTIONS}
+    args = {"num_classes": data.classes, "img_size": data.image_px, **of_shape}
     edges = {"edges": edge_temperature(recipe), "cut": recipe.windows.cut}
-    return {"name": model.timm, "args": args, "start": model.start, **edges}
+    return {"name": model.timm, "args": args, "windows": model.windows, "start": model.start, **edges}

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vitrail.errors import UnknownModel, UsageError, WeightsMismatch
+from vitrail.grid import Grid
 from vitrail.models.checkpoint import write_tensors
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.models.sources import LoadedModel, Request
@@ -49,12 +52,15 @@ OPTIONS = frozenset(
         "num_classes",
         "num_heads",
         "patch_size",
+        "pool_include_prefix",
         "pos_embed",
         "pre_norm",
         "proj_bias",
         "qk_norm",
         "qkv_bias",
         "reg_tokens",
+        "scale_attn_norm",
+        "scale_mlp_norm",
     ]
 )
 """Arguments of timm's ViTs that a folder may give: its shape, nothing that names a file, an address or a class."""
@@ -76,7 +82,8 @@ def save(
         model: The model.
         folder: Where to; created if need be.
         class_names: In the order of the logits.
-        timm_model: For a timm ViT what made it, {"name": .., "args": {..}, "start": [..]}.
+        timm_model: For a timm ViT what made it, {"name": .., "args": {..}, "start": [..]}, or instead of a start
+            "windows": "none" where it has no window heads.
         mean: By which its images are normalised, of values 0..1.
         std: The same.
 
@@ -185,14 +192,17 @@ def load_folder(folder: Path, config: Mapping[str, Any], request: Request) -> Lo
     size = request.image_size
     if "timm" in config:
         module: nn.Module = _timm_module(config["timm"], request)
+        grid = _timm_grid(config["timm"], module)
         image_px: Any = getattr(module, "patch_embed").img_size  # noqa: B009 - a timm model has it, nn.Module has not
     else:
         shape = _shape(folder, config.get("shape", {}))
+        grid = shape.grid
         image_px = (size, size) if isinstance(size, int) else tuple(size) if size else shape.image_px
         classes = shape.n_classes if request.n_classes is None else request.n_classes
         module = WinT(replace(shape, image_px=image_px, n_classes=classes))
     if request.pretrained:
-        module.load_state_dict(fit_state(read_weights(folder), module, new_head=request.n_classes is not None))
+        new_head = request.n_classes is not None
+        module.load_state_dict(fit_state(read_weights(folder), module, new_head=new_head, grid=grid))
     module.eval()
     preprocessing = Preprocessing(
         tuple(image_px),
@@ -203,7 +213,7 @@ def load_folder(folder: Path, config: Mapping[str, Any], request: Request) -> Lo
         source=f"config.json of {folder.name}",
     )
     names = config.get("label_names")
-    fits = lambda state: fit_state(state, module)  # noqa: E731
+    fits = partial(fit_state, module=module, grid=grid)
     n_classes = int(getattr(module, "num_classes", 0)) or None
     return LoadedModel("", module, preprocessing, n_classes, tuple(names) if names else None, fits)
 
@@ -227,7 +237,12 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def fit_state(
-    state: Mapping[str, Tensor], module: nn.Module, *, new_head: bool = False, new_windows: bool = False
+    state: Mapping[str, Tensor],
+    module: nn.Module,
+    *,
+    new_head: bool = False,
+    new_windows: bool = False,
+    grid: Grid | None = None,
 ) -> dict[str, Tensor]:
     """Makes a state that a module can load; positions are resampled to its grid.
 
@@ -236,6 +251,8 @@ def fit_state(
         module: What is to load them.
         new_head: Keep the module's own classifier if its class count differs.
         new_windows: Keep the module's own window heads.
+        grid: Rows and columns of patches that the state is for, as far as they are known. Positions of another number
+            are taken for the module's grid, or else for a square one.
 
     Returns:
         Tensors for all names of the module.
@@ -244,7 +261,7 @@ def fit_state(
         WeightsMismatch: The rest does not fit.
     """
     own = module.state_dict()
-    state = {name: _resample(tensor, own.get(name), name, module) for name, tensor in state.items()}
+    state = {name: _resample(tensor, own.get(name), name, module, grid) for name, tensor in state.items()}
     if new_windows:
         state = {name: tensor for name, tensor in state.items() if ".windows." not in name}
         state |= {name: tensor for name, tensor in own.items() if ".windows." in name}
@@ -263,17 +280,37 @@ def fit_state(
     return state
 
 
-def _resample(tensor: Tensor, own: Tensor | None, name: str, module: nn.Module) -> Float[Tensor, "..."]:
-    if name not in ("positions", "pos_embed") or own is None or own.shape == tensor.shape:
+def _resample(
+    tensor: Tensor, own: Tensor | None, name: str, module: nn.Module, saved: Grid | None
+) -> Float[Tensor, "..."]:
+    """Positions on the module's grid; what is no table of positions, or of another width, as it is."""
+    if name not in ("positions", "pos_embed") or own is None or tensor.shape[-1] != own.shape[-1]:
         return tensor
-    if isinstance(module, WinT):
-        prefix, grid = int(module.shape.class_token), module.shape.grid
-    else:
-        prefix, grid = module.num_prefix_tokens, module.patch_embed.grid_size  # type: ignore[assignment, union-attr]
-    if tensor.shape[-1] != own.shape[-1]:
+    grid = module.shape.grid if isinstance(module, WinT) else module.patch_embed.grid_size  # type: ignore[union-attr]
+    rows, columns = grid  # type: ignore[misc]
+    prefix = own.shape[1] - rows * columns
+    n_saved = tensor.shape[1] - prefix
+    side = isqrt(max(0, n_saved))
+    candidates = [each for each in (saved, (rows, columns), (side, side)) if each and each[0] * each[1] == n_saved]
+    if not candidates:
+        raise WeightsMismatch(
+            f"{name} has {n_saved} patches, which are no square, so their rows and columns are not known. Open the "
+            "model at the image size that it was trained at."
+        )
+    if candidates[0] == (rows, columns):
         return tensor
-    resampled: Tensor = resample_abs_pos_embed(tensor, list(grid), num_prefix_tokens=prefix)
+    resampled: Tensor = resample_abs_pos_embed(tensor, [rows, columns], list(candidates[0]), prefix)
     return resampled
+
+
+def _timm_grid(description: Mapping[str, Any], module: nn.Module) -> Grid | None:
+    """The grid that a folder's timm model was saved with; None where its image size is not stated."""
+    size = description.get("args", {}).get("img_size")
+    if size is None:
+        return None
+    image_px = (size, size) if isinstance(size, int) else size
+    patch_px = module.patch_embed.patch_size  # type: ignore[union-attr]
+    return image_px[0] // patch_px[0], image_px[1] // patch_px[1]  # type: ignore[index, operator]
 
 
 def _timm_module(description: Any, request: Request) -> nn.Module:
@@ -284,9 +321,14 @@ def _timm_module(description: Any, request: Request) -> nn.Module:
         options["img_size"] = request.image_size
     if request.n_classes is not None:
         options["num_classes"] = request.n_classes
+    windows = description.get("windows", "predicted")
+    if windows not in ("predicted", "none"):
+        raise UnknownModel(f"config.json gives a timm model windows = {windows!r}; there are predicted and none.")
     try:
-        edges, cut = (float(description.get(name, 0.0)) for name in ("edges", "cut"))
-        module: nn.Module = attach(timm.create_model(description["name"], **options), description["start"], edges, cut)
+        module: nn.Module = timm.create_model(description["name"], **options)
+        if windows == "predicted":
+            edges, cut = (float(description.get(name, 0.0)) for name in ("edges", "cut"))
+            attach(module, description["start"], edges, cut)
     except (KeyError, RuntimeError, TypeError) as error:
         raise UnknownModel(f"config.json describes a timm model that cannot be made: {error}.") from error
     return module

@@ -77,8 +77,8 @@ class WindowHead(nn.Module):
 
     def __init__(self, width: int, start: Start = FULL, edges: float = 0.0, cut: float = 0.0) -> None:
         super().__init__()
-        share = torch.tensor([list(sides) for sides in start], dtype=torch.float32)
-        if share.ndim != 2 or share.shape[1] != 4 or not bool(((share > 0) & (share < 1)).all()):
+        share = torch.tensor([list(sides) for sides in start if len(sides) == 4], dtype=torch.float32)
+        if not len(share) == len(start) > 0 or not bool(((share > 0) & (share < 1)).all()):
             raise UsageError(f"Windows start at four shares in 0..1 each (left, top, right, bottom), not at {start}.")
         self.n_windows = len(share)
         self.hidden = nn.Linear(width, max(4, width // 4))
@@ -152,6 +152,8 @@ class FixedWindows(nn.Module):
 
     def __init__(self, sides: Start) -> None:
         super().__init__()
+        if not all(len(window) == 4 and min(window) >= 0 for window in sides):
+            raise UsageError(f"Fixed windows have four sides of 0 or more (left, top, right, bottom), not {sides}.")
         self.n_windows = len(sides)
         self.sides = tuple(tuple(float(side) for side in window) for window in sides)
         self.record: list[Tensor] | None = None
@@ -188,6 +190,7 @@ class FixedWindows(nn.Module):
         sides = self(tokens[:1], grid)
         most = (grid[1] - 1, grid[0] - 1)
         full = all(side + 0.5 >= most[index % 2] for window in self.sides for index, side in enumerate(window))
+        full = full and self.change is None  # read off the settings, so that compiled training does not wait for sides
         return None if full else _hard_bias(hard_mask(sides, grid))
 
 
@@ -425,6 +428,13 @@ class Shape(Architecture):
     def __post_init__(self) -> None:
         if self.windows not in ("predicted", "fixed", "none"):
             raise UsageError(f"windows = {self.windows!r} has no meaning; choose predicted, fixed or none.")
+        if min(self.patch_px, self.width, self.depth, self.heads, int(self.width * self.mlp_ratio), *self.image_px) < 1:
+            raise UsageError(
+                f"patch_px = {self.patch_px}, width = {self.width}, depth = {self.depth}, heads = {self.heads}, "
+                f"mlp_ratio = {self.mlp_ratio} and images of {self.image_px} px make no model; give 1 or more of each."
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise UsageError(f"drop_path_rate = {self.drop_path_rate} has no meaning; give a share below 1.")
         if self.width % self.heads:
             raise UsageError(f"A width of {self.width} cannot be shared between {self.heads} heads; it must divide.")
         if any(side % self.patch_px for side in self.image_px):
@@ -549,6 +559,18 @@ class WinT(nn.Module):
             Tokens, positions and the windows' start, which a decay would pull to places without meaning.
         """
         return {"cls_token", "positions", *(name for name, _ in self.named_parameters() if name.endswith("sides.bias"))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Tells which parameters are of which layer (timm's decay of the learning rate by layer asks for it).
+
+        Args:
+            coarse: Whether few groups are enough; they are the same.
+
+        Returns:
+            Patterns of names: of the stem, and of blocks and the norm after them; the classifier comes last.
+        """
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^(?:cls_token|positions|patch_embed)", "blocks": blocks}
 
     def _init_weights(self) -> None:
         for module in self.modules():

@@ -5,6 +5,7 @@ plain data: the same recipe and seed give the same weights, bit for bit on a CPU
 """
 
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from vitrail.data.files import text
 from vitrail.errors import UsageError
+from vitrail.models.sources import resolve_name
 from vitrail.wint.model import Architecture
 
 __all__ = ["Data", "Distillation", "Model", "Optimiser", "Recipe", "Run", "Windows", "read_recipe", "recipe_from"]
@@ -54,7 +56,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Model(Architecture):
-    """A WinT of this architecture, or with `timm` that model of timm with window heads.
+    """A WinT of this architecture, or with `timm` that model of timm with window heads (windows = "predicted") or as it
+    is ("none"), to which `timm_args` give its shape.
 
     start_from: a saved WinT whose weights to begin with; window heads and a classifier of other classes are drawn anew
     unless `keep_windows`.
@@ -210,8 +213,8 @@ def recipe_from(content: Mapping[str, Any], folder: Path = Path(), note: Callabl
     return replace(
         recipe,
         data=replace(recipe.data, train=_path(recipe.data.train, folder), test=_path(recipe.data.test, folder)),
-        model=replace(recipe.model, start_from=_path(recipe.model.start_from, folder)),
-        distillation=replace(recipe.distillation, teacher=_path(recipe.distillation.teacher, folder)),
+        model=replace(recipe.model, start_from=_model(recipe.model.start_from, folder)),
+        distillation=replace(recipe.distillation, teacher=_model(recipe.distillation.teacher, folder)),
     )
 
 
@@ -274,6 +277,7 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
 
 def _check(recipe: Recipe) -> None:
     data, run, windows, distillation = recipe.data, recipe.run, recipe.windows, recipe.distillation
+    optimiser = recipe.optimiser
     temperatures = (windows.temperature, windows.final_temperature)
     rules = {
         f"[data] augmentation = {data.augmentation!r}; choose crop_flip, timm or none": data.augmentation
@@ -285,7 +289,7 @@ def _check(recipe: Recipe) -> None:
         f"[run] precision = {run.precision!r}; choose no, bf16 or fp16": run.precision in ("no", "bf16", "fp16"),
         f"[run] batch_size = {run.batch_size}, accumulate = {run.accumulate}; each is 1 or more, and one divides the "
         "other": run.accumulate >= 1 and run.batch_size >= 1 and run.batch_size % run.accumulate == 0,
-        f"[run] epochs = {run.epochs}; give more than 0": run.epochs > 0,
+        f"[run] epochs = {run.epochs}; give more than 0": 0 < run.epochs < math.inf,
         f"[windows] temperature = {temperatures[0]}, final_temperature = {temperatures[1]}; both are above 0": min(
             temperatures
         )
@@ -301,14 +305,47 @@ def _check(recipe: Recipe) -> None:
         f"[distillation] batch_share = {distillation.batch_share}; give a share above 0, at most 1": 0
         < distillation.batch_share
         <= 1,
+        '[model] timm has windows = "predicted" or "none"': not recipe.model.timm
+        or recipe.model.windows in ("predicted", "none"),
+        "[model] start_from is a WinT of ours; with timm, timm_weights = true begins with weights of timm": not (
+            recipe.model.timm and recipe.model.start_from
+        ),
         '[distillation] a teacher needs [model] windows = "predicted"': not distillation.teacher
         or recipe.model.windows == "predicted",
         "[run] mixup and cutmix need an even batch_size": not (run.mixup or run.cutmix) or run.batch_size % 2 == 0,
+        f"[data] border_px = {data.border_px}; give 0 or more, less than image_px = {data.image_px}": data.augmentation
+        != "crop_flip"
+        or 0 <= data.border_px < data.image_px,
+        f"[run] label_smoothing = {run.label_smoothing}; give a share": 0 <= run.label_smoothing <= 1,
+        f"[run] ema = {run.ema}; give a share below 1": 0 <= run.ema < 1,
+        f"[optimiser] layer_decay = {optimiser.layer_decay}; give a share above 0": optimiser.layer_decay is None
+        or 0 < optimiser.layer_decay <= 1,
     }
+    least = {
+        "[data] image_px": (data.image_px, 1),
+        "[data] workers": (data.workers, 0),
+        "[run] seed": (run.seed, 0),
+        "[run] evaluate_epochs": (run.evaluate_epochs, 1),
+        "[run] log_steps": (run.log_steps, 1),
+        "[run] checkpoint_steps": (run.checkpoint_steps, 0),
+        "[run] mixup": (run.mixup, 0),
+        "[run] cutmix": (run.cutmix, 0),
+        "[windows] lr_scale": (windows.lr_scale, 0),
+        "[optimiser] lr": (optimiser.lr, 0),
+        "[optimiser] min_lr": (optimiser.min_lr, 0),
+        "[optimiser] weight_decay": (optimiser.weight_decay, 0),
+        "[optimiser] warmup_epochs": (optimiser.warmup_epochs, 0),
+        "[optimiser] clip": (optimiser.clip, 0),
+    }
+    rules |= {f"{key} = {value}; give {low} or more": low <= value < math.inf for key, (value, low) in least.items()}
     for problem, holds in rules.items():
         if not holds:
             raise UsageError(f"The recipe cannot be run: {problem}.")
 
 
-def _path(text: str, folder: Path) -> str:
-    return text if not text or text.startswith(("hf:", "timm:", "tv:", "vitrail:")) else str((folder / text).absolute())
+def _path(source: str, folder: Path) -> str:
+    return source if not source or source.startswith(("hf:", "vitrail:")) else str((folder / source).absolute())
+
+
+def _model(name: str, folder: Path) -> str:
+    return resolve_name(name, folder) if name else ""

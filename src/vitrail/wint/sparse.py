@@ -292,8 +292,13 @@ def block_sparse(model: nn.Module, *, tile_windows: bool = False, harden: bool =
             logits = sparse(images)
     """
     layers = [module for module in model.modules() if isinstance(module, Attention) and module.windows is not None]
-    if not layers or model.training:
-        raise UsageError("Block-sparse attention is for a WinT with windows, in evaluation: call model.eval().")
+    if not layers:
+        raise UsageError(
+            "Block-sparse attention is for a WinT of ours with windows, in evaluation. This model has none, or window "
+            "heads on a timm model, which attend as usual (--windows model or hard)."
+        )
+    if model.training:
+        raise UsageError("Block-sparse attention is for a WinT in evaluation: call model.eval().")
     edges = [0.0 if harden else getattr(layer.windows, "edges", 0.0) for layer in layers]
     if tile_windows and any(edges):
         raise UsageError(

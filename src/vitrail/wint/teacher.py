@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitrail.errors import UsageError
 from vitrail.grid import Grid
 from vitrail.models.open import PRECISIONS, Vit, open_vit
+from vitrail.models.preprocessing import Preprocessing
 from vitrail.patches import windows
 from vitrail.patches.budget import builtin_prices
 from vitrail.patches.head_windows import head_windows
@@ -21,7 +22,6 @@ from vitrail.tap.tap import LayerAttention, Readers
 from vitrail.wint.model import WindowHead, max_sides, window_heads
 from vitrail.wint.recipe import Recipe
 
-HALF = (0.5, 0.5, 0.5)
 TEACHES_IN = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 __all__ = ["Teacher", "build_teacher", "window_l1"]
@@ -37,14 +37,14 @@ class Teacher:
         n_windows: Windows a layer of the student. 1: for all heads, from the mean over heads; otherwise one a head,
             from that head alone.
         grid: Rows and columns of the student's patches.
-        mean: Of the images that the teacher will be given, of values 0..1; it gets them as it was trained.
-        std: The same.
+        view: How the images are made that the teacher will be given, as it was trained is how it gets them. None: they
+            are made for it.
         shared_budget: The windows of all heads and layers have that area on average, those that matter most the most;
             otherwise each has it.
 
     Raises:
-        UsageError: The student has other layers, heads or patches; or windows that are to share a budget are one for
-            all heads.
+        UsageError: The student has other layers, heads, patches or image sizes; or windows that are to share a budget
+            are one for all heads.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Teacher:
         n_layers: int,
         n_windows: int,
         grid: Grid,
-        mean: Sequence[float] = HALF,
-        std: Sequence[float] = HALF,
+        view: Preprocessing | None = None,
         *,
         shared_budget: bool = False,
     ) -> None:
+        own_view, view = vit.preprocessing, view or vit.preprocessing
         self._vit, self._n_windows, self._grid = vit, n_windows, grid
         teacher_mean, teacher_std, student_mean, student_std = (
             torch.tensor(list(values), device=vit.device).view(3, 1, 1)
-            for values in (vit.preprocessing.mean, vit.preprocessing.std, mean, std)
+            for values in (own_view.mean, own_view.std, view.mean, view.std)
         )
         self._scale, self._shift = student_std / teacher_std, (student_mean - teacher_mean) / teacher_std
         self._area, self._n_patches = area / 100, windows.n_patches_of(area / 100, grid)
@@ -72,6 +72,13 @@ class Teacher:
             raise UsageError(
                 f"The teacher {vit.name} has {vit.n_layers} layers of {heads} heads on a "
                 f"grid {vit.anatomy.grid}; the student has {n_layers} layers of {n_windows} windows on {grid}."
+            )
+        if tuple(own_view.size) != tuple(view.size):
+            rows, columns = view.size
+            raise UsageError(
+                f"The teacher {vit.name} takes images of {own_view.size[0]} x {own_view.size[1]} px, and the student's "
+                f"have {rows} x {columns}. Open the teacher at that size, or take one that was trained at it, with "
+                f"patches of {rows // grid[0]} x {columns // grid[1]} px."
             )
         if shared_budget and n_windows == 1:
             raise UsageError("Windows share a budget between heads; this student has one window for all heads.")
@@ -143,8 +150,7 @@ def build_teacher(recipe: Recipe, module: nn.Module, grid: Grid, device: str) ->
         len(heads),
         heads[0].n_windows,
         grid,
-        data.mean,
-        data.std,
+        Preprocessing((data.image_px, data.image_px), tuple(data.mean), tuple(data.std)),
         shared_budget=settings.shared_budget,
     )
 

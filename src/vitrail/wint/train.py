@@ -48,8 +48,8 @@ __all__ = ["Results", "results_of", "train"]
 EVALUATION_BATCH = 250
 """Test images at a time: their activations fit beside the training's in a small GPU's memory."""
 
-LOCK = ".lock"
-FILES = ("checkpoint.safetensors", "steps.csv", "epochs.csv", "config.json", "model.safetensors")
+LOCK, CHECKPOINT, TABLES = ".lock", "checkpoint.safetensors", ("steps.csv", "epochs.csv")
+FILES = ("recipe.json", CHECKPOINT, *TABLES, "config.json", "model.safetensors")
 """Of a run and of the models in it, which only the process writes that holds the lock."""
 
 OLD_COLUMNS = {"taught": "window_l1", "guidance": "window_l1_weight", "rate": "lr"}
@@ -97,8 +97,10 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
     )
     with ExitStack() as stack:
         if accelerator.is_main_process:
-            _start(out, recipe)
+            _refuse_other_files(out)
+            out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(out))
+            _start(out, recipe)
         torch.manual_seed(run.seed)
         images, test_images = _read_data(recipe)
         session = _Session(recipe, out, accelerator, images, test_images, progress)
@@ -159,7 +161,7 @@ class _Session:
     best: float = -1.0
     results: Results = Results(0.0, ())
     _sums: dict[str, Tensor] = field(default_factory=dict)
-    _n_summed: int = 0
+    _counts: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         recipe, accelerator, run = self.recipe, self.accelerator, self.recipe.run
@@ -187,7 +189,10 @@ class _Session:
                 OLD_COLUMNS.get(name, name): torch.tensor(total, device=self.accelerator.device)
                 for name, total in state["sums"].items()
             }
-            self._n_summed = state["since"]
+            earlier = dict.fromkeys(self._sums, state.get("since", 0))  # of a checkpoint that has one count for all
+            self._counts = state.get("counts", earlier)
+            if state.get("scaler") and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:
             for name in ("steps", "epochs"):
                 _rewrite_table(self.out / f"{name}.csv", self.step)
@@ -231,7 +236,8 @@ class _Session:
         self.accelerator.end_training()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """One step of the optimiser. The losses of all objectives, their weights and what the step was taken with."""
+        """One step of the optimiser. The losses of all objectives that have a weight now, the weights of all, and what
+        the step was taken with."""
         recipe, accelerator, run = self.recipe, self.accelerator, self.recipe.run
         progress = self.step / len(self.batches)
         temperature = temperature_at(recipe, progress)
@@ -240,7 +246,7 @@ class _Session:
         torch.manual_seed(derive_seed(run.seed, DROPS, self.step, accelerator.process_index))
         self.schedule.step_update(self.step)
         weights = {objective.name: objective.weight(progress) for objective in self.objectives}
-        losses: dict[str, Any] = dict.fromkeys(("loss", *weights), 0.0)
+        losses: dict[str, Any] = {}
         for piece, target in zip(images.chunk(run.accumulate), labels.chunk(run.accumulate), strict=True):
             with accelerator.accumulate(self.model):
                 parts = self._losses(piece.to(accelerator.device), target.to(accelerator.device), weights)
@@ -251,11 +257,12 @@ class _Session:
                 self.prepared.step()
                 self.prepared.zero_grad()
             for name, part in {"loss": loss, **parts}.items():
-                losses[name] += part.detach() / run.accumulate
+                losses[name] = losses.get(name, 0.0) + part.detach() / run.accumulate
         if self.average is not None:
             self.average.update(self.module, step=self.step + 1)
-        lr = max(group["lr"] for group in self.optimiser.param_groups)
+        lr = next(group["lr"] / group["lr_scale"] for group in self.optimiser.param_groups if group["lr_scale"])
         return {
+            **dict.fromkeys(("loss", *weights)),
             **losses,
             **{f"{name}_weight": weight for name, weight in weights.items()},
             "lr": lr,
@@ -275,17 +282,23 @@ class _Session:
         return {objective.name: objective.loss(batch) for objective in active}
 
     def _log(self, row: Mapping[str, Any]) -> None:
-        """Means of the losses over the steps since the last row, over all processes."""
+        """Means of the losses over the steps since the last row that computed them, over all processes; none where no
+        step did."""
         losses = ("loss", *(objective.name for objective in self.objectives))
         for name in losses:
-            self._sums[name] = self._sums.get(name, 0) + torch.as_tensor(row[name])
-        self._n_summed += 1
+            if row[name] is not None:
+                self._sums[name] = self._sums.get(name, 0) + row[name]
+                self._counts[name] = self._counts.get(name, 0) + 1
         if self.step % self.recipe.run.log_steps and self.step != len(self.batches):
             return
-        means = {name: float(self.accelerator.reduce(self._sums[name] / self._n_summed, "mean")) for name in losses}
+        means = {
+            name: float(self.accelerator.reduce(self._sums[name] / self._counts[name], "mean"))
+            for name in losses
+            if self._counts.get(name)
+        }
         self._refuse([f"{name} is {mean}" for name, mean in means.items() if not math.isfinite(mean)])
-        self._sums, self._n_summed = {}, 0
-        self._append_row("steps", {"step": self.step, **{key: means.get(key, value) for key, value in row.items()}})
+        self._sums, self._counts = {}, {}
+        self._append_row("steps", {"step": self.step, **row, **dict.fromkeys(losses), **means})
 
     def _evaluate(self, pace: float) -> None:
         """Tests the weights that are exported, and keeps them if none were better."""
@@ -331,7 +344,8 @@ class _Session:
                 "accuracy": self.results.accuracy,
                 "areas": self.results.areas,
                 "sums": {name: float(total) for name, total in self._sums.items()},
-                "since": self._n_summed,
+                "counts": self._counts,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
             }
             average = self.average.module if self.average is not None else None
             checkpoint.save(self._checkpoint, self.module, average, self.optimiser, state)
@@ -354,10 +368,11 @@ class _Session:
             writer = csv.DictWriter(file, list(row))
             if is_new:
                 writer.writeheader()
-            writer.writerow({key: f"{value:.9g}" for key, value in row.items()})
+            writer.writerow({key: "" if value is None else f"{value:.9g}" for key, value in row.items()})
         if self._board is not None:
             for key, value in row.items():
-                self._board.add_scalar(f"{table}/{key}", value, self.step)
+                if value is not None:
+                    self._board.add_scalar(f"{table}/{key}", value, self.step)
 
     def _decode(self, images: Images, what: str) -> Tensor:
         report = self.progress
@@ -367,7 +382,7 @@ class _Session:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.out / "checkpoint.safetensors"
+        return self.out / CHECKPOINT
 
 
 @contextmanager
@@ -392,23 +407,22 @@ def _defer_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def _start(out: Path, recipe: Recipe) -> None:
-    """The folder with its recipe; refuses one started with another."""
+    """The folder with its recipe; refuses another recipe once a step of the first was taken."""
     path = out / "recipe.json"
-    _refuse_other_files(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        description = json.dumps(recipe.as_dict(), indent=2) + "\n"
-        write_atomically(path, lambda beside: beside.write_text(description, encoding="utf-8"))
-        return
-    earlier = _read_started(path)
-    if earlier != recipe:
-        flat, other = _flatten(earlier.as_dict()), _flatten(recipe.as_dict())
-        differences = [
-            f"{key} was {flat.get(key)!r}, is {other.get(key)!r}"
-            for key in {**flat, **other}
-            if flat.get(key) != other.get(key)
-        ]
-        raise PlanMismatch(f"{out} was begun with another recipe: {'; '.join(differences)}. Choose another folder.")
+    if path.is_file():
+        earlier = _read_started(path)
+        if earlier == recipe:
+            return
+        if any((out / name).is_file() for name in (CHECKPOINT, *TABLES)):
+            flat, other = _flatten(earlier.as_dict()), _flatten(recipe.as_dict())
+            differences = [
+                f"{key} was {flat.get(key)!r}, is {other.get(key)!r}"
+                for key in {**flat, **other}
+                if flat.get(key) != other.get(key)
+            ]
+            raise PlanMismatch(f"{out} was begun with another recipe: {'; '.join(differences)}. Choose another folder.")
+    description = json.dumps(recipe.as_dict(), indent=2) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(description, encoding="utf-8"))
 
 
 @contextmanager
@@ -442,9 +456,9 @@ def _read_started(path: Path) -> Recipe:
 
 
 def _refuse_other_files(out: Path) -> None:
-    """A training begins in a new or empty folder; a recipe half-written by one that was killed does not count."""
+    """A training begins in a new or empty folder; what one leaves behind that has not begun does not count."""
     files = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
-    if "recipe.json" not in files and not all(name.startswith(".recipe.json.") for name in files):
+    if "recipe.json" not in files and not all(name == LOCK or name.startswith(".recipe.json.") for name in files):
         raise UsageError(f"{out} holds other files ({', '.join(files[:3])}) and no training; name a new folder.")
 
 
