@@ -18,11 +18,10 @@ from vitrail.exports.fiftyone import write_fiftyone
 from vitrail.exports.netcdf import write_netcdf
 from vitrail.exports.source import ExportSource, open_source
 from vitrail.exports.tables import csv_names, parquet_names, write_csv, write_parquet
-from vitrail.outputs import local_path
+from vitrail.outputs import EXPORT_SIGN as SIGN
+from vitrail.outputs import export_listing, local_path
 
 __all__ = ["FORMATS", "Format", "export_study"]
-
-SIGN = "export.json"
 
 
 class Format(NamedTuple):
@@ -117,10 +116,10 @@ def _own_files(folder: Path) -> set[str]:
     if not sign.is_file():
         raise UsageError(_foreign_folder_message(folder, f"it has no {SIGN}"))
     try:
-        content = json.loads(sign.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = export_listing(folder)
+    except ValueError as error:
         raise UsageError(f"{sign} is damaged, so what the export wrote is not known; name another folder.") from error
-    if not isinstance(content, dict) or not {"vitrail", "format", "files"} <= content.keys():
+    if content is None:
         raise UsageError(_foreign_folder_message(folder, f"its {SIGN} is of another program"))
     listed = set(map(str, content["files"])) if isinstance(content["files"], list) else set()
     # names as the folder lists them, so none leads out of it; an export that was killed lists folders

@@ -141,7 +141,12 @@ def run_study(
     selected, left_out = _select_measures(vit, measures, options)
     refuse_foreign_folder(folder)
     source = open_images(
-        images, class_names=vit.class_names, n_classes=vit.n_classes, limit=limit, max_pixels=max_pixels
+        images,
+        class_names=vit.class_names,
+        n_classes=vit.n_classes,
+        limit=limit,
+        max_pixels=max_pixels,
+        leave_out=[each for each in (folder, masks) if each is not None],
     )
     request = _Request(selected, left_out, options, batch_size, part_images, seed, masks, allow_mixed)
     with nullcontext() if objects is None else objects.errors(), Progress(progress) as bars, ExitStack() as held:

@@ -33,7 +33,7 @@ from vitrail.data import Manifest
 from vitrail.data.files import sentence, some
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.outputs import is_address
+from vitrail.outputs import STUDY_PLAN, is_address
 from vitrail.study.plan import Part, Plan
 
 __all__ = [
@@ -57,7 +57,7 @@ __all__ = [
     "zarr_options",
 ]
 
-PLAN, IMAGES, ARRAYS, PARTS = "study.json", "images.json", "arrays.zarr", "parts"
+PLAN, IMAGES, ARRAYS, PARTS = STUDY_PLAN, "images.json", "arrays.zarr", "parts"
 
 DERIVED = ("image_xy",)
 """Arrays that need all images, computed after the last part."""
