@@ -260,6 +260,14 @@ class TestRefusals:
         assert "measures" not in told  # that a run asks for fewer is no difference
         assert folder_bytes(finished) == before
 
+    @pytest.mark.parametrize("seed", [-1, 2**32])
+    def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_computed(
+        self, vit: Vit, photos: Path, tmp_path: Path, seed: int
+    ) -> None:
+        with pytest.raises(UsageError, match=rf"seed {seed} cannot be used; give a whole number from 0 to 4294967295"):
+            run(vit, photos, tmp_path / "study", seed=seed)
+        assert not (tmp_path / "study").exists()
+
     def test_another_version_of_a_package_is_another_plan(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
         run(vit, photos, tmp_path / "study", measures="strength_entropy", limit=4)
         file = tmp_path / "study" / "study.json"

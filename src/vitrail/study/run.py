@@ -35,6 +35,7 @@ from vitrail.measure import Measure
 from vitrail.models.open import Vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.outputs import is_address, local_path
+from vitrail.stats import require_seed
 from vitrail.study.batches import BatchRun, LoadedBatch, StudyRun, load_batches
 from vitrail.study.engines import ENGINES, work_on_ray
 from vitrail.study.growth import arrange_images, merge_plans, starts_with
@@ -118,6 +119,7 @@ def run_study(
         raise UsageError(f"A batch of {batch_size} images cannot be run; give 1 or more.")
     if part_images is not None and part_images < 1:
         raise UsageError(f"A part of {part_images} images cannot be made; give 1 or more.")
+    require_seed(seed)
     if engine not in ENGINES:
         raise UsageError(f"There is no engine {engine!r}; choose from {', '.join(ENGINES)}.")
     if engine == "ray":
