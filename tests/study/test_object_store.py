@@ -16,7 +16,7 @@ from tiny_studies import BATCH_SIZE, folder_bytes
 from vitrail.data import open_images
 from vitrail.errors import DataError, PlanMismatch, StudyError, UsageError, WeightsMismatch
 from vitrail.models.open import Vit, open_vit
-from vitrail.study import locking
+from vitrail.study import locking, object_leases
 from vitrail.study.object_leases import ObjectLeases
 from vitrail.study.object_store import OBJECTS, ObjectStudy, open_objects
 from vitrail.study.run import run_study
@@ -132,6 +132,21 @@ class TestLeases:
         assert not second.acquire("worker-0000")
         assert second.others()
         first.release_all()
+
+    def test_workers_of_other_machines_are_at_work_if_they_renew_their_leases(
+        self, study: ObjectStudy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(object_leases, "LEASE_S", 0.2)
+        monkeypatch.setattr(object_leases, "LOOK_S", 0.05)
+        other = {"pid": 1, "host": "another", "token": "0", "renewed": 1}
+        study.store.put("leases/worker-0000", json.dumps(other).encode())
+        with pytest.warns(RuntimeWarning, match="Process 1 on another was at work on memory://"):
+            assert not ObjectLeases(study).others()
+        monkeypatch.setattr(object_leases, "LEASE_S", 30)
+        renewed = json.dumps({**other, "renewed": 2}).encode()
+        monkeypatch.setattr("time.sleep", lambda _: study.store.put("leases/worker-0000", renewed))
+        with pytest.warns(RuntimeWarning, match="Process 1 on another was at work on memory://"):
+            assert ObjectLeases(study).others()
 
     def test_a_lease_of_another_machine_is_free_once_nobody_has_renewed_it_for_a_while(
         self, study: ObjectStudy, monkeypatch: pytest.MonkeyPatch
