@@ -22,8 +22,8 @@ from vitrail.analysis import (
     make_collectors,
 )
 from vitrail.contract.outlook import reason_of_chance
-from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask
-from vitrail.errors import DataError, ModelError
+from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask, require_mask_size
+from vitrail.errors import ModelError
 from vitrail.models.objects import in_view, object_shares
 from vitrail.models.open import Vit
 from vitrail.models.task import Task
@@ -127,11 +127,7 @@ def _mask_in_view(entry: ImageEntry, image: Image.Image, vit: Vit) -> Int64[np.n
     mask = load_mask(entry)
     if mask is None:
         return None
-    if mask.shape != (image.height, image.width):
-        raise DataError(
-            f"The mask of {entry.id} has {mask.shape[1]} x {mask.shape[0]} pixels and the image {image.width} x "
-            f"{image.height}; a mask is as large as its image."
-        )
+    require_mask_size(mask, image.size, str(entry.mask))  # again: an earlier version's list does not have the sides
     return in_view(mask, vit.preprocessing)
 
 
