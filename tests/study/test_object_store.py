@@ -95,6 +95,27 @@ class TestBytes:
         run(vit, photos, Path(address), part_images=BATCH_SIZE)  # a `Path` has joined two slashes
         assert objects_of(address) == whole
 
+    def test_a_part_that_is_completed_during_a_download_is_no_damage(
+        self, vit: Vit, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        address = "memory://during"
+        run(vit, photos, address, measures="prefix_share", part_images=BATCH_SIZE)
+        study, download = open_objects(address), ObjectStudy._download
+        names = [each["path"] for page in study.store.list() for each in page]
+        late = {key: study.store.get(key).bytes() for key in names if key.startswith("parts/00002") or "/c/2/" in key}
+        for key in late:
+            study.store.delete(key)
+
+        def download_and_complete(study: ObjectStudy, key: str) -> None:
+            download(study, key)
+            if late:  # after the first object, the last part is completed
+                for name in sorted(late, key=lambda each: each.startswith("parts/")):
+                    study.store.put(name, late.pop(name))
+
+        monkeypatch.setattr(ObjectStudy, "_download", download_and_complete)
+        assert open_study(address, partial=True).sizes["image"] == 8
+        assert open_study(address).sizes["image"] == 11
+
     def test_a_worker_that_was_ended_while_it_uploaded_arrays_or_listed_them(
         self, vit: Vit, photos: Path, whole: dict[str, str]
     ) -> None:

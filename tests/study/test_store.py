@@ -18,7 +18,7 @@ from tiny_studies import folder_bytes, part_values, write_photos, write_study
 
 from vitrail.data import open_images, scan
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.study import image_map
+from vitrail.study import image_map, store
 from vitrail.study.image_map import image_xy
 from vitrail.study.ownership import write_access
 from vitrail.study.plan import Plan, differences
@@ -208,6 +208,28 @@ class TestDamage:
         (study / "arrays.zarr" / "image_xy" / "c" / "0" / "0").unlink()
         with pytest.raises(DamagedStudy, match=r"part derived \(image_xy\)"):
             open_study(study)
+
+    def test_a_map_of_images_that_is_to_be_made_again_is_not_read(self, study: Path) -> None:
+        (study / "arrays.zarr" / "image_xy" / "c" / "0" / "0").unlink()
+        assert verify(study, repair=True) == 3
+        assert "image_xy" not in open_study(study)
+
+    def test_a_part_that_is_completed_between_two_looks_does_not_open_as_a_finished_study(
+        self, study: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mark, look = study / "parts" / "00002.json", store.arrays_by_part
+        content = mark.read_bytes()
+        mark.unlink()
+
+        def look_and_complete(*arguments: object) -> dict[int, frozenset[str]]:
+            listed = look(*arguments)
+            mark.write_bytes(content)
+            return listed
+
+        monkeypatch.setattr(store, "arrays_by_part", look_and_complete)
+        with pytest.raises(StudyError, match="has 2 of 3 parts"):
+            open_study(study)
+        assert open_study(study).sizes["image"] == 11
 
     def test_a_chunk_of_a_part_that_is_not_complete_may_be_missing(self, study: Path) -> None:
         chunk(study, 1).unlink()

@@ -109,7 +109,7 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
     folder = Path(path)
     plan = read_plan(folder)
     listed = arrays_by_part(folder, plan)
-    missing = missing_parts(folder, plan)
+    missing = _lacking(plan, plan.parts, listed)  # of the same look: a part may be completed meanwhile
     if missing and not partial:
         raise StudyError(_not_finished_message(folder, plan, missing) + " Or open what is there with partial=True.")
     parts = [part for part in plan.parts if part.number in listed]
@@ -122,6 +122,8 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
     dataset = _arrays(folder / ARRAYS, part_digests(folder, parts[0].number))
     if missing:
         dataset = dataset.drop_vars([name for name in dataset.variables if name not in names])
+    if not part_file(folder, DERIVED_PART).is_file():  # still to come, or damaged and taken back by `verify --repair`
+        dataset = dataset.drop_vars(DERIVED, errors="ignore")
     lost = _missing_chunks(folder, dataset, parts)
     about = {}
     if not missing and part_file(folder, PATTERNS).is_file():
@@ -159,10 +161,9 @@ def _select_images(folder: Path, dataset: xr.Dataset, ids: Sequence[str], parts:
 def _missing_chunks(folder: Path, arrays: xr.Dataset, parts: Sequence[Part]) -> dict[int | str, list[str]]:
     """Arrays of which a complete part has no chunk on disk, by part. zarr reads such chunks as the fill value."""
     lost: dict[int | str, list[str]] = {}
-    derived = {DERIVED_PART: 0} if part_file(folder, DERIVED_PART).is_file() else {}
     numbers = {part.number: part.number for part in parts}
     for name, array in arrays.data_vars.items():
-        chunks: Mapping[Any, int] = derived if name in DERIVED else numbers
+        chunks: Mapping[Any, int] = {DERIVED_PART: 0} if name in DERIVED else numbers
         for part in _parts_without_chunk(folder / ARRAYS, str(name), array.shape, chunks):
             lost.setdefault(part, []).append(str(name))
     return lost
@@ -445,7 +446,10 @@ def missing_parts(folder: Path, plan: Plan, parts: Sequence[Part] | None = None)
         Parts, in order.
     """
     parts = plan.parts if parts is None else parts
-    listed = arrays_by_part(folder, plan, parts)
+    return _lacking(plan, parts, arrays_by_part(folder, plan, parts))
+
+
+def _lacking(plan: Plan, parts: Sequence[Part], listed: Mapping[int, frozenset[str]]) -> list[Part]:
     expected = _arrays_of_every_part(plan, listed)
     return [part for part in parts if not expected <= listed.get(part.number, frozenset())]
 
