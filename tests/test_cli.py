@@ -48,7 +48,17 @@ def test_a_folder_that_is_no_study_is_refused_before_anything_heavy_is_imported(
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert completed.returncode == 0, completed.stderr
     assert "is not a study" in completed.stderr
-    assert options.STUDY_FILE == store.PLAN
+    assert options.STUDY_PLAN == store.PLAN
+
+
+@pytest.mark.parametrize(
+    "command", [["study", "vitrail:photos", "photos", "--out"], ["curves"], ["prune"], ["compare"], ["artefacts", "m"]]
+)
+def test_every_command_refuses_a_seed_that_no_generator_takes(command: list[str], tmp_path: Path) -> None:
+    for seed in ("-1", "5000000000"):
+        result = CliRunner().invoke(cli.app, [*command, str(tmp_path), "--seed", seed], env={"COLUMNS": "200"})
+        assert result.exit_code == 2
+        assert "for '--seed'" in result.output
 
 
 def test_measures_left_out_for_one_reason_share_a_line(tmp_path: Path) -> None:

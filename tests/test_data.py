@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vitrail import data
 from vitrail.data import scanning
@@ -73,6 +74,35 @@ class TestSources:
     def test_hidden_files_are_not_images(self, tmp_path: Path) -> None:
         folder = folder_of(tmp_path, {".DS_Store": b"x", ".git/a.png": encoded(picture()), "a.png": encoded(picture())})
         assert ids(data.open_images(folder)) == ["a.png"]
+
+    def test_what_vitrail_wrote_beside_images_is_named_and_is_none_of_them(self, tmp_path: Path) -> None:
+        picture_bytes, drawn = encoded(picture()), PngInfo()
+        drawn.add_text("Software", "vitrail")
+        folder_of(tmp_path, dict.fromkeys(("cat/a.png", "dog/b.png"), picture_bytes))
+        folder_of(tmp_path, {"study/.vitrail-study": b"", "study/figures/a.png": picture_bytes})
+        folder_of(tmp_path, {"old/study.json": b"{}", "old/images.json": b"{}", "old/parts/0.json": b"{}"})
+        folder_of(
+            tmp_path, {"out/export.json": b'{"vitrail": "1", "format": "csv", "files": []}', "out/image.csv": b""}
+        )
+        folder_of(tmp_path, {"look/look.zarr/zarr.json": b"{}", "look/map.png": encoded(picture(), pnginfo=drawn)})
+        source = data.open_images(tmp_path, class_names=["cat", "dog"])
+        assert (ids(source), source.labels) == (["cat/a.png", "dog/b.png"], (0, 1))
+        assert [(each.id, each.reason) for each in source.skipped] == [
+            ("look/look.zarr", "arrays, and no folder of images"),
+            ("look/map.png", "a figure that Vitrail drew"),
+            ("old", "a study, and no folder of images"),
+            ("out", "an export of Vitrail's, and no folder of images"),
+            ("study", "a study, and no folder of images"),
+        ]
+        others = folder_of(tmp_path / "cat", {"export.json": b'{"annotations": []}', "study.json": b"{}"})
+        assert "a.png" in ids(data.open_images(others))  # files of other programs that are called so
+        assert ids(data.open_images(tmp_path / "study" / "figures")) == ["a.png"]  # a folder that is named itself
+
+    def test_folders_to_leave_out_are_left_out_by_whatever_path(self, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path / "images", {name: encoded(picture()) for name in ("a.png", "masks/a.png")})
+        (tmp_path / "link").symlink_to(folder / "masks")
+        assert ids(data.open_images(folder, leave_out=[tmp_path / "link", tmp_path / "nowhere"])) == ["a.png"]
+        assert ids(data.open_images(folder, leave_out=[folder])) == ["a.png", "masks/a.png"]
 
     def test_a_list_of_files_keeps_its_order_with_ids_below_the_shared_folder(self, tmp_path: Path) -> None:
         folder_of(tmp_path, {"b/2.png": encoded(picture()), "a/1.png": encoded(picture())})

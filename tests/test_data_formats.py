@@ -178,13 +178,56 @@ class TestFormats:
         image = data.decode_image(dicom(values, WindowCenter=2000, WindowWidth=1000, RescaleSlope=1))
         expected = np.clip((values - 1999.5) / 999 + 0.5, 0, 1) * 255  # DICOM part 3, C.11.2.1.2.1
         assert_allclose(np.asarray(image)[..., 0], expected, atol=1)
+        few = np.full((8, 8), 1000, np.uint16) + np.arange(8, dtype=np.uint16) * 14  # a picture that fills no window
+        wide = np.asarray(data.decode_image(dicom(few, WindowCenter=[2048, 9], WindowWidth=[4096, 9])))[..., 0]
+        assert_allclose(wide, (few - 2047.5) / 4095 * 255 + 127.5, atol=0.5)
+        negative = data.decode_image(dicom(few, WindowCenter=-2048, WindowWidth=4096, RescaleSlope=-1))
+        assert_allclose(np.asarray(negative)[..., 0], 255.0 - wide, atol=1)
         inverted = data.decode_image(dicom(values, "MONOCHROME1"))
         assert_allclose(np.asarray(inverted)[..., 0], 255 - values / values.max() * 255, atol=0.5)
-        write(tmp_path, {"a.dcm": dicom(values)})
-        assert "own range: 0 is black and 3780 white" in str(data.scan(data.open_images(tmp_path)).images[0].scaling)
+        write(tmp_path, {"a.dcm": dicom(values), "b.dcm": dicom(few, WindowCenter=2048, WindowWidth=4096)})
+        own, window = (str(entry.scaling) for entry in data.scan(data.open_images(tmp_path)).images)
+        assert "own range: 0 is black and 3780 white" in own
+        assert "window: centre 2048, width 4096" in window
+
+    def test_dicom_with_a_table_of_shades_has_those_of_the_table(self) -> None:
+        pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+        from pydicom.dataset import Dataset
+
+        table = Dataset()
+        table.LUTDescriptor, table.LUTData = [4, 0, 8], [0, 50, 100, 200]
+        table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+        values = np.arange(1, 4, dtype=np.uint16)[None].repeat(2, 0)
+        image = data.decode_image(dicom(values, VOILUTSequence=[table]))
+        assert np.asarray(image)[0, :, 0].tolist() == [50, 100, 200]
+
+    def test_dicom_in_colours_has_the_colours_that_were_stored(self) -> None:
+        pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+        from pydicom.pixels import convert_color_space
+
+        colours = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+        colours[0] = (10, 250, 90)
+        for photometric in ("RGB", "YBR_FULL"):
+            stored = colours if photometric == "RGB" else convert_color_space(colours, "RGB", photometric)
+            image = data.decode_image(dicom(stored, photometric, PlanarConfiguration=0))
+            assert_allclose(np.asarray(image).astype(int), colours, atol=2)
+        with pytest.raises(BadImage, match="YBR_PARTIAL_422, which pydicom does not"):
+            data.decode_image(dicom(colours, "YBR_PARTIAL_422", PlanarConfiguration=0))
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_dicom_with_a_palette_has_the_colours_of_the_palette(self, bits: int) -> None:
+        pytest.importorskip("pydicom", reason="the extra 'dicom' is not installed")
+        high = 2**bits - 1
+        palettes = {"Red": [high, 0], "Green": [0, high], "Blue": [0, high]}
+        fields: dict[str, object] = {}
+        for name, entries in palettes.items():
+            fields[f"{name}PaletteColorLookupTableDescriptor"] = [2, 0, bits]
+            fields[f"{name}PaletteColorLookupTableData"] = np.array(entries, f"<u{bits // 8}").tobytes()
+        image = data.decode_image(dicom(np.array([[0, 1, 1]], np.uint16), "PALETTE COLOR", **fields))
+        assert np.asarray(image).tolist() == [[[255, 0, 0], [0, 255, 255], [0, 255, 255]]]
 
 
-def dicom(values: np.ndarray, photometric: str = "MONOCHROME2", **fields: float) -> bytes:
+def dicom(values: np.ndarray, photometric: str = "MONOCHROME2", **fields: object) -> bytes:
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
@@ -193,10 +236,14 @@ def dicom(values: np.ndarray, photometric: str = "MONOCHROME2", **fields: float)
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    dataset.Rows, dataset.Columns = values.shape
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, photometric, 0
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
-    dataset.PixelData = values.astype("<u2").tobytes()
+    bits = 8 * values.itemsize
+    dataset.Rows, dataset.Columns = values.shape[:2]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = (
+        values.size // (dataset.Rows * dataset.Columns),
+        photometric,
+    )
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits, bits - 1, 0
+    dataset.PixelData = values.astype(f"<u{values.itemsize}").tobytes()
     for name, value in fields.items():
         setattr(dataset, name, value)
     if "RescaleSlope" in fields:

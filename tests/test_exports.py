@@ -19,7 +19,7 @@ from vitrail import open_study, open_vit, run_study
 from vitrail.cli import app
 from vitrail.data.geometry import resize_and_crop
 from vitrail.errors import MissingLibrary, UsageError
-from vitrail.exports import export_study
+from vitrail.exports import export_study, tables
 from vitrail.exports.fiftyone import heat_map
 from vitrail.exports.source import ExportSource, open_source
 from vitrail.patterns.names import RULES
@@ -257,6 +257,48 @@ def test_an_export_replaces_its_own_files_and_leaves_those_that_others_put_besid
     with pytest.raises(UsageError, match="damaged"):
         export_study(study, "csv", folder)
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_writes_over_no_file_that_another_program_or_a_user_put_there(study: Path, tmp_path: Path) -> None:
+    other = tmp_path / "annotations"
+    other.mkdir()
+    contents = {
+        "export.json": json.dumps({"annotations": ["words"], "files": ["a.jpg", "notes.txt"]}),
+        "a.jpg": "photo",
+        "notes.txt": "mine",
+        "image.csv": "my table",
+    }
+    for name, content in contents.items():
+        (other / name).write_text(content)
+    with pytest.raises(UsageError, match=r"its export.json is of another program"):
+        export_study(study, "csv", other)
+    assert {path.name: path.read_text() for path in other.iterdir()} == contents
+    folder, _ = export_study(study, "csv", tmp_path / "tables", measures="base")
+    own = {path.name: path.read_bytes() for path in folder.iterdir()}
+    mine = {"image.parquet": b"my own", "study.nc": b"mine", "image-layer-head.csv": b"mine too"}
+    for name, content in mine.items():
+        (folder / name).write_bytes(content)
+    for to, name in (("parquet", "image.parquet"), ("netcdf", "study.nc"), ("csv", "image-layer-head.csv")):
+        with pytest.raises(UsageError, match=rf"{name}, which `vitrail export` did not write"):
+            export_study(study, to, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == own | mine
+
+
+def test_what_an_export_that_was_killed_has_written_is_written_over(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = export_study(study, "csv", tmp_path / "tables")
+    complete = {path.name: path.read_bytes() for path in folder.iterdir()}
+    signs: list[str] = []
+    monkeypatch.setattr(tables.csv, "writer", lambda _file: signs.append((folder / "export.json").read_text()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_study(study, "csv", folder)
+    monkeypatch.undo()
+    (folder / "export.json").write_text(signs[0])  # as it was when the first table was begun
+    for name in complete.keys() - {"export.json"}:
+        (folder / name).write_text("half")
+    export_study(study, "csv", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == complete
 
 
 def test_an_export_takes_blocks_as_they_come(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vitrail.analysis import analyses
 from vitrail.cli import app
-from vitrail.errors import UsageError
+from vitrail.errors import StudyError, UsageError
 from vitrail.figures.one_image import TOKEN_FIGURES
 from vitrail.figures.tokens import view_panels
 from vitrail.figures.whole import draw_figures
@@ -155,6 +155,14 @@ def test_a_look_is_saved_and_read_and_something_else_is_not_overwritten(vit, tmp
     with pytest.raises(UsageError, match="not overwritten"):
         save_look(dataset, tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    of_study = dataset.assign_attrs(n_images=2)  # such as a user saves what was made of a study
+    of_study[["probability"]].drop_vars("image").to_zarr(tmp_path / "means.zarr", consolidated=False)
+    with pytest.raises(UsageError, match="not overwritten"):
+        save_look(dataset, tmp_path / "means.zarr")
+    (tmp_path / "look.zarr" / "notes.txt").write_text("mine")
+    with pytest.raises(StudyError, match="did not write"):
+        save_look(dataset, tmp_path / "look.zarr")
+    assert (tmp_path / "look.zarr" / "notes.txt").read_text() == "mine"
 
 
 def test_the_command_takes_analyses_a_patch_and_a_mask(tmp_path):

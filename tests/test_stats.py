@@ -17,6 +17,7 @@ from vitrail.stats import (
     paired_interval,
     quantile_interval,
     share_interval,
+    sign_flip_p_values,
     simultaneous_intervals,
     spearman,
     upper_bound,
@@ -238,3 +239,11 @@ def test_spearman_is_that_of_scipy_and_refuses_nan():
         spearman(one, other)
     with pytest.raises(UsageError, match="40 and 39"):
         spearman(one, other[:-1])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_a_sentence(seed: int) -> None:
+    values = np.random.default_rng(0).gamma(1.0, size=(20, 4))
+    for compute in (mean_interval, simultaneous_intervals, sign_flip_p_values, candidates_for_largest):
+        with pytest.raises(UsageError, match=rf"The seed {seed} cannot be used"):
+            compute(values, seed=seed)

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 import vitrail
+from vitrail import analysis as spine
 from vitrail.analysis import (
     Analysis,
     Need,
@@ -57,6 +61,20 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     command("study", "vitrail:photos", "photos", "--measures", "own", "--limit", "4", "--out", "study", cwd=folder)
     return folder / "study"
+
+
+def test_threads_that_use_the_register_first_all_find_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = spine._load
+
+    def load_slowly(point: EntryPoint) -> object:
+        time.sleep(0.02)
+        return load(point)
+
+    everything = len(spine.measures())
+    monkeypatch.setattr(spine, "_REGISTER", spine._Register())
+    monkeypatch.setattr(spine, "_load", load_slowly)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: len(spine.measures()), range(4))) == [everything] * 4
 
 
 def test_the_example_is_short() -> None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from vitrail.errors import UsageError
@@ -330,6 +331,8 @@ class Analysis:
 class _Register:
     analyses: dict[str, Analysis] = field(default_factory=dict)
     discovered: bool = False
+    is_loading: bool = False
+    lock: RLock = field(default_factory=RLock)
 
 
 _REGISTER = _Register()
@@ -645,10 +648,15 @@ def _by_name_or_alias(name: str) -> Analysis | None:
 
 
 def _discover() -> None:
-    """Loads the analyses of installed packages, Vitrail's own first; once a process."""
-    if _REGISTER.discovered:
-        return
-    _REGISTER.discovered = True
+    """Loads the analyses of installed packages, Vitrail's own first; once a process, whichever thread is first."""
+    if not _REGISTER.discovered:
+        with _REGISTER.lock:  # other threads wait; this one may come here again while it loads
+            if not _REGISTER.discovered and not _REGISTER.is_loading:
+                _load_all()
+
+
+def _load_all() -> None:
+    _REGISTER.is_loading = True
     try:
         points = sorted(entry_points(group=GROUP), key=lambda point: (_package(point) != "vitrail", _package(point)))
         for point in points:
@@ -656,10 +664,12 @@ def _discover() -> None:
             for analysis in declared if isinstance(declared, tuple) else (declared,):
                 _add(analysis, False)
         _refuse_broken_installation()
+        _REGISTER.discovered = True
     except BaseException:
-        _REGISTER.discovered = False
         _REGISTER.analyses.clear()
         raise
+    finally:
+        _REGISTER.is_loading = False
 
 
 def _refuse_broken_installation() -> None:

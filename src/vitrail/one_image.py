@@ -48,6 +48,7 @@ from vitrail.models.objects import in_view, object_shares
 from vitrail.models.open import Vit
 from vitrail.models.task import Task
 from vitrail.models.token_grid import pad_patches
+from vitrail.study.ownership import remove_arrays
 from vitrail.study.plan import N_TOP
 from vitrail.study.planning import make_plan
 from vitrail.tap.tap import Readers, Replay
@@ -363,11 +364,13 @@ def save_look(looked: xr.Dataset, path: Path) -> Path:
 
     Raises:
         UsageError: there is something else.
+        StudyError: somebody else's files lie among those of the earlier look, which then stays.
     """
     if path.exists():
         file = path / "zarr.json"
         try:
-            ours = "data_digest" in json.loads(file.read_text(encoding="utf-8"))["attributes"]
+            attributes = json.loads(file.read_text(encoding="utf-8"))["attributes"]
+            ours = "data_digest" in attributes and attributes["n_images"] == 1  # what is made of a study has more
         except (OSError, ValueError, KeyError, TypeError):
             ours = False
         if not ours:
@@ -377,7 +380,7 @@ def save_look(looked: xr.Dataset, path: Path) -> Path:
     try:
         looked.assign_coords(words).to_zarr(beside, mode="w", consolidated=False)  # Zarr has no text of fixed length
         if path.exists():
-            shutil.rmtree(path)
+            remove_arrays(path)
         beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

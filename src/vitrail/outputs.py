@@ -3,14 +3,42 @@
 Vitrail overwrites its own files and nobody else's: each kind of file carries a sign by which it is known again.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from vitrail.errors import UsageError
 
-__all__ = ["address", "is_address", "local_path", "refuse_foreign_file", "remove_unfinished", "write_atomically"]
+__all__ = [
+    "EXPORT_SIGN",
+    "FIGURE_SIGN",
+    "STUDY_MARKER",
+    "STUDY_PLAN",
+    "address",
+    "export_listing",
+    "is_address",
+    "is_figure",
+    "local_path",
+    "output_kind",
+    "refuse_foreign_file",
+    "remove_unfinished",
+    "write_atomically",
+]
+
+STUDY_MARKER, STUDY_PLAN = ".vitrail-study", "study.json"
+"""Files of every study; the oldest have no marker."""
+
+EXPORT_SIGN = "export.json"
+"""The file of an export that says what it is."""
+
+FIGURE_SIGN = b"Software\x00vitrail"
+"""In every figure that is a PNG, before its pixels."""
+
+SIGN_BYTES = 1024
+"""The beginning of a figure, which has its sign."""
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Two letters or more, since one is a drive of Windows; one slash, since `Path` joins two."""
@@ -80,6 +108,65 @@ def refuse_foreign_file(path: Path, sign: bytes) -> None:
         ) from error
     if content and sign not in content:
         raise UsageError(f"{path} was not written by Vitrail and is not overwritten; move it, or name another place.")
+
+
+def export_listing(folder: Path) -> dict[str, Any] | None:
+    """What `vitrail export` says of a folder that it wrote.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        The content of its `export.json`; None where that is of another program.
+
+    Raises:
+        OSError: There is none, or it cannot be read.
+        ValueError: It is no JSON.
+    """
+    try:
+        content = json.loads((folder / EXPORT_SIGN).read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    is_own = isinstance(content, dict) and {"vitrail", "format", "files"} <= content.keys()
+    return content if is_own else None
+
+
+def output_kind(folder: Path, names: Collection[str]) -> str | None:
+    """What of Vitrail's a folder is, so that no image of a user's is in it.
+
+    Args:
+        folder: Any folder.
+        names: Of the files in it.
+
+    Returns:
+        Words such as "a study"; None for a folder that is not Vitrail's.
+    """
+    if STUDY_MARKER in names or {STUDY_PLAN, "images.json", "parts"} <= set(names):
+        return "a study"
+    if "zarr.json" in names:
+        return "arrays"
+    try:
+        return "an export of Vitrail's" if EXPORT_SIGN in names and export_listing(folder) is not None else None
+    except (OSError, ValueError):
+        return None  # of another program, or damaged: what is in it is told file by file
+
+
+def is_figure(path: Path) -> bool:
+    """Whether a file is a figure that Vitrail drew.
+
+    Args:
+        path: A file.
+
+    Returns:
+        True for a PNG with Vitrail's sign; False for one that cannot be read, which is told when it is.
+    """
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with path.open("rb") as file:
+            return FIGURE_SIGN in file.read(SIGN_BYTES)
+    except OSError:
+        return False
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

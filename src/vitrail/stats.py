@@ -28,6 +28,7 @@ from vitrail.errors import UsageError
 
 __all__ = [
     "ALPHA",
+    "MAX_SEED",
     "Interval",
     "candidates_for_largest",
     "group_p_values",
@@ -36,6 +37,7 @@ __all__ = [
     "moment_interval",
     "paired_interval",
     "quantile_interval",
+    "require_seed",
     "resampled_means",
     "share_interval",
     "sign_flip_p_values",
@@ -47,6 +49,9 @@ __all__ = [
 
 ALPHA = 0.05
 """Intervals miss in at most this share of samples, half of it on either side."""
+
+MAX_SEED = 2**32 - 1
+"""The largest seed that every generator takes: scikit-learn's are of 32 bits."""
 
 FEWEST_IMAGES = 8
 """Below, the studentised bootstrap of a skewed quantity covers less than nine times in ten whatever is done."""
@@ -73,6 +78,23 @@ _FLIPS_AT_ONCE = 64
 
 _CELLS_AT_ONCE = 2**24
 """Numbers in one intermediate array (128 MiB): columns are taken in steps of so many."""
+
+
+def require_seed(seed: int) -> int:
+    """Refuses a seed that not every generator takes, before anything is computed.
+
+    Args:
+        seed: As the user gave it.
+
+    Returns:
+        The seed.
+
+    Raises:
+        UsageError: It is negative, or has more than 32 bits.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"The seed {seed} cannot be used; give a whole number from 0 to {MAX_SEED}.")
+    return seed
 
 
 class Interval(NamedTuple):
@@ -433,7 +455,7 @@ def group_p_values(
         observed = excess(member)
         reached = np.ones_like(observed)
         places, dealt = np.sort(member), np.empty_like(member)
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(require_seed(seed))
         for _ in range(PERMUTATIONS):
             dealt[rng.permutation(n_images)] = places
             reached += excess(dealt).max() >= observed
@@ -467,7 +489,7 @@ def sign_flip_p_values(differences: Num[np.ndarray, "image *rest"], *, seed: int
     values = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
     observed = np.abs(values.sum(0))
     reached = np.ones_like(observed)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(require_seed(seed))
     for start in range(0, PERMUTATIONS, _FLIPS_AT_ONCE):
         n_flips = min(_FLIPS_AT_ONCE, PERMUTATIONS - start)
         signs = rng.integers(0, 2, size=(n_flips, len(values)), dtype=np.int8) * 2.0 - 1.0
@@ -578,7 +600,7 @@ def _dirichlet_bounds(
 ) -> tuple[Float[np.ndarray, "column"], Float[np.ndarray, "column"]]:
     """Gaffke's bounds, each missed with probability `tail`."""
     n_images = len(columns)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(require_seed(seed))
     inner, last = np.empty((RESAMPLES, columns.shape[1])), np.empty((RESAMPLES, 1))
     step = max(1, _CELLS_AT_ONCE // n_images)
     for start in range(0, RESAMPLES, step):
@@ -599,7 +621,7 @@ def resampled_means(columns: Float[np.ndarray, "image column"], seed: int) -> Fl
     Returns:
         A mean per resample and column, in the unit of the column.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(require_seed(seed))
     n_images = len(columns)
     means = np.empty((RESAMPLES, columns.shape[1]))
     step = max(1, _CELLS_AT_ONCE // n_images)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from numpy.testing import assert_array_equal
 from PIL import Image
 from tiny_studies import BATCH_SIZE, N_IMAGES, folder_bytes, part_values, tiny_vit, write_model, write_photos
 
-from vitrail.analysis import declaration
+from vitrail.analysis import Analysis, declaration, register, unregister
 from vitrail.cli import app
 from vitrail.data import open_images, scan
-from vitrail.errors import PlanMismatch, StudyError
+from vitrail.errors import PlanMismatch, StudyError, UsageError
+from vitrail.measure import Measure
 from vitrail.models.open import Vit
 from vitrail.study import planning, writing
 from vitrail.study.growth import merge_plans
@@ -24,6 +26,29 @@ from vitrail.study.plan import Part
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study, read_manifest, read_plan, verify
 from vitrail.study.writing import StudyFolder
+from vitrail.tap.tap import Readers
+
+
+class OwnNumber:
+    measures, replays = ("own_number",), False
+
+    def readers(self) -> Readers:
+        return Readers()
+
+    def finish(self, tap: object, replay: object, logits: torch.Tensor, labels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"own_number": np.zeros(len(logits), np.float32)}
+
+
+OWN = Analysis(
+    name="own",
+    title="Own",
+    question="Which?",
+    measures=(
+        Measure(name="own_number", title="own", dims=("image",), unit="1", low="", high="", source="", limits=""),
+    ),
+    collectors=lambda vit, names, options: [OwnNumber()],
+)
+"""An analysis of a package that may not be installed."""
 
 
 def run(vit: Vit, photos: Path, out: Path, **options: object) -> xr.Dataset:
@@ -62,6 +87,26 @@ class TestGrowing:
         run(vit, photos, out, measures="patches,prefix_share")
         run(vit, photos, out, measures="heads")
         assert folder_bytes(out) == folder_bytes(whole)
+
+    def test_a_study_with_a_measure_that_is_not_installed_here_gains_others_and_no_images(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        out, measured = tmp_path / "study", "own_number,prefix_share"
+        register(OWN)
+        try:
+            run(vit, photos, out, measures=measured, limit=8)
+            run(vit, photos, tmp_path / "begun", measures=measured, limit=8)
+            (tmp_path / "begun" / "parts" / "00001.json").unlink()
+        finally:
+            unregister("own")
+        study = run(vit, photos, out, measures="token_norm", limit=8)
+        assert {"own_number", "prefix_share", "token_norm"} <= set(study)
+        before = folder_bytes(out)
+        for folder, limit in ((out, None), (tmp_path / "begun", 8)):
+            with pytest.raises(UsageError, match=r"holds own_number, which no analysis here declares.*Install"):
+                run(vit, photos, folder, measures="prefix_share", limit=limit)
+        assert folder_bytes(out) == before
+        assert open_study(out).sizes["image"] == 8
 
     def test_what_is_there_is_not_measured_again(
         self, vit: Vit, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from tiny_studies import BATCH_SIZE, folder_bytes
 from vitrail.data import open_images
 from vitrail.errors import DataError, PlanMismatch, StudyError, UsageError, WeightsMismatch
 from vitrail.models.open import Vit, open_vit
-from vitrail.study import locking
+from vitrail.study import locking, object_leases
 from vitrail.study.object_leases import ObjectLeases
 from vitrail.study.object_store import OBJECTS, ObjectStudy, open_objects
 from vitrail.study.run import run_study
@@ -95,6 +95,27 @@ class TestBytes:
         run(vit, photos, Path(address), part_images=BATCH_SIZE)  # a `Path` has joined two slashes
         assert objects_of(address) == whole
 
+    def test_a_part_that_is_completed_during_a_download_is_no_damage(
+        self, vit: Vit, photos: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        address = "memory://during"
+        run(vit, photos, address, measures="prefix_share", part_images=BATCH_SIZE)
+        study, download = open_objects(address), ObjectStudy._download
+        names = [each["path"] for page in study.store.list() for each in page]
+        late = {key: study.store.get(key).bytes() for key in names if key.startswith("parts/00002") or "/c/2/" in key}
+        for key in late:
+            study.store.delete(key)
+
+        def download_and_complete(study: ObjectStudy, key: str) -> None:
+            download(study, key)
+            if late:  # after the first object, the last part is completed
+                for name in sorted(late, key=lambda each: each.startswith("parts/")):
+                    study.store.put(name, late.pop(name))
+
+        monkeypatch.setattr(ObjectStudy, "_download", download_and_complete)
+        assert open_study(address, partial=True).sizes["image"] == 8
+        assert open_study(address).sizes["image"] == 11
+
     def test_a_worker_that_was_ended_while_it_uploaded_arrays_or_listed_them(
         self, vit: Vit, photos: Path, whole: dict[str, str]
     ) -> None:
@@ -132,6 +153,21 @@ class TestLeases:
         assert not second.acquire("worker-0000")
         assert second.others()
         first.release_all()
+
+    def test_workers_of_other_machines_are_at_work_if_they_renew_their_leases(
+        self, study: ObjectStudy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(object_leases, "LEASE_S", 0.2)
+        monkeypatch.setattr(object_leases, "LOOK_S", 0.05)
+        other = {"pid": 1, "host": "another", "token": "0", "renewed": 1}
+        study.store.put("leases/worker-0000", json.dumps(other).encode())
+        with pytest.warns(RuntimeWarning, match="Process 1 on another was at work on memory://"):
+            assert not ObjectLeases(study).others()
+        monkeypatch.setattr(object_leases, "LEASE_S", 30)
+        renewed = json.dumps({**other, "renewed": 2}).encode()
+        monkeypatch.setattr("time.sleep", lambda _: study.store.put("leases/worker-0000", renewed))
+        with pytest.warns(RuntimeWarning, match="Process 1 on another was at work on memory://"):
+            assert ObjectLeases(study).others()
 
     def test_a_lease_of_another_machine_is_free_once_nobody_has_renewed_it_for_a_while(
         self, study: ObjectStudy, monkeypatch: pytest.MonkeyPatch

@@ -111,6 +111,21 @@ class TestWhatIsComputed:
         long = run(vit, photos, tmp_path / "long", limit=8).isel(image=slice(5))
         xr.testing.assert_identical(short.drop_vars("image_xy").drop_attrs(), long.drop_vars("image_xy").drop_attrs())
 
+    def test_a_study_and_masks_in_the_folder_of_images_are_no_images(self, vit: Vit, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "photos", 6)
+        for photo in sorted(photos.glob("*/*.png")):
+            mask = photos / "masks" / photo.relative_to(photos)
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (40, 40), 1).save(mask)
+        arguments = {"measures": "strength_entropy", "masks": photos / "masks"}
+        run(vit, photos, photos / "results" / "study", limit=4, **arguments)
+        (photos / "results" / "study" / "figures").mkdir()
+        Image.new("RGB", (40, 40)).save(photos / "results" / "study" / "figures" / "layers.png")
+        study = run(vit, photos, photos / "results" / "study", **arguments)
+        assert study.sizes["image"] == 6
+        assert study.attrs["labels_from"] == "the names of the class folders"
+        assert "object_share" in study
+
     def test_a_model_without_classifier_is_studied_without_what_needs_one(self, photos: Path, tmp_path: Path) -> None:
         vit = tiny_vit(n_classes=0)
         study = run(vit, photos, tmp_path / "study", limit=4)
@@ -244,6 +259,14 @@ class TestRefusals:
         assert "class names" not in told
         assert "measures" not in told  # that a run asks for fewer is no difference
         assert folder_bytes(finished) == before
+
+    @pytest.mark.parametrize("seed", [-1, 2**32])
+    def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_computed(
+        self, vit: Vit, photos: Path, tmp_path: Path, seed: int
+    ) -> None:
+        with pytest.raises(UsageError, match=rf"seed {seed} cannot be used; give a whole number from 0 to 4294967295"):
+            run(vit, photos, tmp_path / "study", seed=seed)
+        assert not (tmp_path / "study").exists()
 
     def test_another_version_of_a_package_is_another_plan(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
         run(vit, photos, tmp_path / "study", measures="strength_entropy", limit=4)

@@ -7,19 +7,23 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 from numpy.testing import assert_allclose, assert_array_equal
-from tiny_studies import folder_bytes, part_values, write_study
+from tiny_studies import folder_bytes, part_values, write_photos, write_study
 
+from vitrail.data import open_images, scan
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.study import image_map
+from vitrail.study import image_map, store
 from vitrail.study.image_map import image_xy
+from vitrail.study.ownership import write_access
 from vitrail.study.plan import Plan, differences
 from vitrail.study.store import open_study, read_plan, verify
+from vitrail.study.writing import StudyFolder
 
 
 @pytest.fixture
@@ -100,6 +104,50 @@ class TestOpening:
             opened["head_probability"].isel(image=rows).load()
         assert not opened["head_flip"].any()  # no value of `write_study` is above 2
 
+    def test_a_study_that_was_moved_or_lost_a_chunk_while_open_does_not_read_as_nan(self, study: Path) -> None:
+        opened = open_study(study)
+        chunk(study, 1).rename(study / "away")
+        probability = opened["head_probability"]
+        for rows in (5, slice(3, 6), [0, 10, 4], slice(None), slice(10, None, -5)):
+            with pytest.raises(DamagedStudy, match=r"head_probability .* chunk 1 is missing.*verify"):
+                probability.isel(image=rows).load()
+        assert np.isfinite(probability.isel(image=[0, 8, -1]).to_numpy()).all()
+        (study / "away").rename(chunk(study, 1))
+        study.rename(study.with_name("moved"))
+        for name in ("head_probability", "head_flip", "image_xy"):
+            with pytest.raises(StudyError, match="no longer there"):
+                opened[name].load()
+        study.with_name("moved").rename(study)
+        assert np.isfinite(opened["head_probability"]).all()
+
+    def test_a_study_that_has_grown_into_longer_chunks_is_to_be_opened_again(
+        self, study: Path, any_plan: Plan, photos: Path, tmp_path: Path
+    ) -> None:
+        few = write_photos(tmp_path / "few", 3)
+        short, long = (scan(open_images(folder)) for folder in (few, photos))
+        entries = (
+            *short.images,
+            *(entry for entry in long.images if entry.id not in {each.id for each in short.images}),
+        )
+        grown = replace(long, images=entries)
+        plan = replace(any_plan, n_images=3, data_digest=short.digest)
+        with write_access(tmp_path / "growing"):
+            folder = StudyFolder(tmp_path / "growing", plan, short)
+            folder.write_part(
+                plan.parts[0], {"head_probability": part_values(0, 3), "head_flip": part_values(0, 3) > 2}
+            )
+        opened = open_study(tmp_path / "growing")
+        plan = replace(any_plan, data_digest=grown.digest)
+        with write_access(tmp_path / "growing"):
+            folder = StudyFolder(tmp_path / "growing", plan, grown)
+            with pytest.raises(StudyError, match="has changed since it was opened; open it again"):
+                opened["head_flip"].load()
+            for part in folder.missing:
+                values = part_values(part.number, part.stop - part.start)
+                folder.write_part(part, {"head_probability": values, "head_flip": values > 2})
+            with pytest.raises(StudyError, match="has changed since it was opened; open it again"):
+                opened["head_probability"].load()
+
     def test_values_are_read_once_and_by_any_index(self, study: Path, any_plan: Plan) -> None:
         written = np.concatenate([part_values(part.number, part.stop - part.start) for part in any_plan.parts])
         array = open_study(study)["head_probability"]
@@ -160,6 +208,28 @@ class TestDamage:
         (study / "arrays.zarr" / "image_xy" / "c" / "0" / "0").unlink()
         with pytest.raises(DamagedStudy, match=r"part derived \(image_xy\)"):
             open_study(study)
+
+    def test_a_map_of_images_that_is_to_be_made_again_is_not_read(self, study: Path) -> None:
+        (study / "arrays.zarr" / "image_xy" / "c" / "0" / "0").unlink()
+        assert verify(study, repair=True) == 3
+        assert "image_xy" not in open_study(study)
+
+    def test_a_part_that_is_completed_between_two_looks_does_not_open_as_a_finished_study(
+        self, study: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mark, look = study / "parts" / "00002.json", store.arrays_by_part
+        content = mark.read_bytes()
+        mark.unlink()
+
+        def look_and_complete(*arguments: object) -> dict[int, frozenset[str]]:
+            listed = look(*arguments)
+            mark.write_bytes(content)
+            return listed
+
+        monkeypatch.setattr(store, "arrays_by_part", look_and_complete)
+        with pytest.raises(StudyError, match="has 2 of 3 parts"):
+            open_study(study)
+        assert open_study(study).sizes["image"] == 11
 
     def test_a_chunk_of_a_part_that_is_not_complete_may_be_missing(self, study: Path) -> None:
         chunk(study, 1).unlink()

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from vitrail.errors import DataError, PlanMismatch, StudyError
 from vitrail.models.open import Vit
 from vitrail.study import locking, planning
 from vitrail.study.locking import Lease, Leases, presence
+from vitrail.study.ownership import write_access
 from vitrail.study.plan import Part
 from vitrail.study.run import run_study
 from vitrail.study.store import verify
@@ -226,6 +228,40 @@ class TestLeases:
         now += locking.LEASE_S
         assert lease.acquire()
         lease.release()
+
+    @pytest.mark.parametrize("name", [".lock", "leases/worker-0000"])
+    def test_a_writer_that_died_on_another_machine_does_not_block_the_study(
+        self, begun: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setattr(locking, "LEASE_S", 0.5)
+        content = DEAD_LOCK.replace("host=", "host=another-").replace("duration=30.0", "duration=0.5")
+        (begun / name).parent.mkdir(exist_ok=True)
+        (begun / name).write_text(content, encoding="utf-8")
+        with (
+            pytest.warns(RuntimeWarning, match="on another-.* was at work on .*Looking for up to"),
+            write_access(begun),
+        ):
+            pass
+        assert not (begun / name).exists()
+        (begun / "leases").mkdir(exist_ok=True)
+        (begun / "leases" / "00001").write_text(content, encoding="utf-8")
+        with pytest.warns(RuntimeWarning, match="Looking for up to"):
+            locking.Leases(begun).sweep()
+        assert not (begun / "leases").exists()
+
+    @pytest.mark.filterwarnings("ignore:Process .* was at work on")
+    @pytest.mark.parametrize("name", [".lock", "leases/worker-0000"])
+    def test_a_writer_that_lives_on_another_machine_is_named_as_soon_as_it_touches_its_lease(
+        self, begun: Path, name: str
+    ) -> None:
+        (begun / name).parent.mkdir(exist_ok=True)
+        (begun / name).write_text(DEAD_LOCK.replace("host=", "host=another-"), encoding="utf-8")
+        touch = threading.Timer(0.5, os.utime, [begun / name])
+        touch.start()
+        with pytest.raises(StudyError, match="Process 4194305 on another-"), write_access(begun):
+            pass
+        touch.join()
+        assert (begun / name).exists()
 
     def test_a_lease_of_a_killed_process_is_free_at_once(self, tmp_path: Path) -> None:
         program = (

@@ -174,8 +174,9 @@ def test_masks_are_read_as_they_are_and_refused_when_changed(folders, tmp_path):
 )
 def test_what_is_no_mask_is_refused_with_the_reason(folders, tmp_path, write, told):
     write(tmp_path / "0.png")
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=told) as refusal:
         with_masks(scan(open_images(folders / "images")), tmp_path)
+    assert str(tmp_path / "0.png") in str(refusal.value)
 
 
 def test_a_mask_of_16_bits_keeps_its_ids(folders, tmp_path):
@@ -189,6 +190,21 @@ def test_a_mask_of_another_size_than_its_image_is_refused(folders, tmp_path):
     Image.fromarray(np.ones((20, 20), dtype=np.uint8)).save(tmp_path / "0.png")
     with pytest.raises(DataError, match="as large as its image"):
         run_study(small_vit(), folders / "images", out=tmp_path / "s", measures="neurons", masks=tmp_path)
+    assert not (tmp_path / "s").exists()  # in the scan, before the plan holds the mask's digest
+
+
+def test_masks_are_as_large_as_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    Image.new("RGB", (96, 48)).save(tmp_path / "images" / "0.png", exif=exif)
+    manifest = scan(open_images(tmp_path / "images"))
+    Image.new("L", (48, 96)).save(tmp_path / "masks" / "0.png")
+    assert with_masks(manifest, tmp_path / "masks").images[0].mask is not None
+    Image.new("L", (96, 48)).save(tmp_path / "masks" / "0.png")
+    with pytest.raises(DataError, match=r"0\.png has 96 x 48 pixels and its image 48 x 96"):
+        with_masks(manifest, tmp_path / "masks")
 
 
 def test_a_folder_without_masks_is_refused(folders, tmp_path):

@@ -24,7 +24,7 @@ from vitrail.data import class_title
 from vitrail.heads.correction import correct_mean, exact_values, how_corrected
 from vitrail.heads.summary import LARGE_DROP
 from vitrail.sentence import percent
-from vitrail.stats import mean_interval
+from vitrail.stats import MAX_SEED, mean_interval
 
 if TYPE_CHECKING:
     from vitrail.app.server import AppState
@@ -137,7 +137,7 @@ async def _parse(state: "AppState", request: Request) -> dict[str, Any]:
     patches = _rows({"patches": [[each] for each in _list(body, "patches")]}, "patches", 1)
     windows = [_window(window) for window in _list(body, "windows")]
     how, seed = body.get("how", "mean"), body.get("seed", 0)
-    if not isinstance(how, str) or type(seed) is not int or not 0 <= seed < 2**32:
+    if not isinstance(how, str) or type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise HTTPException(422, f"`how` is a word and `seed` a number from 0. Send {EXAMPLE}.")
     n_changes = len(heads) + len(patches) + len(windows)
     if n_changes > MAX_CHANGES:

@@ -23,6 +23,7 @@ from vitrail.cli.options import (
     Weights,
     analysis_names,
     decode,
+    seed_option,
     with_model_options,
 )
 from vitrail.cli.studies import print_lines
@@ -131,7 +132,7 @@ def artefacts(
     limit: Annotated[int, typer.Option(help="Images at most; half find the neurons, half try registers.", min=2)] = 64,
     neurons: Annotated[int, typer.Option(help="Neurons that registers listen to.", min=1)] = 8,
     registers: Annotated[int, typer.Option(help="Registers.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the other neurons that they are compared with.")] = 0,
+    seed: Annotated[int, seed_option("Of the other neurons that they are compared with.")] = 0,
 ) -> None:
     """Tokens of outlying length: which neurons write them, and what registers at test time make of the model."""
     from rich.console import Console
@@ -213,7 +214,7 @@ def prune(
     model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
+    seed: Annotated[int, seed_option("Of the two halves of the images.")] = 0,
 ) -> None:
     """Remove heads of a studied model for good: a smaller model, its parameters, speed and accuracy."""
     from vitrail.pruning.prune import prune_study
@@ -245,7 +246,7 @@ def curves(
     model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the two halves of the images.")] = 0,
+    seed: Annotated[int, seed_option("Of the two halves of the images.")] = 0,
 ) -> None:
     """Prune heads one after the other by every ranking of a study: how many can go, and which ranking knows it."""
     from vitrail.pruning.curves import measure_curves

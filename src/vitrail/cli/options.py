@@ -12,6 +12,8 @@ import typer
 
 from vitrail.analysis import BASE, Option, all_options, analyses
 from vitrail.errors import BadImage, StudyError, UsageError
+from vitrail.outputs import STUDY_PLAN
+from vitrail.stats import MAX_SEED
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from vitrail.models.open import Vit
 
 __all__ = [
-    "STUDY_FILE",
     "Device",
     "Format",
     "Formats",
@@ -33,12 +34,10 @@ __all__ = [
     "decode",
     "progress_bars",
     "require_study",
+    "seed_option",
     "with_analysis_options",
     "with_model_options",
 ]
-
-STUDY_FILE = "study.json"
-"""`vitrail.study.store.PLAN`, which cannot be imported here: reading a study needs xarray and zarr."""
 
 
 class Precision(StrEnum):
@@ -69,12 +68,24 @@ def require_study(folder: Path) -> Path:
     Raises:
         StudyError: It is no study.
     """
-    if not (folder / STUDY_FILE).is_file():
+    if not (folder / STUDY_PLAN).is_file():
         raise StudyError(
-            f"{folder} is not a study: it has no {STUDY_FILE}. A study is made by `vitrail study MODEL IMAGES --out`; "
+            f"{folder} is not a study: it has no {STUDY_PLAN}. A study is made by `vitrail study MODEL IMAGES --out`; "
             "`vitrail open MODEL photo.jpg` looks at photographs without one."
         )
     return folder
+
+
+def seed_option(of: str) -> Any:
+    """The option `--seed` of a command, which refuses what not every generator takes.
+
+    Args:
+        of: What is drawn with it.
+
+    Returns:
+        The option.
+    """
+    return typer.Option(help=of, min=0, max=MAX_SEED)
 
 
 def decode(path: Path) -> "Image.Image":

@@ -18,6 +18,7 @@ from vitrail.cli.options import (
     Study,
     analysis_names,
     require_study,
+    seed_option,
     with_analysis_options,
     with_model_options,
 )
@@ -52,7 +53,7 @@ def study(
         int | None, typer.Option(help="Largest image that is decoded, rows x columns.", min=1, metavar="N")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images a pass; part of the plan.", min=1)] = 16,
-    seed: Annotated[int, typer.Option(help="Of the map of images.")] = 0,
+    seed: Annotated[int, seed_option("Of the map of images.")] = 0,
     worker: Annotated[
         bool, typer.Option("--worker", help="Share the work with other workers on DIR, here or on other machines.")
     ] = False,
@@ -175,7 +176,7 @@ def compare(
     measures: Annotated[
         str | None, typer.Option(help="Measures, comma-separated. Default: all that both studies hold.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of resampled images and random signs.")] = 0,
+    seed: Annotated[int, seed_option("Of resampled images and random signs.")] = 0,
 ) -> None:
     """Compare two studies of the same images: what differs, with intervals, and the images that changed most."""
     from vitrail.comparison.findings import comparison_findings

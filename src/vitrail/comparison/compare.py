@@ -13,7 +13,7 @@ from vitrail.comparison.pairs import Pair, describe_labels, open_pair
 from vitrail.data import LabelSource
 from vitrail.dataset import MeasureDataset
 from vitrail.measure import Measure
-from vitrail.stats import mean_interval, sign_flip_p_values, simultaneous_intervals
+from vitrail.stats import mean_interval, require_seed, sign_flip_p_values, simultaneous_intervals
 
 __all__ = ["CORRECT", "compare"]
 
@@ -68,13 +68,14 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
     Raises:
         StudyError: One of them is no finished study.
         UsageError: They are the same study, share no image, or hold no measure that can be compared, as where the
-            options that a measure depends on differ.
+            options that a measure depends on differ; or the seed is out of range.
 
     Example:
         >>> import vitrail
         >>> compared = vitrail.compare("study-before", "study-after")
         >>> compared["mean_difference"].sel(measure="attention_distance")
     """
+    require_seed(seed)
     pair = open_pair(a, b)
     names = None if measures is None else split_names(measures)
     usable, left_out = comparable_measures(pair, names)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from PIL import Image
 
 from vitrail.data.files import sentence
@@ -62,18 +63,33 @@ def read_dicom(
 
 def _picture(dataset: Any) -> tuple[Image.Image, str | None]:
     pixels = importlib.import_module("pydicom.pixels")
-    values = dataset.pixel_array
+    values, colours = dataset.pixel_array, dataset.PhotometricInterpretation
+    if colours == "PALETTE COLOR":
+        values = pixels.apply_color_lut(values, dataset)[..., :3]  # without opacity
+        return Image.fromarray(values if values.dtype == np.uint8 else (values / 257).round().astype(np.uint8)), None
     if dataset.SamplesPerPixel > 1:
         if values.dtype != np.uint8:
             raise BadImage("its colours have more than 8 bits; save it with 8 bits")
-        if dataset.PhotometricInterpretation == "YBR_FULL":
-            values = pixels.convert_color_space(values, "YBR_FULL", "RGB")
+        if colours.startswith("YBR_PARTIAL"):  # the other colour spaces pydicom has turned into RGB
+            raise BadImage(f"its colours are {colours}, which pydicom does not turn into RGB; save it as RGB")
         return Image.fromarray(values), None
     shades = np.asarray(pixels.apply_voi_lut(pixels.apply_modality_lut(values, dataset), dataset), np.float64)
-    black, white = shades.min(), shades.max()
-    how = "window" if "WindowCenter" in dataset or "VOILUTSequence" in dataset else "own range"
-    share = (shades - black) / (white - black) if white > black else np.zeros_like(shades)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":  # whose lowest value is white
+    black, white, scaling = _range(pixels, dataset, shades)
+    share = (shades - black) / (white - black) if white != black else np.zeros_like(shades)
+    if colours == "MONOCHROME1":  # whose lowest value is white
         share = 1 - share
-    scaling = f"DICOM values by the file's {how}: {black:g} is black and {white:g} white"
-    return Image.fromarray((255 * share).round().astype(np.uint8)), scaling
+    return Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8)), f"DICOM values by the file's {scaling}"
+
+
+def _range(pixels: Any, dataset: Any, shades: Float64[np.ndarray, "row column"]) -> tuple[float, float, str]:
+    """The lowest and highest shade that the file's own table or window gives, of whatever picture; and which it is."""
+    table = (dataset.get("VOILUTSequence") or [{}])[0]
+    if table.get("LUTDescriptor") is not None and table.get("LUTData") is not None:
+        return 0.0, 2.0 ** table.LUTDescriptor[2] - 1, "table of shades"
+    centre, width = (dataset.get(name) for name in ("WindowCenter", "WindowWidth"))
+    if centre is None or width is None:
+        black, white = float(shades.min()), float(shades.max())
+        return black, white, f"own range: {black:g} is black and {white:g} white"
+    black, white = pixels.apply_windowing(np.array([-np.inf, np.inf]), dataset).tolist()
+    centre, width = (float(np.atleast_1d(each)[0]) for each in (centre, width))
+    return black, white, f"window: centre {centre:g}, width {width:g}"

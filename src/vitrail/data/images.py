@@ -39,7 +39,8 @@ class Skipped:
 class ImageEntry:
     """A usable image: where it is and what was in it; `path` is None without a file, `mask` without a mask.
 
-    `scaling` says how its values became 8 bits, where the file leaves that open.
+    `scaling` says how its values became 8 bits, where the file leaves that open. `sides` are the (columns, rows) of the
+    upright image; None in a list of an earlier version.
     """
 
     id: str
@@ -50,6 +51,7 @@ class ImageEntry:
     mask: str | None = None
     mask_digest: str | None = None
     scaling: str | None = None
+    sides: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vitrail.data.images import ImageEntry, Manifest
 from vitrail.errors import BadImage, DataError
 from vitrail.outputs import is_address
 
-__all__ = ["load_mask", "read_mask", "with_masks"]
+__all__ = ["load_mask", "read_mask", "require_mask_size", "with_masks"]
 
 MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n")
 
@@ -37,7 +37,7 @@ def with_masks(manifest: Manifest, folder: str | Path) -> Manifest:
         The same images; `masks_from` says how many have a mask.
 
     Raises:
-        DataError: The folder is not there, a mask cannot be read, or no image has one.
+        DataError: The folder is not there, a mask cannot be read or is not as large as its image, or no image has one.
     """
     if is_address(folder):
         raise DataError(f"{folder} is an address, and masks are read from a local folder; copy them here.")
@@ -58,7 +58,9 @@ def _with_mask(entry: ImageEntry, folder: Path) -> ImageEntry:
     for path in (folder / name, folder / name.name):
         if os.path.isfile(path):
             content = _content(path)
-            _read_ids(content)
+            ids = _read_ids(content, path)
+            if entry.sides is not None:
+                require_mask_size(ids, entry.sides, path)
             return replace(entry, mask=str(path), mask_digest=hashlib.sha256(content).hexdigest())
     return entry
 
@@ -82,7 +84,26 @@ def load_mask(entry: ImageEntry) -> Int[np.ndarray, "row column"] | None:
         raise DataError(
             f"The mask of {entry.id} has changed since the study began; put the old file back, or begin a new study."
         )
-    return _read_ids(content)
+    return _read_ids(content, Path(entry.mask))
+
+
+def require_mask_size(ids: Int[np.ndarray, "row column"], sides: tuple[int, int], path: str | Path) -> None:
+    """Refuses a mask that is not as large as its image.
+
+    Args:
+        ids: The mask.
+        sides: (columns, rows) of the upright image.
+        path: The file of the mask.
+
+    Raises:
+        DataError: It has another size.
+    """
+    rows, columns = ids.shape
+    if (columns, rows) != tuple(sides):
+        raise DataError(
+            f"The mask {path} has {columns} x {rows} pixels and its image {sides[0]} x {sides[1]}; a mask is as large "
+            "as its image."
+        )
 
 
 def read_mask(path: str | Path) -> Int[np.ndarray, "row column"]:
@@ -97,7 +118,7 @@ def read_mask(path: str | Path) -> Int[np.ndarray, "row column"]:
     Raises:
         DataError: It cannot be read, or is no PNG of ids.
     """
-    return _read_ids(_content(Path(path)))
+    return _read_ids(_content(Path(path)), Path(path))
 
 
 def _content(path: Path) -> bytes:
@@ -107,18 +128,20 @@ def _content(path: Path) -> bytes:
         raise DataError(f"The mask {path} cannot be read: {reason}.") from reason
 
 
-def _read_ids(content: bytes) -> Int[np.ndarray, "row column"]:
+def _read_ids(content: bytes, path: Path) -> Int[np.ndarray, "row column"]:
     """Instance ids of a PNG with one channel of 8 or 16 bits (or palette numbers)."""
     if not MAGIC.match(content):
-        raise DataError("A mask is a PNG of instance ids; this file is no PNG.")
+        raise DataError(f"A mask is a PNG of instance ids; {path} is no PNG.")
     try:
         image: Image.Image = PngImagePlugin.PngImageFile(io.BytesIO(content))
         if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"A mask of {image.width} x {image.height} pixels is too large; {MAX_PIXELS:,} are read.")
+            raise DataError(
+                f"The mask {path} of {image.width} x {image.height} pixels is too large; {MAX_PIXELS:,} are read."
+            )
         if image.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
             raise DataError(
-                f"A mask holds one instance id per pixel (one channel of 8 or 16 bits); this one has mode {image.mode}."
+                f"A mask holds one instance id per pixel (one channel of 8 or 16 bits); {path} has mode {image.mode}."
             )
         return np.asarray(image).astype(np.int64)
     except BROKEN as error:
-        raise DataError(f"A mask is broken or truncated: {sentence(error)}.") from error
+        raise DataError(f"The mask {path} is broken or truncated: {sentence(error)}.") from error

@@ -131,7 +131,7 @@ def _examine_one(
     except BadImage as reason:
         return Skipped(item.id, str(reason))
     path = str(item.content) if isinstance(item.content, Path) else None
-    return ImageEntry(item.id, path, label, _n_bytes(content), _digest(content), scaling=scaling)
+    return ImageEntry(item.id, path, label, _n_bytes(content), _digest(content), scaling=scaling, sides=sides)
 
 
 def _content(item: Item) -> Content:

@@ -18,7 +18,7 @@ from vitrail.data.images import ImageSource, Item, Skipped, first_reasons
 from vitrail.data.labels import Labels, labels_of, read_class_names
 from vitrail.data.lists import file_id, file_items, table_items, tar_items
 from vitrail.errors import DataError, NoImages, UsageError
-from vitrail.outputs import is_address
+from vitrail.outputs import is_address, is_figure, output_kind
 
 __all__ = ["BUILT_IN", "PHOTOS", "open_images"]
 
@@ -50,6 +50,7 @@ def open_images(
     labels: bool = True,
     limit: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    leave_out: Sequence[str | Path] = (),
 ) -> ImageSource:
     """The images that `source` names, in a fixed order, with labels where names give them. Nothing is decoded yet.
 
@@ -65,6 +66,8 @@ def open_images(
         labels: False leaves labels out whatever the folders are called.
         limit: The first so many usable images are meant.
         max_pixels: Largest image that is decoded, rows x columns.
+        leave_out: Folders below the folder of images that hold none, such as its masks. What Vitrail itself wrote
+            there (studies, exports, figures) is left out in any case, and named.
 
     Returns:
         The images, for `scan`.
@@ -87,7 +90,7 @@ def open_images(
         return source if limit is None else replace(source, limit=limit)
     if isinstance(class_names, str | Path):
         class_names = read_class_names(class_names)
-    name, items, skipped, table = _list_items(source, limit)
+    name, items, skipped, table = _list_items(source, limit, leave_out)
     if not items:
         raise NoImages(f"{name or 'The data set'} holds no images." + first_reasons(skipped))
     _refuse_duplicates(items)
@@ -100,7 +103,7 @@ def open_images(
     )
 
 
-def _list_items(source: object, limit: int | None) -> Listing:
+def _list_items(source: object, limit: int | None, leave_out: Sequence[str | Path]) -> Listing:
     if isinstance(source, str) and source in (PHOTOS, BUILT_IN):
         if source == PHOTOS and os.path.lexists(PHOTOS):
             raise UsageError(
@@ -112,7 +115,7 @@ def _list_items(source: object, limit: int | None) -> Listing:
         return Listing(source, load_from_hub(source))
     if isinstance(source, str | Path):
         _refuse_address(source)
-        return _from_path(Path(os.path.expanduser(source)))
+        return _from_path(Path(os.path.expanduser(source)), leave_out)
     if hasattr(source, "features") and hasattr(source, "cast_column"):
         return Listing(None, dataset_items(source))
     if isinstance(source, Sequence) and all(isinstance(path, str | Path) for path in source):
@@ -131,13 +134,13 @@ def _refuse_address(source: str | Path) -> None:
         )
 
 
-def _from_path(path: Path) -> Listing:
+def _from_path(path: Path, leave_out: Sequence[str | Path]) -> Listing:
     path = path.absolute()
     name = str(path)
     if os.path.isdir(path):
         if is_saved_dataset(path):
             return Listing(name, load_from_disk(path))
-        return Listing(name, *_from_folder(path))
+        return Listing(name, *_from_folder(path, leave_out))
     if not os.path.isfile(path):
         raise DataError(f"There is no file or folder {path}. (The built-in photographs are called {PHOTOS!r}.)")
     match path.suffix.lower():
@@ -153,10 +156,10 @@ def _from_path(path: Path) -> Listing:
     return Listing(name, file_items([path]))
 
 
-def _from_folder(root: Path) -> tuple[list[Item], list[Skipped]]:
+def _from_folder(root: Path, leave_out: Sequence[str | Path]) -> tuple[list[Item], list[Skipped]]:
     items: list[Item] = []
     skipped: list[Skipped] = []
-    for path, problem in _walk(root):
+    for path, problem in _walk(root, leave_out):
         relative = path.relative_to(root)
         if problem is not None:
             skipped.append(Skipped(file_id(relative), problem))
@@ -166,28 +169,35 @@ def _from_folder(root: Path) -> tuple[list[Item], list[Skipped]]:
     return sorted(items, key=lambda item: natural_key(item.id)), sorted(skipped, key=lambda each: natural_key(each.id))
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """Every file below `root` and what is wrong with it; hidden names are left out.
+def _walk(root: Path, leave_out: Sequence[str | Path]) -> Iterator[tuple[Path, str | None]]:
+    """Every file below `root` and what is wrong with it; hidden names and some folders are left out.
 
     Each folder is read once, by its own name rather than by a link to it: links are followed last. Folders that link to
     each other would otherwise be read once for each order of them. No recursion, as folders may be thousands deep.
     """
+    left_out = [os.path.expanduser(each) for each in leave_out]
+    others = {_identity(each) for each in left_out if os.path.isdir(each)} - {_identity(root)}
     read: set[tuple[int, int]] = set()
     folders: list[Path] = [root]
     links: list[Path] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         try:
-            status = os.stat(folder)
+            identity = _identity(folder)
             inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             yield folder, f"the folder cannot be listed: {sentence(error)}"
             continue
-        identity = (status.st_dev, status.st_ino)
+        if identity in others:
+            continue
         if identity in read:
             yield folder, "a link to a folder that is read already"
             continue
         read.add(identity)
+        kind = None if folder == root else output_kind(folder, {entry.name for entry in inside})
+        if kind is not None:
+            yield folder, f"{kind}, and no folder of images"
+            continue
         for entry in inside:
             path = Path(entry.path)
             if entry.name.startswith("."):
@@ -195,12 +205,18 @@ def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:
             if entry.is_dir(follow_symlinks=False) or os.path.isdir(path):
                 (links if entry.is_symlink() else folders).append(path)
             else:
-                yield path, _not_a_file(path)
+                yield path, _not_an_image(path)
 
 
-def _not_a_file(path: Path) -> str | None:
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """What tells a folder from others, by whatever path."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _not_an_image(path: Path) -> str | None:
     if os.path.isfile(path):  # unlike `Path.is_file`, no error for a path that is too long or a link to itself
-        return None
+        return "a figure that Vitrail drew" if is_figure(path) else None
     return "a link that leads nowhere" if os.path.islink(path) else "not a regular file"
 
 

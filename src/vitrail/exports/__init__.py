@@ -1,47 +1,59 @@
 """A finished study in the formats of other tools: tables, netCDF, and data sets for Embedding Atlas and FiftyOne.
 
 An export is a folder with `export.json`, which says what it is and lists its files; another export replaces these files
-and no others. No torch.
+and no others, and is refused where it would write over one of somebody else's. No torch.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vitrail import __version__
-from vitrail.data.files import sentence
+from vitrail.data.files import sentence, some
 from vitrail.errors import StudyError, UsageError
+from vitrail.exports import atlas, fiftyone, netcdf
 from vitrail.exports.atlas import write_atlas
 from vitrail.exports.fiftyone import write_fiftyone
 from vitrail.exports.netcdf import write_netcdf
 from vitrail.exports.source import ExportSource, open_source
-from vitrail.exports.tables import write_csv, write_parquet
-from vitrail.outputs import local_path
+from vitrail.exports.tables import csv_names, parquet_names, write_csv, write_parquet
+from vitrail.outputs import EXPORT_SIGN as SIGN
+from vitrail.outputs import export_listing, local_path
 
 __all__ = ["FORMATS", "Format", "export_study"]
-
-SIGN = "export.json"
 
 
 class Format(NamedTuple):
     """One format.
 
     Attributes:
-        write: Writes the study's measures into a new folder and returns how the tool opens it.
+        write: Writes the study's measures into a folder and returns how the tool opens it.
+        names: The files and folders that it makes there.
         help: What comes out, in a few words.
     """
 
     write: Callable[[ExportSource, Path], str]
+    names: Callable[[ExportSource], Collection[str]]
     help: str
 
 
 FORMATS: Mapping[str, Format] = {
-    "parquet": Format(write_parquet, "one tidy table for each set of dimensions, for pandas, Polars, DuckDB, R"),
-    "csv": Format(write_csv, "the same tables as text"),
-    "netcdf": Format(write_netcdf, "all arrays in one netCDF-4 file, for xarray, R, Julia, Panoply"),
-    "embedding-atlas": Format(write_atlas, "the map of images with their numbers, for Embedding Atlas"),
-    "fiftyone": Format(write_fiftyone, "photographs with labels, predictions and heat maps, for FiftyOne"),
+    "parquet": Format(
+        write_parquet, parquet_names, "one tidy table for each set of dimensions, for pandas, Polars, DuckDB, R"
+    ),
+    "csv": Format(write_csv, csv_names, "the same tables as text"),
+    "netcdf": Format(
+        write_netcdf, lambda _: (netcdf.FILE,), "all arrays in one netCDF-4 file, for xarray, R, Julia, Panoply"
+    ),
+    "embedding-atlas": Format(
+        write_atlas, lambda _: (atlas.FILE,), "the map of images with their numbers, for Embedding Atlas"
+    ),
+    "fiftyone": Format(
+        write_fiftyone,
+        lambda _: (fiftyone.DATASET, fiftyone.PICTURES),
+        "photographs with labels, predictions, heat maps, for FiftyOne",
+    ),
 }
 
 
@@ -60,7 +72,8 @@ def export_study(
         The folder, and a line that opens it in the tool.
 
     Raises:
-        UsageError: The format or a measure is unknown, or the folder holds something else.
+        UsageError: The format or a measure is unknown, or the folder holds something else, or a file of somebody else's
+            under a name that the export writes.
         MissingLibrary: The format needs a library that is not installed.
         StudyError: The folder is no finished study, or the export cannot be written.
 
@@ -72,18 +85,20 @@ def export_study(
         raise UsageError(f"There is no export to {to!r}; choose from {', '.join(FORMATS)}.")
     source = open_source(study, measures)
     folder = local_path(out if out is not None else Path(study) / "exports" / to)
-    _refuse_foreign_folder(folder)
     try:
+        own, names = _own_files(folder), FORMATS[to].names(source)
+        foreign = _files_in(folder) - own - {SIGN}
+        _refuse_foreign_files(folder, foreign, names)
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_own_files(folder)
-        foreign = _files_in(folder)
-        _write_sign(source, to, folder, files=[], is_complete=False)
+        for name in own:
+            (folder / name).unlink()
+        _write_sign(source, to, folder, files=sorted(names), is_complete=False)
         try:
             opens = FORMATS[to].write(source, folder)
         finally:
-            own = sorted(_files_in(folder) - foreign - {SIGN})
-            _write_sign(source, to, folder, files=own, is_complete=False)
-        _write_sign(source, to, folder, files=own, is_complete=True)
+            written = sorted(_files_in(folder) - foreign - {SIGN})
+            _write_sign(source, to, folder, files=written, is_complete=False)
+        _write_sign(source, to, folder, files=written, is_complete=True)
     except OSError as error:
         raise StudyError(f"The export {folder} cannot be written: {sentence(error)}.") from error
     return folder, opens.format(folder=folder.as_posix())
@@ -93,27 +108,35 @@ def _files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
 
 
-def _remove_own_files(folder: Path) -> None:
-    """Removes what the export before wrote here, as its sign lists it; whatever else lies here stays."""
+def _own_files(folder: Path) -> set[str]:
+    """What the export before wrote here, as its sign lists it; a folder that is no export is refused."""
     sign = folder / SIGN
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return set()
     if not sign.is_file():
-        return
+        raise UsageError(_foreign_folder_message(folder, f"it has no {SIGN}"))
     try:
-        names = json.loads(sign.read_text(encoding="utf-8")).get("files", [])
-    except (ValueError, AttributeError) as error:
+        content = export_listing(folder)
+    except ValueError as error:
         raise UsageError(f"{sign} is damaged, so what the export wrote is not known; name another folder.") from error
-    present = _files_in(folder)
-    for name in names if isinstance(names, list) else []:
-        if name in present:  # as this folder lists it, so no name leads out of it
-            (folder / name).unlink()
+    if content is None:
+        raise UsageError(_foreign_folder_message(folder, f"its {SIGN} is of another program"))
+    listed = set(map(str, content["files"])) if isinstance(content["files"], list) else set()
+    # names as the folder lists them, so none leads out of it; an export that was killed lists folders
+    return {name for name in _files_in(folder) if name in listed or name.split("/")[0] in listed}
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
-    """Refuses to replace what is no export."""
-    if folder.exists() and not (folder / SIGN).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+def _foreign_folder_message(folder: Path, reason: str) -> str:
+    return f"{folder} was not written by `vitrail export` ({reason}) and is not overwritten; name another with --out."
+
+
+def _refuse_foreign_files(folder: Path, foreign: Collection[str], names: Collection[str]) -> None:
+    """Refuses to write over what somebody else put beside the files of an export."""
+    at_stake = sorted(name for name in foreign if name.split("/")[0] in names)
+    if at_stake:
         raise UsageError(
-            f"{folder} was not written by `vitrail export` (it has no {SIGN}) and is not overwritten; name another "
-            "folder with --out."
+            f"{folder} holds {some(at_stake, 3)}, which `vitrail export` did not write and would overwrite; move it, "
+            "or name another folder with --out."
         )
 
 

@@ -9,9 +9,10 @@ from PIL import Image
 from vitrail.errors import Unsupported
 from vitrail.exports.source import THUMBNAIL, ExportSource, import_library
 
-__all__ = ["write_atlas"]
+__all__ = ["FILE", "write_atlas"]
 
 MAP = "image_xy"
+FILE = "images.parquet"
 
 
 def write_atlas(source: ExportSource, folder: Path) -> str:
@@ -19,7 +20,7 @@ def write_atlas(source: ExportSource, folder: Path) -> str:
 
     Args:
         source: The study.
-        folder: An empty folder.
+        folder: A folder without files of these names.
 
     Returns:
         The command that opens the map, with `{folder}` in it.
@@ -48,8 +49,8 @@ def write_atlas(source: ExportSource, folder: Path) -> str:
             bool(same) if known else None for same, known in zip(label == prediction, label >= 0, strict=True)
         ]
     columns |= {name: values.astype(np.float32) for name, values in source.numbers_of_images().items()}
-    parquet.write_table(arrow.table(columns), folder / "images.parquet", compression="zstd")
-    return "embedding-atlas {folder}/images.parquet --image image --x x --y y"
+    parquet.write_table(arrow.table(columns), folder / FILE, compression="zstd")
+    return f"embedding-atlas {{folder}}/{FILE} --image image --x x --y y"
 
 
 def _pictures(source: ExportSource) -> list[dict[str, bytes | str | None]]:

@@ -13,9 +13,9 @@ from vitrail.data.geometry import crop_corner, resized_sides
 from vitrail.errors import MissingLibrary
 from vitrail.exports.source import THUMBNAIL, ExportSource, import_library
 
-__all__ = ["heat_map", "patch_maps", "write_fiftyone"]
+__all__ = ["DATASET", "PICTURES", "heat_map", "patch_maps", "write_fiftyone"]
 
-DATASET = "dataset"
+DATASET, PICTURES = "dataset", "pictures"
 CELL_PX = 8
 """Sides of a patch in a heat map: FiftyOne stretches the map over the photograph, and the edges of the model's crop
 seldom lie on those of a patch."""
@@ -29,7 +29,7 @@ def write_fiftyone(source: ExportSource, folder: Path) -> str:
 
     Args:
         source: The study.
-        folder: An empty folder.
+        folder: A folder without files of these names.
 
     Returns:
         A line that loads the data set, with `{folder}` in it.
@@ -142,7 +142,7 @@ def _photograph(source: ExportSource, row: int, folder: Path) -> tuple[Path, tup
     sides = None if entry.path is None else _sides(Path(entry.path))
     if entry.path is not None and sides is not None:
         return Path(entry.path).resolve(), sides
-    path = folder / "pictures" / f"{row:06d}.png"
+    path = folder / PICTURES / f"{row:06d}.png"
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(source.everything[THUMBNAIL][row].to_numpy()).save(path)
     return path, None

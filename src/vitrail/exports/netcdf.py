@@ -10,7 +10,7 @@ import xarray as xr
 
 from vitrail.exports.source import ExportSource, import_library
 
-__all__ = ["write_netcdf"]
+__all__ = ["FILE", "write_netcdf"]
 
 FILE = "study.nc"
 
@@ -20,7 +20,7 @@ def write_netcdf(source: ExportSource, folder: Path) -> str:
 
     Args:
         source: The study.
-        folder: An empty folder.
+        folder: A folder without files of these names.
 
     Returns:
         A line that opens the file, with `{folder}` in it.

@@ -16,7 +16,7 @@ import numpy as np
 from vitrail.exports.source import ExportSource, import_library
 from vitrail.measure import PLACES
 
-__all__ = ["write_csv", "write_parquet"]
+__all__ = ["csv_names", "parquet_names", "write_csv", "write_parquet"]
 
 CLASSES = ("label", "prediction")
 """Class ids of each image, which get a column with the class's name too."""
@@ -29,10 +29,37 @@ ABOUT = ("title", "unit", "low", "high", "source", "limits", "analysis")
 Columns = dict[str, Any]
 
 
+DESCRIPTION = "columns.csv"
+
+
 class _Table(NamedTuple):
     name: str
     dims: tuple[str, ...]
     measures: tuple[str, ...]
+
+
+def parquet_names(source: ExportSource) -> list[str]:
+    """The files that `write_parquet` writes of a study.
+
+    Args:
+        source: The study.
+
+    Returns:
+        Their names.
+    """
+    return [f"{table.name}.parquet" for table in _tables(source)]
+
+
+def csv_names(source: ExportSource) -> list[str]:
+    """The files that `write_csv` writes of a study.
+
+    Args:
+        source: The study.
+
+    Returns:
+        Their names.
+    """
+    return [*(f"{table.name}.csv" for table in _tables(source)), DESCRIPTION]
 
 
 def write_parquet(source: ExportSource, folder: Path) -> str:
@@ -40,7 +67,7 @@ def write_parquet(source: ExportSource, folder: Path) -> str:
 
     Args:
         source: The study.
-        folder: An empty folder.
+        folder: A folder without files of these names.
 
     Returns:
         A line that reads the first table, with `{folder}` in it.
@@ -73,7 +100,7 @@ def write_csv(source: ExportSource, folder: Path) -> str:
 
     Args:
         source: The study.
-        folder: An empty folder.
+        folder: A folder without files of these names.
 
     Returns:
         A line that reads the first table, with `{folder}` in it.
@@ -90,7 +117,7 @@ def write_csv(source: ExportSource, folder: Path) -> str:
                     writer.writerow(header)
                 writer.writerows(zip(*(_text(values) for values in columns.values()), strict=True))
         described += [(table.name, name, *_about(source, name).values()) for name in header if _about(source, name)]
-    with (folder / "columns.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / DESCRIPTION).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("table", "column", *ABOUT), *described])
     return f"pandas.read_csv('{{folder}}/{tables[0].name}.csv')"
 

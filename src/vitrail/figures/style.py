@@ -19,7 +19,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoS
 from matplotlib.figure import Figure
 
 from vitrail.errors import UsageError
-from vitrail.outputs import local_path, refuse_foreign_file
+from vitrail.outputs import FIGURE_SIGN, local_path, refuse_foreign_file
 
 __all__ = [
     "ATTENTION",
@@ -79,7 +79,7 @@ METADATA = {
 }
 """Who wrote a file, and not when, which would change its bytes."""
 
-SIGNS = {"png": b"Software\x00vitrail", "svg": b"<dc:title>vitrail</dc:title>", "pdf": b"/Creator (vitrail)"}
+SIGNS = {"png": FIGURE_SIGN, "svg": b"<dc:title>vitrail</dc:title>", "pdf": b"/Creator (vitrail)"}
 """How these entries look in a file: only figures of Vitrail's are overwritten."""
 
 STYLE = {

@@ -22,7 +22,7 @@ from vitrail.data.labels import LabelSource
 from vitrail.errors import DamagedStudy, UsageError
 from vitrail.heads.correction import correct_mean, exact_values
 from vitrail.heads.summary import present_heads
-from vitrail.stats import mean_interval
+from vitrail.stats import mean_interval, require_seed
 from vitrail.study.store import read_plan
 
 __all__ = [
@@ -76,14 +76,14 @@ def halves(n_images: int, seed: int = 0) -> Halves:
         Positions of the images of each half.
 
     Raises:
-        UsageError: Fewer than 2 images.
+        UsageError: Fewer than 2 images, or the seed is out of range.
     """
     if n_images < 2:
         raise UsageError(
             f"Heads are ranked on one half of the images and tried on the other; this study has {n_images}. "
             "Study at least 2 images, some hundreds for numbers that mean something."
         )
-    drawn = np.random.default_rng(seed).permutation(n_images)
+    drawn = np.random.default_rng(require_seed(seed)).permutation(n_images)
     return Halves(np.sort(drawn[: n_images // 2]), np.sort(drawn[n_images // 2 :]))
 
 

@@ -20,10 +20,11 @@ from vitrail.analysis import (
     TakesMasks,
     declaration,
     make_collectors,
+    measures,
 )
 from vitrail.contract.outlook import reason_of_chance
-from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask
-from vitrail.errors import DataError, ModelError
+from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask, require_mask_size
+from vitrail.errors import ModelError
 from vitrail.models.objects import in_view, object_shares
 from vitrail.models.open import Vit
 from vitrail.models.task import Task
@@ -127,11 +128,7 @@ def _mask_in_view(entry: ImageEntry, image: Image.Image, vit: Vit) -> Int64[np.n
     mask = load_mask(entry)
     if mask is None:
         return None
-    if mask.shape != (image.height, image.width):
-        raise DataError(
-            f"The mask of {entry.id} has {mask.shape[1]} x {mask.shape[0]} pixels and the image {image.width} x "
-            f"{image.height}; a mask is as large as its image."
-        )
+    require_mask_size(mask, image.size, str(entry.mask))  # again: an earlier version's list does not have the sides
     return in_view(mask, vit.preprocessing)
 
 
@@ -146,17 +143,19 @@ class BatchRun:
 
     Args:
         vit: The model.
-        plan: Of the study; every measure in it is the business of one collector.
+        plan: Of the study; every measure in it that an analysis here declares is the business of one collector.
     """
 
     def __init__(self, vit: Vit, plan: Plan) -> None:
         self._vit, self._plan, self._tap = vit, plan, vit.tap()
-        self._collectors = make_collectors(vit, tuple(plan.measures), plan.options)
+        declared = measures()
+        self._names = [name for name in plan.measures if name in declared]
+        self._collectors = make_collectors(vit, self._names, plan.options)
         self._calibration: Sequence[Mapping[str, np.ndarray]] = ()
         self._object_grid = vit.anatomy.blocks[0].grid
-        self._base = frozenset(name for name in plan.measures if declaration(name).analysis == BASE)
+        self._base = frozenset(name for name in self._names if declared[name].analysis == BASE)
         computed = self._base.union(*(collector.measures for collector in self._collectors))
-        expected_names = {name for name in plan.measures if not declaration(name).derived}
+        expected_names = {name for name in self._names if not declared[name].derived}
         assert computed == expected_names, f"no collector for {expected_names - computed}"
 
     def __call__(self, batch: LoadedBatch, existing: Container[str] = (), *, place: int = 0) -> Arrays:
@@ -207,7 +206,7 @@ class BatchRun:
             )
         if torch.device(self._vit.device).type == "cuda":
             torch.cuda.empty_cache()
-        self._collectors = make_collectors(self._vit, tuple(self._plan.measures), self._plan.options)
+        self._collectors = make_collectors(self._vit, self._names, self._plan.options)
         self.load_calibration(self._calibration)
 
     def load_calibration(self, statistics: Sequence[Mapping[str, np.ndarray]]) -> None:

@@ -2,14 +2,17 @@
 
 A lease is a file that names its holder (process, machine), which touches it every few seconds. It is free again as soon
 as its process has ended, or, if that ran on another machine, once nobody has touched it for `LEASE_S` by the observer's
-own clock: clocks of machines are never compared, and no file system needs to have locks.
+own clock: clocks of machines are never compared, and no file system needs to have locks. So whoever meets a lease of
+another machine looks at it until its holder touches it, or for so long.
 
 A process that was stopped for longer and goes on may find its lease taken. Nothing is lost then: the study is written
 in whole files, and two processes that compute one part write the same bytes.
 """
 
+import socket
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ __all__ = [
     "lock_files",
     "presence",
     "remove_abandoned",
+    "say_looking",
     "workers",
 ]
 
@@ -71,7 +75,8 @@ class Lease:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = SoftFileLease(path, lease_duration=LEASE_S, thread_local=False)
-        self._nameless: tuple[tuple[int, int], float] | None = None
+        self._look: tuple[tuple[int, int], float] | None = None
+        self._is_touched = False
 
     def acquire(self) -> bool:
         """Takes the lease if it is free.
@@ -85,8 +90,9 @@ class Lease:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            self._remove_nameless()
+            self._observe()
             return False
+        self._look, self._is_touched = None, False
         return True
 
     def release(self) -> None:
@@ -109,16 +115,26 @@ class Lease:
         """Whether another process has taken it, because this one did not run for longer than `LEASE_S`."""
         return self._lock.compromise is not None
 
-    def _remove_nameless(self) -> None:
-        """Removes an empty file that stays as it is: its writer ended between making it and writing its name."""
+    @property
+    def is_unclear(self) -> bool:
+        """Whether its holder, on another machine or without a name, may have ended: nobody has touched it yet."""
+        owner = self._lock.owner
+        if self._look is None or self._is_touched or (owner is not None and owner.hostname == socket.gethostname()):
+            return False
+        return time.monotonic() - self._look[1] < LEASE_S + CUT_SHORT_S
+
+    def _observe(self) -> None:
+        """Notes whether somebody touches it, and removes an empty file that stays as it is.
+
+        The writer of such a file ended between making it and writing its name.
+        """
         with suppress(OSError):
-            found = self.path.stat()
-            mark, now = (found.st_ino, found.st_mtime_ns), time.monotonic()
-            if found.st_size > 0:
-                self._nameless = None
-            elif self._nameless is None or self._nameless[0] != mark:
-                self._nameless = mark, now
-            elif now - self._nameless[1] >= CUT_SHORT_S:
+            status = self.path.stat()
+            mark, now = (status.st_ino, status.st_mtime_ns), time.monotonic()
+            if self._look is None or self._look[0] != mark:
+                self._is_touched = self._look is not None
+                self._look = mark, now
+            elif status.st_size == 0 and now - self._look[1] >= CUT_SHORT_S:
                 self.path.unlink()
 
 
@@ -268,17 +284,18 @@ def folder_lock(folder: Path, name: str = LOCK, *, wait: bool = False) -> Iterat
         The lock.
 
     Raises:
-        StudyError: Another process holds the lock (it is named), or nothing can be written there.
+        StudyError: Another process holds the lock (it is named), or nothing can be written there. Of a process on
+            another machine this is said once it has touched the lock.
     """
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lease(folder / name)
-        while not lock.acquire():
-            holder = lock.holder
-            if holder and not wait:
-                raise StudyError(f"{holder} is writing {folder}; wait until it has ended, or end it.")
+        while wait and not lock.acquire():
             time.sleep(POLL_S)
+        if not wait and _held([lock], folder):
+            holder = lock.holder or "A process"
+            raise StudyError(f"{holder} is writing {folder}; wait until it has ended, or end it.")
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
@@ -317,14 +334,48 @@ def workers(folder: Path) -> list[str]:
     Returns:
         A few words for each; empty where nobody is at work.
     """
-    names = []
-    for path in sorted((folder / LEASES).glob("worker-*")):
-        lease = Lease(path)
-        if lease.acquire():  # of a process that has ended
-            lease.release()
-        else:
-            names.append(lease.holder or "A process")
-    return names
+    leases = [Lease(path) for path in sorted((folder / LEASES).glob("worker-*"))]
+    return [lease.holder or "A process" for lease in _held_by_others(leases, folder)]
+
+
+def _held_by_others(leases: Sequence[Lease], folder: Path) -> list[Lease]:
+    """Those of the leases that somebody holds; files of the others are removed."""
+    try:
+        with suppress(FileNotFoundError):  # their folder was removed meanwhile, as nobody is at work any more
+            return _held(leases, folder)
+        return []
+    finally:
+        for lease in leases:
+            if lease.is_held:
+                lease.release()
+
+
+def _held(leases: Sequence[Lease], folder: Path) -> list[Lease]:
+    """Those of the leases that somebody holds, as soon as that is clear of one of them; this process takes the others.
+
+    A process that has ended on this machine is told at once, one on another machine by its lease that nobody touches.
+    """
+    held = [lease for lease in leases if not lease.acquire()]
+    if held and held[0].holder and all(lease.is_unclear for lease in held):
+        say_looking(held[0].holder, folder)
+    while held and all(lease.is_unclear for lease in held):
+        time.sleep(POLL_S)
+        held = [lease for lease in held if not lease.acquire()]
+    return held
+
+
+def say_looking(holder: str, place: object) -> None:
+    """Says why a process waits that has met the lease of another machine.
+
+    Args:
+        holder: Who that is, in words.
+        place: The study.
+    """
+    warnings.warn(
+        f"{holder} was at work on {place}. Looking for up to {LEASE_S:.0f} s whether it still is.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def lock_files(folder: Path) -> list[Path]:
@@ -341,18 +392,16 @@ def lock_files(folder: Path) -> list[Path]:
 
 
 def remove_abandoned(paths: Iterable[Path]) -> None:
-    """Removes files of leases whose processes have ended; waits for those that name nobody, as they may do so yet.
+    """Removes files of leases whose processes have ended; looks for a while at those of which that is not clear.
+
+    Where somebody else is still at work, what is not clear then is left to them.
 
     Args:
         paths: Of the files.
     """
-    for path in paths:
-        lease = Lease(path)
-        with suppress(FileNotFoundError):  # another process has removed it meanwhile
-            while path.exists() and not lease.acquire() and not lease.holder:
-                time.sleep(POLL_S)
-            if lease.is_held:
-                lease.release()
+    leases = [Lease(path) for path in paths if path.exists()]
+    if leases:
+        _held_by_others(leases, leases[0].path.parent)
 
 
 def _unwritable(folder: Path, error: OSError) -> StudyError:

@@ -14,10 +14,14 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-from vitrail.study.locking import LEASE_S, LEASES
+from vitrail.study.locking import LEASE_S, LEASES, say_looking
 from vitrail.study.object_store import ObjectStudy
 
 __all__ = ["ObjectLeases"]
+
+
+LOOK_S = 1.0
+"""Between two looks at a lease that another machine may still renew."""
 
 
 class ObjectLeases:
@@ -73,13 +77,30 @@ class ObjectLeases:
                 self._study.store.delete(f"{LEASES}/{name}")
 
     def others(self) -> bool:
-        """Whether other workers are at work.
+        """Whether other workers are at work; those of other machines are looked at until one renews its lease.
 
         Returns:
-            True also for one that was ended on another machine less than `LEASE_S` ago.
+            False once nobody has renewed any for `LEASE_S`.
         """
         names = [key for key in self._keys() if key.startswith("worker-") and key not in self._tokens]
-        return any(self._tag_if_abandoned(f"{LEASES}/{name}") is None for name in names)
+        tags: dict[str, str] = {}
+        while names:
+            unclear = []
+            for name in names:
+                content, tag = self._read(f"{LEASES}/{name}")
+                if not tag or self._tag_if_abandoned(f"{LEASES}/{name}") is not None:
+                    continue
+                host = content.get("host")
+                if host == socket.gethostname() or tags.get(name, tag) != tag:
+                    return True
+                if not tags:
+                    say_looking(f"Process {content.get('pid')} on {host}", self._study.address)
+                tags[name] = tag
+                unclear.append(name)
+            names = unclear
+            if names:
+                time.sleep(LOOK_S)
+        return False
 
     def sweep(self) -> None:
         """Removes leases that processes which were killed have left."""

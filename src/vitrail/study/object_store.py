@@ -148,12 +148,15 @@ class ObjectStudy:
     def pull(self, *, values: bool = False) -> None:
         """Downloads what is not in the local copy, or has changed.
 
+        What says that something is complete comes first, so that the copy has all that it speaks of.
+
         Args:
             values: Also the values of arrays, without which a study can be written and not read.
         """
-        self._pull("", values=values)
+        self.pull_parts()
+        self._pull("", values=values, parts=False)
 
-    def _pull(self, prefix: str, *, values: bool = False) -> None:
+    def _pull(self, prefix: str, *, values: bool = False, parts: bool = True) -> None:
         present = set()
         for page in self.store.list(prefix or None):
             for each in page:
@@ -162,7 +165,7 @@ class ObjectStudy:
                     continue
                 present.add(key)
                 is_here = (self.folder / key).is_file()
-                wanted = values or not VALUES.fullmatch(key)
+                wanted = (values or not VALUES.fullmatch(key)) and (parts or not key.startswith(f"{PARTS}/"))
                 if wanted and not (is_here and self._tags.get(key) == each["e_tag"]):
                     self._download(key)
         for key in [key for key in self._tags if key.startswith(prefix) and key not in present]:

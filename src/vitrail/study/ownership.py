@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vitrail.errors import StudyError
-from vitrail.outputs import local_path
+from vitrail.outputs import STUDY_MARKER, local_path
 from vitrail.study.locking import (
     LEASES,
     OPENING,
@@ -40,7 +40,7 @@ __all__ = [
     "write_atomic",
 ]
 
-MARKER = ".vitrail-study"
+MARKER = STUDY_MARKER
 
 MODEL = "model.json"
 """How the model was opened. Apart from the plan: where a weights file lies changes no number, what is in it does."""

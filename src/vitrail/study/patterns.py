@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitrail.analysis import declaration
+from vitrail.analysis import measures
 from vitrail.data import ImageSource, Manifest
 from vitrail.models.open import Vit
 from vitrail.patterns.maps import ComparableLayers, PatternMaps, comparable_layers, read_pattern_maps
@@ -42,7 +42,7 @@ def derive_patterns(run: StudyRun) -> None:
         run: the study, all of whose parts are complete.
     """
     vit, source, manifest, study, bars = run.vit, run.source, run.manifest, run.folder, run.progress
-    declared = [declaration(name) for name in study.plan.measures]
+    declared = [measure for name, measure in measures().items() if name in study.plan.measures]
     names = [measure.name for measure in declared if measure.derived and measure.analysis == "patterns"]
     if not names or not study.patterns_are_missing:
         return

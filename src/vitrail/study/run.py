@@ -35,6 +35,7 @@ from vitrail.measure import Measure
 from vitrail.models.open import Vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.outputs import is_address, local_path
+from vitrail.stats import require_seed
 from vitrail.study.batches import BatchRun, LoadedBatch, StudyRun, load_batches
 from vitrail.study.engines import ENGINES, work_on_ray
 from vitrail.study.growth import arrange_images, merge_plans, starts_with
@@ -45,7 +46,7 @@ from vitrail.study.plan import Part, Plan
 from vitrail.study.planning import make_plan
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import save_model_arguments
-from vitrail.study.store import IMAGES, open_study, read_manifest
+from vitrail.study.store import IMAGES, arrays_by_part, open_study, read_manifest
 from vitrail.study.writing import StudyFolder, plan_of
 
 __all__ = ["run_study"]
@@ -118,6 +119,7 @@ def run_study(
         raise UsageError(f"A batch of {batch_size} images cannot be run; give 1 or more.")
     if part_images is not None and part_images < 1:
         raise UsageError(f"A part of {part_images} images cannot be made; give 1 or more.")
+    require_seed(seed)
     if engine not in ENGINES:
         raise UsageError(f"There is no engine {engine!r}; choose from {', '.join(ENGINES)}.")
     if engine == "ray":
@@ -141,7 +143,12 @@ def run_study(
     selected, left_out = _select_measures(vit, measures, options)
     refuse_foreign_folder(folder)
     source = open_images(
-        images, class_names=vit.class_names, n_classes=vit.n_classes, limit=limit, max_pixels=max_pixels
+        images,
+        class_names=vit.class_names,
+        n_classes=vit.n_classes,
+        limit=limit,
+        max_pixels=max_pixels,
+        leave_out=[each for each in (folder, masks) if each is not None],
     )
     request = _Request(selected, left_out, options, batch_size, part_images, seed, masks, allow_mixed)
     with nullcontext() if objects is None else objects.errors(), Progress(progress) as bars, ExitStack() as held:
@@ -195,6 +202,8 @@ def _open_folder(
         if existing is not None and not starts_with(manifest, existing):
             manifest = arrange_images(existing, read_manifest(folder), manifest)
         plan = _plan(vit, manifest, request, existing)
+        if existing is not None:
+            _refuse_undeclared(folder, existing, plan)
         study = StudyFolder(folder, plan, manifest, access)
         if not access.others:
             save_model_arguments(folder, vit)
@@ -267,13 +276,32 @@ def _refuse_other_calibration(vit: Vit, existing: Plan, plan: Plan) -> None:
     """Refuses more images where the numbers of each image depend on all images."""
     if plan.n_images == existing.n_images:
         return
-    collectors = make_collectors(vit, tuple(existing.measures), existing.options)
+    declared = [name for name in existing.measures if name in all_measures()]
+    collectors = make_collectors(vit, declared, existing.options)
     names = [name for each in collectors if isinstance(each, Calibrates) for name in each.measures]
     if names:
         raise PlanMismatch(
             f"number of images: the folder has {existing.n_images}, this run {plan.n_images}; {some(names, 3)} are "
             "measured against means over all images of the study, so it cannot gain any. Name another folder to begin "
             "anew."
+        )
+
+
+def _refuse_undeclared(folder: Path, existing: Plan, plan: Plan) -> None:
+    """Refuses to measure images of a study whose earlier images have what nothing installed here can give."""
+    names = [name for name in existing.measures if name not in all_measures()]
+    written = list(arrays_by_part(folder, existing).values())
+    is_complete = plan.n_images == existing.n_images and len(written) == len(existing.parts)
+    holding = {name: sum(name in part for part in written) for name in names}
+    lacking = [
+        name
+        for name, n_parts in holding.items()
+        if not written or (n_parts and not (is_complete and n_parts == len(written)))
+    ]
+    if lacking:
+        raise UsageError(
+            f"{folder} holds {some(lacking, 3)}, which no analysis here declares, so images that lack it cannot be "
+            "measured. Install or register the analysis that gives it."
         )
 
 

@@ -33,7 +33,7 @@ from vitrail.data import Manifest
 from vitrail.data.files import sentence, some
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.outputs import is_address
+from vitrail.outputs import STUDY_PLAN, is_address
 from vitrail.study.plan import Part, Plan
 
 __all__ = [
@@ -57,7 +57,7 @@ __all__ = [
     "zarr_options",
 ]
 
-PLAN, IMAGES, ARRAYS, PARTS = "study.json", "images.json", "arrays.zarr", "parts"
+PLAN, IMAGES, ARRAYS, PARTS = STUDY_PLAN, "images.json", "arrays.zarr", "parts"
 
 DERIVED = ("image_xy",)
 """Arrays that need all images, computed after the last part."""
@@ -109,7 +109,7 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
     folder = Path(path)
     plan = read_plan(folder)
     listed = arrays_by_part(folder, plan)
-    missing = missing_parts(folder, plan)
+    missing = _lacking(plan, plan.parts, listed)  # of the same look: a part may be completed meanwhile
     if missing and not partial:
         raise StudyError(_not_finished_message(folder, plan, missing) + " Or open what is there with partial=True.")
     parts = [part for part in plan.parts if part.number in listed]
@@ -122,6 +122,8 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
     dataset = _arrays(folder / ARRAYS, part_digests(folder, parts[0].number))
     if missing:
         dataset = dataset.drop_vars([name for name in dataset.variables if name not in names])
+    if not part_file(folder, DERIVED_PART).is_file():  # still to come, or damaged and taken back by `verify --repair`
+        dataset = dataset.drop_vars(DERIVED, errors="ignore")
     lost = _missing_chunks(folder, dataset, parts)
     about = {}
     if not missing and part_file(folder, PATTERNS).is_file():
@@ -159,10 +161,9 @@ def _select_images(folder: Path, dataset: xr.Dataset, ids: Sequence[str], parts:
 def _missing_chunks(folder: Path, arrays: xr.Dataset, parts: Sequence[Part]) -> dict[int | str, list[str]]:
     """Arrays of which a complete part has no chunk on disk, by part. zarr reads such chunks as the fill value."""
     lost: dict[int | str, list[str]] = {}
-    derived = {DERIVED_PART: 0} if part_file(folder, DERIVED_PART).is_file() else {}
     numbers = {part.number: part.number for part in parts}
     for name, array in arrays.data_vars.items():
-        chunks: Mapping[Any, int] = derived if name in DERIVED else numbers
+        chunks: Mapping[Any, int] = {DERIVED_PART: 0} if name in DERIVED else numbers
         for part in _parts_without_chunk(folder / ARRAYS, str(name), array.shape, chunks):
             lost.setdefault(part, []).append(str(name))
     return lost
@@ -290,7 +291,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _read_lazily(path: Path, name: str, array: xr.Variable) -> xr.Variable:
-    """The array, read when it is needed and then cached; what cannot be read then is a `DamagedStudy`."""
+    """The array, read when it is needed and then cached; what cannot be read then is a `StudyError`."""
     lazy = indexing.LazilyIndexedArray(_StoredArray(path, name, array))
     cached = indexing.MemoryCachedArray(lazy)  # type: ignore[no-untyped-call]
     return xr.Variable(array.dims, cached, array.attrs, array.encoding)
@@ -300,23 +301,65 @@ class _StoredArray(BackendArray):
     def __init__(self, path: Path, name: str, array: xr.Variable) -> None:
         self.shape, self.dtype = array.shape, array.dtype
         self._path, self._name, self._array = path, name, array
+        self._study = path.parents[1] if path.parent.name == PATTERNS else path.parent
+        self._plan_mark = _mark(self._study / PLAN)
         self._forked = _forked
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        self._refuse_lost_chunks(key)
         try:
             if _forked and not self._forked:  # opened before the fork, with threads that stayed there
                 self._array, self._forked = _opened(self._path)[self._name].variable, True
-            return np.asarray(self._array[key].values)
+            values = np.asarray(self._array[key].values)
         except UNREADABLE as error:
-            study = self._path.parents[1] if self._path.parent.name == PATTERNS else self._path.parent
-            raise DamagedStudy(
-                f"Values of {self._name} in {self._path} cannot be read: {sentence(error)}. Restore the folder from a "
-                f"copy, or run `vitrail verify {study} --repair` and then the same `vitrail study` command again, "
-                "which computes them anew."
-            ) from error
+            raise self._error(sentence(error)) from error
+        self._refuse_lost_chunks(key)  # of a study that grew while they were read
+        return values
+
+    def _refuse_lost_chunks(self, key: tuple[Any, ...]) -> None:
+        """zarr reads a chunk that is not there, of a study that was moved or grows, as the fill value."""
+        if not self.shape:
+            return
+        length = (self._array.encoding.get("chunks") or self.shape)[0]
+        chunks = {str(number): number for number in _chunks_of(key[0], self.shape[0], length)}
+        lost = _parts_without_chunk(self._path, self._name, self.shape, chunks)
+        if lost:
+            raise self._error(f"chunk {some(lost, 3)} is missing")
+
+    def _error(self, reason: str) -> StudyError:
+        mark = _mark(self._study / PLAN)
+        if mark is None:
+            return StudyError(
+                f"Values of {self._name} cannot be read, since {self._study} is no longer there. Put it back, or open "
+                "the study where it is now."
+            )
+        if mark != self._plan_mark:
+            return StudyError(f"{self._study} has changed since it was opened; open it again.")
+        return DamagedStudy(
+            f"Values of {self._name} in {self._path} cannot be read: {reason}. Restore the folder from a copy, or run "
+            f"`vitrail verify {self._study} --repair` and then the same `vitrail study` command again, which computes "
+            "them anew."
+        )
+
+
+def _mark(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _chunks_of(rows: Any, n_rows: int, length: int) -> list[int]:
+    """The chunks, along the first dimension, that hold these rows: an index, a slice or an array of indices."""
+    if isinstance(rows, slice):
+        rows = np.arange(*rows.indices(n_rows))
+    numbers: list[int] = np.unique(np.asarray(rows) % max(n_rows, 1) // max(length, 1)).tolist()
+    return numbers
 
 
 def _redo(path: Path) -> str:
@@ -403,7 +446,10 @@ def missing_parts(folder: Path, plan: Plan, parts: Sequence[Part] | None = None)
         Parts, in order.
     """
     parts = plan.parts if parts is None else parts
-    listed = arrays_by_part(folder, plan, parts)
+    return _lacking(plan, parts, arrays_by_part(folder, plan, parts))
+
+
+def _lacking(plan: Plan, parts: Sequence[Part], listed: Mapping[int, frozenset[str]]) -> list[Part]:
     expected = _arrays_of_every_part(plan, listed)
     return [part for part in parts if not expected <= listed.get(part.number, frozenset())]
 

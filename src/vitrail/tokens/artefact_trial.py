@@ -16,7 +16,7 @@ from torch import Tensor
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import Vit
 from vitrail.sentence import percent
-from vitrail.stats import mean_interval, share_interval
+from vitrail.stats import mean_interval, require_seed, share_interval
 from vitrail.tap.attention import LayerAttention, Readers
 from vitrail.tokens.artefacts import (
     ArtefactNeuron,
@@ -61,13 +61,14 @@ def try_registers(
         a few images `photo`, `token_norm` and `class_attention` [model example patch] of layer `worst_layer`.
 
     Raises:
-        UsageError: Fewer than 2 images.
+        UsageError: Fewer than 2 images, or the seed is out of range.
         Unsupported: No token is outlying, or the model has no MLPs that can be read.
 
     Example:
         >>> trial = try_registers(vit, [vit.view(photo) for photo in photographs])  # doctest: +SKIP
         >>> trial["outlier_share"].mean("image").sel(model="registers")  # doctest: +SKIP
     """
+    require_seed(seed)
     if len(views) < 2:
         raise UsageError("Artefacts are looked for on some images and registers tried on others: give at least 2.")
     finding, trying = views[: min(N_FINDING, len(views) // 2)], views[len(views) // 2 :]

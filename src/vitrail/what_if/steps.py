@@ -19,6 +19,7 @@ from vitrail.heads.importance import model_metrics
 from vitrail.heads.metrics import one_minus_cosine
 from vitrail.heads.regions import Mode, mode_edits
 from vitrail.models.open import Vit
+from vitrail.stats import require_seed
 from vitrail.study.plan import N_TOP
 from vitrail.tap.anatomy import Anatomy, Block
 from vitrail.tap.edits import Edit
@@ -105,7 +106,7 @@ def what_if(
         command or the Python lines that do the same elsewhere.
 
     Raises:
-        UsageError: a head, mode, patch or window is not there, or nothing is changed.
+        UsageError: a head, mode, patch or window is not there, nothing is changed, or the seed is out of range.
         Unsupported: this model cannot be changed that way.
         ModelError: an answer of the model has NaN or infinite numbers.
 
@@ -117,6 +118,7 @@ def what_if(
         >>> changed["step"].values.tolist()
         ['unchanged', 'L0H0 off', 'L1H2 off']
     """
+    require_seed(seed)
     off, moves = parse_heads_off(vit, heads_off), [parse_window(vit, window) for window in windows]
     mask = parse_patches(vit, patches)
     if how not in HOW:
