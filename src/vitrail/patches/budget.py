@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vitrail.data.photographs import photographs
 from vitrail.errors import Unsupported
@@ -217,7 +218,7 @@ def head_prices(vit: Vit, images: Float[Tensor, "image channel row column"]) -> 
 
     Returns:
         Nats per squared unit of the head's output, zero or more. 0: whatever this head's patches see, the prediction
-        stays (in a last layer that is read by the class token alone, always).
+        stays (in a last layer that is read by the class token alone, always). NaN for heads that a layer lacks.
     """
     if any(len(block.calls) > 1 for block in vit.anatomy.blocks):
         raise Unsupported(f"{vit.name} has layers with several attention calls; prices of their heads are not defined.")
@@ -233,7 +234,7 @@ def head_prices(vit: Vit, images: Float[Tensor, "image channel row column"]) -> 
         masked = vit.tap().run_from(layer, replay, edits, copies=len(edits))
         divergence = _divergence(vit.task, logits, masked.unflatten(0, (len(edits), -1))).mean(1).view(change.shape)
         prices.append(divergence.sum(-1) / change.sum(-1).clamp_min(torch.finfo(change.dtype).tiny))
-    return torch.stack(prices).clamp(min=0)
+    return pad_sequence(prices, batch_first=True, padding_value=torch.nan).clamp(min=0)
 
 
 def builtin_prices(vit: Vit) -> Float[Tensor, "layer head"]:
