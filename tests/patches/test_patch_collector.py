@@ -13,7 +13,7 @@ from PIL import Image
 from heads.head_models import drawn_wide, timm_swin, timm_vit
 from vitrail import Readers, open_vit
 from vitrail.analysis import analyses, declaration, make_collectors, unavailable
-from vitrail.errors import UsageError
+from vitrail.errors import ModelError, UsageError
 from vitrail.figures.patches import tendency_flow
 from vitrail.patches import field, windows
 from vitrail.patches.hubs import find_hubs
@@ -98,6 +98,17 @@ def test_one_measure_alone_is_the_same_as_all_together(vit):
     together = collected(vit, images)
     for name in ROOM:
         assert_array_equal(collected(vit, images, [name])[name], together[name])
+
+
+def test_an_image_whose_attention_is_no_number_is_named(tmp_path):
+    for index in range(2):
+        Image.new("RGB", (80, 48), (255 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    vit = open_vit(timm_vit(), image_size=(48, 80), mean=0.0, std=1.0)
+    assert vit.anatomy.grid == (3, 5)  # found on other images
+    with torch.no_grad():
+        vit.model.patch_embed.proj.weight.fill_(3e38)  # black alone stays finite
+    with pytest.raises(ModelError, match=r"not finite .* for 1 of 2 images: 1\.png"):
+        run_study(vit, tmp_path, out=tmp_path / "study", measures="patches")
 
 
 def test_permuting_images_permutes_rows(vit):

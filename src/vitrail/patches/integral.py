@@ -208,10 +208,10 @@ class Integral:
 
 
 def _first_largest(numbers: Float[Tensor, "place query"]) -> Int[Tensor, "query"]:
-    """`argmax(0)`, vectorised over the queries: the largest of a countdown where the maximum is."""
+    """`argmax(0)`, vectorised over the queries: the largest of a countdown where the maximum is; 0 for NaN."""
     countdown = torch.arange(len(numbers), 0, -1, device=numbers.device, dtype=numbers.dtype)[:, None]
     largest = torch.eq(numbers, numbers.amax(0), out=torch.empty_like(numbers))
-    return len(numbers) - (largest * countdown).amax(0).long()
+    return (len(numbers) - (largest * countdown).amax(0).long()) % len(numbers)
 
 
 def _corners(rows: Float[Tensor, "query key"], grid: Grid) -> Float[Tensor, "row column query"]:
