@@ -111,6 +111,24 @@ def test_an_image_whose_attention_is_no_number_is_named(tmp_path):
         run_study(vit, tmp_path, out=tmp_path / "study", measures="patches")
 
 
+def test_a_patch_that_interacts_with_no_other_has_no_window(vit):
+    images, alone = photographs(2, 48, 80), 7
+    opened = torch.ones(2, 15, 15, dtype=torch.bool)
+    opened[1, alone] = torch.arange(15) == alone
+    (collector,) = make_collectors(vit, ROOM, {"masks": "given"})
+    collector.take_masks(instance_ids(2, 48, 80))
+    tap = vit.tap()
+    replay, _ = tap.record(images)
+    with torch.no_grad():
+        logits = tap.read(images, collector.readers(), masked(vit, [opened] * 3))
+    found = collector.finish(tap, replay, logits, np.zeros(2, dtype=np.int64))
+    expected = np.zeros((2, 3, 15), dtype=bool)
+    expected[1, :, alone] = True
+    for name in ("window", "window_object_share", "tendency", "field_size"):
+        values = found[name].reshape(2, 3, 15, -1)
+        assert (np.isnan(values) == expected[..., None]).all(), name
+
+
 def test_permuting_images_permutes_rows(vit):
     images, order = photographs(4, 48, 80), [2, 0, 3, 1]
     straight, permuted = collected(vit, images), collected(vit, images[order])

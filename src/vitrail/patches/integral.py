@@ -90,13 +90,15 @@ class Integral:
             shapes: (rows, columns) of boxes, all of which fit the grid.
 
         Returns:
-            The boxes, and the sum in each. Ties go to the first shape, then to the topmost, then to the leftmost box.
+            The boxes, and the sum in each; a row whose sum is 0 has an empty box. Ties go to the first shape, then to
+            the topmost, then to the leftmost box.
         """
         most = torch.cat([self._sums(shape).amax(1) for shape in shapes])
         starts = [(height, width, top) for height, width in shapes for top in range(self._grid[0] - height + 1)]
         height, width, top = torch.tensor(starts, device=most.device)[_first_largest(most)].unbind(-1)
         left = self._leftmost_best(top, height, width)
-        return torch.stack([top, left, top + height, left + width], -1), most.amax(0)
+        boxes = torch.stack([top, left, top + height, left + width], -1)
+        return boxes * (self._total > 0)[:, None], most.amax(0)
 
     def smallest_areas(self, share: float) -> Float[Tensor, "query"]:
         """Area of the smallest box, of any shape at any position, that holds a share of each row.
