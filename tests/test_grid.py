@@ -79,6 +79,10 @@ def test_the_mean_over_a_box_is_that_of_the_patches_in_its_mask(grid: tuple[int,
     expected = np.stack([[row[mask].mean() for mask in box_masks(boxes, grid)] for row in values])
     assert_allclose(box_means(values, np.stack([boxes, boxes]), grid), expected, atol=1e-12)
     assert_allclose(box_means(values[:1], np.stack([boxes, boxes]), grid), expected[[0, 0]], atol=1e-12)
+    empty = boxes.copy()
+    empty[0] = 0
+    assert_allclose(box_means(values, np.stack([empty, empty]), grid)[:, 1:], expected[:, 1:], atol=1e-12)
+    assert np.isnan(box_means(values, np.stack([empty, empty]), grid)[:, 0]).all()
     values[1, 0] = np.nan
     assert np.isnan(box_means(values, np.stack([boxes, boxes]), grid)[1]).all()
 

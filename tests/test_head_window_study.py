@@ -14,6 +14,7 @@ from vitrail.models.open import Vit
 from vitrail.patches import windows
 from vitrail.patches.budget import boxes_of_levels, builtin_prices, head_prices
 from vitrail.patches.head_windows import head_windows
+from vitrail.pruning.removal import remove_heads
 from vitrail.report.head_windows import head_windows as section
 from vitrail.report.parts import ReportData
 from vitrail.tap.attention import Readers
@@ -83,6 +84,17 @@ def test_areas_and_effects_are_those_of_the_boxes(vit, folder):
         assert_allclose(study[f"head_window_divergence{end}"], divergence_in_bits(plain, under), atol=1e-4)
         assert (study[f"head_window_flip{end}"].to_numpy() == (plain.argmax(-1) != under.argmax(-1))).all()
     assert "head_window_output_shift" not in study
+
+
+def test_layers_may_have_different_numbers_of_heads(vit, folder, tmp_path):
+    pruned = open_vit(remove_heads(vit, [(0, 1)]).module, image_size=(48, 80), mean=0.5, std=0.5)
+    run_study(pruned, folder / "photos", out=tmp_path / "study", measures="head_windows", batch_size=N_IMAGES)
+    area = open_study(tmp_path / "study")["head_window_area"].to_numpy()
+    lacking = np.zeros((3, 3), bool)
+    lacking[0, 2] = True
+    assert (np.isnan(area) == lacking).all()
+    assert (np.isnan(builtin_prices(pruned).numpy()) == lacking).all()
+    assert "needs the most" in section(ReportData.of(tmp_path / "study")).findings[0]
 
 
 def test_prices_come_from_the_built_in_photographs_alone(vit):

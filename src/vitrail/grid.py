@@ -207,11 +207,11 @@ def box_means(
 
     Args:
         values: A value for each patch, any unit; leading dimensions of 1 go with all boxes.
-        boxes: (top, left, bottom, right), half open, within the grid and not empty.
+        boxes: (top, left, bottom, right), half open, within the grid.
         grid: Rows and columns.
 
     Returns:
-        Means in the unit of the values; NaN where any value of the image is.
+        Means in the unit of the values; NaN where any value of the image is, and for empty boxes.
     """
     corners = np.zeros((*values.shape[:-1], grid[0] + 1, grid[1] + 1))
     corners[..., 1:, 1:] = values.reshape(*values.shape[:-1], *grid).cumsum(-2).cumsum(-1)
@@ -223,7 +223,8 @@ def box_means(
         return np.take_along_axis(np.broadcast_to(flat, (*at.shape[:-1], flat.shape[-1])), at, axis=-1)
 
     sums = before(bottom, right) - before(top, right) - before(bottom, left) + before(top, left)
-    return np.asarray(sums / ((bottom - top) * (right - left)))
+    areas = (bottom - top) * (right - left)
+    return np.asarray(sums / np.where(areas > 0, areas, np.nan))
 
 
 def window_masks(

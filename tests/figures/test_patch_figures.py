@@ -76,6 +76,14 @@ def test_the_frame_of_a_window_lies_where_the_window_is(study):
     assert (frames[-1].get_width(), frames[-1].get_height()) == (4, 2)
 
 
+def test_a_patch_without_a_window_is_drawn_without_a_frame(study):
+    with_frame = len(figures.windows_of_patch(study, 7, 0).axes[0].patches)
+    study["window"].values[0, 0, 7] = np.nan
+    figure = figures.windows_of_patch(study, 7, 0)
+    assert len(figure.axes[0].patches) == with_frame - 2
+    assert figure.axes[0].get_title("right") == ""
+
+
 def test_hubs_are_framed_and_counted(study):
     axes = figures.hub_map(study, 0).axes[1]
     assert {patch.get_xy() for patch in axes.patches} == {(2.5, -0.5), (1.5, 0.5)}

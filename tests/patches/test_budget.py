@@ -14,7 +14,9 @@ from vitrail import Readers, open_vit
 from vitrail.models.open import Vit
 from vitrail.patches import budget, windows
 from vitrail.patches.interaction import between_patches, normalise_rows
+from vitrail.tap.budget import fixed_budget
 from vitrail.tap.edits import Edit
+from vitrail.tap.tap import Replay, Tap
 
 GRID = (3, 5)
 N = 15
@@ -117,6 +119,27 @@ def test_prices_are_divergence_per_squared_change(vit: Vit, images: Tensor) -> N
             lost = lost + (plain.exp() * (plain - answer)).sum(-1).mean()
     assert found.shape == (3, 3)
     assert_close(found[1, 0], lost / moved, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_prices_are_the_same_in_steps_of_a_budget(
+    vit: Vit, images: Tensor, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_from, sizes = Tap.run_from, []
+
+    def spy(tap: Tap, layer: int, replay: Replay, edits: list[Edit], copies: int) -> Tensor:
+        sizes.append(sum(each.bias.nbytes for each in edits if each.bias is not None))
+        return run_from(tap, layer, replay, edits, copies)
+
+    with torch.no_grad():
+        together = budget.head_prices(vit, images)
+        monkeypatch.setattr(Tap, "run_from", spy)
+        n_bytes = rows * 4 * 3 * 16**2
+        with fixed_budget(n_bytes):
+            found = budget.head_prices(vit, images)
+    assert_close(found, together, rtol=1e-4, atol=1e-8)
+    assert max(sizes) <= n_bytes
+    assert sum(sizes) == 3 * len(images) * 9 * 4 * 3 * 16**2  # each layer, image, head and level once
 
 
 def test_patches_of_a_last_layer_that_only_the_class_token_reads_cost_nothing(vit: Vit, images: Tensor) -> None:

@@ -39,6 +39,14 @@ def test_ties_go_to_the_first_shape_then_topmost_then_leftmost() -> None:
     assert_close(held, torch.tensor([1 / 8]))
 
 
+def test_a_row_of_nan_has_a_box_inside_the_grid_and_nan_in_it() -> None:
+    matrix = torch.eye(12)
+    matrix[5] = torch.nan
+    boxes, held = Integral(matrix, (3, 4)).best_box([(1, 2), (2, 1)])
+    assert torch.all((boxes >= 0) & (boxes <= torch.tensor([3, 4, 3, 4])))
+    assert_close(held, torch.where(torch.arange(12) == 5, torch.nan, 1.0), equal_nan=True)
+
+
 def test_blocks_cover_all_rows_once() -> None:
     rows = torch.empty((BLOCK_NUMBERS // 50 + 7, 100))
     seen = torch.zeros(len(rows))

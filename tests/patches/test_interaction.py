@@ -72,6 +72,17 @@ def test_removal_is_what_closing_the_key_changes() -> None:
     assert_close(found, change / change.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("gap", [10.0, 16.0, 40.0, 80.0])
+def test_a_head_that_gives_nearly_all_to_the_prefix_counts_as_one_head(gap: float) -> None:
+    scores = torch.randn((1, 2, 17, 17), generator=torch.Generator().manual_seed(0))
+    plain = scores.softmax(-1)
+    scores[:, 0, :, 0] += gap
+    weights = scores.softmax(-1)
+    assert_close(between_patches(weights, 1), between_patches(plain, 1), atol=1e-5, rtol=0)
+    for name in ("mean", "max", "var", "mean_std"):
+        assert_close(indicator(weights, 1, name), indicator(plain, 1, name), atol=1e-5, rtol=0)
+
+
 def test_a_row_wholly_on_the_prefix_has_no_interactions() -> None:
     weights = torch.zeros((1, 1, 4, 4))
     weights[..., 0] = 1

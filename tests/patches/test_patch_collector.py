@@ -13,7 +13,7 @@ from PIL import Image
 from heads.head_models import drawn_wide, timm_swin, timm_vit
 from vitrail import Readers, open_vit
 from vitrail.analysis import analyses, declaration, make_collectors, unavailable
-from vitrail.errors import UsageError
+from vitrail.errors import ModelError, UsageError
 from vitrail.figures.patches import tendency_flow
 from vitrail.patches import field, windows
 from vitrail.patches.hubs import find_hubs
@@ -98,6 +98,35 @@ def test_one_measure_alone_is_the_same_as_all_together(vit):
     together = collected(vit, images)
     for name in ROOM:
         assert_array_equal(collected(vit, images, [name])[name], together[name])
+
+
+def test_an_image_whose_attention_is_no_number_is_named(tmp_path):
+    for index in range(2):
+        Image.new("RGB", (80, 48), (255 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    vit = open_vit(timm_vit(), image_size=(48, 80), mean=0.0, std=1.0)
+    assert vit.anatomy.grid == (3, 5)  # found on other images
+    with torch.no_grad():
+        vit.model.patch_embed.proj.weight.fill_(3e38)  # black alone stays finite
+    with pytest.raises(ModelError, match=r"not finite .* for 1 of 2 images: 1\.png"):
+        run_study(vit, tmp_path, out=tmp_path / "study", measures="patches")
+
+
+def test_a_patch_that_interacts_with_no_other_has_no_window(vit):
+    images, alone = photographs(2, 48, 80), 7
+    opened = torch.ones(2, 15, 15, dtype=torch.bool)
+    opened[1, alone] = torch.arange(15) == alone
+    (collector,) = make_collectors(vit, ROOM, {"masks": "given"})
+    collector.take_masks(instance_ids(2, 48, 80))
+    tap = vit.tap()
+    replay, _ = tap.record(images)
+    with torch.no_grad():
+        logits = tap.read(images, collector.readers(), masked(vit, [opened] * 3))
+    found = collector.finish(tap, replay, logits, np.zeros(2, dtype=np.int64))
+    expected = np.zeros((2, 3, 15), dtype=bool)
+    expected[1, :, alone] = True
+    for name in ("window", "window_object_share", "tendency", "field_size"):
+        values = found[name].reshape(2, 3, 15, -1)
+        assert (np.isnan(values) == expected[..., None]).all(), name
 
 
 def test_permuting_images_permutes_rows(vit):

@@ -178,6 +178,16 @@ def test_sides_are_distances_from_the_query() -> None:
     assert of_patch[0] == [-2, -1, 5, 2]
 
 
+def test_a_query_without_interactions_has_an_empty_box_and_sees_itself_alone() -> None:
+    matrix = random_indicator(2, 20, seed=3)
+    matrix[1, 7] = 0
+    boxes, mass = windows.best_boxes(matrix, (4, 5), 6)
+    empty = windows.areas(boxes) == 0
+    assert torch.equal(empty, matrix.sum(-1) == 0)
+    assert float(mass[1, 7]) == 0
+    assert windows.masks(boxes, (4, 5))[1, 7].nonzero().tolist() == [[7]]
+
+
 def test_top_keys_are_the_strongest() -> None:
     matrix = random_indicator(1, 20, seed=4)
     mask = windows.top_keys(matrix, torch.full((1, 20), 5))

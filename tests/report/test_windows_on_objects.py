@@ -11,8 +11,10 @@ from vitrail.report.patches import patches
 GRID, N_IMAGES, N_LAYERS = (6, 6), 24, 2
 
 
-def planted(follow: int | None) -> ReportData:
-    """Objects of 3 x 3 patches anywhere; in the layer `follow` all windows are the object, elsewhere any 3 x 3 box."""
+def planted(follow: int | None, *, without: slice = slice(0)) -> ReportData:
+    """Objects of 3 x 3 patches anywhere; in the layer `follow` all windows are the object, elsewhere any 3 x 3 box.
+
+    Patches of the images `without` interact with no other and have no window."""
     random = np.random.default_rng(0)
     corner = random.integers(0, 4, (N_IMAGES, 2))
     objects = np.concatenate([corner, corner + 3], axis=1)
@@ -26,6 +28,7 @@ def planted(follow: int | None) -> ReportData:
         boxes[:, follow] = objects[:, None]
     sides = np.stack(sides_of_boxes(boxes, GRID), axis=-1).astype(np.float32)
     shares = box_means(covered[:, None], boxes, GRID).astype(np.float32)
+    sides[without], shares[without] = np.nan, np.nan
     covered[-1], shares[-1] = np.nan, np.nan  # without a mask
     arrays = {"window": sides, "window_object_share": shares, "object_share": covered}
     return planted_study(arrays, grids=[list(GRID)] * N_LAYERS)
@@ -38,6 +41,12 @@ def test_the_layer_whose_windows_follow_objects_is_named_with_what_other_windows
     assert "23 images with objects" in sentence
     by_others = float(sentence.split("same places it is ")[1].split(" %")[0])
     assert 15 < by_others < 60  # two boxes of 3 x 3 at random on a 6 x 6 grid
+
+
+def test_images_without_windows_give_others_none() -> None:
+    (sentence,) = [each for each in patches(planted(0, without=slice(0, 24, 3))).findings if "follow the image" in each]
+    by_others = float(sentence.split("same places it is ")[1].split(" %")[0])
+    assert 15 < by_others < 45
 
 
 def test_windows_that_know_nothing_of_objects_are_not_said_to_follow_them() -> None:

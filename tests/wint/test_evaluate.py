@@ -101,6 +101,15 @@ def test_measured_windows_hold_the_windows_that_the_model_has():
         assert float(outside.sum(-1).float().mean()) < 0.05
 
 
+def test_attention_that_can_lie_nowhere_else_agrees_with_windows_of_the_query_alone():
+    """One head, then heads with windows of their own; the class token takes a half."""
+    weights = torch.eye(65).repeat(1, 2, 1, 1) / 2
+    weights[..., 0] += 0.5
+    for n_windows in (1, 2):
+        predicted = torch.zeros(1, n_windows, 64, 4)
+        assert torch.equal(measure_sides(weights, 1, predicted, GRID), predicted)
+
+
 def test_open_attention_is_that_of_the_same_weights_without_windows():
     """In the first layer, which sees the same tokens either way: where queries would look, whatever their windows."""
     windowed = open_small(small(3))

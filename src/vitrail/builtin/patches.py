@@ -32,7 +32,7 @@ MEASURES = (
         high="the window reaches far on this side",
         source=(
             f"{OURS_AFTER_MA}: the box of a quarter of the grid (option `window_area`) that holds most of the patch's "
-            "interactions, mean over heads"
+            "interactions, mean over heads; NaN for a patch that interacts with no other"
         ),
         limits=INTERACTION_LIMITS,
         needs=("grid", "shares"),

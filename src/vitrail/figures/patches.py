@@ -189,7 +189,7 @@ def windows_of_patch(study: xr.Dataset, patch: int, image: int | str = 0, photo:
         row, column = divmod(patch, grid[1])
         left, top, right, bottom = sides[layer, patch]
         corner = (column - left - 0.5, row - top - 0.5)
-        for colour, width in (("white", 3.0), (MARK, 1.6)):
+        for colour, width in (("white", 3.0), (MARK, 1.6)) if np.isfinite(left) else ():
             axes.add_patch(
                 Rectangle(
                     corner,

@@ -7,12 +7,14 @@ Shapes are then allotted to all queries, heads and layers of an image so that th
 to the budget. `head_windows` applies the rule.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vitrail.data.photographs import photographs
 from vitrail.errors import Unsupported
@@ -48,6 +50,10 @@ CHANGES_BYTES = 2**24
 
 PRICE_LEVELS = (0.06, 0.25, 0.64)
 """Shares of the grid at which a head is masked for its price."""
+
+PRICE_BYTES = 2**26
+"""Masks of heads that are held together on a processor: those of all built-in photographs and areas for a ViT-Tiny at
+224 px."""
 
 PRICE_EXPONENTS = (-14.0, 6.0)
 """Powers of ten between which the price of a patch is searched: costs are divergences (at most some nats) per patch, so
@@ -217,23 +223,18 @@ def head_prices(vit: Vit, images: Float[Tensor, "image channel row column"]) -> 
 
     Returns:
         Nats per squared unit of the head's output, zero or more. 0: whatever this head's patches see, the prediction
-        stays (in a last layer that is read by the class token alone, always).
+        stays (in a last layer that is read by the class token alone, always). NaN for heads that a layer lacks.
     """
     if any(len(block.calls) > 1 for block in vit.anatomy.blocks):
         raise Unsupported(f"{vit.name} has layers with several attention calls; prices of their heads are not defined.")
-    attentions: list[LayerAttention] = []
-    replay, logits = vit.tap().record(images, Readers(attention=attentions.append))
-    prices = []
-    for layer, block in enumerate(vit.anatomy.blocks):
-        assert block.grid is not None
-        weights = attentions[layer].weights()
-        boxes = boxes_of_levels(weights, block.prefix, block.grid, PRICE_LEVELS)[..., 1:, :]
-        change = output_changes(weights, attentions[layer].v[:, 0], boxes, block.prefix, block.grid).mean((0, 2))
-        edits = _one_head_each(layer, boxes, block.prefix, block.grid)
-        masked = vit.tap().run_from(layer, replay, edits, copies=len(edits))
-        divergence = _divergence(vit.task, logits, masked.unflatten(0, (len(edits), -1))).mean(1).view(change.shape)
-        prices.append(divergence.sum(-1) / change.sum(-1).clamp_min(torch.finfo(change.dtype).tiny))
-    return torch.stack(prices).clamp(min=0)
+    n_rows = _rows_at_once(vit)
+    n_images = min(n_rows, len(images))
+    parts = [_divergences_and_changes(vit, part, n_rows // n_images) for part in images.split(n_images)]
+    prices = [
+        divergence / change.clamp_min(torch.finfo(change.dtype).tiny)
+        for divergence, change in (torch.stack(of_layer).sum(0) for of_layer in zip(*parts, strict=True))
+    ]
+    return pad_sequence(prices, batch_first=True, padding_value=torch.nan).clamp(min=0)
 
 
 def builtin_prices(vit: Vit) -> Float[Tensor, "layer head"]:
@@ -257,18 +258,45 @@ def _cheapest(
     return (cost + 10 ** price[:, None, None] * size).argmin(-1)
 
 
-def _one_head_each(
-    layer: int, boxes: Int[Tensor, "image head patch level side"], prefix: int, grid: tuple[int, int]
-) -> list[Edit]:
-    """Copy head x level: that head alone sees the boxes of that level."""
-    n_images, n_heads, n_patches, n_levels = boxes.shape[:4]
-    edits = []
-    for head in range(n_heads):
-        for level in range(n_levels):
-            bias = torch.zeros((n_images, n_heads, prefix + n_patches, prefix + n_patches))
-            bias[:, head] = windows.attention_bias(windows.masks(boxes[:, head, :, level], grid), prefix)
-            edits.append(Edit(layer, bias=bias, copy=head * n_levels + level))
-    return edits
+def _rows_at_once(vit: Vit) -> int:
+    """How many images run together, each with one head masked: the masks are what takes memory."""
+    per_row = max(4 * block.heads * call.queries * call.keys for block in vit.anatomy.blocks for call in block.calls)
+    return max(1, budget_of(vit.device).bytes_for(PRICE_BYTES) // per_row)
+
+
+def _divergences_and_changes(
+    vit: Vit, images: Float[Tensor, "image channel row column"], n_copies: int
+) -> list[Float[Tensor, "two _"]]:
+    """Of each layer, by head and summed over images and levels: the divergences, and the mean squared changes."""
+    attentions: list[LayerAttention] = []
+    replay, logits = vit.tap().record(images, Readers(attention=attentions.append))
+    sums = []
+    for layer, (block, attention) in enumerate(zip(vit.anatomy.blocks, attentions, strict=True)):
+        assert block.grid is not None
+        weights = attention.weights()
+        boxes = boxes_of_levels(weights, block.prefix, block.grid, PRICE_LEVELS)[..., 1:, :]
+        change = output_changes(weights, attention.v[:, 0], boxes, block.prefix, block.grid).mean(2).sum((0, 2))
+        masked_boxes = list(itertools.product(range(block.heads), range(len(PRICE_LEVELS))))
+        divergences = []
+        for start in range(0, len(masked_boxes), n_copies):
+            edits = [
+                Edit(layer, bias=_bias_of_head(boxes[..., level, :], head, block.prefix, block.grid), copy=copy)
+                for copy, (head, level) in enumerate(masked_boxes[start : start + n_copies])
+            ]
+            masked = vit.tap().run_from(layer, replay, edits, copies=len(edits)).unflatten(0, (len(edits), -1))
+            divergences.append(_divergence(vit.task, logits, masked).sum(1))
+        sums.append(torch.stack([torch.cat(divergences).view(block.heads, -1).sum(1), change]))
+    return sums
+
+
+def _bias_of_head(
+    boxes: Int[Tensor, "image head patch side"], head: int, prefix: int, grid: tuple[int, int]
+) -> Float[Tensor, "image head query key"]:
+    """What to add to scores so that one head alone sees only its boxes."""
+    n_images, n_heads, n_patches = boxes.shape[:3]
+    bias = torch.zeros((n_images, n_heads, prefix + n_patches, prefix + n_patches), device=boxes.device)
+    bias[:, head] = windows.attention_bias(windows.masks(boxes[:, head], grid), prefix)
+    return bias
 
 
 def _divergence(

@@ -238,7 +238,9 @@ class _PatchCollector:
             shares = box_means(covered[:, None], arrays["window"].cpu().numpy()[:, None], grid)[:, 0]
             arrays["window_object_share"] = torch.from_numpy(shares)
         if "window" in arrays:
-            arrays["window"] = windows.sides(arrays["window"], grid).float()
+            has_window = windows.areas(arrays["window"]) > 0
+            sides = windows.sides(arrays["window"], grid).float()
+            arrays["window"] = torch.where(has_window[..., None], sides, torch.nan)
         return arrays
 
 

@@ -79,7 +79,7 @@ def reason_against_common_grid(vit: Vit) -> str:
 @torch.no_grad()
 def head_windows(
     vit: Vit, images: Float[Tensor, "image channel row column"], prices: Float[Tensor, "layer head"], area: float
-) -> list[Int[Tensor, "image head patch side"]]:
+) -> list[Int[Tensor, "image _ patch side"]]:
     """A box for each head and query, all of an image under one budget of area. Labels play no part.
 
     Args:
@@ -104,7 +104,7 @@ def head_windows(
     ) -> tuple[Int[Tensor, "image head patch level side"], Float[Tensor, "image head patch level"]]:
         boxes = boxes_of_shapes(weights, prefix, grid)
         changes = output_changes(weights, v, boxes, prefix, grid, target)
-        price = prices[layer].to(changes)[:, None, None]
+        price = prices[layer, : vit.n_heads[layer]].to(changes)[:, None, None]
         return boxes, price * importance[layer][:, None, :, None] * changes
 
     targets: list[Tensor] = []
@@ -130,7 +130,7 @@ def head_windows(
     return chosen
 
 
-def window_edits(vit: Vit, boxes: Sequence[Int[Tensor, "image head patch side"]]) -> list[Edit]:
+def window_edits(vit: Vit, boxes: Sequence[Int[Tensor, "image _ patch side"]]) -> list[Edit]:
     """Edits under which the patches of each head see only their boxes and themselves; prefix tokens are open.
 
     Args:
@@ -195,8 +195,8 @@ def _directions(task: Task, output: Float[Tensor, "image value"]) -> list[Float[
 
 
 def _layer_budgets(
-    costs: Sequence[Float[Tensor, "image head patch level"]],
-    sizes: Sequence[Int[Tensor, "image head patch level"]],
+    costs: Sequence[Float[Tensor, "image _ patch level"]],
+    sizes: Sequence[Int[Tensor, "image _ patch level"]],
     n_patches: int,
 ) -> list[Float[Tensor, "image"]]:
     """Mean size of a window of each layer if areas are shared by all queries, heads and layers of an image."""

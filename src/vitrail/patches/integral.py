@@ -90,13 +90,15 @@ class Integral:
             shapes: (rows, columns) of boxes, all of which fit the grid.
 
         Returns:
-            The boxes, and the sum in each. Ties go to the first shape, then to the topmost, then to the leftmost box.
+            The boxes, and the sum in each; a row whose sum is 0 has an empty box. Ties go to the first shape, then to
+            the topmost, then to the leftmost box.
         """
         most = torch.cat([self._sums(shape).amax(1) for shape in shapes])
         starts = [(height, width, top) for height, width in shapes for top in range(self._grid[0] - height + 1)]
         height, width, top = torch.tensor(starts, device=most.device)[_first_largest(most)].unbind(-1)
         left = self._leftmost_best(top, height, width)
-        return torch.stack([top, left, top + height, left + width], -1), most.amax(0)
+        boxes = torch.stack([top, left, top + height, left + width], -1)
+        return boxes * (self._total > 0)[:, None], most.amax(0)
 
     def smallest_areas(self, share: float) -> Float[Tensor, "query"]:
         """Area of the smallest box, of any shape at any position, that holds a share of each row.
@@ -208,10 +210,10 @@ class Integral:
 
 
 def _first_largest(numbers: Float[Tensor, "place query"]) -> Int[Tensor, "query"]:
-    """`argmax(0)`, vectorised over the queries: the largest of a countdown where the maximum is."""
+    """`argmax(0)`, vectorised over the queries: the largest of a countdown where the maximum is; 0 for NaN."""
     countdown = torch.arange(len(numbers), 0, -1, device=numbers.device, dtype=numbers.dtype)[:, None]
     largest = torch.eq(numbers, numbers.amax(0), out=torch.empty_like(numbers))
-    return len(numbers) - (largest * countdown).amax(0).long()
+    return (len(numbers) - (largest * countdown).amax(0).long()) % len(numbers)
 
 
 def _corners(rows: Float[Tensor, "query key"], grid: Grid) -> Float[Tensor, "row column query"]:

@@ -143,11 +143,10 @@ def _removal(weights: Tensor, prefix: int, v: Tensor, out: Tensor) -> Float[Tens
 
 
 def _patch_mass(weights: Tensor, prefix: int) -> Float[Tensor, "image head patch"]:
-    """What each patch gives to patches, never zero, so that a row wholly on the prefix becomes a zero row."""
-    rows = weights[..., prefix:, :]
-    total = rows.sum(-1)
-    mass = total - rows[..., :prefix].sum(-1) if prefix else total
-    return mass.clamp_min(torch.finfo(weights.dtype).tiny)
+    """What each patch gives to patches, never zero, so that a row wholly on the prefix becomes a zero row.
+
+    Summed, not what the prefix leaves of 1: of a head that gives nearly all to the prefix that would be rounding."""
+    return weights[..., prefix:, prefix:].sum(-1).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def _require(value: Tensor | None, name: str, argument: str) -> Tensor:

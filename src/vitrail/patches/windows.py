@@ -75,8 +75,8 @@ def best_boxes(
         n_patches: The largest area of a box, in patches.
 
     Returns:
-        The boxes, and the sum of the row in each. All boxes of `shapes_of_area` at all positions are compared; ties go
-        to the flattest shape, then to the topmost, then to the leftmost box.
+        The boxes, and the sum of the row in each; a row whose sum is 0 has an empty box. All boxes of `shapes_of_area`
+        at all positions are compared; ties go to the flattest shape, then to the topmost, then to the leftmost box.
     """
     return _search(indicator, grid, shapes_of_area(grid, n_patches))
 

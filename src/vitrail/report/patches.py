@@ -85,11 +85,12 @@ def _windows_on_objects(study: ReportData, with_windows: bool) -> dict[str, Laye
     }
     if with_windows and masked.sum() > 1:
         sides = study.sample["window"].to_numpy()[masked][..., : covered.shape[1], :]
-        sides = np.where(np.isnan(shares[masked])[..., None], 0, sides).astype(np.int64)
         # Half of the images away: neighbours in a folder of classes show the same object at the same place.
-        boxes = np.stack(boxes_of_sides(np.roll(sides, len(sides) // 2, axis=0), (rows, columns)), axis=-1)
+        sides, without = (np.roll(each, len(sides) // 2, axis=0) for each in (sides, np.isnan(shares[masked])))
+        sides = np.where(without[..., None], 0, sides).astype(np.int64)
+        boxes = np.stack(boxes_of_sides(sides, (rows, columns)), axis=-1)
         others = np.full(shares.shape, np.nan)
-        others[masked] = box_means(covered[masked][:, None], boxes, (rows, columns))
+        others[masked] = np.where(without, np.nan, box_means(covered[masked][:, None], boxes, (rows, columns)))
         others[np.isnan(shares)] = np.nan
         found["windows_of_others"] = LayerQuantity(
             "another image's windows at the places of object patches", unit, _mean_where(others, on)

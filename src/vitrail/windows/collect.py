@@ -128,7 +128,8 @@ def measure_sides(weights: Float[Tensor, "image head query key"], prefix: int, p
         grid: Rows and columns of patches.
 
     Returns:
-        Patches left, top, right, bottom of each query; negative where the box does not hold the query.
+        Patches left, top, right, bottom of each query; negative where the box does not hold the query, 0 where the
+        query interacts with no other patch.
     """
     shared = predicted.shape[1] == 1
     matrix = indicator(weights if shared else weights.flatten(0, 1).unsqueeze(1), prefix)
@@ -136,7 +137,8 @@ def measure_sides(weights: Float[Tensor, "image head query key"], prefix: int, p
     boxes = torch.zeros((*matrix.shape[:2], 4), dtype=torch.int64, device=matrix.device)
     for area in areas.unique().tolist():
         boxes[areas == area] = windows.best_boxes(matrix[areas == area], grid, area)[0]
-    return windows.sides(boxes, grid).float().view(predicted.shape)
+    sides = windows.sides(boxes, grid).float() * (windows.areas(boxes) > 0)[..., None]
+    return sides.view(predicted.shape)
 
 
 def overlap(

@@ -30,7 +30,8 @@ N_SHAPES = 50
 METRICS = {"divergence": "head_divergence", "flip": "head_flip", "output_shift": "head_output_shift"}
 """Ends of measure names, and what `model_metrics` calls the same."""
 
-Boxes = list[Int[Tensor, "image head patch side"]]
+Boxes = list[Int[Tensor, "image _ patch side"]]
+"""Of each layer; layers may have different numbers of heads."""
 
 
 class HeadWindowCollector:
