@@ -32,7 +32,7 @@ from vitrail.figures.style import (
 from vitrail.selection import describe_choice
 from vitrail.tokens.display import rgb_image, sign_map
 from vitrail.tokens.outliers import OUTLIER_DEVIATIONS
-from vitrail.tokens.summary import MeanCurve, grouping_quantities, norms_of_layers, robustness
+from vitrail.tokens.summary import MeanCurve, grouping_quantities, norms_of_layers, patch_norms, robustness
 
 __all__ = [
     "FIGURES",
@@ -393,7 +393,8 @@ def norms_by_layer(study: xr.Dataset) -> Figure:
     left.plot(norms.layers, norms.median, color=COOL, label="median patch")
     left.plot(norms.layers, norms.longest, color=MARK, linewidth=1.0, linestyle="--", label="longest patch")
     if norms.class_token is not None:
-        left.plot(norms.layers, norms.class_token, color=SOFT, linestyle=":", label="class token, median")
+        layers = np.arange(len(norms.class_token))
+        left.plot(layers, norms.class_token, color=SOFT, linestyle=":", marker=".", label="class token, median")
     left.set(xlabel="after layer", ylabel="L2 norm")
     if norms.longest.max() > LOG_FROM * norms.median.min():
         left.set(yscale="log", ylabel="L2 norm, log scale")
@@ -485,7 +486,7 @@ def _has_robustness(study: xr.Dataset) -> bool:
 
 
 FIGURES: FigureTable = (
-    ("norms_by_layer", when(lambda study: "token_norm" in study, norms_by_layer)),
+    ("norms_by_layer", when(lambda study: "token_norm" in study and patch_norms(study), norms_by_layer)),
     ("grouping_by_layer", when(grouping_quantities, grouping_by_layer)),
     ("survival", when(_has_robustness, survival)),
 )

@@ -11,7 +11,7 @@ from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text
 from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
-from vitrail.tokens.summary import grouping_quantities, norm_outliers_by_layer
+from vitrail.tokens.summary import NormOutliers, grouping_quantities, norm_outliers_by_layer, patch_norms
 
 __all__ = ["tokens"]
 
@@ -47,8 +47,11 @@ def _findings(study: ReportData, names: list[str]) -> Iterator[str]:
 
 def _of_norms(study: ReportData) -> Iterator[str]:
     outlying = norm_outliers_by_layer(study.sample)
-    most = max(outlying, key=lambda layer: outlying[layer].sum())
-    outliers = outlying[most]
+    if not outlying:
+        yield "Of no layer is it known which of the tokens that it returns are patches, so their lengths say nothing."
+        return
+    most = max(outlying, key=lambda layer: outlying[layer].flags.sum())
+    outliers = outlying[most].flags
     if not outliers.any():
         yield "No layer has patches of outlying length."
         return
@@ -58,11 +61,11 @@ def _of_norms(study: ReportData) -> Iterator[str]:
     yield Sentence(
         f"After L{most}, where most patches stand out by their length, {percent(float(outliers.any(1).mean()))} of the "
         f"images have such patches: {outliers.sum(1).mean():z.1f} of {outliers.shape[1]} on average"
-        f"{_frequent_positions(study, most, outliers)}.",
+        f"{_frequent_positions(outlying[most])}.",
         measure="token_norm",
         layer=most,
         by_layer=[
-            outlying[layer].sum(1).mean() if layer in outlying else np.nan for layer in range(study.plan.n_layers)
+            outlying[layer].flags.sum(1).mean() if layer in outlying else np.nan for layer in range(study.plan.n_layers)
         ],
         by_layer_title="patches of outlying length an image",
         images=[(int(image), f"{count} patches") for image, count in zip(sampled, counts[most_counted], strict=True)],
@@ -70,11 +73,11 @@ def _of_norms(study: ReportData) -> Iterator[str]:
     )
 
 
-def _frequent_positions(study: ReportData, layer: int, outliers: np.ndarray) -> str:
+def _frequent_positions(outliers: NormOutliers) -> str:
     """Positions where the outliers of most images lie."""
-    grid = study.plan.grids[layer]
-    positions = np.flatnonzero(outliers.mean(0) >= OFTEN)
-    if grid is None or not len(positions) or study.n_images < 2:
+    grid = outliers.grid
+    positions = np.flatnonzero(outliers.flags.mean(0) >= OFTEN)
+    if grid is None or not len(positions) or len(outliers.flags) < 2:
         return ""
     named = [f"row {position // grid[1]}, column {position % grid[1]}" for position in positions[:4]]
     more = f" and {len(positions) - 4} more" if len(positions) > 4 else ""
@@ -141,7 +144,8 @@ def _parts(study: ReportData, names: list[str]) -> Iterator[Part]:
     if "token_norm" in names:
         if study.sample_words:
             yield Text(study.sample_words)
-        yield Drawing(norms_by_layer(study.sample))
+        if patch_norms(study.sample):
+            yield Drawing(norms_by_layer(study.sample))
     if grouping_quantities(study.data):
         yield Drawing(grouping_by_layer(study.data))
     if any(name.startswith(("occlusion_", "shuffle_")) for name in names):
