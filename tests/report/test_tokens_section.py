@@ -34,3 +34,19 @@ def test_tokens_of_which_none_is_known_to_be_a_patch_are_not_told_by_their_lengt
     section = tokens(planted_study({"token_norm": values}, [None, None], prefixes=[0, 0]))
     assert "which of the tokens that it returns are patches" in section.findings[0]
     assert len(section.all_parts()) == 1  # how to read the measure, and no figure
+
+
+def test_grouping_is_told_of_the_layers_that_have_it_and_of_the_images_that_have_it_in_all_of_these():
+    values = np.full((8, 5), np.nan, np.float32)
+    values[:, :3] = [0.1, 0.4, 0.2]
+    values[7, 2] = np.nan  # its objects are too small for that grid
+    (sentence,) = findings({"grouping_silhouette": values}, [[4, 4]] * 5)
+    assert "best after L1 (silhouette 0.400; 0.100 after L0, 0.200 after L2, the last layer that has one" in sentence
+    assert "7 images" in sentence
+    assert np.isnan(sentence.by_layer[3:]).all()
+    (sentence,) = findings({"grouping_silhouette": values[:1, :3]}, [[4, 4]] * 3)
+    assert "0.200 after the last layer; 1 image with" in sentence
+    (sentence,) = findings({"grouping_silhouette": values[7:, 2:]}, [[4, 4]] * 3)
+    assert sentence == "No image has two objects large enough to score how tokens group."
+    (sentence,) = findings({"grouping_silhouette": np.float32([[0.1, np.nan], [np.nan, 0.1]])}, [[4, 4]] * 2)
+    assert "large enough for the grid of every layer" in sentence

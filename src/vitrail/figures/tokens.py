@@ -337,7 +337,7 @@ def scatter_of_tokens(
 
 @styled
 def grouping_by_layer(study: xr.Dataset) -> Figure:
-    """The grouping scores of a study over its layers: mean over the images that have them, with 95 % intervals.
+    """The grouping scores of a study over its layers: mean over the images that have them in every layer that has any.
 
     Args:
         study: A study with grouping scores.
@@ -351,16 +351,18 @@ def grouping_by_layer(study: xr.Dataset) -> Figure:
     quantities = grouping_quantities(study)
     if not quantities:
         raise UsageError("This study holds no grouping scores; they need masks: run_study(..., masks=FOLDER).")
-    n_images = len(quantities[0].values)
+    counts = [len(quantity.values) for quantity in quantities]
+    n_images = max(counts)
     columns, rows = min(3, len(quantities)), -(-len(quantities) // 3)
-    title = f"Grouping, {n_images} image{'s' if n_images != 1 else ''}"
+    title = f"Grouping, {n_images:,} image{'s' if n_images != 1 else ''}"
     figure = blank(2.2 * columns + 0.4, 1.9 * rows + 0.9, title)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for axes, quantity in zip(grid, quantities, strict=False):
         statistics = quantity.statistics
         axes.plot(statistics.layers, statistics.mean, color=COOL, linewidth=1.3, marker="o", markersize=3)
         axes.fill_between(statistics.layers, statistics.low, statistics.high, color=BAND, linewidth=0)
-        axes.set_title(textwrap.fill(quantity.title, 30), fontsize=7.2)
+        whose = "" if len(quantity.values) == n_images else f", {len(quantity.values):,} of them"
+        axes.set_title(textwrap.fill(f"{quantity.title}{whose}", 30), fontsize=7.2)
         axes.set_xlabel("after layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color=LINE, linewidth=0.6)

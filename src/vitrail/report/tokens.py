@@ -11,7 +11,13 @@ from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text
 from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
-from vitrail.tokens.summary import NormOutliers, grouping_quantities, norm_outliers_by_layer, patch_norms
+from vitrail.tokens.summary import (
+    NormOutliers,
+    grouping_quantities,
+    images_in_every_layer,
+    norm_outliers_by_layer,
+    patch_norms,
+)
 
 __all__ = ["tokens"]
 
@@ -86,15 +92,21 @@ def _frequent_positions(outliers: NormOutliers) -> str:
 
 def _of_grouping(data: xr.Dataset) -> Iterator[str]:
     values = data["grouping_silhouette"].to_numpy()
-    scored = values[np.isfinite(values).all(1)]
-    if not len(scored):
+    if not np.isfinite(values).any():
         yield "No image has two objects large enough to score how tokens group."
         return
+    scored = images_in_every_layer(values)
+    if not len(scored):
+        yield "How tokens group is not summed up: no image has two objects large enough for the grid of every layer."
+        return
     means = scored.mean(0)
-    best = int(means.argmax())
+    first, last = np.flatnonzero(np.isfinite(means))[[0, -1]]
+    best = int(np.nanargmax(means))
+    which = "the last layer" if last == len(means) - 1 else f"L{last}, the last layer that has one"
+    whose = "1 image" if len(scored) == 1 else f"{len(scored):,} images"
     yield Sentence(
-        f"Tokens of an object find together best after L{best} (silhouette {means[best]:z.3f}; {means[0]:z.3f} "
-        f"after L0, {means[-1]:z.3f} after the last layer; {len(scored)} images with two objects or more).",
+        f"Tokens of an object find together best after L{best} (silhouette {means[best]:z.3f}; {means[first]:z.3f} "
+        f"after L{first}, {means[last]:z.3f} after {which}; {whose} with two objects or more).",
         measure="grouping_silhouette",
         layer=best,
         by_layer=means,

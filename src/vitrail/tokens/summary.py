@@ -21,6 +21,7 @@ __all__ = [
     "RelevanceOverChance",
     "Robustness",
     "grouping_quantities",
+    "images_in_every_layer",
     "norm_outliers_by_layer",
     "norms_of_layers",
     "patch_norms",
@@ -262,7 +263,7 @@ def _class_token_norm(study: xr.Dataset) -> Float[np.ndarray, "layer"] | None:
 
 
 def grouping_quantities(study: xr.Dataset) -> list[LayerQuantity]:
-    """Every grouping score of a study, of the images that have it in all layers.
+    """Every grouping score of a study, of the images that `images_in_every_layer` gives.
 
     Args:
         study: Any study.
@@ -272,12 +273,26 @@ def grouping_quantities(study: xr.Dataset) -> list[LayerQuantity]:
     """
     quantities = []
     for name in (str(name) for name in study.data_vars if str(name).startswith("grouping_")):
-        values = study[name].to_numpy().astype(np.float64)
-        values = values[np.isfinite(values).all(1)]
+        values = images_in_every_layer(study[name].to_numpy().astype(np.float64))
         if len(values):
             attrs = study[name].attrs
             quantities.append(LayerQuantity(str(attrs.get("title", name)), "0 to 1", values))
     return quantities
+
+
+def images_in_every_layer(values: Float[np.ndarray, "image layer"]) -> Float[np.ndarray, "scored layer"]:
+    """The images that have a value in every layer that has any, so that all layers are means over the same images.
+
+    Args:
+        values: NaN where there is none, as in layers whose tokens lie on no grid.
+
+    Returns:
+        Rows of these images; NaN in the layers without values.
+    """
+    finite = np.isfinite(values)
+    layers = finite.any(0)
+    scored: Float[np.ndarray, "scored layer"] = values[finite[:, layers].all(1) & layers.any()]
+    return scored
 
 
 def robustness(study: xr.Dataset) -> Robustness:
