@@ -195,7 +195,8 @@ IMAGE_MEASURES = (
         high="",
         source="the first three principal components of the layer's patch tokens, those of outlying length aside, from "
         "the 1 % to the 99 % quantile; as DINOv2 (Oquab et al. 2023, arXiv 2304.07193) is shown",
-        limits=f"{CHANNELS_LIMITS} Colours of two layers cannot be compared.",
+        limits=f"{CHANNELS_LIMITS} Colours of two layers cannot be compared. Layers with fewer than 4 patches of usual "
+        "length have none.",
         needs=("token_grid",),
         depends_on=(),
         is_quantity=False,
