@@ -26,7 +26,7 @@ def test_outliers_are_named_by_where_they_lie_on_the_grid_that_the_layer_returns
     assert "in most images at row 2, column 1." in sentence
     assert sentence.layer == 1
     (sentence,) = findings({"token_norm": values}, [[6, 6], [6, 6], [4, 4]], **plan)
-    assert "1.0 of 9 on average." in sentence
+    assert sentence.endswith("1.0 of 9 on average.")
 
 
 def test_tokens_of_which_none_is_known_to_be_a_patch_are_not_told_by_their_length():
@@ -50,3 +50,11 @@ def test_grouping_is_told_of_the_layers_that_have_it_and_of_the_images_that_have
     assert sentence == "No image has two objects large enough to score how tokens group."
     (sentence,) = findings({"grouping_silhouette": np.float32([[0.1, np.nan], [np.nan, 0.1]])}, [[4, 4]] * 2)
     assert "large enough for the grid of every layer" in sentence
+
+
+def test_few_images_with_outliers_are_no_share_of_0_and_no_other_image_is_shown_for_them():
+    values = norms([17, 17], n_images=300)
+    values[7, 1, 4] = 900
+    (sentence,) = findings({"token_norm": values}, [[4, 4]] * 2)
+    assert ": below 1 % of the images have such patches after it, below 0.1 of 16 on average." in sentence
+    assert sentence.images == ((7, "1 patch"),)

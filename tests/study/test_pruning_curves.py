@@ -12,7 +12,7 @@ from vitrail.data import stored_image
 from vitrail.errors import DamagedStudy, Unsupported, UsageError
 from vitrail.models.open import open_vit
 from vitrail.pruning.curves import measure_curves
-from vitrail.pruning.ranking import CURVES_FILE, halves, orders, read_curves, scores
+from vitrail.pruning.ranking import CURVES_FILE, Curves, halves, orders, read_curves, scores
 from vitrail.report import write_report
 from vitrail.report.heads import curve_findings
 from vitrail.study.run import run_study
@@ -60,6 +60,13 @@ def test_curves_are_the_answers_with_heads_masked_and_reach_the_report(study: Pa
     assert "vitrail curves STUDY" not in page
     assert "Accuracy with heads pruned one after the other" in page
     assert finding in page
+
+
+def test_a_loss_of_exactly_one_point_is_at_most_one_point() -> None:
+    counts = np.array([0, 5, 10])
+    right = np.arange(100)[None] < np.array([7, 6, 0])[:, None]  # of 100 images; 0.07 - 0.01 is above 0.06 in binary
+    finding = curve_findings(Curves(counts, {"rank": right}, {"rank": right}, right[None]))[0]
+    assert "Of 10 heads 5 can go together for at most one point" in finding
 
 
 def test_the_command_says_how_many_can_go(study: Path) -> None:

@@ -176,7 +176,7 @@ def _tokens(look: xr.Dataset) -> Figure | None:
         colours, likeness = look["token_colour"].to_numpy()[here], look["token_similarity"].to_numpy()[here]
         share = float(look["token_colour_share"][layer])
         rows[0].append(Panel(token_figures.coloured(colours, grid), f"after L{layer}: {percent(share)}"))
-        stands = f", {outlier.sum()} stand out" if outlier.any() else ""
+        stands = f", {outlier.sum()} stand{'s' if outlier.sum() == 1 else ''} out" if outlier.any() else ""
         lengths = token_figures.token_map(norms, grid, high=float(norms[~outlier].max()))
         rows[1].append(Panel(lengths, f"{norms.min():.0f} to {norms.max():.0f}{stands}"))
         row, column = (_row_and_column(look)[axis] * grid[axis] // _grid(look, 0)[axis] for axis in (0, 1))

@@ -24,6 +24,9 @@ __all__ = ["tokens"]
 N_SHOWN = 4
 """Images that a sentence names."""
 
+LEAST_COUNT = 0.1
+"""Of patches an image; a smaller mean is printed as below it."""
+
 OFTEN = 0.5
 """Share of the images from which a position counts as one where outliers always lie."""
 
@@ -62,11 +65,12 @@ def _of_norms(study: ReportData) -> Iterator[str]:
         yield "No layer has patches of outlying length."
         return
     counts = outliers.sum(1)
-    most_counted = np.argsort(-counts, kind="stable")[:N_SHOWN]
-    sampled = study.sample_positions[most_counted]
+    most_counted = [int(image) for image in np.argsort(-counts, kind="stable")[:N_SHOWN] if counts[image]]
+    average = f"{counts.mean():.1f}" if counts.mean() >= LEAST_COUNT else f"below {LEAST_COUNT}"
+    share = percent(float((counts > 0).mean()))
     yield Sentence(
-        f"After L{most}, where most patches stand out by their length, {percent(float(outliers.any(1).mean()))} of the "
-        f"images have such patches: {outliers.sum(1).mean():z.1f} of {outliers.shape[1]} on average"
+        f"No layer has more patches that stand out by their length than L{most}: {share} of the images have such "
+        f"patches after it, {average} of {outliers.shape[1]} on average"
         f"{_frequent_positions(outlying[most])}.",
         measure="token_norm",
         layer=most,
@@ -74,7 +78,10 @@ def _of_norms(study: ReportData) -> Iterator[str]:
             outlying[layer].flags.sum(1).mean() if layer in outlying else np.nan for layer in range(study.plan.n_layers)
         ],
         by_layer_title="patches of outlying length an image",
-        images=[(int(image), f"{count} patches") for image, count in zip(sampled, counts[most_counted], strict=True)],
+        images=[
+            (int(study.sample_positions[image]), f"{counts[image]} patch{'es' if counts[image] > 1 else ''}")
+            for image in most_counted
+        ],
         caption="these have the most such patches",
     )
 
