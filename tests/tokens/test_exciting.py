@@ -98,5 +98,6 @@ def test_look_makes_an_image_for_the_neuron_that_is_asked_for(vit, folder):
     of_made, of_noise = returned[0][:, 1:, 3].mean(1)
     assert of_made > of_noise + 0.5
     assert "neuron 3" in made_images(looked).get_suptitle()
-    with pytest.raises(UsageError, match="neurons 0 to 47"):
-        vitrail.look(vit, photo, measures=["exciting"], channel=48)
+    for channel in (48, -1):
+        with pytest.raises(UsageError, match=f"Neuron {channel} was asked for; .* neurons 0 to 47"):
+            vitrail.look(vit, photo, measures=["exciting"], channel=channel)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from vitrail.errors import UsageError
 from vitrail.grid import Grid
 from vitrail.layer_summary import LayerQuantity
+from vitrail.measure import range_or_unit
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
 from vitrail.tokens.outliers import norm_outliers
@@ -276,7 +277,8 @@ def grouping_quantities(study: xr.Dataset) -> list[LayerQuantity]:
         values = images_in_every_layer(study[name].to_numpy().astype(np.float64))
         if len(values):
             attrs = study[name].attrs
-            quantities.append(LayerQuantity(str(attrs.get("title", name)), "0 to 1", values))
+            unit = range_or_unit(str(attrs.get("unit", "")))
+            quantities.append(LayerQuantity(str(attrs.get("title", name)), unit, values))
     return quantities
 
 
