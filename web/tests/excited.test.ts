@@ -28,7 +28,8 @@ test("peaks lie on the grid of the layer that was read, not of the last", () => 
     [6, 6],
     [3, 3],
   ];
-  const about = (grids: number[][], own_grid_layers: number[] | null) => ({ grids, own_grid_layers }) as unknown as Study;
+  const about = (grids: number[][], own_grid_layers: number[] | null) =>
+    ({ grids, own_grid_layers }) as unknown as Study;
   expect(peakLayer(about(pyramid, [0, 1]))).toEqual({ name: "L1", layer: 1, grid: [6, 6] });
   expect(peakLayer(about(pyramid, null)).grid).toBeUndefined();
   expect(peakLayer(about([pyramid[0]!, pyramid[1]!], null))).toMatchObject({ layer: undefined, grid: [6, 6] });
