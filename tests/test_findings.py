@@ -14,7 +14,7 @@ from vitrail.heads.why import why_sentences
 from vitrail.report import findings_of
 from vitrail.report.opening import accuracy
 from vitrail.report.parts import ReportData, Section
-from vitrail.sentence import Sentence
+from vitrail.sentence import Sentence, percent
 from vitrail.study.store import open_study
 
 HOME = "http://127.0.0.1:8765"
@@ -71,11 +71,26 @@ def test_heads_that_cost_next_to_nothing_have_no_photographs_and_no_minus_zero(s
     assert not any("-0.000" in each for each in told)
 
 
+def test_a_share_is_not_rounded_to_none_or_all() -> None:
+    assert [percent(share) for share in (0, 0.004, 0.006, 0.5, 0.994, 0.996, 1)] == [
+        "0 %", "below 1 %", "1 %", "50 %", "99 %", "above 99 %", "100 %",
+    ]  # fmt: skip
+    assert [percent(share, 1) for share in (0.0004, 0.996, 0.9996)] == ["below 0.1 %", "99.6 %", "above 99.9 %"]
+    assert percent(np.float32(1 - 1e-7)) == "100 %"
+
+
 def test_accuracy_names_the_mistakes_that_the_model_was_surest_of(client: TestClient, study: Path) -> None:
     (sentence,) = client.get("/api/findings/base").json()["sentences"]
     dataset = open_study(study)
     wrong = np.flatnonzero((dataset.prediction != dataset.label).values)
-    assert sentence["images"][0]["image"] == wrong[dataset.probability.values[wrong].argmin()]
+    surest = dataset["top_probability"].load().copy()
+    surest[wrong[-1], 0] = 0.99
+    read = ReportData.of(study)
+    told = accuracy(ReportData(study, dataset.assign(top_probability=surest), read.plan, read.manifest))
+    assert (told.images[0][0], told.caption) == (wrong[-1], "the mistakes that the model is surest of")
+    told = accuracy(ReportData(study, dataset.drop_vars("top_probability"), read.plan, read.manifest))
+    assert told.images[0][0] == wrong[dataset.probability.values[wrong].argmin()]
+    assert told.caption == "the mistakes whose label the model held for least likely"
     assert f"{100 * (1 - len(wrong) / N_IMAGES):.1f} %" in sentence["text"]
     listed = client.get("/api/findings").json()["analyses"]
     assert [each["name"] for each in listed] == ["base", "heads"]

@@ -13,6 +13,7 @@ from PIL import Image
 from vitrail.analysis import analyses, declaration, unavailable
 from vitrail.contract.tiny_models import FAMILIES
 from vitrail.errors import DataError, ModelError, UsageError
+from vitrail.figures.one_image import TOKEN_FIGURES
 from vitrail.figures.whole import draw_figures
 from vitrail.models.open import open_vit
 from vitrail.one_image import look, parts_of, record_image
@@ -161,6 +162,17 @@ def test_a_mask_brings_objects_grouping_and_a_layout(vit):
     assert np.isfinite(looked["token_xy"]).any()
 
 
+def test_filters_say_what_salient_patches_are_where_objects_are_too_small_to_colour(vit):
+    ids = np.zeros((36, 40), dtype=np.int64)
+    ids[:9, :20] = 1  # two patches
+    masked, plain = (look(vit, photo(), mask=mask, measures="tokens") for mask in (ids, None))
+    assert "patch_object" in masked.attrs["left_out"]
+    assert masked["patch_salient"].to_numpy().sum() == 2
+    captions = [" ".join(dict(TOKEN_FIGURES)["filters"](each).get_supxlabel().split()) for each in (masked, plain)]
+    assert "salient: under objects of the mask." in captions[0]
+    assert "salient: the quarter with the highest rollout." in captions[1]
+
+
 def test_what_compares_with_other_images_is_left_out_of_one(vit):
     looked = look(vit, photo(), mask=halves() - 1, measures="objects")
     assert np.isfinite(looked["object_pointing"]).any()
@@ -206,6 +218,22 @@ def test_a_hierarchy_is_looked_at_with_layers_padded():
     assert looked.attrs["patch"] == list(divmod(best, 14))
     assert_allclose(looked["relevance_deletion"][:, -1], looked["relevance_insertion"][:, 0], rtol=1e-4)
     assert "tokens cannot be followed" in looked.attrs["left_out"]["filter_auroc"]
+
+
+def test_layers_of_fewer_than_four_patches_have_no_colours(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=16, window_size=2, depths=(2, 2, 2), num_heads=(1, 2, 2), embed_dim=8
+    )
+    looked = look(open_vit(model.eval(), image_size=16), photo(), measures="tokens")
+    assert looked.attrs["grids"] == [[4, 4]] * 2 + [[2, 2]] * 2 + [[1, 1]] * 2
+    assert list(np.isfinite(looked["token_colour_share"])) == [True] * 4 + [False] * 2
+    assert np.isnan(looked["token_colour"][4:]).all()
+    assert looked["token_similarity"][5, 0] == pytest.approx(1)
+    only = looked.assign(token_colour_share=looked["token_colour_share"] * np.nan)
+    draw_figures(only, tmp_path, ["png"], one_image=True)
+    assert (tmp_path / "relevance.png").exists()
+    assert not (tmp_path / "tokens.png").exists()
 
 
 @torch.no_grad()

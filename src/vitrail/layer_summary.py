@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
+from vitrail.measure import range_or_unit
 from vitrail.stats import mean_interval
 
 __all__ = ["LayerQuantity", "LayerStatistics", "finite_mean", "images_with_values", "layer_quantity"]
@@ -82,7 +83,7 @@ def layer_quantity(study: xr.Dataset, name: str) -> LayerQuantity:
     numbers = array.to_numpy().astype(np.float64)
     unit = str(array.attrs.get("unit", ""))
     values = finite_mean(numbers.reshape(*numbers.shape[:2], -1))
-    return LayerQuantity(str(array.attrs.get("title", name)), "0 to 1" if unit == "1" else unit, values)
+    return LayerQuantity(str(array.attrs.get("title", name)), range_or_unit(unit), values)
 
 
 def images_with_values(values: Float[np.ndarray, "image layer *rest"]) -> Bool[np.ndarray, "image"]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vitrail.errors import UsageError
 
-__all__ = ["DIMENSIONS", "PLACES", "Measure"]
+__all__ = ["DIMENSIONS", "PLACES", "Measure", "range_or_unit"]
 
 DIMENSIONS = (
     "image",
@@ -46,6 +46,18 @@ DIMENSIONS = (
 
 PLACES = {"xy": ("x", "y"), "side": ("left", "top", "right", "bottom")}
 """What the places along dimensions are called that mean the same in every measure; analyses name those of others."""
+
+
+def range_or_unit(unit: str) -> str:
+    """A unit as tables and axes print it.
+
+    Args:
+        unit: Of a measure.
+
+    Returns:
+        The range of a share, whose unit is "1"; any other unit as it is.
+    """
+    return "0 to 1" if unit == "1" else unit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,9 @@ from typing import Any, SupportsFloat
 
 __all__ = ["Sentence", "percent"]
 
+ROUNDING_ERROR = 1e-6
+"""Of shares that are sums in float32."""
+
 
 class Sentence(str):
     """Text that names its evidence; a plain string everywhere else.
@@ -99,13 +102,18 @@ class Sentence(str):
 
 
 def percent(share: SupportsFloat, digits: int = 0) -> str:
-    """A share of 1 as text.
+    """A share of 1 as text; none is rounded to nothing or all.
 
     Args:
         share: 0 to 1.
         digits: After the point.
 
     Returns:
-        Text such as "12 %".
+        Text such as "12 %", "below 1 %" or "above 99 %"; "0 %" and "100 %" of what is so up to rounding errors alone.
     """
-    return f"{100 * float(share):.{digits}f} %"
+    value, step = float(share), 10.0 ** -(digits + 2)
+    if ROUNDING_ERROR < value < step / 2:
+        return f"below {100 * step:.{digits}f} %"
+    if 1 - step / 2 <= value < 1 - ROUNDING_ERROR:
+        return f"above {100 * (1 - step):.{digits}f} %"
+    return f"{100 * value:.{digits}f} %"

@@ -1,5 +1,7 @@
 """What the report says of heads and objects: the planted head is named with its null, and chance is called chance."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ def test_the_planted_head_leads_the_findings_with_its_null_and_the_blob() -> Non
     assert first.startswith("L2H1 finds the objects of 39 images best, by the map of its class token: AUROC 0.")
     assert "95 % interval" in first
     assert beyond == "L2H1 is the best head beyond these images, too (95 %)."
-    assert "1 of the 6 heads finds the objects of the image itself better" in chance
+    assert "; 1 of the 6 heads is shown to find the objects of the image itself better" in chance
     assert "has 0.7" in blob
     assert "1 head is shown to beat it" in blob
     assert patches.startswith("Asked by a patch of an object, L2H1 finds the rest of that object best")
@@ -56,7 +58,7 @@ def test_the_planted_head_leads_the_findings_with_its_null_and_the_blob() -> Non
 def test_chance_is_called_chance() -> None:
     _, beyond, chance, blob, *_ = objects(planted(0.6)).findings
     assert "heads may be the best one" in beyond
-    assert "None of the 6 heads find" in chance
+    assert "; none of the 6 heads is shown to find" in chance
     assert "no head is shown to beat it" in blob
 
 
@@ -73,6 +75,34 @@ def test_few_images_have_no_intervals_and_the_reason_stands_there() -> None:
     section = objects(planted(0.9, 5))
     assert "interval" not in section.findings[0]
     assert "too few images" in next(iter(section.all_parts())).text
+    null = next(sentence for sentence in section.findings if "other images' objects" in sentence)
+    assert "heads" not in null
+
+
+def test_maps_are_of_the_mean_query_where_the_class_token_joins_later() -> None:
+    late = planted(0.9)
+    late.data.attrs["prefixes"] = [1, 1, 0]
+    assert "by the map of its mean query" in objects(late).findings[0]
+    assert "patches look on average" in example_map_grid(late.data).get_supxlabel().replace("\n", " ")
+    assert "the class token's map, or the mean query's" in score_maps(late.data).axes[0].get_title("left")
+    late.data.attrs["prefixes"] = [0, 0, 0]
+    assert "the map of the mean query" in score_maps(late.data).axes[0].get_title("left")
+
+
+def test_heads_that_share_the_best_score_are_no_other_best_head() -> None:
+    study = planted(0.9)
+    study.data["object_pointing"][1:] = 1
+    study.data["object_iou"][1:, 0, 0] = 1
+    other = next(sentence for sentence in objects(study).findings if sentence.startswith("Another score"))
+    assert other == "Another score has another best head: by overlap L0H0."
+
+
+def test_the_strongest_patch_of_one_image_lies_on_an_object_or_on_none() -> None:
+    for value, words in ((1, "on an object;"), (0, "on no object;")):
+        study = planted(0.9, 2)
+        study.data["object_pointing"][:] = value
+        alone = ReportData(study.folder, study.data.isel(image=[1]), replace(study.plan, n_images=1), study.manifest)
+        assert f"its strongest patch lies {words}" in objects(alone).findings[0]
 
 
 def test_figures_name_the_best_head_and_show_its_maps_from_best_to_worst() -> None:

@@ -1,5 +1,6 @@
 """A tiny model and photographs of noise for studies to report on, and studies of planted numbers."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -52,5 +53,5 @@ def planted_study(arrays: dict[str, np.ndarray], grids: list[list[int]], **plan:
     }  # fmt: skip
     read = Plan(**values | plan)
     entries = tuple(ImageEntry(f"{image}.png", None, None, 0, "") for image in range(n_images))
-    dataset = xr.Dataset(data, coords={"image": [entry.id for entry in entries]}, attrs={"grids": grids})
+    dataset = xr.Dataset(data, coords={"image": [entry.id for entry in entries]}, attrs=asdict(read))
     return ReportData(Path(), dataset, read, Manifest(None, "planted", entries, ()))

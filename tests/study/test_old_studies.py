@@ -73,6 +73,7 @@ def test_its_plan_is_equal_to_the_same_plan_written_today(old: Path) -> None:
         "labels",
         "notes",
         "output",
+        "own_grid_layers",
         "target",
         "task",
         "weights_from",

@@ -13,7 +13,7 @@ from vitrail.data import LabelSource, stored_image
 from vitrail.errors import DamagedStudy, Unsupported, UsageError
 from vitrail.models.open import open_vit
 from vitrail.pruning.curves import measure_curves
-from vitrail.pruning.ranking import CURVES_FILE, halves, orders, read_curves, scores
+from vitrail.pruning.ranking import CURVES_FILE, Curves, halves, orders, read_curves, scores
 from vitrail.report import write_report
 from vitrail.report.heads import curve_findings
 from vitrail.study.run import run_study
@@ -78,6 +78,13 @@ def test_a_ranking_of_some_heads_alone_has_no_curve_over_all(tmp_path: Path) -> 
     assert "one point of agreement with the model's own answers" in str(curve_findings(curves)[0])
     with pytest.raises(UsageError, match=r"class token has no number for \d+ of the"):
         measure_curves(tmp_path / "study", rankings=["class token", "probability"], model=vit)
+
+
+def test_a_loss_of_exactly_one_point_is_at_most_one_point() -> None:
+    counts = np.array([0, 5, 10])
+    right = np.arange(100)[None] < np.array([7, 6, 0])[:, None]  # of 100 images; 0.07 - 0.01 is above 0.06 in binary
+    finding = curve_findings(Curves(counts, {"rank": right}, {"rank": right}, right[None]))[0]
+    assert "Of 10 heads 5 can go together for at most one point" in finding
 
 
 def test_the_command_says_how_many_can_go(study: Path) -> None:

@@ -17,6 +17,7 @@ from vitrail.cli.entry import app
 from vitrail.errors import Unsupported, UsageError
 from vitrail.figures.artefacts import artefact_trial
 from vitrail.models.open import Vit
+from vitrail.tap.tap import Readers
 from vitrail.tokens.artefact_trial import artefact_findings, try_registers
 from vitrail.tokens.artefacts import artefact_neurons, outlying_patches, with_registers, written_by_layers
 
@@ -138,7 +139,16 @@ def test_a_trial_finds_on_one_half_and_tries_on_the_other(vit: Vit) -> None:
     ).all()
     shift = 1 - torch.cosine_similarity(plain, turned)
     assert_allclose(trial["output_shift"].sel(model="registers"), shift, atol=1e-5)
-    assert f"Neuron {NEURON} of L{LAYER} alone writes" in artefact_findings(trial)[1]
+    said = artefact_findings(trial)[1]
+    assert f"The MLP of L{LAYER} writes the largest part of their length" in said
+    finding = vit.prepare_views(views[:4])
+    returned: list[Tensor] = []
+    with torch.no_grad():
+        vit.tap().read(finding, Readers(output=lambda _, tokens: returned.append(tokens)))
+    length = float(returned[LAYER][:, 1:][outlying_patches(vit, finding)[LAYER]].norm(dim=-1).mean())
+    of_mlp = float(trial["written"].to_numpy()[LAYER, 1]) / length
+    assert f": {100 * of_mlp:.0f} %. Neuron {NEURON} of L{LAYER} alone writes " in said
+    assert f"{100 * float(trial['neuron_share'][0]):.0f} % of it" in said
     titles = [axes.get_title(loc) for axes in artefact_trial(trial).axes for loc in ("left", "center")]
     assert any("registers: up to" in text for text in titles)
 

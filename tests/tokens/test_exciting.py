@@ -8,12 +8,13 @@ from PIL import Image
 
 import vitrail
 from heads.head_models import timm_vit
+from tokens.hierarchies import pvt
 from vitrail import open_study, open_vit, run_study
 from vitrail.errors import UsageError
 from vitrail.figures.exciting import exciting_photographs, made_images
 from vitrail.report.exciting import exciting
 from vitrail.report.parts import ReportData
-from vitrail.tokens.peaks import peak_images, selective_neurons, selectivity
+from vitrail.tokens.peaks import peak_images, peak_layer, selective_neurons, selectivity
 
 N_IMAGES = 12
 
@@ -64,6 +65,23 @@ def test_the_most_selective_neuron_and_its_photographs_are_named(folder):
     assert f"Of {study.sizes['token_channel']} neurons" in section.findings[0]
 
 
+def test_the_patch_is_marked_on_the_grid_of_the_layer_that_was_read(folder, tmp_path):
+    study = run_study(pvt(), folder / "photos", out=tmp_path / "study", measures="exciting", limit=3)
+    read = study.attrs["own_grid_layers"]
+    assert read
+    assert study.attrs["grids"][max(read)] != study.attrs["grids"][-1]
+    layer = peak_layer(study)
+    assert layer == (f"L{max(read)}", tuple(study.attrs["grids"][max(read)]))
+    panel = exciting_photographs(study).axes[0]
+    assert panel.get_images()[0].get_extent()[2] == layer.grid[0] - 0.5
+    assert f"neurons of L{max(read)}" in exciting(ReportData.of(tmp_path / "study")).findings[0]
+    older = study.assign_attrs(own_grid_layers=None)
+    assert peak_layer(older).grid is None
+    assert "last layer that returns" in peak_layer(older).name
+    exciting_photographs(older)
+    assert peak_layer(older.assign_attrs(grids=[[4, 4]] * 4)).grid == (4, 4)
+
+
 def test_look_makes_an_image_for_the_neuron_that_is_asked_for(vit, folder):
     photo = Image.open(folder / "photos" / "0.png")
     looked = vitrail.look(vit, photo, measures=["exciting"], channel=3)
@@ -80,5 +98,6 @@ def test_look_makes_an_image_for_the_neuron_that_is_asked_for(vit, folder):
     of_made, of_noise = returned[0][:, 1:, 3].mean(1)
     assert of_made > of_noise + 0.5
     assert "neuron 3" in made_images(looked).get_suptitle()
-    with pytest.raises(UsageError, match="neurons 0 to 47"):
-        vitrail.look(vit, photo, measures=["exciting"], channel=48)
+    for channel in (48, -1):
+        with pytest.raises(UsageError, match=f"Neuron {channel} was asked for; .* neurons 0 to 47"):
+            vitrail.look(vit, photo, measures=["exciting"], channel=channel)

@@ -26,6 +26,7 @@ from vitrail.figures.tokens import (
     token_map,
     view_panels,
 )
+from vitrail.tokens.summary import grouping_quantities
 
 
 def drawn(figure, tmp_path):
@@ -98,11 +99,17 @@ def test_grouping_of_a_study_is_drawn_over_images_that_have_it(tmp_path):
     values[2] = np.nan
     names = [name for name in measures() if name.startswith("grouping_")]
     study = xr.Dataset({
-        name: (("image", "layer"), values, declaration(name).attributes()) for name in names
+        name: (("image", "layer"), values.copy(), declaration(name).attributes()) for name in names
     })  # fmt: skip
     figure = grouping_by_layer(study)
     assert "4 images" in figure.get_suptitle()
     assert drawn(figure, tmp_path).std() > 5
+    units = {quantity.title: quantity.unit for quantity in grouping_quantities(study)}
+    assert list(units.values()) == ["-1 to 1", "0 to 1", "cosine", "cosine", "clusters per object", "0 to 1"]
+    study[names[1]][0, 0] = study[names[2]][:, 1] = np.nan  # no clusters in an image, a layer without a grid
+    panels = grouping_by_layer(study).axes
+    assert ["3 of them" in panel.get_title("left").replace("\n", " ") for panel in panels[:3]] == [False, True, False]
+    assert list(panels[2].lines[0].get_xdata()) == [0, *range(2, values.shape[1])]
     with pytest.raises(UsageError, match="need masks"):
         grouping_by_layer(study.drop_vars(names))
 

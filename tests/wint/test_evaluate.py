@@ -14,6 +14,7 @@ from vitrail.errors import DataError, UsageError
 from vitrail.figures.whole import draw_figures
 from vitrail.one_image import look
 from vitrail.report import write_report
+from vitrail.report.sections import findings_of
 from vitrail.study.run import run_study
 from vitrail.tap.tap import Readers
 from vitrail.windows.collect import WindowCollector, measure_sides, overlap, predict_windows
@@ -263,6 +264,9 @@ def test_a_study_of_a_wint_holds_its_windows_which_the_report_and_a_look_show(tm
     looked = look(vit, pictures().image(0), measures="windows")
     drawn = {path.stem for path in draw_figures(looked, tmp_path / "look", one_image=True)}
     assert drawn == {"predicted_windows", "predicted_windows_summed"}
+    assert any("Between images the sides of one patch's window" in each for each in findings_of(study))
+    alone = next(each for each in findings_of(looked) if "(standard deviation)" in each)
+    assert alone.startswith("Between inner patches the sides of windows differ by ")
 
 
 def test_a_plain_vit_has_no_windows_and_says_so():

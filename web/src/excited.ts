@@ -1,4 +1,25 @@
-// Which photographs excite a neuron, and which neuron a photograph singles out.
+// Which photographs excite a neuron, where, and which neuron a photograph singles out.
+
+import type { Study } from "./types";
+
+export interface PeakLayer {
+  name: string;
+  /** Undefined where the study does not say which it is. */
+  layer: number | undefined;
+  grid: [number, number] | undefined;
+}
+
+/** The layer whose neurons were read: the last that returns the patches it was given. A study of an older version
+ * knows the grid alone, and only if all layers share one. */
+export function peakLayer(about: Study): PeakLayer {
+  if (about.own_grid_layers?.length) {
+    const layer = Math.max(...about.own_grid_layers);
+    return { name: `L${layer}`, layer, grid: about.grids[layer] ?? undefined };
+  }
+  const [first, ...others] = about.grids;
+  const grid = first && others.every((each) => each?.join() === first.join()) ? first : undefined;
+  return { name: "the last layer that returns the patches it is given", layer: undefined, grid };
+}
 
 export interface Excited {
   image: number;

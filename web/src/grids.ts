@@ -26,6 +26,13 @@ export function placeOfTokens(
   return undefined;
 }
 
+/** Who looks in the maps of all heads: the class token, or patches in layers that do not have it among their tokens. */
+export function whoLooks(about: Study): string {
+  const has = about.prefixes.map((prefix) => about.class_token && prefix > 0);
+  if (has.every(Boolean)) return "the class token looks";
+  return has.some(Boolean) ? "the class token looks, or patches in layers without it" : "patches look";
+}
+
 /** The tokens before the patches: the class token, then registers or others. */
 export const prefixNames = (about: Study, prefix: number): string[] =>
   Array.from({ length: prefix }, (_, i) =>

@@ -71,6 +71,11 @@ export function lengths({ shape, values }: NamedArray, study: Study, patch: numb
     const row = values.subarray(layer * size, (layer + 1) * size) as Float32Array;
     const place = placeOfTokens(study, layer, row);
     const prefix = place?.prefix ?? study.prefixes[layer] ?? 0;
+    if (!place && study.class_token && !prefix) {
+      // the class token alone, or among others that lie on no grid, of which none is known to be a patch
+      if (first && Number.isNaN(row[1] ?? NaN)) first[layer] = row[0]!;
+      continue;
+    }
     const patches = row.subarray(prefix, place && prefix + place.n).filter((value) => !Number.isNaN(value));
     if (!patches.length) continue;
     const sorted = Float32Array.from(patches).sort();

@@ -71,6 +71,8 @@ export interface Study {
   n_heads: number[];
   grids: ([number, number] | null)[];
   prefixes: number[];
+  /** Layers that return the patches that they are given; null where the study does not say. */
+  own_grid_layers: number[] | null;
   class_token: boolean;
   measures: Record<string, Measure>;
   analyses: Analysis[];

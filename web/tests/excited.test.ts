@@ -1,6 +1,7 @@
 import { expect, test } from "vitest";
 
-import { excited, singled } from "../src/excited";
+import { excited, peakLayer, singled } from "../src/excited";
+import type { Study } from "../src/types";
 
 test("the selected photographs come in the order of a neuron's peak", () => {
   const peaks = Float32Array.from([3, NaN, 5, 4, 5]);
@@ -19,4 +20,17 @@ test("a photograph singles out the neuron that is furthest beyond its usual rang
     [2, 10, 1],
   ];
   expect(singled([3, 11, 9], low!, middle!, high!)).toBe(0);
+});
+
+test("peaks lie on the grid of the layer that was read, not of the last", () => {
+  const pyramid = [
+    [6, 6],
+    [6, 6],
+    [3, 3],
+  ];
+  const about = (grids: number[][], own_grid_layers: number[] | null) =>
+    ({ grids, own_grid_layers }) as unknown as Study;
+  expect(peakLayer(about(pyramid, [0, 1]))).toEqual({ name: "L1", layer: 1, grid: [6, 6] });
+  expect(peakLayer(about(pyramid, null)).grid).toBeUndefined();
+  expect(peakLayer(about([pyramid[0]!, pyramid[1]!], null))).toMatchObject({ layer: undefined, grid: [6, 6] });
 });

@@ -83,6 +83,14 @@ test("lengths of a layer that puts patches together lie on the next grid, those 
   expect(placeOfTokens(pyramid, 0, [1, 2, 3])).toBeUndefined();
 });
 
+test("a class token that joins late, alone or among merged tokens, is no patch", () => {
+  const late = { ...study, prefixes: [0, 0] };
+  const values = Float32Array.from([9, NaN, NaN, NaN, 3, 4, 5, NaN]);
+  const { chosen, median, first } = lengths({ dims: [], shape: [2, 4], values }, late, 3);
+  expect([...chosen, ...median]).toEqual([NaN, NaN, NaN, NaN]);
+  expect([...first!]).toEqual([9, NaN]);
+});
+
 test("measures of patches are read at the chosen one, and averaged without padding", () => {
   const values = Float32Array.from([1, 2, 3, 4, 5, 6, NaN, NaN]);
   expect([...ofPatch(values, 2, study, 2)]).toEqual([3, 5]);

@@ -37,6 +37,7 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         "n_heads": plan.n_heads,
         "grids": plan.grids,
         "prefixes": plan.prefixes,
+        "own_grid_layers": plan.own_grid_layers,
         "class_token": plan.class_token,
         "measures": {measure: _describe_measure(arrays, measure) for measure in arrays.measures},
         "start": arrays.start(),

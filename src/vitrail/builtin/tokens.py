@@ -36,12 +36,12 @@ SHUFFLE_LIMITS = (
 )
 
 
-def _grouping(name: str, title: str, low: str, high: str, source: str) -> Measure:
+def _grouping(name: str, title: str, low: str, high: str, source: str, unit: str = "1") -> Measure:
     return Measure(
         name=f"grouping_{name}",
         title=title,
         dims=("image", "layer"),
-        unit="1",
+        unit=unit,
         low=low,
         high=high,
         source=source,
@@ -98,6 +98,7 @@ MEASURES = (
         "clusters run into each other (0: one cluster, -1: none)",
         "clusters are tight and far apart",
         f"{FROM_NGUYEN}: DBSCAN on object tokens, cosine silhouette",
+        unit="-1 to 1",
     ),
     _grouping(
         "purity",
@@ -112,6 +113,7 @@ MEASURES = (
         "tokens of a cluster differ",
         "tokens of a cluster are alike",
         f"{FROM_NGUYEN}: mean over pairs of tokens, then over clusters",
+        unit="cosine",
     ),
     _grouping(
         "in_object",
@@ -119,6 +121,7 @@ MEASURES = (
         "tokens of an object differ",
         "tokens of an object are alike",
         f"{FROM_NGUYEN}: mean over pairs of tokens, then over objects; needs no clusters",
+        unit="cosine",
     ),
     _grouping(
         "clusters",
@@ -126,6 +129,7 @@ MEASURES = (
         "objects share clusters",
         "objects fall into several clusters",
         FROM_NGUYEN,
+        unit="clusters per object",
     ),
     _grouping(
         "unique_label",
@@ -195,7 +199,8 @@ IMAGE_MEASURES = (
         high="",
         source="the first three principal components of the layer's patch tokens, those of outlying length aside, from "
         "the 1 % to the 99 % quantile; as DINOv2 (Oquab et al. 2023, arXiv 2304.07193) is shown",
-        limits=f"{CHANNELS_LIMITS} Colours of two layers cannot be compared.",
+        limits=f"{CHANNELS_LIMITS} Colours of two layers cannot be compared. Layers with fewer than 4 patches of usual "
+        "length have none.",
         needs=("token_grid",),
         depends_on=(),
         is_quantity=False,
@@ -243,7 +248,7 @@ IMAGE_MEASURES = (
         name="relevance",
         title="relevance of patches for the prediction",
         dims=("relevance_method", "patch"),
-        unit="1",
+        unit="each method's own",
         low="the prediction does not rest on this patch",
         high="the prediction rests on this patch",
         source="raw: attention of the last layer; rollout: Abnar and Zuidema 2020 (arXiv 2005.00928); gradient: Chefer "
@@ -358,9 +363,9 @@ IMAGE_MEASURES = (
         name="neuron_view_agreement",
         title="agreement of the two views",
         dims=("view_level",),
-        unit="cosine over patches",
-        low="0: the published view shows something else",
-        high="1: both show the same patches",
+        unit="cosine over pixels and colours",
+        low="0: the published view shows something else; below, the opposite",
+        high="1: both views are alike, up to a factor",
         source="our construction",
         limits="Where both agree, both may still leave out what attention depends on.",
         needs=("token_grid",),

@@ -5,7 +5,7 @@ from PIL import Image
 
 from vitrail.figures.photo_grid import grid_extent, mark_patch
 from vitrail.figures.style import Figure, FigureTable, blank, explain, styled, when
-from vitrail.tokens.peaks import peak_images, selective_neurons
+from vitrail.tokens.peaks import peak_images, peak_layer, selective_neurons
 
 __all__ = ["FIGURES", "ONE_IMAGE_FIGURES", "exciting_photographs", "made_images"]
 
@@ -26,22 +26,24 @@ def exciting_photographs(study: xr.Dataset) -> Figure:
     neurons = selective_neurons(study)[:N_NEURONS]
     columns = min(N_PHOTOGRAPHS, study.sizes["image"])
     figure = blank(columns * PANEL_INCHES + 0.8, len(neurons) * (PANEL_INCHES + 0.12) + 0.9, "What excites neurons")
-    grid = tuple([each for each in study.attrs["grids"] if each is not None][-1])
+    layer = peak_layer(study)
     axes = figure.subplots(len(neurons), columns, squeeze=False)
     for row, neuron in zip(axes, neurons, strict=True):
         for panel, image in zip(row, peak_images(study, neuron)[:columns], strict=True):
             photo = Image.fromarray(study["thumbnail"][image].to_numpy())
-            panel.imshow(photo, extent=grid_extent(grid), aspect="auto")
-            patch = int(study["neuron_peak_patch"][image, neuron])
-            mark_patch(panel, *divmod(patch, grid[1]))
+            panel.imshow(photo, extent=grid_extent(layer.grid or (1, 1)), aspect="auto")
+            if layer.grid is not None:
+                mark_patch(panel, *divmod(int(study["neuron_peak_patch"][image, neuron]), layer.grid[1]))
             panel.set(xticks=[], yticks=[])
             panel.set_aspect("equal")
             panel.set_title(f"{float(study['neuron_peak'][image, neuron]):.1f}", fontsize=6.5, pad=2)
         row[0].set_ylabel(f"neuron {neuron}", fontsize=7)
     explain(
         figure,
-        "Neurons of the last layer whose strongest photographs stand out most from the others. Square: the patch whose "
-        "token has the value above the photograph.",
+        f"Neurons of {layer.name} whose strongest photographs stand out most from the others.",
+        "Square: the patch whose token has the value above the photograph."
+        if layer.grid is not None
+        else "Above each the highest value of its patches; a study made anew says which patch has it.",
     )
     return figure
 

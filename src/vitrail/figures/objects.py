@@ -25,7 +25,14 @@ from vitrail.figures.style import (
 )
 from vitrail.grid import Grid
 from vitrail.heads.head_values import HeadValues
-from vitrail.heads.object_summary import TOP, ScoreSummary, example_maps, scale_of_map, summarise_scores
+from vitrail.heads.object_summary import (
+    TOP,
+    ScoreSummary,
+    example_maps,
+    is_of_class_token,
+    scale_of_map,
+    summarise_scores,
+)
 from vitrail.selection import image_id
 from vitrail.sentence import percent
 
@@ -33,7 +40,6 @@ __all__ = ["BOTH", "FIGURES", "ONE_IMAGE_FIGURES", "best_maps", "example_map_gri
 
 SCORES = {"pointing": "strongest patch on the object", "iou": "overlap (IoU)", "auroc": "AUROC"}
 MAPS = {"": "the class token's map", "patch": "maps of object patches"}
-MEAN_QUERY = "the map of the mean query"
 
 N_EXAMPLES = 10
 """Photographs on which the best head's map is shown: two rows of five."""
@@ -72,7 +78,9 @@ def score_maps(study: xr.Dataset) -> Figure:
     for axes_row, (kind, summaries) in zip(grid, rows.items(), strict=True):
         for axes, (score, words) in zip(axes_row, SCORES.items(), strict=True):
             if score in summaries:
-                _draw_scores(figure, axes, study, summaries[score], f"{_whose_map(study, kind)}\n{words}")
+                _draw_scores(
+                    figure, axes, study, summaries[score], f"{_whose_map(study, kind, summaries[score])}\n{words}"
+                )
             else:
                 axes.set_axis_off()
     explain(
@@ -91,8 +99,19 @@ def _summaries(study: xr.Dataset, kind: str) -> dict[str, ScoreSummary]:
     return {score: summary for score, summary in summaries.items() if summary is not None}
 
 
-def _whose_map(study: xr.Dataset, kind: str) -> str:
-    return MEAN_QUERY if kind == "" and not study.attrs.get("class_token", True) else MAPS[kind]
+def _whose_map(study: xr.Dataset, kind: str, summary: ScoreSummary) -> str:
+    if kind:
+        return MAPS[kind]
+    layers = np.flatnonzero(np.isfinite(summary.mean).any(1)).tolist()
+    return _by_query(
+        study, layers, MAPS[kind], "the map of the mean query", "the class token's map, or the mean query's"
+    )
+
+
+def _by_query(study: xr.Dataset, layers: Sequence[int], class_token: str, mean: str, both: str) -> str:
+    """The words for whose maps these layers have: of the class token, of the mean query, or of both."""
+    of_class_token = {is_of_class_token(study.attrs, layer) for layer in layers}
+    return both if len(of_class_token) > 1 else class_token if True in of_class_token else mean
 
 
 def _draw_scores(figure: Figure, axes: Any, study: xr.Dataset, summary: ScoreSummary, title: str) -> None:
@@ -152,7 +171,7 @@ def example_map_grid(study: xr.Dataset) -> Figure | None:
         drawn,
         f"{head_name(layer, head)}, the best head by AUROC, on {len(drawn)} photographs",
         f"From where it finds the objects best to where it finds them worst, evenly spaced among the images whose maps "
-        f"are kept. {_reading(study)}",
+        f"are kept. {_reading(study, [layer])}",
     )
 
 
@@ -171,20 +190,22 @@ def best_maps(look: xr.Dataset) -> Figure | None:
         return None
     photo, objects = Image.fromarray(look["view"].to_numpy()), _objects(look, 0)
     drawn = [_MapPanel(photo, None, _grid(look, summary.ranked[0][0]), objects, "the objects")]
-    for layer, head in summary.ranked[:N_HEADS]:
+    best = summary.ranked[:N_HEADS]
+    for layer, head in best:
         weights = look["head_map"][layer, head].to_numpy()
         title = f"{head_name(layer, head)}: {summary.mean[layer, head]:.2f}"
         drawn.append(_MapPanel(photo, weights[np.isfinite(weights)], _grid(look, layer), objects, title))
     return _draw_maps(
         drawn,
         f"Heads that find the objects best: {image_id(look, 0)}",
-        f"Beside each head its AUROC: patches of the objects against all others. {_reading(look)} One image decides "
-        "nothing about a head.",
+        f"Beside each head its AUROC: patches of the objects against all others. "
+        f"{_reading(look, [layer for layer, _ in best])} One image decides nothing about a head.",
     )
 
 
-def _reading(study: xr.Dataset) -> str:
-    whose = "the class token looks" if study.attrs.get("class_token", True) else "patches look on average"
+def _reading(study: xr.Dataset, layers: Sequence[int]) -> str:
+    patches = "patches look on average"
+    whose = _by_query(study, layers, "the class token looks", patches, f"the class token looks, or {patches},")
     return (
         f"Darker: {whose} here; colours end where {percent(TOP)} of each map's patches lie below: sinks would leave "
         "nothing to see of the rest. Line: the objects."

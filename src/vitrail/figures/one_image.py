@@ -163,8 +163,11 @@ def _tokens(look: xr.Dataset) -> Figure | None:
     """Colours, lengths, and likeness to the patch, layer by layer."""
     if not {"token_colour", "token_norm"} <= set(look):
         return None
+    layers = _some_layers(look)
+    if not layers:
+        return None
     rows = [[_photograph(look, words)] for words in ("colours", "lengths", "likeness to this patch")]
-    for layer in _some_layers(look):
+    for layer in layers:
         grid, prefix = _grid(look, layer), _prefix(look, layer)
         n_patches = grid[0] * grid[1]
         here = (layer, slice(n_patches))
@@ -173,7 +176,7 @@ def _tokens(look: xr.Dataset) -> Figure | None:
         colours, likeness = look["token_colour"].to_numpy()[here], look["token_similarity"].to_numpy()[here]
         share = float(look["token_colour_share"][layer])
         rows[0].append(Panel(token_figures.coloured(colours, grid), f"after L{layer}: {percent(share)}"))
-        stands = f", {outlier.sum()} stand out" if outlier.any() else ""
+        stands = f", {outlier.sum()} stand{'s' if outlier.sum() == 1 else ''} out" if outlier.any() else ""
         lengths = token_figures.token_map(norms, grid, high=float(norms[~outlier].max()))
         rows[1].append(Panel(lengths, f"{norms.min():.0f} to {norms.max():.0f}{stands}"))
         row, column = (_row_and_column(look)[axis] * grid[axis] // _grid(look, 0)[axis] for axis in (0, 1))
@@ -248,12 +251,12 @@ def _filters(look: xr.Dataset) -> Figure | None:
     names = [f"filter {each}: {float(look['filter_auroc'][each]):.2f}" for each in look["rank"].to_numpy().tolist()]
     published, signed = token_figures.view_panels(_colour_first(look["filter_view"]), names)
     salient = token_figures.token_map(1.0 * look["patch_salient"].to_numpy(), _grid(look, 0))
-    whence = "under objects of the mask" if "patch_object" in look else "the quarter with the highest rollout"
+    selection = look["patch_salient"].attrs.get("selection", "under objects, or of the highest rollout")
     return token_figures.panels(
         [[_photograph(look), *published], [Panel(salient, "salient"), *signed]],
         f"Filters through which salient patches stand out most and least: {_name(look)}",
-        f"Global views of level 0 (after Nguyen et al. 2022) and the AUROC of their energy; salient: {whence}. 0.5: no "
-        "better than chance. Below: signed, orange for positive.",
+        f"Global views of level 0 (after Nguyen et al. 2022) and the AUROC of their energy; salient: {selection}. 0.5: "
+        "no better than chance. Below: signed, orange for positive.",
     )
 
 
@@ -372,8 +375,10 @@ def _photograph(look: xr.Dataset, title: str = "") -> Panel:
 
 
 def _some_layers(look: xr.Dataset) -> list[int]:
-    """A few layers, the first and last whose tokens lie on a grid among them."""
+    """A few layers, the first and last whose tokens have colours among them; none where none has."""
     present = np.flatnonzero(np.isfinite(look["token_colour_share"].to_numpy()))
+    if not len(present):
+        return []
     return [int(present[at]) for at in np.unique(np.linspace(0, len(present) - 1, N_LAYERS).round().astype(int))]
 
 

@@ -19,6 +19,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, TwoS
 from matplotlib.figure import Figure
 
 from vitrail.errors import UsageError
+from vitrail.measure import range_or_unit
 from vitrail.outputs import FIGURE_SIGN, local_path, refuse_foreign_file
 
 __all__ = [
@@ -358,7 +359,7 @@ def axis_title(title: str, unit: str) -> str:
     Returns:
         The text, in lines.
     """
-    unit = "0 to 1" if unit == "1" else unit
+    unit = range_or_unit(unit)
     return textwrap.fill(title if not unit or unit == title else f"{title} ({unit})", AXIS_CHARACTERS)
 
 

@@ -32,7 +32,7 @@ from vitrail.figures.style import (
 from vitrail.selection import describe_choice
 from vitrail.tokens.display import rgb_image, sign_map
 from vitrail.tokens.outliers import OUTLIER_DEVIATIONS
-from vitrail.tokens.summary import MeanCurve, grouping_quantities, norms_of_layers, robustness
+from vitrail.tokens.summary import MeanCurve, grouping_quantities, norms_of_layers, patch_norms, robustness
 
 __all__ = [
     "FIGURES",
@@ -337,7 +337,7 @@ def scatter_of_tokens(
 
 @styled
 def grouping_by_layer(study: xr.Dataset) -> Figure:
-    """The grouping scores of a study over its layers: mean over the images that have them, with 95 % intervals.
+    """The grouping scores of a study over its layers: mean over the images that have them in every layer that has any.
 
     Args:
         study: A study with grouping scores.
@@ -351,16 +351,18 @@ def grouping_by_layer(study: xr.Dataset) -> Figure:
     quantities = grouping_quantities(study)
     if not quantities:
         raise UsageError("This study holds no grouping scores; they need masks: run_study(..., masks=FOLDER).")
-    n_images = len(quantities[0].values)
+    counts = [len(quantity.values) for quantity in quantities]
+    n_images = max(counts)
     columns, rows = min(3, len(quantities)), -(-len(quantities) // 3)
-    title = f"Grouping, {n_images} image{'s' if n_images != 1 else ''}"
+    title = f"Grouping, {n_images:,} image{'s' if n_images != 1 else ''}"
     figure = blank(2.2 * columns + 0.4, 1.9 * rows + 0.9, title)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for axes, quantity in zip(grid, quantities, strict=False):
         statistics = quantity.statistics
         axes.plot(statistics.layers, statistics.mean, color=COOL, linewidth=1.3, marker="o", markersize=3)
         axes.fill_between(statistics.layers, statistics.low, statistics.high, color=BAND, linewidth=0)
-        axes.set_title(textwrap.fill(quantity.title, 30), fontsize=7.2)
+        whose = "" if len(quantity.values) == n_images else f", {len(quantity.values):,} of them"
+        axes.set_title(textwrap.fill(f"{quantity.title}{whose}", 30), fontsize=7.2)
         axes.set_xlabel("after layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color=LINE, linewidth=0.6)
@@ -393,7 +395,8 @@ def norms_by_layer(study: xr.Dataset) -> Figure:
     left.plot(norms.layers, norms.median, color=COOL, label="median patch")
     left.plot(norms.layers, norms.longest, color=MARK, linewidth=1.0, linestyle="--", label="longest patch")
     if norms.class_token is not None:
-        left.plot(norms.layers, norms.class_token, color=SOFT, linestyle=":", label="class token, median")
+        layers = np.arange(len(norms.class_token))
+        left.plot(layers, norms.class_token, color=SOFT, linestyle=":", marker=".", label="class token, median")
     left.set(xlabel="after layer", ylabel="L2 norm")
     if norms.longest.max() > LOG_FROM * norms.median.min():
         left.set(yscale="log", ylabel="L2 norm, log scale")
@@ -485,7 +488,7 @@ def _has_robustness(study: xr.Dataset) -> bool:
 
 
 FIGURES: FigureTable = (
-    ("norms_by_layer", when(lambda study: "token_norm" in study, norms_by_layer)),
+    ("norms_by_layer", when(lambda study: "token_norm" in study and patch_norms(study), norms_by_layer)),
     ("grouping_by_layer", when(grouping_quantities, grouping_by_layer)),
     ("survival", when(_has_robustness, survival)),
 )

@@ -1,7 +1,8 @@
 """Heads and layers ranked by how well their attention finds objects, over the images of a study. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Float
 from vitrail.layer_summary import finite_mean, images_with_values
 from vitrail.stats import candidates_for_largest, simultaneous_intervals
 
-__all__ = ["TOP", "ExampleMap", "ScoreSummary", "example_maps", "scale_of_map", "summarise_scores"]
+__all__ = ["TOP", "ExampleMap", "ScoreSummary", "example_maps", "is_of_class_token", "scale_of_map", "summarise_scores"]
 
 NULL = "_null"
 
@@ -98,6 +99,20 @@ def summarise_scores(study: xr.Dataset, name: str) -> ScoreSummary | None:
         over_centre_low=over_centre.low,
         reason=reason,
     )
+
+
+def is_of_class_token(plan: Mapping[str, Any], layer: int) -> bool:
+    """Whether the maps of a layer that are scored are those of its class token; else they are the mean over queries.
+
+    Args:
+        plan: The attributes of a study.
+        layer: Index of a layer whose maps join the patches of a grid.
+
+    Returns:
+        False where the class token joins in a later layer, too.
+    """
+    prefixes = plan.get("prefixes")
+    return bool(plan.get("class_token", True) and (prefixes is None or prefixes[layer] > 0))
 
 
 class ExampleMap(NamedTuple):

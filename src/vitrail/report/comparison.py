@@ -12,14 +12,12 @@ from vitrail.comparison.pairs import Pair
 from vitrail.figures import comparison as figures
 from vitrail.figures.style import number
 from vitrail.heads.head_values import IMPORTANCE_MEASURES
+from vitrail.measure import range_or_unit
 from vitrail.report.page import page
 from vitrail.report.parts import Drawing, Part, Photographs, ReportData, Section, Table, Text
 from vitrail.report.sections import SIGN, write_page
 
 __all__ = ["write_comparison"]
-
-N_SCATTERS = 2
-"""Measures that are drawn head by head."""
 
 N_PHOTOGRAPHS = 10
 """Images that changed most: two rows of the page."""
@@ -86,7 +84,7 @@ def _measures(compared: xr.Dataset) -> Iterator[Part]:
                 f"{float(row['mean_difference']):+.3g}",
                 "too few images" if np.isnan(low + high) else f"{low:+.3g} to {high:+.3g}",
                 f"{float(row['p']):.3f}",
-                {"1": "0 to 1", "bool": "share"}.get(unit, unit),
+                "share" if unit == "bool" else range_or_unit(unit),
             ]
         )
     yield Table(

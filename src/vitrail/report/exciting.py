@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from vitrail.figures.exciting import exciting_photographs
 from vitrail.report.parts import Drawing, Part, ReportData, Section, readings
 from vitrail.sentence import Sentence
-from vitrail.tokens.peaks import peak_images, selective_neurons, selectivity
+from vitrail.tokens.peaks import peak_images, peak_layer, selective_neurons, selectivity
 
 __all__ = ["exciting"]
 
@@ -27,10 +27,10 @@ def exciting(study: ReportData) -> Section | None:
 
 def _findings(study: ReportData) -> Iterator[Sentence]:
     neuron = selective_neurons(study.data)[0]
-    image = peak_images(study.data, neuron)[0]
+    image, beyond = peak_images(study.data, neuron)[0], selectivity(study.data)[neuron]
     yield Sentence(
-        f"Of {study.data.sizes['token_channel']:,} neurons of the last layer number {neuron} singles photographs out "
-        f"most: its strongest lie {selectivity(study.data)[neuron]:.1f} standard deviations above the median; "
+        f"Of {study.data.sizes['token_channel']:,} neurons of {peak_layer(study.data).name}, number {neuron} singles "
+        f"photographs out most: its strongest lie {beyond:.1f} standard deviations above the median; "
         f"first of all {study.data.indexes['image'][image]}.",
         measure="neuron_peak",
         images=[(image, "strongest")],

@@ -105,7 +105,7 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
     between = _between(study, table, "drop", first)
     share = float(table["flip_share"][first]) if "flip_share" in table else 0.0
     if study.n_images > 1:
-        average, flips = " on average", f" {percent(share, 1)} of the answers change." * ("flip_share" in table)
+        average, flips = " on average", f" Of the answers {percent(share, 1)} change." * ("flip_share" in table)
     else:
         average, flips = "", " The answer changes." * (share > 0)
     intact, without = study.data["probability"].to_numpy(), _probability_without(study.data)
@@ -130,7 +130,7 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
         whose = f"the {len(swept):,} images whose heads were all pruned" if how_corrected(study.data) else "the images"
         most = [int(at) for at in np.argsort(-many, kind="stable")[:N_SHOWN] if many[at]]
         yield Sentence(
-            f"{percent(float((many == 0).mean()))} of {whose} lose no more than {LARGE_DROP} by any single head; in "
+            f"Of {whose} {percent(float((many == 0).mean()))} lose no more than {LARGE_DROP} by any single head; in "
             f"the median image {int(np.median(many))} of {len(order)} heads cost more than that, in the most sensitive "
             f"one {int(many.max())}."
             if most
@@ -273,7 +273,7 @@ def curve_findings(curves: Curves) -> list[Sentence]:
     best = next(iter(areas))
     accuracy = curves.accuracy("least", best)
     n_images = curves.least[best].shape[1]
-    keeps = accuracy >= accuracy[0] - ONE_POINT
+    keeps = accuracy >= accuracy[0] - ONE_POINT - 1e-9  # shares of images are not exact in binary
     n_spared = int(counts[-1] if keeps.all() else counts[int((~keeps).argmax()) - 1])
     between, low, high = areas[best].between
     interval = f" (95 % interval {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""

@@ -6,7 +6,7 @@ import numpy as np
 
 from vitrail.figures.objects import example_map_grid, score_maps
 from vitrail.figures.style import head_name
-from vitrail.heads.object_summary import ScoreSummary, summarise_scores
+from vitrail.heads.object_summary import ScoreSummary, is_of_class_token, summarise_scores
 from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, readings
 from vitrail.sentence import Sentence, percent
 
@@ -70,12 +70,16 @@ def _findings(study: ReportData, heads: Summaries, patches: Summaries, layers: S
 def _best_head(study: ReportData, heads: Summaries) -> str:
     summary = heads["auroc"]
     best = summary.ranked[0]
-    whose = "class token" if study.plan.class_token else "mean query"
+    whose = "class token" if is_of_class_token(study.data.attrs, best[0]) else "mean query"
     scores = [f"AUROC {summary.mean[best]:z.2f}{_interval(summary, best)}"]
     if "pointing" in heads:
         share = float(heads["pointing"].mean[best])
-        where = f"in {percent(share)} of them" if study.n_images > 1 else ("" if share > 0.5 else "not")
-        scores.append(f"its strongest patch lies on an object {where}".strip())
+        where = (
+            f"an object in {percent(share)} of them"
+            if study.n_images > 1
+            else f"{'an' if share > 0.5 else 'no'} object"
+        )
+        scores.append(f"its strongest patch lies on {where}")
     if "iou" in heads:
         scores.append(f"overlap with as many strongest patches {heads['iou'].mean[best]:z.2f}")
     images = f"of {summary.n_images:,} images" if study.n_images > 1 else "of this image"
@@ -93,14 +97,8 @@ def _against_chance(summary: ScoreSummary) -> Iterator[str]:
         )
     beyond = []
     if np.isfinite(summary.null[best]):
-        above = int((summary.excess_low > 0).sum())
-        below = int((summary.excess_high < 0).sum())
-        avoid = f", {below} find them less: they look at the background" if below else ""
-        beyond.append(
-            f"Against other images' objects {head_name(*best)} has {summary.null[best]:z.2f}. {above or 'None'} of the "
-            f"{n_heads} heads {'finds' if above == 1 else 'find'} the objects of the image itself better than those"
-            f"{avoid} (all heads at once, 95 %)."
-        )
+        excess = _excess(summary, n_heads)
+        beyond.append(f"Against other images' objects {head_name(*best)} has {summary.null[best]:z.2f}{excess}.")
     if np.isfinite(summary.centre):
         above = int((summary.over_centre_low > 0).sum())
         beyond.append(
@@ -108,6 +106,18 @@ def _against_chance(summary: ScoreSummary) -> Iterator[str]:
             f"{above or 'no'} head{'s are' if above > 1 else ' is'} shown to beat it."
         )
     yield from beyond
+
+
+def _excess(summary: ScoreSummary, n_heads: int) -> str:
+    """How many heads are shown to tell their image's objects from others'; empty where images are too few."""
+    if np.isnan(summary.excess_low).all():
+        return ""
+    above, below = int((summary.excess_low > 0).sum()), int((summary.excess_high < 0).sum())
+    avoid = f", and {below} to find them less, looking at the background" if below else ""
+    return (
+        f"; {above or 'none'} of the {n_heads} heads {'are' if above > 1 else 'is'} shown to find the objects of the "
+        f"image itself better than those{avoid} (all heads at once, 95 %)"
+    )
 
 
 def _best_for_patches(summary: ScoreSummary) -> str:
@@ -133,7 +143,7 @@ def _other_scores(heads: Summaries) -> Iterator[str]:
     others = {
         words: heads[score].ranked[0]
         for score, words in (("iou", "overlap"), ("pointing", "the strongest patch"))
-        if score in heads and heads[score].ranked[0] != by_auroc
+        if score in heads and heads[score].mean[by_auroc] < heads[score].mean[heads[score].ranked[0]]
     }
     if others:
         named = " and ".join(f"by {words} {head_name(*head)}" for words, head in others.items())

@@ -16,6 +16,9 @@ __all__ = ["PER_SECTION", "accuracy", "citations", "main_findings", "studied"]
 
 SKIPPED_SHOWN = 20
 
+TOP = "top_probability"
+"""The array whose first entry of an image is the probability of the predicted class."""
+
 N_MISTAKES = 4
 """Mistakes that the sentence of accuracy names."""
 
@@ -43,7 +46,7 @@ def main_findings(study: ReportData, sections: Sequence[Section]) -> Section:
 
 
 def accuracy(study: ReportData) -> Sentence:
-    """How often the model is right, with the mistakes that it was surest of.
+    """How often the model is right, with its worst mistakes.
 
     Args:
         study: The study.
@@ -66,16 +69,19 @@ def accuracy(study: ReportData) -> Sentence:
         measure="probability",
         images=[
             (int(image), f"taken for {study.class_name(int(predicted[image]))}")
-            for image in _surest_mistakes(study, correct)
+            for image in _worst_mistakes(study, correct)
         ],
-        caption="the mistakes that the model is surest of",
+        caption="the mistakes that the model is surest of"
+        if TOP in study.data
+        else "the mistakes whose label the model held for least likely",
     )
 
 
-def _surest_mistakes(study: ReportData, correct: Bool[np.ndarray, "image"]) -> Int[np.ndarray, "index"]:
-    """The wrong images, those first whose label the model held for least likely."""
+def _worst_mistakes(study: ReportData, correct: Bool[np.ndarray, "image"]) -> Int[np.ndarray, "index"]:
+    """The wrong images, those first of whose class the model was surest; in older studies least sure of their label."""
     wrong = np.flatnonzero(~correct)
-    return wrong[np.argsort(study.data["probability"].to_numpy()[wrong], kind="stable")][:N_MISTAKES]
+    surest = study.data[TOP].to_numpy()[wrong, 0] if TOP in study.data else -study.data["probability"].to_numpy()[wrong]
+    return wrong[np.argsort(-surest, kind="stable")][:N_MISTAKES]
 
 
 def studied(study: ReportData) -> Section:

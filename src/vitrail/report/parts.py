@@ -12,6 +12,7 @@ from jaxtyping import Int, UInt8
 
 from vitrail.analysis import analyses
 from vitrail.data import ImageEntry, LabelSource, Manifest, class_title
+from vitrail.measure import range_or_unit
 from vitrail.study.plan import Plan
 from vitrail.study.store import open_study, read_manifest, read_plan
 
@@ -230,8 +231,7 @@ def readings(study: ReportData, names: Sequence[str]) -> Table:
     for name in names:
         attrs = study.data[name].attrs
         words = [str(attrs.get(key, "")) for key in ("title", "unit", "low", "high", "source", "limits")]
-        unit = "0 to 1" if words[1] == "1" else words[1]
-        rows.append([name, words[0], unit, *words[2:]])
+        rows.append([name, words[0], range_or_unit(words[1]), *words[2:]])
     return Table(
         "How to read these numbers, and where they come from",
         ("measure", "what it is", "unit", "low means", "high means", "source", "what it cannot tell"),

@@ -135,8 +135,8 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
     if "strongest_share" in lines:
         at, share = _extremes(lines["strongest_share"])
         yield Sentence(
-            f"The strongest {percent(share[0])} of the patches, wherever they lie, hold half of what a patch takes in "
-            f"L{at[0]}, the fewest, and {percent(share[1])} in L{at[1]}, the most.",
+            f"Half of what a patch takes comes from {percent(share[0])} of the patches, wherever they lie, in "
+            f"L{at[0]}, the fewest, and from {percent(share[1])} in L{at[1]}, the most.",
             measure="strongest_share",
             layer=at[1],
             **_line(lines["strongest_share"]),

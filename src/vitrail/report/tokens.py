@@ -11,12 +11,21 @@ from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text
 from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
-from vitrail.tokens.summary import grouping_quantities, norm_outliers_by_layer
+from vitrail.tokens.summary import (
+    NormOutliers,
+    grouping_quantities,
+    images_in_every_layer,
+    norm_outliers_by_layer,
+    patch_norms,
+)
 
 __all__ = ["tokens"]
 
 N_SHOWN = 4
 """Images that a sentence names."""
+
+LEAST_COUNT = 0.1
+"""Of patches an image; a smaller mean is printed as below it."""
 
 OFTEN = 0.5
 """Share of the images from which a position counts as one where outliers always lie."""
@@ -47,34 +56,41 @@ def _findings(study: ReportData, names: list[str]) -> Iterator[str]:
 
 def _of_norms(study: ReportData) -> Iterator[str]:
     outlying = norm_outliers_by_layer(study.sample)
-    most = max(outlying, key=lambda layer: outlying[layer].sum())
-    outliers = outlying[most]
+    if not outlying:
+        yield "Of no layer is it known which of the tokens that it returns are patches, so their lengths say nothing."
+        return
+    most = max(outlying, key=lambda layer: outlying[layer].flags.sum())
+    outliers = outlying[most].flags
     if not outliers.any():
         yield "No layer has patches of outlying length."
         return
     counts = outliers.sum(1)
-    most_counted = np.argsort(-counts, kind="stable")[:N_SHOWN]
-    sampled = study.sample_positions[most_counted]
+    most_counted = [int(image) for image in np.argsort(-counts, kind="stable")[:N_SHOWN] if counts[image]]
+    average = f"{counts.mean():.1f}" if counts.mean() >= LEAST_COUNT else f"below {LEAST_COUNT}"
+    share = percent(float((counts > 0).mean()))
     yield Sentence(
-        f"After L{most}, where most patches stand out by their length, {percent(float(outliers.any(1).mean()))} of the "
-        f"images have such patches: {outliers.sum(1).mean():z.1f} of {outliers.shape[1]} on average"
-        f"{_frequent_positions(study, most, outliers)}.",
+        f"No layer has more patches that stand out by their length than L{most}: {share} of the images have such "
+        f"patches after it, {average} of {outliers.shape[1]} on average"
+        f"{_frequent_positions(outlying[most])}.",
         measure="token_norm",
         layer=most,
         by_layer=[
-            outlying[layer].sum(1).mean() if layer in outlying else np.nan for layer in range(study.plan.n_layers)
+            outlying[layer].flags.sum(1).mean() if layer in outlying else np.nan for layer in range(study.plan.n_layers)
         ],
         by_layer_title="patches of outlying length an image",
-        images=[(int(image), f"{count} patches") for image, count in zip(sampled, counts[most_counted], strict=True)],
+        images=[
+            (int(study.sample_positions[image]), f"{counts[image]} patch{'es' if counts[image] > 1 else ''}")
+            for image in most_counted
+        ],
         caption="these have the most such patches",
     )
 
 
-def _frequent_positions(study: ReportData, layer: int, outliers: np.ndarray) -> str:
+def _frequent_positions(outliers: NormOutliers) -> str:
     """Positions where the outliers of most images lie."""
-    grid = study.plan.grids[layer]
-    positions = np.flatnonzero(outliers.mean(0) >= OFTEN)
-    if grid is None or not len(positions) or study.n_images < 2:
+    grid = outliers.grid
+    positions = np.flatnonzero(outliers.flags.mean(0) >= OFTEN)
+    if grid is None or not len(positions) or len(outliers.flags) < 2:
         return ""
     named = [f"row {position // grid[1]}, column {position % grid[1]}" for position in positions[:4]]
     more = f" and {len(positions) - 4} more" if len(positions) > 4 else ""
@@ -83,15 +99,21 @@ def _frequent_positions(study: ReportData, layer: int, outliers: np.ndarray) -> 
 
 def _of_grouping(data: xr.Dataset) -> Iterator[str]:
     values = data["grouping_silhouette"].to_numpy()
-    scored = values[np.isfinite(values).all(1)]
-    if not len(scored):
+    if not np.isfinite(values).any():
         yield "No image has two objects large enough to score how tokens group."
         return
+    scored = images_in_every_layer(values)
+    if not len(scored):
+        yield "How tokens group is not summed up: no image has two objects large enough for the grid of every layer."
+        return
     means = scored.mean(0)
-    best = int(means.argmax())
+    first, last = np.flatnonzero(np.isfinite(means))[[0, -1]]
+    best = int(np.nanargmax(means))
+    which = "the last layer" if last == len(means) - 1 else f"L{last}, the last layer that has one"
+    whose = "1 image" if len(scored) == 1 else f"{len(scored):,} images"
     yield Sentence(
-        f"Tokens of an object find together best after L{best} (silhouette {means[best]:z.3f}; {means[0]:z.3f} "
-        f"after L0, {means[-1]:z.3f} after the last layer; {len(scored)} images with two objects or more).",
+        f"Tokens of an object find together best after L{best} (silhouette {means[best]:z.3f}; {means[first]:z.3f} "
+        f"after L{first}, {means[last]:z.3f} after {which}; {whose} with two objects or more).",
         measure="grouping_silhouette",
         layer=best,
         by_layer=means,
@@ -141,7 +163,8 @@ def _parts(study: ReportData, names: list[str]) -> Iterator[Part]:
     if "token_norm" in names:
         if study.sample_words:
             yield Text(study.sample_words)
-        yield Drawing(norms_by_layer(study.sample))
+        if patch_norms(study.sample):
+            yield Drawing(norms_by_layer(study.sample))
     if grouping_quantities(study.data):
         yield Drawing(grouping_by_layer(study.data))
     if any(name.startswith(("occlusion_", "shuffle_")) for name in names):

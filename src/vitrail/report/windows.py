@@ -47,10 +47,12 @@ def _findings(study: ReportData, names: list[str]) -> Iterator[str]:
         sides = study.sample["predicted_window"].to_numpy().astype(np.float64)
         sides = np.where(sides < 0, np.nan, sides)
         inner = (slice(None),) * 3 + (inner_patches(window_grid(study.sample)),)
-        between = np.nanmean(np.nanstd(sides, 0))
+        within = f"{np.nanmean(np.nanstd(sides[inner], 3)):z.2f}"
         yield Sentence(
-            f"Between images the sides of one patch's window differ by {between:z.2f} patches (standard "
-            f"deviation), between inner patches of one image by {np.nanmean(np.nanstd(sides[inner], 3)):z.2f}.",
+            f"Between images the sides of one patch's window differ by {np.nanmean(np.nanstd(sides, 0)):z.2f} patches "
+            f"(standard deviation), between inner patches of one image by {within}."
+            if study.n_images > 1
+            else f"Between inner patches the sides of windows differ by {within} patches (standard deviation).",
             measure="predicted_window",
         )
     if {"predicted_overlap_open", "predicted_overlap_moved"} <= means.keys():

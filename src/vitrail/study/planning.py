@@ -13,6 +13,7 @@ from vitrail.data import LabelSource, Manifest
 from vitrail.measure import Measure
 from vitrail.models.open import Vit
 from vitrail.study.plan import Plan
+from vitrail.tokens.levels import layers_of_own_grid
 
 __all__ = ["make_plan"]
 
@@ -68,6 +69,7 @@ def make_plan(
         prefix=next(iter(prefixes)) if len(prefixes) == 1 else None,
         grids=[list(block.grid) if block.grid else None for block in blocks],
         prefixes=[block.prefix for block in blocks],
+        own_grid_layers=_own_grid_layers(vit, measures),
         class_token=vit.anatomy.class_token,
         preprocessing=asdict(vit.preprocessing),
         data_digest=manifest.digest,
@@ -92,6 +94,10 @@ def make_plan(
         versions={"vitrail": vitrail.__version__, **_versions(measures)},
     )
     return Plan.from_json(plan.to_json())  # tuples become lists here, once, instead of at every comparison
+
+
+def _own_grid_layers(vit: Vit, measures: Sequence[Measure]) -> list[int] | None:
+    return sorted(layers_of_own_grid(vit)) if any("grid_output" in each.needs for each in measures) else None
 
 
 def _device_name(vit: Vit) -> str:

@@ -113,7 +113,8 @@ def try_registers(
     grid = vit.anatomy.blocks[worst].grid
     dataset.attrs = {
         "name": vit.name, "worst_layer": worst, "grid": list(grid or ()), "n_found": len(finding),
-        "n_registers": n_registers, "class_token": vit.anatomy.class_token,
+        "n_registers": n_registers, "outlier_length": neurons[0].length / neurons[0].share,
+        "class_token": vit.anatomy.class_token,
     }  # fmt: skip
     return dataset
 
@@ -134,13 +135,13 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
     shares = trial["neuron_share"].to_numpy()
     counts = {model: trial["outlier_share"].sel(model=model).to_numpy()[:, worst] for model in MODELS}
     n_patches = int(np.prod(trial.attrs["grid"]))
+    n_outliers = n_patches * counts["as it is"].mean()
     sentences = [
-        f"After L{worst}, where most tokens have an outlying length, {n_patches * counts['as it is'].mean():.1f} of "
-        f"{n_patches} patches have one, mean over {n_images} images.",
-        f"The {('attention', 'MLP')[part]} of L{layer} writes most of it: "
-        f"{percent(written[layer, part] / written.sum())} of what all layers up to L{worst} add. "
-        f"Neuron {indices[0]} of L{layers[0]} alone writes {percent(shares[0])}, the {len(shares)} strongest "
-        f"{percent(shares.sum())}.",
+        f"After L{worst}, the layer with the most tokens of outlying length, {n_outliers:.1f} of {n_patches} patches "
+        f"have one, mean over {n_images} images.",
+        f"The {('attention', 'MLP')[part]} of L{layer} writes the largest part of their length: "
+        f"{percent(written[layer, part] / trial.attrs['outlier_length'])}. Neuron {indices[0]} of L{layers[0]} alone "
+        f"writes {percent(shares[0])} of it, the {len(shares)} strongest {percent(shares.sum())}.",
     ]
     left, null = (n_patches * counts[model].mean() for model in MODELS[1:])
     n_registers = int(trial.attrs["n_registers"])

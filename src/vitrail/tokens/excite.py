@@ -101,7 +101,7 @@ def exciting_images(one: "OneImage") -> dict[str, Any]:
     patches = read[layer][0, vit.anatomy.blocks[layer].prefix :].float()
     spread = (patches.max(0).values - patches.mean(0)) / patches.std(0).clamp_min(torch.finfo(patches.dtype).tiny)
     n_channels = patches.shape[1]
-    if one.asked_channel is not None and one.asked_channel >= n_channels:
+    if one.asked_channel is not None and not 0 <= one.asked_channel < n_channels:
         raise UsageError(
             f"Neuron {one.asked_channel} was asked for; L{layer} of this model has neurons 0 to {n_channels - 1}."
         )

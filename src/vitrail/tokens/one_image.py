@@ -20,7 +20,7 @@ from vitrail.tokens.levels import read_levels, require_one_grid
 from vitrail.tokens.outliers import norm_outliers
 from vitrail.tokens.pictures import as_picture
 from vitrail.tokens.relevance import deletion_and_insertion, relevance, unavailable_methods
-from vitrail.tokens.vectors import colour_basis, similarity
+from vitrail.tokens.vectors import N_FOR_COLOURS, colour_basis, similarity
 from vitrail.tokens.views import Faithful, agreement, faithful_view, global_view, neuron_view
 
 if TYPE_CHECKING:
@@ -102,8 +102,10 @@ def _tokens(one: "OneImage") -> Arrays:
     for layer, tokens in on_grid.items():
         n_here = len(tokens)
         outlier[layer, :n_here] = norm_outliers(np.linalg.norm(tokens, axis=-1))
-        basis = colour_basis(tokens[None], weights=~outlier[layer, None, :n_here])
-        colour[layer, :n_here], share[layer] = basis.colours(tokens), basis.shares.sum()
+        usual = ~outlier[layer, :n_here]
+        if usual.sum() >= N_FOR_COLOURS:
+            basis = colour_basis(tokens[None], weights=usual[None])
+            colour[layer, :n_here], share[layer] = basis.colours(tokens), basis.shares.sum()
         patch = _patch_in_layer(one, layer)
         likeness[layer, :n_here] = similarity(torch.as_tensor(tokens)[None], patch)[0].numpy()
     return {
@@ -162,16 +164,16 @@ def _relevance_curves(one: "OneImage") -> Arrays:
 # --- filters and neurons ---------------------------------------------------------------------------------------------
 
 
-def _salient(one: "OneImage") -> Bool[np.ndarray, "patch"]:
-    """Patches under objects of the mask, else the quarter with the highest rollout."""
+def _salient(one: "OneImage") -> tuple[Bool[np.ndarray, "patch"], str]:
+    """Patches under objects of the mask, else the quarter with the highest rollout; and which of these they are."""
     if one.instance_ids is not None:
         owner = patch_objects(one.instance_ids, one.grid, min_area=0.0, min_patches=1)
         if (owner > 0).any():
-            return np.asarray(owner > 0)
+            return np.asarray(owner > 0), "under objects of the mask"
     by_method = _relevance_by_method(one)
     if "rollout" not in by_method:
         require_one_grid(one.vit.anatomy)
-    return np.asarray(salient_patches(by_method["rollout"][None])[0])
+    return np.asarray(salient_patches(by_method["rollout"][None])[0]), "the quarter with the highest rollout"
 
 
 def _filter_scores(
@@ -182,7 +184,7 @@ def _filter_scores(
 
 
 def _filters(one: "OneImage") -> Arrays:
-    embedding, salient = find_embedding(one.vit), _salient(one)
+    embedding, (salient, selection) = find_embedding(one.vit), _salient(one)
     scores = _filter_scores(one, embedding, salient)
     order = np.argsort(-scores, kind="stable")
     ranked = [int(order[rank]) for rank in RANKS if -len(order) <= rank < len(order)]
@@ -190,7 +192,7 @@ def _filters(one: "OneImage") -> Arrays:
     coordinates = {"rank": np.asarray(ranked, dtype=np.int32)}
     dims = ("rank", "row", "column", "channel")
     return {
-        "patch_salient": salient,
+        "patch_salient": xr.DataArray(salient, dims=("patch",), attrs={"selection": selection}),
         "filter_auroc": scores.astype(np.float32),
         "filter_view": xr.DataArray(np.stack(views), dims=dims, coords=coordinates),
     }
@@ -229,7 +231,7 @@ def _channel(one: "OneImage", embedding: Embedding) -> int:
             )
         return one.asked_channel
     try:
-        return int(_filter_scores(one, embedding, _salient(one)).argmax())
+        return int(_filter_scores(one, embedding, _salient(one)[0]).argmax())
     except Unsupported:  # no rollout: the filter that the patch itself excites most
         patch = one.patch[0] * embedding.grid[1] + one.patch[1]
         return int(filter_energy(one.pixels, embedding.filters)[0, :, patch].argmax())

@@ -1,12 +1,44 @@
 """Which photographs of a study excite a neuron most, and which neurons answer to few of them; no torch."""
 
+from typing import NamedTuple
+
 import numpy as np
 import xarray as xr
 
-__all__ = ["peak_images", "selective_neurons", "selectivity"]
+from vitrail.grid import Grid
+
+__all__ = ["PeakLayer", "peak_images", "peak_layer", "selective_neurons", "selectivity"]
 
 TOP_SHARE = 0.05
 """Share of the photographs that count as a neuron's strongest; at least one."""
+
+
+class PeakLayer(NamedTuple):
+    """The layer whose tokens `neuron_peak` is read from, as far as a study says which it is.
+
+    Attributes:
+        name: "L5", or what is true of it.
+        grid: (rows, columns) of its patches; None where it is not known.
+    """
+
+    name: str
+    grid: Grid | None
+
+
+def peak_layer(study: xr.Dataset) -> PeakLayer:
+    """The last layer that returns the patches that it was given.
+
+    Args:
+        study: A study that holds `neuron_peak`.
+
+    Returns:
+        The layer; of a study of an older version, the grid alone, and only if all layers share one.
+    """
+    grids, layers = study.attrs["grids"], study.attrs.get("own_grid_layers")
+    shared = grids[0] if all(each == grids[0] for each in grids) else None
+    grid = grids[max(layers)] if layers else shared
+    name = f"L{max(layers)}" if layers else "the last layer that returns the patches it is given"
+    return PeakLayer(name, (int(grid[0]), int(grid[1])) if grid is not None else None)
 
 
 def peak_images(study: xr.Dataset, neuron: int) -> list[int]:

@@ -8,19 +8,24 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from vitrail.errors import UsageError
+from vitrail.grid import Grid
 from vitrail.layer_summary import LayerQuantity
+from vitrail.measure import range_or_unit
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
 from vitrail.tokens.outliers import norm_outliers
 
 __all__ = [
     "MeanCurve",
+    "NormOutliers",
     "NormsByLayer",
     "RelevanceOverChance",
     "Robustness",
     "grouping_quantities",
+    "images_in_every_layer",
     "norm_outliers_by_layer",
     "norms_of_layers",
+    "patch_norms",
     "relevance_over_chance",
     "robustness",
 ]
@@ -33,15 +38,16 @@ NORM_QUANTILES = (0.05, 0.5, 0.95, 1.0)
 
 
 class NormsByLayer(NamedTuple):
-    """Lengths of tokens, of the layers that have patches.
+    """Lengths of tokens, layer by layer.
 
     Attributes:
-        layers: Indices of those layers.
+        layers: Indices of the layers that return patches.
         low: 5 % quantile of the L2 norms of all patches of all images.
         median: Their median.
         high: Their 95 % quantile.
         longest: The longest.
-        class_token: Median over images of the class token's norm; None without a class token.
+        class_token: Median over images of the class token's norm, of every layer; NaN where it is not among the tokens,
+            None where it never is.
         n_outliers: Patches of an image that stand out by their norm, mean over images.
     """
 
@@ -50,8 +56,46 @@ class NormsByLayer(NamedTuple):
     median: Float[np.ndarray, "known"]
     high: Float[np.ndarray, "known"]
     longest: Float[np.ndarray, "known"]
-    class_token: Float[np.ndarray, "known"] | None
+    class_token: Float[np.ndarray, "layer"] | None
     n_outliers: Float[np.ndarray, "known"]
+
+
+class NormOutliers(NamedTuple):
+    """Which patches stand out by their norm after a layer.
+
+    Attributes:
+        flags: For each image and patch.
+        grid: (rows, columns) on which the patches lie; None where it is not known.
+    """
+
+    flags: Bool[np.ndarray, "image patch"]
+    grid: Grid | None
+
+
+class PatchNorms(NamedTuple):
+    """The norms of the patches that a layer returns.
+
+    Attributes:
+        values: For each image and patch.
+        grid: (rows, columns) on which the patches lie; None where it is not known.
+    """
+
+    values: Float[np.ndarray, "image patch"]
+    grid: Grid | None
+
+
+class _Returned(NamedTuple):
+    """What is known of the tokens that a layer returns.
+
+    Attributes:
+        prefix: How many of the first are not known to be patches.
+        grid: (rows, columns) on which the patches lie; None where it is not known.
+        has_class_token: Whether the first is the class token.
+    """
+
+    prefix: int
+    grid: Grid | None
+    has_class_token: bool
 
 
 class MeanCurve(NamedTuple):
@@ -126,42 +170,66 @@ def relevance_over_chance(look: xr.Dataset, methods: Sequence[str]) -> Relevance
     return RelevanceOverChance(gains, chance, len(random))
 
 
-def _patch_norms(study: xr.Dataset) -> list[Float[np.ndarray, "image patch"] | None]:
-    """The L2 norms of patches alone, layer by layer.
+def patch_norms(study: xr.Dataset) -> dict[int, PatchNorms]:
+    """The L2 norms of patches alone, of every layer that returns patches.
+
+    A layer returns its own tokens, or those of the next where it puts patches together on the way. One that returns the
+    class token alone has no patches, and where that may be anywhere among merged tokens, none are taken for patches.
 
     Args:
-        study: A study that holds `token_norm`, with `prefixes` in its attributes.
+        study: A study that holds `token_norm`, with its plan in its attributes.
 
     Returns:
-        Norms for each layer; None where a layer has no patches.
+        Norms by index of the layer.
 
     Raises:
         UsageError: The study holds no `token_norm`.
     """
-    if "token_norm" not in study:
-        raise UsageError("This study holds no token_norm; study it with --measures neurons.")
-    values = study["token_norm"].to_numpy()
-    norms: list[Float[np.ndarray, "image patch"] | None] = []
-    for layer, prefix in enumerate(study.attrs["prefixes"]):
-        finite = ~np.isnan(values[0, layer])
-        finite[:prefix] = False
-        norms.append(values[:, layer, finite] if finite.any() else None)
+    values = _token_norms(study)
+    norms = {}
+    for layer in range(values.shape[1]):
+        n_tokens = _count_tokens(values, layer)
+        returned = _returned(study, layer, n_tokens)
+        if n_tokens > returned.prefix:
+            norms[layer] = PatchNorms(values[:, layer, returned.prefix : n_tokens], returned.grid)
     return norms
 
 
-def norm_outliers_by_layer(study: xr.Dataset) -> dict[int, Bool[np.ndarray, "image patch"]]:
-    """Which patches stand out by their norm, for every layer that has patches.
+def _token_norms(study: xr.Dataset) -> Float[np.ndarray, "image layer token"]:
+    if "token_norm" not in study:
+        raise UsageError("This study holds no token_norm; study it with --measures neurons.")
+    values: Float[np.ndarray, "image layer token"] = study["token_norm"].to_numpy()
+    return values
+
+
+def _count_tokens(norms: Float[np.ndarray, "image layer token"], layer: int) -> int:
+    """How many tokens the layer returns; the others are NaN."""
+    return int(np.isfinite(norms[0, layer]).sum())
+
+
+def _returned(study: xr.Dataset, layer: int, n_tokens: int) -> _Returned:
+    grids, prefixes, has_class_token = (study.attrs[name] for name in ("grids", "prefixes", "class_token"))
+    for grid, prefix in zip(grids[layer : layer + 2], prefixes[layer : layer + 2], strict=True):
+        if grid is not None and prefix + grid[0] * grid[1] == n_tokens:
+            return _Returned(prefix, (int(grid[0]), int(grid[1])), has_class_token and prefix > 0)
+    if has_class_token and not prefixes[layer]:
+        return _Returned(n_tokens, None, n_tokens == 1)
+    return _Returned(prefixes[layer], None, has_class_token)
+
+
+def norm_outliers_by_layer(study: xr.Dataset) -> dict[int, NormOutliers]:
+    """Which patches stand out by their norm, for every layer that returns patches.
 
     Args:
         study: A study that holds `token_norm`.
 
     Returns:
-        Flags by index of the layer.
+        Flags, with the grid of the patches, by index of the layer.
 
     Raises:
         UsageError: The study holds no `token_norm`.
     """
-    return {layer: norm_outliers(norms) for layer, norms in enumerate(_patch_norms(study)) if norms is not None}
+    return {layer: NormOutliers(norm_outliers(norms.values), norms.grid) for layer, norms in patch_norms(study).items()}
 
 
 def norms_of_layers(study: xr.Dataset) -> NormsByLayer:
@@ -171,25 +239,32 @@ def norms_of_layers(study: xr.Dataset) -> NormsByLayer:
         study: A study that holds `token_norm`.
 
     Returns:
-        Statistics of every layer that has patches.
+        Statistics of every layer that returns patches.
 
     Raises:
         UsageError: The study holds no `token_norm`, or no norms of patches.
     """
-    norms = {layer: values for layer, values in enumerate(_patch_norms(study)) if values is not None}
+    norms = {layer: each.values for layer, each in patch_norms(study).items()}
     if not norms:
         raise UsageError("This study holds token_norm, but no layer of it has patches.")
     layers = np.array(list(norms))
     low, median, high, longest = np.array([np.quantile(values, NORM_QUANTILES) for values in norms.values()]).T
-    class_token = None
-    if study.attrs.get("class_token"):
-        class_token = np.nanmedian(study["token_norm"].to_numpy()[:, layers, 0], axis=0)
     n_outliers = np.array([float(norm_outliers(values).sum(1).mean()) for values in norms.values()])
-    return NormsByLayer(layers, low, median, high, longest, class_token, n_outliers)
+    return NormsByLayer(layers, low, median, high, longest, _class_token_norm(study), n_outliers)
+
+
+def _class_token_norm(study: xr.Dataset) -> Float[np.ndarray, "layer"] | None:
+    """Median over images of the class token's norm after each layer, where it is known which token that is."""
+    values = _token_norms(study)
+    medians = np.full(values.shape[1], np.nan)
+    for layer in range(len(medians)) if study.attrs["class_token"] else ():
+        if _returned(study, layer, _count_tokens(values, layer)).has_class_token:
+            medians[layer] = np.median(values[:, layer, 0])
+    return medians if np.isfinite(medians).any() else None
 
 
 def grouping_quantities(study: xr.Dataset) -> list[LayerQuantity]:
-    """Every grouping score of a study, of the images that have it in all layers.
+    """Every grouping score of a study, of the images that `images_in_every_layer` gives.
 
     Args:
         study: Any study.
@@ -199,12 +274,27 @@ def grouping_quantities(study: xr.Dataset) -> list[LayerQuantity]:
     """
     quantities = []
     for name in (str(name) for name in study.data_vars if str(name).startswith("grouping_")):
-        values = study[name].to_numpy().astype(np.float64)
-        values = values[np.isfinite(values).all(1)]
+        values = images_in_every_layer(study[name].to_numpy().astype(np.float64))
         if len(values):
             attrs = study[name].attrs
-            quantities.append(LayerQuantity(str(attrs.get("title", name)), "0 to 1", values))
+            unit = range_or_unit(str(attrs.get("unit", "")))
+            quantities.append(LayerQuantity(str(attrs.get("title", name)), unit, values))
     return quantities
+
+
+def images_in_every_layer(values: Float[np.ndarray, "image layer"]) -> Float[np.ndarray, "scored layer"]:
+    """The images that have a value in every layer that has any, so that all layers are means over the same images.
+
+    Args:
+        values: NaN where there is none, as in layers whose tokens lie on no grid.
+
+    Returns:
+        Rows of these images; NaN in the layers without values.
+    """
+    finite = np.isfinite(values)
+    layers = finite.any(0)
+    scored: Float[np.ndarray, "scored layer"] = values[finite[:, layers].all(1) & layers.any()]
+    return scored
 
 
 def robustness(study: xr.Dataset) -> Robustness:

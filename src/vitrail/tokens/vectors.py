@@ -10,7 +10,11 @@ from torch import Tensor
 from vitrail.errors import UsageError
 from vitrail.tap.anatomy import Anatomy
 
-__all__ = ["ColourBasis", "colour_basis", "image_embeddings", "similarity", "token_norms"]
+__all__ = ["N_FOR_COLOURS", "ColourBasis", "colour_basis", "image_embeddings", "similarity", "token_norms"]
+
+
+N_FOR_COLOURS = 4
+"""Tokens that span three directions around their mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,7 @@ def colour_basis(
         UsageError: Fewer than 4 tokens, which do not span three directions.
     """
     flat = (tokens[weights] if weights is not None else tokens.reshape(-1, tokens.shape[-1])).astype(np.float64)
-    if len(flat) < 4:
+    if len(flat) < N_FOR_COLOURS:
         raise UsageError(f"{len(flat)} tokens do not span three colours; take more images.")
     mean = flat.mean(axis=0)
     centred = flat - mean
