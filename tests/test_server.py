@@ -700,6 +700,16 @@ def test_json_of_the_study_has_no_nan(client: TestClient) -> None:
     json.loads(client.get("/api/study").text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_a_study_of_one_image_opens_without_an_interval_of_its_accuracy(tmp_path: Path) -> None:
+    with TestClient(create_app(write_study(tmp_path, 1)), base_url=HOME) as client:
+        answer = client.get("/api/study")
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["accuracy"] == {"value": 1.0, "low": None, "high": None, "n_right": 1}
+        named = [each["name"] for each in client.get("/api/findings").json()["analyses"]]
+        others = ["curves", "why?layer=0&head=1", "summary/head_flip", *(f"findings/{name}" for name in named)]
+        assert [client.get(f"/api/{path}").status_code for path in others] == [200] * len(others)
+
+
 # --- the register on the page ---
 
 

@@ -21,8 +21,9 @@ export interface Live {
 
 export interface Accuracy {
   value: number;
-  low: number;
-  high: number;
+  /** 95 %; null of a single image, which has no interval. */
+  low: number | null;
+  high: number | null;
   n_right: number;
 }
 

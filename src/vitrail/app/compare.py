@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrail.app.answers import binary, json_answer, parse_index
+from vitrail.app.answers import binary, json_answer, number_or_none, parse_index
 from vitrail.app.once import Once
 from vitrail.app.study_arrays import MAX_INDEX_DIGITS
 from vitrail.comparison import compare, open_pair
@@ -148,7 +148,7 @@ def _measure(compared: xr.Dataset, name: str) -> dict[str, Any]:
         "unit": str(row["unit"].item()),
         "by_layer": by_layer in compared and compared[by_layer].dims == ("layer",),
         "by_head": f"{name}_head_difference" in compared,
-        **{column: _number(float(row[column])) for column in COLUMNS},
+        **{column: number_or_none(row[column]) for column in COLUMNS},
     }
 
 
@@ -164,7 +164,7 @@ def _of_image(pair: Pair, compared: xr.Dataset, image: int) -> Mapping[str, Any]
         "compared": True,
         "change": float(compared["change"][at]),
         "same": _same(compared, at),
-        "differences": {name: _number(float(value)) for name, value in zip(names, values, strict=True)},
+        "differences": {name: number_or_none(value) for name, value in zip(names, values, strict=True)},
     }
 
 
@@ -182,9 +182,5 @@ def _same(compared: xr.Dataset, at: int) -> bool | None:
     return bool(compared["same_prediction"][at]) if "same_prediction" in compared else None
 
 
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_number(float(value)) for value in values]
+    return [number_or_none(value) for value in values]
