@@ -34,7 +34,7 @@ from vitrail.app.middleware import is_loopback
 from vitrail.app.pictures import Upload, Uploads, model_view
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.app.summary import STATISTICS, evenly_spaced, summarise
-from vitrail.errors import StudyError
+from vitrail.errors import StudyError, WeightsMismatch
 from vitrail.study.plan import growing_command
 from vitrail.study.store import open_study, read_plan
 
@@ -372,6 +372,24 @@ def test_a_model_that_cannot_be_opened_leaves_the_stored_study_and_the_reason(st
     with pytest.raises(HTTPException, match=r"weights|log says where"):
         queue.refuse_without_model()
     queue.close()
+
+
+def test_a_model_with_other_weights_than_the_studied_ones_is_refused(study: Path) -> None:
+    class Another(PlantedLive):
+        weight_digest = "1" * 64
+
+    with pytest.raises(WeightsMismatch, match="studied with other weights"):
+        create_app(study, Another())
+
+    def open_model() -> Another:
+        return Another()
+
+    app = create_app(study, open_model)
+    app.state.live.open_model()
+    status = app.state.live.status()
+    assert status["state"] == "failed"
+    assert "studied with other weights" in status["reason"]
+    app.state.live.close()
 
 
 def test_an_uploaded_photograph_is_read_like_a_stored_one(client: TestClient, study: Path) -> None:

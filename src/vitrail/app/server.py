@@ -101,6 +101,7 @@ class AppState:
 
         Raises:
             StudyError: For a folder that is no study.
+            WeightsMismatch: The live model has other weights than the study's.
         """
         self.folder = study_path
         self.others = tuple(others)
@@ -113,7 +114,7 @@ class AppState:
         self.thumbnails = Thumbnails(self.dataset)
         self.photographs = Photographs(self.manifest, self.ids)
         self.uploads = Uploads()
-        self.live = LiveQueue(model)
+        self.live = LiveQueue(model, lambda opened: self.plan.require_weights(opened.weight_digest))
         self.live_arrays: LRUCache[np.ndarray] = LRUCache(MAP_CACHE_BYTES)
         self.looks: LRUCache[xr.Dataset] = LRUCache(LOOK_CACHE_BYTES)
         self.decoding = BoundedWork("photographs", PHOTOGRAPHS_AT_ONCE, PHOTOGRAPHS_WAITING)
@@ -216,6 +217,8 @@ def create_app(
 
     Raises:
         StudyError: For a folder that is no study.
+        WeightsMismatch: The open model has other weights than the study's. One that a function opens is refused on the
+            page.
     """
     state = AppState(Path(study_path), live, [Path(other) for other in others])
 
@@ -290,6 +293,7 @@ def serve(
 
     Raises:
         StudyError: For a folder that is no study.
+        WeightsMismatch: The open model has other weights than the study's.
         UsageError: If the address is in use.
     """
     import uvicorn
