@@ -1,6 +1,7 @@
 """The server of the page: what it answers, whom it refuses, and what happens when things go wrong."""
 
 import asyncio
+import errno
 import io
 import json
 import socket
@@ -28,6 +29,7 @@ from synthetic_study import CLASSES, N_HEADS, N_LAYERS, SIZE, PlantedLive, photo
 from vitrail.analysis import analyses
 from vitrail.app import create_app, look, server, study_arrays
 from vitrail.app.answers import binary
+from vitrail.app.columns import Columns
 from vitrail.app.live_queue import LiveQueue
 from vitrail.app.lru_cache import LRUCache
 from vitrail.app.middleware import is_loopback
@@ -209,6 +211,35 @@ def test_one_head_of_an_array_too_large_to_keep_is_read_from_the_study_once_wher
         assert dims == ("image",)
         assert_array_equal(column, values[:, layer, 1])
     assert len(read) == bool(n_bytes)
+
+
+@pytest.mark.parametrize("room", ["full", "taken", "written"])
+def test_a_copy_takes_its_room_before_it_is_filled(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a sparse file that a full disk cannot hold would end the process."""
+    values = np.random.default_rng(1).random((60, 30, 20)).astype(np.float32)
+    allocated: list[int] = []
+
+    def blocks() -> Iterator[tuple[int, np.ndarray]]:
+        for file in Path("/proc/self/fd").glob("*"):
+            if file.exists() and file.stat().st_size == values.nbytes:
+                allocated.append(512 * file.stat().st_blocks)
+        yield 0, values
+
+    def fail(*_arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if room == "full":
+        monkeypatch.setattr("os.posix_fallocate", fail, raising=False)
+    elif room == "written":
+        monkeypatch.delattr("os.posix_fallocate", raising=False)
+    copy = Columns().get("planted", values.shape, values.dtype, blocks)
+    if room == "full":
+        assert copy is None
+        assert not allocated
+        return
+    assert_array_equal(copy, np.moveaxis(values, 0, -1))
+    assert all(each >= values.nbytes for each in allocated)
+    assert allocated or not Path("/proc/self/fd").is_dir()
 
 
 @pytest.mark.parametrize(
