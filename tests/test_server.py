@@ -36,9 +36,13 @@ from vitrail.app.middleware import is_loopback
 from vitrail.app.pictures import Upload, Uploads, model_view
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.app.summary import STATISTICS, evenly_spaced, summarise
+from vitrail.data import open_images, scan
 from vitrail.errors import StudyError, WeightsMismatch
+from vitrail.study.growth import arrange_images
+from vitrail.study.ownership import write_atomic
 from vitrail.study.plan import growing_command
-from vitrail.study.store import open_study, read_plan
+from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.writing import StudyFolder
 
 N_IMAGES = 70
 HOME = "http://127.0.0.1:8765"
@@ -747,6 +751,26 @@ def test_the_cache_makes_an_array_once_and_forgets_the_oldest() -> None:
 
 def test_json_of_the_study_has_no_nan(client: TestClient) -> None:
     json.loads(client.get("/api/study").text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_study_that_gains_images_under_the_server_is_refused_and_one_that_gains_measures_is_not(
+    tmp_path: Path,
+) -> None:
+    study = write_study(tmp_path, 8)
+    paths = ["study", "array/prediction", "summary/head_probability", "array/label"]
+    with TestClient(create_app(study), base_url=HOME) as client:
+        assert client.get("/api/array/label").status_code == 200
+        plan, manifest = read_plan(study), read_manifest(study)
+        write_atomic(study / "study.json", replace(plan, measures={**plan.measures, "field_size": 1}).to_json())
+        assert [client.get(f"/api/{path}").status_code for path in paths] == [200] * len(paths)
+        write_atomic(study / "study.json", plan.to_json())
+        for image in range(8, 12):
+            photograph(image, 0).save(tmp_path / "photos" / CLASSES[0] / f"{image:04d}.png")
+        more = arrange_images(plan, manifest, scan(open_images(str(tmp_path / "photos"), class_names=CLASSES)))
+        StudyFolder(study, replace(plan, n_images=12, data_digest=more.digest), more)  # no part of it computed yet
+        for path in (*(f"/api/{path}" for path in paths), "/thumb/0"):
+            assert "has changed since it was opened" in refusal(client.get(path), 409)
+        assert client.get("/").status_code in (200, 503)
 
 
 def test_a_study_of_one_image_opens_without_an_interval_of_its_accuracy(tmp_path: Path) -> None:

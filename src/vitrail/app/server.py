@@ -38,7 +38,7 @@ from vitrail.app.live_queue import LiveModelProtocol, LiveQueue, OpenModel
 from vitrail.app.look import MAX_PIXELS, MAX_UPLOAD_BYTES
 from vitrail.app.look import routes as look_routes
 from vitrail.app.lru_cache import LRUCache, Value
-from vitrail.app.middleware import HEADERS, LOOPBACK_HOSTS, AccessMiddleware, is_loopback
+from vitrail.app.middleware import HEADERS, LOOPBACK_HOSTS, AccessMiddleware, ChangedStudyMiddleware, is_loopback
 from vitrail.app.patterns import routes as pattern_routes
 from vitrail.app.pictures import Photographs, Thumbnails, Uploads, encode_jpeg, model_view
 from vitrail.app.static_files import NOT_BUILT, built_page
@@ -46,7 +46,7 @@ from vitrail.app.study_arrays import StudyArrays, parse_image_set
 from vitrail.app.summary import STATISTICS, SetSummary
 from vitrail.app.what_if import routes as what_if_routes
 from vitrail.errors import UsageError, VitrailError
-from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.store import PLAN, open_study, read_manifest, read_plan
 
 __all__ = ["create_app", "serve"]
 
@@ -80,6 +80,11 @@ SUMMARIES_AT_ONCE = 2
 SUMMARIES_WAITING = 30
 """Several times what a page asks for together. Their threads are not those of the other routes, which go on."""
 
+IDENTITY = ("weight_digest", "data_digest", "n_images")
+"""Fields of a plan that differ where arrays of the study are not those that were opened."""
+
+OPEN_AGAIN = "Start `vitrail open` again."
+
 SLICED = ("image", "layer", "head", "token_channel")
 """Dimensions of arrays that a request may fix."""
 
@@ -105,9 +110,10 @@ class AppState:
         """
         self.folder = study_path
         self.others = tuple(others)
+        self._plan_version, self._what_changed = _version(study_path / PLAN), ""
+        self.plan = read_plan(study_path)
         self.dataset = open_study(study_path, partial=True)
         self.arrays = StudyArrays(self.dataset)
-        self.plan = read_plan(study_path)
         self.image_maps = ImageMaps(self.arrays, self.plan)
         self.ids: list[str] = self.dataset["image"].values.tolist()
         self.manifest = read_manifest(study_path)
@@ -120,6 +126,25 @@ class AppState:
         self.decoding = BoundedWork("photographs", PHOTOGRAPHS_AT_ONCE, PHOTOGRAPHS_WAITING)
         self.receiving = BoundedWork("uploads", UPLOADS_AT_ONCE, 0)
         self.summaries = BoundedWork("summaries", SUMMARIES_AT_ONCE, SUMMARIES_WAITING)
+
+    def what_changed(self) -> str:
+        """Whether the folder holds another study by now: of more images, which rewrites its arrays, or one begun anew.
+
+        Returns:
+            A sentence; empty while it is the study that was opened. Measures that were added change nothing here.
+        """
+        version = _version(self.folder / PLAN)
+        if version != self._plan_version:
+            self._plan_version, self._what_changed = version, self._compare_plan()
+        return self._what_changed
+
+    def _compare_plan(self) -> str:
+        try:
+            plan = read_plan(self.folder)
+        except VitrailError as error:
+            return f"{error} {OPEN_AGAIN}"
+        is_same = all(getattr(plan, name) == getattr(self.plan, name) for name in IDENTITY)
+        return "" if is_same else f"The study has changed since it was opened. {OPEN_AGAIN}"
 
     def photograph(self, image: str) -> Image.Image:
         """The photograph that a request names.
@@ -190,6 +215,15 @@ class AppState:
         if remembered is not None:
             return remembered
         return await self.live.run(request, lambda model: cache.get_or_create(key, lambda: compute(model)))
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """What tells a file from one that was put in its place."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 Handler = Callable[[AppState, Request], Awaitable[Response]]
@@ -263,7 +297,10 @@ def create_app(
             route("/photo/{image}", _photo),
             *_static_routes(),
         ],
-        middleware=[Middleware(AccessMiddleware, allowed_hosts=allowed_hosts, token=token)],
+        middleware=[
+            Middleware(AccessMiddleware, allowed_hosts=allowed_hosts, token=token),
+            Middleware(ChangedStudyMiddleware, reason=state.what_changed),
+        ],
         exception_handlers={HTTPException: _http_error, VitrailError: _vitrail_error, Exception: _internal_error},
         lifespan=lifespan,
     )
