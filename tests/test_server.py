@@ -725,6 +725,32 @@ def test_padding_stays_nan_in_a_summary() -> None:
     assert np.isnan(statistics[1:3, 1, 1]).all()  # the same in five images: no interval
 
 
+def test_images_that_lack_values_are_left_out_of_a_summary_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As objects are scored: some images have no mask, some no object on a coarse grid, some heads no score."""
+    values = np.random.default_rng(3).random((40, 3, 2)).astype(np.float32)
+    values[:, 2] = np.nan  # a layer without scores
+    values[7] = np.nan
+    values[9, 1] = np.nan
+    values[12, 0, 1] = np.nan
+    compared = np.delete(values, [7, 9], axis=0)
+    summary = summarise(values, limits=(0.0, 1.0))
+    assert summary.n_images == 38
+    expected = np.nanmean(compared[:, :2], axis=0)
+    assert_allclose(summary.values[0, :2], expected, rtol=1e-6)
+    assert np.isnan(summary.values[:, 2]).all()
+    assert_allclose(summary.values[3:, :2], np.nanquantile(compared[:, :2], (0.05, 0.5, 0.95), axis=0), rtol=1e-6)
+    assert (summary.values[1, :2] < expected).all()
+    assert (summary.values[2, :2] > expected).all()
+    assert summarise(values[:, 0, 0]).n_images == 39
+    arrays = StudyArrays(xr.Dataset({"object_auroc": (("image", "layer", "head"), values)}))
+    monkeypatch.setattr("vitrail.app.study_arrays.WHOLE_BYTES", 0)
+    monkeypatch.setattr("vitrail.app.study_arrays.QUANTILES_FROM", 20)
+    streamed = arrays.summary_of_all("object_auroc")  # over all images that have the number
+    assert streamed.n_images == 39
+    assert_allclose(streamed.values[0, :2], np.nanmean(values[:, :2], axis=0), rtol=1e-6)
+    assert np.isnan(streamed.values[:, 2]).all()
+
+
 def test_evenly_spaced_indices_have_both_ends_and_no_doubles() -> None:
     assert_array_equal(evenly_spaced(3, 10), [0, 1, 2])
     indices = evenly_spaced(50_000, 5_000)

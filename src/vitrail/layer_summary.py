@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vitrail.stats import mean_interval
 
-__all__ = ["LayerQuantity", "LayerStatistics", "finite_mean", "layer_quantity"]
+__all__ = ["LayerQuantity", "LayerStatistics", "finite_mean", "images_with_values", "layer_quantity"]
 
 CENTRAL_90 = (0.05, 0.95)
 """Quantiles between which nine images in ten lie."""
@@ -83,6 +83,27 @@ def layer_quantity(study: xr.Dataset, name: str) -> LayerQuantity:
     unit = str(array.attrs.get("unit", ""))
     values = finite_mean(numbers.reshape(*numbers.shape[:2], -1))
     return LayerQuantity(str(array.attrs.get("title", name)), "0 to 1" if unit == "1" else unit, values)
+
+
+def images_with_values(values: Float[np.ndarray, "image layer *rest"]) -> Bool[np.ndarray, "image"]:
+    """Images that have a value in every layer that has any, so that means over them compare between layers.
+
+    Without it layers would be of other images: a small object has no patch on a coarse grid and no score there.
+
+    Args:
+        values: Numbers, NaN where there is none.
+
+    Returns:
+        True for these; where no image has a value in all of these layers, for every image that has one, and if none has
+        one for all.
+    """
+    finite = np.isfinite(values).reshape(*values.shape[:2], -1).any(-1)
+    complete = finite[:, finite.any(0)].all(1)
+    has_any = finite.any(1)
+    if not has_any.any():
+        return np.ones(len(values), dtype=bool)
+    complete &= has_any
+    return np.asarray(complete if complete.any() else has_any)
 
 
 def finite_mean(values: Float[np.ndarray, "*lead item"]) -> Float[np.ndarray, "*lead"]:

@@ -185,13 +185,23 @@ export function stepped(image: string, steps: number, { indices }: Selection): s
   return String(indices[(to + indices.length) % indices.length]);
 }
 
+/** Images by their value, the least or the greatest first, those without a value last; equal ones as they are numbered. */
+export function ordered(images: Int32Array, value: (image: number) => number, isAscending: boolean): Int32Array {
+  const sign = isAscending ? 1 : -1;
+  const key = (image: number) => (Number.isNaN(value(image)) ? Infinity : sign * value(image));
+  return images.slice().sort((a, b) => {
+    const [first, second] = [key(a), key(b)];
+    return first === second ? a - b : first - second;
+  });
+}
+
 /** Bins of equal width from the least to the greatest value, counting all and those under `mask`. */
 export function binned(values: ArrayLike<number>, n: number, mask?: Uint8Array, domain?: [number, number]) {
   let [low, high] = domain ?? [Infinity, -Infinity];
   if (!domain) {
     for (let i = 0; i < values.length; i++) {
-      low = Math.min(low, values[i]!);
-      high = Math.max(high, values[i]!);
+      if (values[i]! < low) low = values[i]!; // NaN, where an image has no value, is neither
+      if (values[i]! > high) high = values[i]!;
     }
   }
   if (!(high > low)) [low, high] = [low - 0.5 || 0, high + 0.5 || 1];

@@ -160,13 +160,14 @@ async function summary(
     means = rows.map((row) => overHeads(row, n));
     [dims, shape] = [dims.slice(0, -1), shape.slice(0, -1)];
   } else if (chosen.over) return refusal("This file holds no mean over heads of that. Open the study itself.");
-  const values = statistics(means);
-  const headers = { ...recorded.headers, "x-dtype": "float32", "x-images": String(images.length) };
+  const counted = withValues(means, shape[0] ?? 1);
+  const values = statistics(counted);
+  const headers = { ...recorded.headers, "x-dtype": "float32", "x-images": String(counted.length) };
   return answer(
     { dims: ["statistic", ...dims], shape: [STATISTICS.length, ...shape], bytes: values, itemSize: 4 },
     {
       ...headers,
-      "x-quantiles-of": String(images.length),
+      "x-quantiles-of": String(counted.length),
       "x-interval": "none of a selection in a file without server",
     },
   );
@@ -186,14 +187,28 @@ export function overHeads(row: Float32Array, n: number): Float32Array {
   });
 }
 
-/** Mean, no interval, and the 5, 50 and 95 % quantiles of each column. */
+/** The images that have a value in every layer that has any, as the server counts them: means compare between layers.
+ * A row is an image, its first dimension the layers. */
+export function withValues(rows: Float32Array[], nLayers: number): Float32Array[] {
+  const isIn = (row: Float32Array, layer: number) => {
+    const size = row.length / nLayers;
+    return row.subarray(layer * size, (layer + 1) * size).some((value) => !Number.isNaN(value));
+  };
+  const layers = Array.from({ length: nLayers }, (_, layer) => layer);
+  const measured = layers.filter((layer) => rows.some((row) => isIn(row, layer)));
+  if (!measured.length) return rows;
+  const complete = rows.filter((row) => measured.every((layer) => isIn(row, layer)));
+  return complete.length ? complete : rows.filter((row) => measured.some((layer) => isIn(row, layer)));
+}
+
+/** Mean, no interval, and the 5, 50 and 95 % quantiles of what each column has. */
 export function statistics(rows: Float32Array[]): Uint8Array {
   const size = rows[0]?.length ?? 0;
   const values = new Float32Array(STATISTICS.length * size).fill(NaN);
   for (let cell = 0; cell < size; cell++) {
-    const column = Float64Array.from(rows, (row) => row[cell]!);
+    const column = Float64Array.from(rows, (row) => row[cell]!).filter((value) => !Number.isNaN(value));
+    if (!column.length) continue;
     const sum = column.reduce((total, value) => total + value, 0);
-    if (Number.isNaN(sum)) continue;
     const sorted = column.sort();
     const quantile = (share: number) => {
       const at = share * (sorted.length - 1);

@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { decoded, fixed, overHeads, recordedAnswer, statistics, type Recording } from "../src/recorded";
+import { decoded, fixed, overHeads, recordedAnswer, statistics, withValues, type Recording } from "../src/recorded";
 
 async function packed(content: BlobPart): Promise<string> {
   const stream = new Blob([content]).stream().pipeThrough(new CompressionStream("deflate-raw"));
@@ -66,4 +66,27 @@ test("attention of one byte is within 2 % of what it was", () => {
   expect([none, most]).toEqual([0, 1]);
   expect(half).toBeCloseTo(Math.exp(Math.log(floor) * (1 - 128 / 255)), 6);
   expect(floor ** (-0.5 / 255)).toBeLessThan(1.02);
+});
+
+test("images that lack a layer's values are left out, and each number is of what is there", () => {
+  const rows = [
+    [1, 2, 3, NaN],
+    [NaN, NaN, NaN, NaN],
+    [5, NaN, 7, NaN],
+    [6, 6, NaN, NaN],
+  ].map((row) => Float32Array.from(row));
+  const counted = withValues(rows, 2);
+  expect(counted).toEqual([rows[0], rows[2]]);
+  expect([...new Float32Array(statistics(counted).buffer).subarray(0, 4)]).toEqual([3, 2, 5, NaN]);
+  expect(withValues([rows[1]!], 2)).toEqual([rows[1]]);
+  expect(withValues([Float32Array.of(1, NaN), Float32Array.of(NaN, 1), Float32Array.of(NaN, NaN)], 2)).toHaveLength(2);
+});
+
+test("a selection counts the images that its mean is of", async () => {
+  const some = Float32Array.from([1, 2, NaN, NaN, 5, 6]);
+  const answers = { "/api/array/auroc": { headers: headers("image,layer", "3,2"), data: await packed(some) } };
+  const body = JSON.stringify({ images: [0, 1, 2] });
+  const answer = await recordedAnswer({ ...from, answers }, "/api/summary/auroc", body);
+  expect((await floats(answer)).slice(0, 2)).toEqual([3, 4]);
+  expect(answer.headers.get("X-Images")).toBe("2");
 });

@@ -340,8 +340,11 @@ class StudyArrays:
         return exact if exact in self.dataset else None
 
     def _stream_summary(self, array: xr.DataArray, over_heads: bool, is_cost: bool) -> SetSummary:
-        """As `summarise`, in one pass that never loads the array: exact mean, quantiles of evenly spaced images."""
-        origin, sums = np.zeros(()), np.zeros(())
+        """As `summarise`, in one pass that never loads the array: exact mean, quantiles of evenly spaced images.
+
+        A number is over all images that have it; one that others lack has no interval.
+        """
+        origin, sums, counts = np.zeros(()), np.zeros(()), np.zeros(())
         samples = []
         sample_indices = evenly_spaced(self.n_images, QUANTILES_FROM)
         columns = self._columns_of(array)
@@ -349,21 +352,24 @@ class StudyArrays:
             values = self._cost(array, block, is_cost, slice(start, start + len(block)))
             numbers = _to_float(values, over_heads, array.dims)
             if start == 0:
-                origin = numbers[0].astype(np.float64)  # sums of what differs from it keep their digits
-            shifted = numbers - origin
+                origin = np.nan_to_num(numbers[0].astype(np.float64))  # sums of what differs from it keep their digits
+            present = ~np.isnan(numbers)
+            shifted = np.where(present, numbers - origin, 0)
+            counts = counts + present.sum(axis=0)
             sums = sums + np.stack([(shifted**power).sum(axis=0) for power in (1, 2, 3)])
             in_block = sample_indices[(sample_indices >= start) & (sample_indices < start + len(block))]
             samples.append(numbers[in_block - start])
         of_samples = summarise(np.concatenate(samples))
         if self.n_images <= QUANTILES_FROM:
             return of_samples  # that is, of all images
-        mean, square, cube = sums / self.n_images
+        n_images = int(counts.max())
+        mean, square, cube = sums / np.where(counts > 0, counts, np.nan)
         variance = np.maximum(square - mean**2, 0)
         skewness = (cube - 3 * mean * square + 2 * mean**3) / np.where(variance > 0, variance, 1) ** 1.5
-        low, high, reason = moment_interval(mean, variance, skewness, self.n_images)
-        ends = (np.stack([mean, low, high]) + origin).astype(np.float32)
+        low, high, reason = moment_interval(mean, variance, skewness, n_images)
+        ends = (np.stack([mean, *np.where(counts == n_images, (low, high), np.nan)]) + origin).astype(np.float32)
         words = f"skew-corrected; {reason}" if reason else "skew-corrected"
-        return SetSummary(np.concatenate([ends, of_samples.values[3:]]), self.n_images, of_samples.n_images, words)
+        return SetSummary(np.concatenate([ends, of_samples.values[3:]]), n_images, of_samples.n_images, words)
 
     def _columns_of(self, array: xr.DataArray) -> np.ndarray | None:
         """An array of every image, too large to keep in memory, with the images last."""
