@@ -725,6 +725,19 @@ def test_padding_stays_nan_in_a_summary() -> None:
     assert np.isnan(statistics[1:3, 1, 1]).all()  # the same in five images: no interval
 
 
+def test_heads_that_a_layer_lacks_are_no_zeros_in_a_summary(tmp_path: Path) -> None:
+    study = write_study(tmp_path, 12, n_heads=(1, 2, *[3] * (N_LAYERS - 2)))
+    flips = open_study(study).head_flip.values
+    with TestClient(create_app(study), base_url=HOME) as client:
+        mean = array(client.get("/api/summary/head_flip"))[0]
+        assert_array_equal(np.isnan(mean[:2]), [[False, True, True], [False, False, True]])
+        assert_allclose(mean[2:], flips[:, 2:].mean(0), rtol=1e-6)
+        of_layers = array(client.get("/api/summary/head_flip?over=head"))[0]
+        assert_allclose(of_layers[:2], [flips[:, 0, 0].mean(), flips[:, 1, :2].mean()], rtol=1e-6)
+        some = client.post("/api/summary/head_flip?layer=1", json={"images": [0, 1, 6]})
+        assert_allclose(array(some)[0], [*flips[[0, 1, 6], 1, :2].mean(0), np.nan], rtol=1e-6)
+
+
 def test_images_that_lack_values_are_left_out_of_a_summary_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As objects are scored: some images have no mask, some no object on a coarse grid, some heads no score."""
     values = np.random.default_rng(3).random((40, 3, 2)).astype(np.float32)

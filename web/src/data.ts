@@ -70,7 +70,7 @@ export async function headValues(
       array(name, { image }),
       isCost ? array(about.measures[name]!.baseline, { image }) : undefined,
     ]);
-    const values = Float32Array.from(pruned.values);
+    const values = presentHeads(pruned.values, about.n_heads);
     if (!baseline) return { metric: name, values, n: 1 };
     const plain = baseline.values[0]!;
     return { metric: name, values: values.map((value) => plain - value), n: 1 };
@@ -78,6 +78,12 @@ export async function headValues(
   const told = await summary(name, { ...set(selection), ...(isCost ? { cost: 1 as const } : {}) });
   const [values, low, high] = (["mean", "low", "high"] as const).map((wanted) => statistic(told, wanted));
   return { metric: name, values: values!, low: low!, high: high!, n: told.n_images, interval: told.interval };
+}
+
+/** Numbers [layer, head], NaN for heads that a layer does not have: measures that count or are yes or no hold 0 there. */
+export function presentHeads(values: ArrayLike<number>, nHeads: number[]): Float32Array {
+  const widest = Math.max(...nHeads);
+  return Float32Array.from(values, (value, at) => (at % widest < nHeads[Math.floor(at / widest)]! ? value : NaN));
 }
 
 /** A measure along its last dimension: of the image at hand, and mean and spread over the selection. */

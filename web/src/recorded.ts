@@ -145,8 +145,11 @@ async function summary(
   const baseline = chosen.cost ? from.answers[`${pathname.replace("summary", "array")}?baseline`] : undefined;
   const plain = baseline && (await array(baseline));
   const one = fixed(whole, { ...chosen, image: String(images[0] ?? 0) });
+  const { n_heads } = await new Response(await unpack(from.answers["/api/study"]!)).json();
+  const isThere = headsThere(one, chosen, n_heads);
   const rows = images.map((image) => {
-    const row = numbers(fixed(whole, { ...chosen, image: String(image) }), recorded.headers["x-dtype"]);
+    const stored = numbers(fixed(whole, { ...chosen, image: String(image) }), recorded.headers["x-dtype"]);
+    const row = stored.map((value, cell) => (isThere(cell) ? value : NaN));
     if (!plain) return row;
     const [base] = numbers(fixed(plain, { image: String(image) }), "float32");
     return row.map((value) => base! - value);
@@ -177,6 +180,17 @@ function numbers({ bytes }: RawArray, dtype: string | undefined): Float32Array {
   if (dtype === "uint8") return Float32Array.from(bytes);
   const copy = bytes.slice().buffer;
   return dtype === "int32" ? Float32Array.from(new Int32Array(copy)) : new Float32Array(copy);
+}
+
+/** Tells the cells of heads that their layer has; counts and flags hold 0 for the others. */
+function headsThere({ dims, shape }: RawArray, chosen: Record<string, string>, nHeads: number[]) {
+  const index = (dim: string) => {
+    const axis = dims.indexOf(dim);
+    const stride = shape.slice(axis + 1).reduce((product, n) => product * n, 1);
+    return axis < 0 ? () => Number(chosen[dim]) : (cell: number) => Math.floor(cell / stride) % shape[axis]!;
+  };
+  const [layer, head] = [index("layer"), index("head")];
+  return (cell: number) => !(head(cell) >= nHeads[layer(cell)]!); // an array without heads has all of its cells
 }
 
 /** The mean over the heads that a layer has. */

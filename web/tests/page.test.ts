@@ -2,7 +2,7 @@ import { expect, test, vi } from "vitest";
 
 import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
 import { stepped as coloured } from "../src/colouring";
-import { binned, ordered, statistic, stepped } from "../src/data";
+import { binned, headValues, ordered, statistic, stepped } from "../src/data";
 import { asCsv } from "../src/export";
 import { amountColours, colours, extent, inkOn, OTHERS, signedColours } from "../src/palette";
 import type { Images, Study, Summary } from "../src/types";
@@ -119,4 +119,13 @@ test("images without a value come last in an order, have a grey of their own and
     [1, 2],
     [2, 2],
   ]);
+});
+
+test("heads that a layer does not have have no value, also where the measure holds zeros", async () => {
+  const headers = { "X-Dims": "layer,head", "X-Shape": "2,3", "X-Dtype": "uint8" };
+  vi.stubGlobal("fetch", async () => new Response(Uint8Array.of(1, 0, 0, 0, 1, 0), { headers }));
+  const about = { n_heads: [1, 3], measures: { head_flip: { baseline: "", unit: "bool", title: "" } } };
+  const selection = { key: "", all: true, mask: new Uint8Array(0), indices: new Int32Array(0) };
+  const { values } = await headValues("head_flip", "image", "0", selection, about as unknown as Study);
+  expect([...values]).toEqual([1, NaN, NaN, 0, 1, 0]);
 });

@@ -18,6 +18,7 @@ const from: Recording = {
       data: await packed(values.slice(0, 4)),
       images: [7, 2],
     },
+    "/api/study": { headers: {}, data: await packed('{"n_heads":[2,2]}') },
     "/api/live": { headers: {}, data: await packed('{"state":"none"}') },
   },
 };
@@ -84,9 +85,26 @@ test("images that lack a layer's values are left out, and each number is of what
 
 test("a selection counts the images that its mean is of", async () => {
   const some = Float32Array.from([1, 2, NaN, NaN, 5, 6]);
-  const answers = { "/api/array/auroc": { headers: headers("image,layer", "3,2"), data: await packed(some) } };
+  const auroc = { headers: headers("image,layer", "3,2"), data: await packed(some) };
+  const answers = { ...from.answers, "/api/array/auroc": auroc };
   const body = JSON.stringify({ images: [0, 1, 2] });
   const answer = await recordedAnswer({ ...from, answers }, "/api/summary/auroc", body);
   expect((await floats(answer)).slice(0, 2)).toEqual([3, 4]);
   expect(answer.headers.get("X-Images")).toBe("2");
+});
+
+test("heads that a layer does not have are no zeros in the mean of a selection", async () => {
+  const flips = { "x-dims": "image,layer,head", "x-shape": "2,2,3", "x-dtype": "uint8" };
+  const answers = {
+    "/api/study": { headers: {}, data: await packed('{"n_heads":[1,3]}') },
+    "/api/array/flip": { headers: flips, data: await packed(Uint8Array.of(1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1)) },
+  };
+  const body = JSON.stringify({ images: [0, 1] });
+  const mean = async (query: string, n: number) =>
+    (await floats(await recordedAnswer({ ...from, answers }, `/api/summary/flip${query}`, body))).slice(0, n);
+  expect(await mean("", 6)).toEqual([0.5, NaN, NaN, 1, 0.5, 1]);
+  const [first, second] = await mean("?over=head", 2);
+  expect(first).toBe(0.5);
+  expect(second).toBeCloseTo(5 / 6, 6);
+  expect(await mean("?layer=0", 3)).toEqual([0.5, NaN, NaN]);
 });
