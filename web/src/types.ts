@@ -192,7 +192,8 @@ export interface Comparison {
 /** One image in two studies. */
 export interface ComparedImage {
   compared: boolean;
-  change?: number;
+  /** Null where it has no value in any measure. */
+  change?: number | null;
   same?: boolean | null;
   /** By measure, the second less the first; null where one of them has no value. */
   differences: Record<string, number | null>;

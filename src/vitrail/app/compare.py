@@ -111,7 +111,8 @@ def _compare(state: "AppState", number: int) -> xr.Dataset:
 
 def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
     attrs = compared.attrs
-    order = np.argsort(-np.nan_to_num(compared["change"].to_numpy(), nan=-1.0), kind="stable")[:N_IMAGES]
+    change = compared["change"].to_numpy()
+    order = np.argsort(-change, kind="stable")[: min(N_IMAGES, np.count_nonzero(~np.isnan(change)))]  # NaN comes last
     return {
         "names": [attrs["name_a"], attrs["name_b"]],
         "models": [attrs["model_a"], attrs["model_b"]],
@@ -133,7 +134,7 @@ def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
         "findings": [Sentence.of(each).to_json() for each in comparison_findings(compared)],
         "measures": [_measure(compared, name) for name in measures_by_effect(compared)],
         "images": [
-            {"image": int(pair.a.rows[at]), "change": float(compared["change"][at]), "same": _same(compared, int(at))}
+            {"image": int(pair.a.rows[at]), "change": float(change[at]), "same": _same(compared, int(at))}
             for at in order
         ],
     }
@@ -162,7 +163,7 @@ def _of_image(pair: Pair, compared: xr.Dataset, image: int) -> Mapping[str, Any]
     names = compared["measure"].values.tolist()
     return {
         "compared": True,
-        "change": float(compared["change"][at]),
+        "change": number_or_none(compared["change"][at]),
         "same": _same(compared, at),
         "differences": {name: number_or_none(value) for name, value in zip(names, values, strict=True)},
     }
