@@ -108,3 +108,27 @@ test("heads that a layer does not have are no zeros in the mean of a selection",
   expect(second).toBeCloseTo(5 / 6, 6);
   expect(await mean("?layer=0", 3)).toEqual([0.5, NaN, NaN]);
 });
+
+test("the mean of a selection is corrected by its images with exact values, as the server corrects it", async () => {
+  const n = 60;
+  const estimates = Float32Array.from({ length: n }, (_, i) => i % 7);
+  const exact = estimates.map((value, i) => (i % 2 ? 2 * value + 1 : NaN));
+  const answers = {
+    ...from.answers,
+    "/api/array/drop": { headers: headers("image,layer,head", `${n},1,1`), data: await packed(estimates) },
+    "/api/array/drop_exact": { headers: headers("image,layer,head", `${n},1,1`), data: await packed(exact) },
+  };
+  const asked = async (images: number[]) =>
+    recordedAnswer({ ...from, answers }, "/api/summary/drop", JSON.stringify({ images }));
+  const every = Array.from({ length: n }, (_, i) => i);
+  const answer = await asked(every);
+  const average = estimates.reduce((sum, value) => sum + value, 0) / n;
+  const [mean, low, , , median] = await floats(answer);
+  expect(mean).toBeCloseTo(2 * average + 1, 5); // the exact values lie on a line over the estimates
+  expect([low, median]).toEqual([NaN, 7]);
+  expect(answer.headers.get("X-Quantiles-Of")).toBe("30");
+  expect(answer.headers.get("X-Interval")).toContain("corrected by 30 exact images");
+  const few = await asked(every.slice(0, 14));
+  expect((await floats(few))[0]).toBeCloseTo(3, 5);
+  expect(few.headers.get("X-Interval")).toContain("25 are needed");
+});
