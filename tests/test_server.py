@@ -37,7 +37,7 @@ from vitrail.app.pictures import Upload, Uploads, model_view
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.app.summary import STATISTICS, evenly_spaced, summarise
 from vitrail.data import open_images, scan
-from vitrail.errors import StudyError, WeightsMismatch
+from vitrail.errors import StudyError, UsageError, WeightsMismatch
 from vitrail.study.growth import arrange_images
 from vitrail.study.ownership import write_atomic
 from vitrail.study.plan import growing_command
@@ -604,6 +604,30 @@ def test_with_a_token_nothing_is_answered_without_it(study: Path) -> None:
         assert "HttpOnly" in welcome.headers["set-cookie"]
         assert "SameSite=strict" in welcome.headers["set-cookie"]
         assert client.get("/api/study").status_code == 200  # the cookie
+
+
+@pytest.mark.parametrize("listening", ["0.0.0.0", "::"])
+def test_on_all_addresses_a_visitor_comes_by_any_of_them_and_by_no_other_name(study: Path, listening: str) -> None:
+    app = create_app(study, None, "secret", allowed_hosts=("localhost", "vm", listening))
+    bearer = {"authorization": "Bearer secret"}
+    with TestClient(app, base_url=HOME) as client:
+        for host in ("192.0.2.2:8765", "[2001:db8::7]:8765", "vm:8765"):
+            assert client.get("/api/study", headers={"host": host, **bearer}).status_code == 200
+            refusal(client.get("/api/study", headers={"host": host}), 401)
+        for host in ("evil.example", "192.0.2.2.evil.example", ""):
+            refusal(client.get("/api/study", headers={"host": host, **bearer}), 403)
+    with TestClient(create_app(study, allowed_hosts=("localhost", listening)), base_url=HOME) as client:
+        refusal(client.get("/api/study", headers={"host": "192.0.2.2"}), 403)  # only a token lets everybody ask
+
+
+def test_an_address_that_cannot_be_listened_on_is_refused_with_what_to_change(study: Path) -> None:
+    with pytest.raises(UsageError, match=r"Cannot listen on 192\.0\.2\.7 .*--host"):
+        server.serve(study, host="192.0.2.7", open_browser=False)  # of no machine: kept for documentation
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UsageError, match=r"Cannot listen on 127\.0\.0\.1 .*--port"):
+            server.serve(study, port=taken.getsockname()[1], open_browser=False)
 
 
 def test_loopback_is_told_from_the_network() -> None:

@@ -16,9 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitrail.app.answers import refusal
 
-__all__ = ["HEADERS", "LOOPBACK_HOSTS", "AccessMiddleware", "ChangedStudyMiddleware", "is_loopback"]
+__all__ = ["ALL_ADDRESSES", "HEADERS", "LOOPBACK_HOSTS", "AccessMiddleware", "ChangedStudyMiddleware", "is_loopback"]
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104
+"""Hosts that stand for every address of a machine."""
+
 FROM_STUDY = ("/api/", "/thumb/", "/photo/")
 COOKIE = "vitrail_token"
 POLICY = (
@@ -44,12 +47,15 @@ def is_loopback(host: str) -> bool:
     Returns:
         True for localhost and loopback addresses.
     """
-    if host == "localhost":
-        return True
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
         return False
+    return True
 
 
 class AccessMiddleware:
@@ -60,12 +66,14 @@ class AccessMiddleware:
 
         Args:
             app: The application behind it.
-            allowed_hosts: Names in the Host header that are answered.
+            allowed_hosts: Names in the Host header that are answered. With a token, one of `ALL_ADDRESSES` among them
+                allows every IP address: a name that is rebound is never one.
             token: A secret that every visitor must have, or None.
         """
         self.app = app
         self.allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self.token = token
+        self.allows_addresses = token is not None and not self.allowed_hosts.isdisjoint(ALL_ADDRESSES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,7 +91,7 @@ class AccessMiddleware:
 
     def _refusal(self, request: Request) -> Response | None:
         host = _host_name(request.headers.get("host", ""))
-        if host not in self.allowed_hosts:
+        if host not in self.allowed_hosts and not (self.allows_addresses and _is_address(host)):
             names = ", ".join(sorted(self.allowed_hosts))
             return refusal(403, f"This server does not answer to the host {host!r}. It answers to: {names}.")
         if not _same_origin(request):

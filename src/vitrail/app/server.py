@@ -4,6 +4,7 @@ Every answer is an index looked up in the study; nothing from a request is joine
 look keeps the visitor's photograph in memory only.
 """
 
+import errno
 import logging
 import secrets
 import socket
@@ -38,7 +39,14 @@ from vitrail.app.live_queue import LiveModelProtocol, LiveQueue, OpenModel
 from vitrail.app.look import MAX_PIXELS, MAX_UPLOAD_BYTES
 from vitrail.app.look import routes as look_routes
 from vitrail.app.lru_cache import LRUCache, Value
-from vitrail.app.middleware import HEADERS, LOOPBACK_HOSTS, AccessMiddleware, ChangedStudyMiddleware, is_loopback
+from vitrail.app.middleware import (
+    ALL_ADDRESSES,
+    HEADERS,
+    LOOPBACK_HOSTS,
+    AccessMiddleware,
+    ChangedStudyMiddleware,
+    is_loopback,
+)
 from vitrail.app.patterns import routes as pattern_routes
 from vitrail.app.pictures import Photographs, Thumbnails, Uploads, encode_jpeg, model_view
 from vitrail.app.static_files import NOT_BUILT, built_page
@@ -331,14 +339,15 @@ def serve(
     Raises:
         StudyError: For a folder that is no study.
         WeightsMismatch: The open model has other weights than the study's.
-        UsageError: If the address is in use.
+        UsageError: If the address is in use, or none of this machine.
     """
     import uvicorn
 
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    app = create_app(study_path, live, token, (*LOOPBACK_HOSTS, host, *_machine_names(host)), others)
+    machine = socket.gethostname() if host in ALL_ADDRESSES else host
+    app = create_app(study_path, live, token, (*LOOPBACK_HOSTS, host, machine), others)
     listener = _open_socket(host, port)
-    host_name = f"[{host}]" if ":" in host else socket.gethostname() if host == "0.0.0.0" else host  # noqa: S104
+    host_name = f"[{machine}]" if ":" in machine else machine
     address = f"http://{host_name}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_S
@@ -367,21 +376,14 @@ def _open_socket(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)  # before the address is announced: whoever reads it may ask at once
     except OSError as failure:
         listener.close()
-        raise UsageError(
-            f"Cannot listen on {host} port {port}: {failure.strerror}. Choose another with --port (0 takes a free one)."
-        ) from failure
+        is_of_port = failure.errno in (errno.EADDRINUSE, errno.EACCES)
+        choose = (
+            "Choose another with --port (0 takes a free one)."
+            if is_of_port
+            else "Give a name or an address of this machine with --host (0.0.0.0 takes all of them)."
+        )
+        raise UsageError(f"Cannot listen on {host} port {port}: {failure.strerror}. {choose}") from failure
     return listener
-
-
-def _machine_names(host: str) -> tuple[str, ...]:
-    """When listener on every address, the names by which this machine may be called."""
-    if host not in ("0.0.0.0", "::"):  # noqa: S104
-        return ()
-    name = socket.gethostname()
-    try:
-        return (name, *{str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
-    except socket.gaierror:
-        return (name,)
 
 
 # --- the study ---
