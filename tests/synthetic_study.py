@@ -249,6 +249,8 @@ class PlantedLive:
     """A stand-in for the model that honours the protocol of `docs/architecture.md`: its numbers follow from the planted
     reach and from the photograph's own brightness, so that a test can predict them."""
 
+    weight_digest = "0" * 64
+
     def attention(self, image: Image.Image, layer: int) -> np.ndarray:
         place = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID), indexing="ij"), -1).reshape(-1, 2)
         hops = np.abs(place[:, None] - place[None]).max(-1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 from numpy.testing import assert_allclose
 from starlette.testclient import TestClient
 
@@ -73,6 +74,22 @@ def test_what_is_not_there_is_refused(client: TestClient, path: str) -> None:
     answer = client.get(f"/api/compare/{path}")
     assert answer.status_code == 404
     assert "error" in answer.json()
+
+
+def test_an_image_without_a_value_in_any_compared_measure_is_not_among_those_that_changed(
+    studies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = vitrail.compare(*studies)
+    has_values = xr.DataArray(np.arange(compared.sizes["image"]) > 20, dims="image")
+    lacking = compared.assign({name: compared[name].where(has_values) for name in ("difference", "change")})
+    monkeypatch.setattr("vitrail.app.compare.compare", lambda *_folders: lacking)
+    with TestClient(create_app(studies[0], others=studies[1:]), base_url=HOME) as client:
+        images = client.get("/api/compare/0").json()["images"]
+        one = client.get("/api/compare/0/image/7").json()
+    assert sorted(each["image"] for each in images) == list(range(21, compared.sizes["image"]))
+    assert [each["change"] for each in images] == sorted((each["change"] for each in images), reverse=True)
+    assert one["change"] is None
+    assert set(one["differences"].values()) == {None}
 
 
 def test_a_study_that_cannot_be_compared_is_refused_when_it_is_asked_for(studies: tuple[Path, Path]) -> None:

@@ -1,5 +1,6 @@
 """The routes of the live look: the arrays of one image part by part, bounded, looked up, and in order."""
 
+import asyncio
 import io
 import json
 import struct
@@ -165,6 +166,35 @@ def test_an_upload_is_there_at_once_and_its_measures_join_those_of_the_study(
     read_frames(client.get(f"/api/look/{image}/stream?analyses=heads").content)
     assert client.get(f"/api/array/head_probability?image={image}&layer=0&head=1").status_code == 200
     refusal(client.get(f"/api/maps/importance-pca?image={image[:-1]}"), 404)
+    assert client.get(f"/api/maps/importance-pca?image={image}").headers["x-shape"] == "2"
+
+
+def test_measures_of_an_upload_stay_though_the_page_left_while_they_were_computed(
+    client: TestClient, live: CountingLive
+) -> None:
+    image = client.post("/api/look", content=jpeg()).json()["image"]
+    live.gate.clear()
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "root_path": "", "raw_path": b"",
+        "path": f"/api/look/{image}/stream", "query_string": b"analyses=heads", "headers": [(b"host", b"localhost")],
+        "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 0),
+    }  # fmt: skip
+
+    async def leave() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    computed = len(live.computed)
+    asyncio.run(client.app(scope, leave, send))
+    assert sent[0]["status"] == 499
+    live.gate.set()
+    read_frames(client.get(f"/api/look/{image}/stream?analyses=heads").content)
+    assert len(live.computed) == computed + 2  # each of the two parts once: the first for the page that left
+    assert client.get(f"/api/array/strength_entropy?image={image}").status_code == 200
     assert client.get(f"/api/maps/importance-pca?image={image}").headers["x-shape"] == "2"
 
 

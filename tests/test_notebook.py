@@ -14,7 +14,7 @@ from PIL import Image
 
 import vitrail
 from synthetic_study import write_study
-from vitrail.errors import StudyError, UsageError
+from vitrail.errors import StudyError, UsageError, WeightsMismatch
 from vitrail.markup import html_table
 from vitrail.notebook import Page
 from vitrail.report import findings_of, write_look
@@ -96,6 +96,11 @@ def test_a_study_is_shown_by_its_dataset_as_by_its_folder(tmp_path, monkeypatch)
         == vitrail.show(folder, images=[2]).html
         == "study [2]"
     )
+
+
+def test_a_study_is_not_shown_with_the_attention_of_another_model(vit, tmp_path):
+    with pytest.raises(WeightsMismatch, match="studied with other weights"):
+        vitrail.show(write_study(tmp_path, 6), vit)
 
 
 def test_what_cannot_be_shown_is_refused_in_a_sentence(tmp_path):

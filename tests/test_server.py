@@ -1,6 +1,7 @@
 """The server of the page: what it answers, whom it refuses, and what happens when things go wrong."""
 
 import asyncio
+import errno
 import io
 import json
 import socket
@@ -28,15 +29,20 @@ from synthetic_study import CLASSES, N_HEADS, N_LAYERS, SIZE, PlantedLive, photo
 from vitrail.analysis import analyses
 from vitrail.app import create_app, look, server, study_arrays
 from vitrail.app.answers import binary
+from vitrail.app.columns import Columns
 from vitrail.app.live_queue import LiveQueue
 from vitrail.app.lru_cache import LRUCache
 from vitrail.app.middleware import is_loopback
 from vitrail.app.pictures import Upload, Uploads, model_view
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.app.summary import STATISTICS, evenly_spaced, summarise
-from vitrail.errors import StudyError
+from vitrail.data import open_images, scan
+from vitrail.errors import StudyError, UsageError, WeightsMismatch
+from vitrail.study.growth import arrange_images
+from vitrail.study.ownership import write_atomic
 from vitrail.study.plan import growing_command
-from vitrail.study.store import open_study, read_plan
+from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.writing import StudyFolder
 
 N_IMAGES = 70
 HOME = "http://127.0.0.1:8765"
@@ -211,6 +217,35 @@ def test_one_head_of_an_array_too_large_to_keep_is_read_from_the_study_once_wher
     assert len(read) == bool(n_bytes)
 
 
+@pytest.mark.parametrize("room", ["full", "taken", "written"])
+def test_a_copy_takes_its_room_before_it_is_filled(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a sparse file that a full disk cannot hold would end the process."""
+    values = np.random.default_rng(1).random((60, 30, 20)).astype(np.float32)
+    allocated: list[int] = []
+
+    def blocks() -> Iterator[tuple[int, np.ndarray]]:
+        for file in Path("/proc/self/fd").glob("*"):
+            if file.exists() and file.stat().st_size == values.nbytes:
+                allocated.append(512 * file.stat().st_blocks)
+        yield 0, values
+
+    def fail(*_arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if room == "full":
+        monkeypatch.setattr("os.posix_fallocate", fail, raising=False)
+    elif room == "written":
+        monkeypatch.delattr("os.posix_fallocate", raising=False)
+    copy = Columns().get("planted", values.shape, values.dtype, blocks)
+    if room == "full":
+        assert copy is None
+        assert not allocated
+        return
+    assert_array_equal(copy, np.moveaxis(values, 0, -1))
+    assert all(each >= values.nbytes for each in allocated)
+    assert allocated or not Path("/proc/self/fd").is_dir()
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -372,6 +407,24 @@ def test_a_model_that_cannot_be_opened_leaves_the_stored_study_and_the_reason(st
     with pytest.raises(HTTPException, match=r"weights|log says where"):
         queue.refuse_without_model()
     queue.close()
+
+
+def test_a_model_with_other_weights_than_the_studied_ones_is_refused(study: Path) -> None:
+    class Another(PlantedLive):
+        weight_digest = "1" * 64
+
+    with pytest.raises(WeightsMismatch, match="studied with other weights"):
+        create_app(study, Another())
+
+    def open_model() -> Another:
+        return Another()
+
+    app = create_app(study, open_model)
+    app.state.live.open_model()
+    status = app.state.live.status()
+    assert status["state"] == "failed"
+    assert "studied with other weights" in status["reason"]
+    app.state.live.close()
 
 
 def test_an_uploaded_photograph_is_read_like_a_stored_one(client: TestClient, study: Path) -> None:
@@ -553,6 +606,30 @@ def test_with_a_token_nothing_is_answered_without_it(study: Path) -> None:
         assert client.get("/api/study").status_code == 200  # the cookie
 
 
+@pytest.mark.parametrize("listening", ["0.0.0.0", "::"])
+def test_on_all_addresses_a_visitor_comes_by_any_of_them_and_by_no_other_name(study: Path, listening: str) -> None:
+    app = create_app(study, None, "secret", allowed_hosts=("localhost", "vm", listening))
+    bearer = {"authorization": "Bearer secret"}
+    with TestClient(app, base_url=HOME) as client:
+        for host in ("192.0.2.2:8765", "[2001:db8::7]:8765", "vm:8765"):
+            assert client.get("/api/study", headers={"host": host, **bearer}).status_code == 200
+            refusal(client.get("/api/study", headers={"host": host}), 401)
+        for host in ("evil.example", "192.0.2.2.evil.example", ""):
+            refusal(client.get("/api/study", headers={"host": host, **bearer}), 403)
+    with TestClient(create_app(study, allowed_hosts=("localhost", listening)), base_url=HOME) as client:
+        refusal(client.get("/api/study", headers={"host": "192.0.2.2"}), 403)  # only a token lets everybody ask
+
+
+def test_an_address_that_cannot_be_listened_on_is_refused_with_what_to_change(study: Path) -> None:
+    with pytest.raises(UsageError, match=r"Cannot listen on 192\.0\.2\.7 .*--host"):
+        server.serve(study, host="192.0.2.7", open_browser=False)  # of no machine: kept for documentation
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UsageError, match=r"Cannot listen on 127\.0\.0\.1 .*--port"):
+            server.serve(study, port=taken.getsockname()[1], open_browser=False)
+
+
 def test_loopback_is_told_from_the_network() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"))
     assert not any(
@@ -672,6 +749,45 @@ def test_padding_stays_nan_in_a_summary() -> None:
     assert np.isnan(statistics[1:3, 1, 1]).all()  # the same in five images: no interval
 
 
+def test_heads_that_a_layer_lacks_are_no_zeros_in_a_summary(tmp_path: Path) -> None:
+    study = write_study(tmp_path, 12, n_heads=(1, 2, *[3] * (N_LAYERS - 2)))
+    flips = open_study(study).head_flip.values
+    with TestClient(create_app(study), base_url=HOME) as client:
+        mean = array(client.get("/api/summary/head_flip"))[0]
+        assert_array_equal(np.isnan(mean[:2]), [[False, True, True], [False, False, True]])
+        assert_allclose(mean[2:], flips[:, 2:].mean(0), rtol=1e-6)
+        of_layers = array(client.get("/api/summary/head_flip?over=head"))[0]
+        assert_allclose(of_layers[:2], [flips[:, 0, 0].mean(), flips[:, 1, :2].mean()], rtol=1e-6)
+        some = client.post("/api/summary/head_flip?layer=1", json={"images": [0, 1, 6]})
+        assert_allclose(array(some)[0], [*flips[[0, 1, 6], 1, :2].mean(0), np.nan], rtol=1e-6)
+
+
+def test_images_that_lack_values_are_left_out_of_a_summary_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As objects are scored: some images have no mask, some no object on a coarse grid, some heads no score."""
+    values = np.random.default_rng(3).random((40, 3, 2)).astype(np.float32)
+    values[:, 2] = np.nan  # a layer without scores
+    values[7] = np.nan
+    values[9, 1] = np.nan
+    values[12, 0, 1] = np.nan
+    compared = np.delete(values, [7, 9], axis=0)
+    summary = summarise(values, limits=(0.0, 1.0))
+    assert summary.n_images == 38
+    expected = np.nanmean(compared[:, :2], axis=0)
+    assert_allclose(summary.values[0, :2], expected, rtol=1e-6)
+    assert np.isnan(summary.values[:, 2]).all()
+    assert_allclose(summary.values[3:, :2], np.nanquantile(compared[:, :2], (0.05, 0.5, 0.95), axis=0), rtol=1e-6)
+    assert (summary.values[1, :2] < expected).all()
+    assert (summary.values[2, :2] > expected).all()
+    assert summarise(values[:, 0, 0]).n_images == 39
+    arrays = StudyArrays(xr.Dataset({"object_auroc": (("image", "layer", "head"), values)}))
+    monkeypatch.setattr("vitrail.app.study_arrays.WHOLE_BYTES", 0)
+    monkeypatch.setattr("vitrail.app.study_arrays.QUANTILES_FROM", 20)
+    streamed = arrays.summary_of_all("object_auroc")  # over all images that have the number
+    assert streamed.n_images == 39
+    assert_allclose(streamed.values[0, :2], np.nanmean(values[:, :2], axis=0), rtol=1e-6)
+    assert np.isnan(streamed.values[:, 2]).all()
+
+
 def test_evenly_spaced_indices_have_both_ends_and_no_doubles() -> None:
     assert_array_equal(evenly_spaced(3, 10), [0, 1, 2])
     indices = evenly_spaced(50_000, 5_000)
@@ -698,6 +814,36 @@ def test_the_cache_makes_an_array_once_and_forgets_the_oldest() -> None:
 
 def test_json_of_the_study_has_no_nan(client: TestClient) -> None:
     json.loads(client.get("/api/study").text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_study_that_gains_images_under_the_server_is_refused_and_one_that_gains_measures_is_not(
+    tmp_path: Path,
+) -> None:
+    study = write_study(tmp_path, 8)
+    paths = ["study", "array/prediction", "summary/head_probability", "array/label"]
+    with TestClient(create_app(study), base_url=HOME) as client:
+        assert client.get("/api/array/label").status_code == 200
+        plan, manifest = read_plan(study), read_manifest(study)
+        write_atomic(study / "study.json", replace(plan, measures={**plan.measures, "field_size": 1}).to_json())
+        assert [client.get(f"/api/{path}").status_code for path in paths] == [200] * len(paths)
+        write_atomic(study / "study.json", plan.to_json())
+        for image in range(8, 12):
+            photograph(image, 0).save(tmp_path / "photos" / CLASSES[0] / f"{image:04d}.png")
+        more = arrange_images(plan, manifest, scan(open_images(str(tmp_path / "photos"), class_names=CLASSES)))
+        StudyFolder(study, replace(plan, n_images=12, data_digest=more.digest), more)  # no part of it computed yet
+        for path in (*(f"/api/{path}" for path in paths), "/thumb/0"):
+            assert "has changed since it was opened" in refusal(client.get(path), 409)
+        assert client.get("/").status_code in (200, 503)
+
+
+def test_a_study_of_one_image_opens_without_an_interval_of_its_accuracy(tmp_path: Path) -> None:
+    with TestClient(create_app(write_study(tmp_path, 1)), base_url=HOME) as client:
+        answer = client.get("/api/study")
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["accuracy"] == {"value": 1.0, "low": None, "high": None, "n_right": 1}
+        named = [each["name"] for each in client.get("/api/findings").json()["analyses"]]
+        others = ["curves", "why?layer=0&head=1", "summary/head_flip", *(f"findings/{name}" for name in named)]
+        assert [client.get(f"/api/{path}").status_code for path in others] == [200] * len(others)
 
 
 # --- the register on the page ---

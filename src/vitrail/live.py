@@ -67,6 +67,11 @@ class LiveModel:
         self._images: OrderedDict[str, OneImage] = OrderedDict()
         self._parts: dict[str, tuple[LookPart, ...]] = {}
 
+    @property
+    def weight_digest(self) -> str:
+        """SHA-256 of the weights, as a study's plan has it of its own model."""
+        return self.vit.weight_digest
+
     def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
         """Attention after the softmax of every head of a layer, over all its tokens.
 

@@ -75,6 +75,7 @@ def show(item: Any, vit: Any = None, *, images: Sequence[int] | None = None, hei
 
     Raises:
         StudyError: The folder is no study.
+        WeightsMismatch: `vit` has other weights than the model of the study.
         UsageError: It is neither.
 
     Example:

@@ -167,6 +167,16 @@ def test_a_reason_stands_in_the_place_of_an_interval_that_cannot_be_trusted(stud
     assert [images.tolist() for images in extreme_images(lone, *IMPORTANT)] == [[0], [0]]
 
 
+@pytest.mark.parametrize("n_images", [2, 3, 4, 9])
+def test_the_image_where_a_head_matters_least_is_none_where_it_matters_most(study: xr.Dataset, n_images: int) -> None:
+    few = study.isel(image=slice(n_images))
+    (sentence,) = [each for each in why_sentences(few, *IMPORTANT) if "It matters most for" in each]
+    named = [image for image, _ in sentence.images]
+    drop = (few["probability"] - few["head_probability"][:, 1, 0]).to_numpy()
+    assert len(named) == len(set(named)) == min(n_images, 4)
+    assert_allclose(drop[named], [*np.sort(drop)[::-1][: len(named) - 1], drop.min()])
+
+
 def test_a_head_that_is_not_there_is_refused(study: xr.Dataset) -> None:
     with pytest.raises(UsageError, match="L1H5 was asked for; the study has layers 0 to 2 with 2 heads at most"):
         why_sentences(study, 1, 5)

@@ -54,7 +54,7 @@ function take(part: string, changes: Changes, about: Study): boolean {
   }
   if (part.startsWith("patches:")) {
     const [rows, columns] = gridOf(about, 0);
-    const patches = part.slice(8).split(",").flatMap(range);
+    const patches = [...new Set(part.slice(8).split(",").flatMap(range))];
     changes.patches = patches.filter((patch) => patch < rows * columns);
     return changes.patches.length === patches.length;
   }

@@ -89,18 +89,23 @@ function grouped(values: Int32Array, about: Study): Colouring {
   };
 }
 
-function stepped(values: ArrayLike<number>, dark: boolean): Colouring {
+export function stepped(values: ArrayLike<number>, dark: boolean): Colouring {
   const scale = colours(values, dark);
   const domain = scale.domain();
   const [low, high] = [domain[0]!, domain.at(-1)!];
   const at = (step: number) => low + ((high - low) * (step + 0.5)) / STEPS;
   const palette = Array.from({ length: STEPS }, (_, step) => scale(at(step)));
   const index = Uint8Array.from(values, (value) =>
-    Math.max(0, Math.min(STEPS - 1, Math.floor(((value - low) / (high - low)) * STEPS))),
+    Number.isNaN(value) ? STEPS : Math.max(0, Math.min(STEPS - 1, Math.floor(((value - low) / (high - low)) * STEPS))),
   );
+  const lacks = index.includes(STEPS);
   const ends = [0, STEPS / 2, STEPS - 1].map((step) => ({
     colour: palette[step]!,
     words: number(step === 0 ? low : step === STEPS - 1 ? high : (low + high) / 2),
   }));
+  if (lacks) {
+    palette.push(OTHERS);
+    ends.push({ colour: OTHERS, words: "no value" });
+  }
   return { index, palette, legend: ends, values };
 }

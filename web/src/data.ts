@@ -70,7 +70,7 @@ export async function headValues(
       array(name, { image }),
       isCost ? array(about.measures[name]!.baseline, { image }) : undefined,
     ]);
-    const values = Float32Array.from(pruned.values);
+    const values = presentHeads(pruned.values, about.n_heads);
     if (!baseline) return { metric: name, values, n: 1 };
     const plain = baseline.values[0]!;
     return { metric: name, values: values.map((value) => plain - value), n: 1 };
@@ -78,6 +78,12 @@ export async function headValues(
   const told = await summary(name, { ...set(selection), ...(isCost ? { cost: 1 as const } : {}) });
   const [values, low, high] = (["mean", "low", "high"] as const).map((wanted) => statistic(told, wanted));
   return { metric: name, values: values!, low: low!, high: high!, n: told.n_images, interval: told.interval };
+}
+
+/** Numbers [layer, head], NaN for heads that a layer does not have: measures that count or are yes or no hold 0 there. */
+export function presentHeads(values: ArrayLike<number>, nHeads: number[]): Float32Array {
+  const widest = Math.max(...nHeads);
+  return Float32Array.from(values, (value, at) => (at % widest < nHeads[Math.floor(at / widest)]! ? value : NaN));
 }
 
 /** A measure along its last dimension: of the image at hand, and mean and spread over the selection. */
@@ -185,13 +191,23 @@ export function stepped(image: string, steps: number, { indices }: Selection): s
   return String(indices[(to + indices.length) % indices.length]);
 }
 
+/** Images by their value, the least or the greatest first, those without a value last; equal ones as they are numbered. */
+export function ordered(images: Int32Array, value: (image: number) => number, isAscending: boolean): Int32Array {
+  const sign = isAscending ? 1 : -1;
+  const key = (image: number) => (Number.isNaN(value(image)) ? Infinity : sign * value(image));
+  return images.slice().sort((a, b) => {
+    const [first, second] = [key(a), key(b)];
+    return first === second ? a - b : first - second;
+  });
+}
+
 /** Bins of equal width from the least to the greatest value, counting all and those under `mask`. */
 export function binned(values: ArrayLike<number>, n: number, mask?: Uint8Array, domain?: [number, number]) {
   let [low, high] = domain ?? [Infinity, -Infinity];
   if (!domain) {
     for (let i = 0; i < values.length; i++) {
-      low = Math.min(low, values[i]!);
-      high = Math.max(high, values[i]!);
+      if (values[i]! < low) low = values[i]!; // NaN, where an image has no value, is neither
+      if (values[i]! > high) high = values[i]!;
     }
   }
   if (!(high > low)) [low, high] = [low - 0.5 || 0, high + 0.5 || 1];

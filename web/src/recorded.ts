@@ -145,37 +145,80 @@ async function summary(
   const baseline = chosen.cost ? from.answers[`${pathname.replace("summary", "array")}?baseline`] : undefined;
   const plain = baseline && (await array(baseline));
   const one = fixed(whole, { ...chosen, image: String(images[0] ?? 0) });
-  const rows = images.map((image) => {
-    const row = numbers(fixed(whole, { ...chosen, image: String(image) }), recorded.headers["x-dtype"]);
-    if (!plain) return row;
-    const [base] = numbers(fixed(plain, { image: String(image) }), "float32");
-    return row.map((value) => base! - value);
-  });
-  let dims = one.dims;
-  let shape = one.shape;
-  let means = rows;
-  const heads = dims.indexOf("head");
-  if (chosen.over === "head" && heads === dims.length - 1 && heads >= 0) {
-    const n = shape[heads]!;
-    means = rows.map((row) => overHeads(row, n));
-    [dims, shape] = [dims.slice(0, -1), shape.slice(0, -1)];
-  } else if (chosen.over) return refusal("This file holds no mean over heads of that. Open the study itself.");
-  const values = statistics(means);
-  const headers = { ...recorded.headers, "x-dtype": "float32", "x-images": String(images.length) };
+  const { n_heads } = await new Response(await unpack(from.answers["/api/study"]!)).json();
+  const isThere = headsThere(one, chosen, n_heads);
+  const overLast = chosen.over === "head" && one.dims.length > 0 && one.dims.at(-1) === "head";
+  if (chosen.over && !overLast) return refusal("This file holds no mean over heads of that. Open the study itself.");
+  const [dims, shape] = overLast ? [one.dims.slice(0, -1), one.shape.slice(0, -1)] : [one.dims, one.shape];
+  const rowsOf = (values: RawArray) =>
+    images.map((image) => {
+      const stored = numbers(fixed(values, { ...chosen, image: String(image) }), recorded.headers["x-dtype"]);
+      let row = stored.map((value, cell) => (isThere(cell) ? value : NaN));
+      if (plain) {
+        const [base] = numbers(fixed(plain, { image: String(image) }), "float32");
+        row = row.map((value) => base! - value);
+      }
+      return overLast ? overHeads(row, one.shape.at(-1)!) : row;
+    });
+  const rows = rowsOf(whole);
+  const counted = withValues(rows, shape[0] ?? 1);
+  const exact = from.answers[`${pathname.replace("summary", "array")}_exact`];
+  const corrected = exact && correctedStatistics(rows, rowsOf(await array(exact)));
+  const values = corrected?.values ?? statistics(counted);
+  const headers = { ...recorded.headers, "x-dtype": "float32", "x-images": String(counted.length) };
   return answer(
     { dims: ["statistic", ...dims], shape: [STATISTICS.length, ...shape], bytes: values, itemSize: 4 },
     {
       ...headers,
-      "x-quantiles-of": String(images.length),
-      "x-interval": "none of a selection in a file without server",
+      "x-quantiles-of": String(corrected?.values ? corrected.n : counted.length),
+      "x-interval": `none of a selection in a file without server${corrected ? `; ${corrected.words}` : ""}`,
     },
   );
+}
+
+/** With fewer exact images an estimate is not corrected: as `vitrail.heads.correction`. */
+const FEWEST_EXACT = 25;
+const NO_SPREAD = 1e-12;
+
+/** Statistics of estimates with the mean corrected by images that have exact values too, NaN on the others, by the
+ * regression estimator of `vitrail.heads.correction`; quantiles are of the exact values. */
+export function correctedStatistics(estimates: Float32Array[], exact: Float32Array[]) {
+  const sample = exact.flatMap((row, i) => (row.some((value) => !Number.isNaN(value)) ? [i] : []));
+  const n = sample.length;
+  if (n < FEWEST_EXACT)
+    return { n, words: `not corrected: ${n} of these images are exact, and ${FEWEST_EXACT} are needed` };
+  const every = [...estimates.keys()];
+  const values = statistics(sample.map((i) => exact[i]!));
+  const mean = new Float32Array(values.buffer, 0, estimates[0]!.length);
+  for (let cell = 0; cell < mean.length; cell++) {
+    const average = (rows: number[], value: (i: number) => number) =>
+      rows.reduce((sum, i) => sum + value(i), 0) / rows.length;
+    const [x, y] = [(i: number) => estimates[i]![cell]!, (i: number) => exact[i]![cell]!];
+    const all = average(every, x);
+    const [middle, height] = [average(sample, x), average(sample, y)];
+    const spread = average(sample, (i) => (x(i) - middle) ** 2);
+    const varies = spread > NO_SPREAD * average(sample, (i) => (x(i) - all) ** 2);
+    const slope = varies ? average(sample, (i) => (x(i) - middle) * (y(i) - height)) / spread : 0;
+    mean[cell] = height - slope * (middle - all);
+  }
+  return { n, values, words: `corrected by ${n} exact images` };
 }
 
 function numbers({ bytes }: RawArray, dtype: string | undefined): Float32Array {
   if (dtype === "uint8") return Float32Array.from(bytes);
   const copy = bytes.slice().buffer;
   return dtype === "int32" ? Float32Array.from(new Int32Array(copy)) : new Float32Array(copy);
+}
+
+/** Tells the cells of heads that their layer has; counts and flags hold 0 for the others. */
+function headsThere({ dims, shape }: RawArray, chosen: Record<string, string>, nHeads: number[]) {
+  const index = (dim: string) => {
+    const axis = dims.indexOf(dim);
+    const stride = shape.slice(axis + 1).reduce((product, n) => product * n, 1);
+    return axis < 0 ? () => Number(chosen[dim]) : (cell: number) => Math.floor(cell / stride) % shape[axis]!;
+  };
+  const [layer, head] = [index("layer"), index("head")];
+  return (cell: number) => !(head(cell) >= nHeads[layer(cell)]!); // an array without heads has all of its cells
 }
 
 /** The mean over the heads that a layer has. */
@@ -186,14 +229,28 @@ export function overHeads(row: Float32Array, n: number): Float32Array {
   });
 }
 
-/** Mean, no interval, and the 5, 50 and 95 % quantiles of each column. */
+/** The images that have a value in every layer that has any, as the server counts them: means compare between layers.
+ * A row is an image, its first dimension the layers. */
+export function withValues(rows: Float32Array[], nLayers: number): Float32Array[] {
+  const isIn = (row: Float32Array, layer: number) => {
+    const size = row.length / nLayers;
+    return row.subarray(layer * size, (layer + 1) * size).some((value) => !Number.isNaN(value));
+  };
+  const layers = Array.from({ length: nLayers }, (_, layer) => layer);
+  const measured = layers.filter((layer) => rows.some((row) => isIn(row, layer)));
+  if (!measured.length) return rows;
+  const complete = rows.filter((row) => measured.every((layer) => isIn(row, layer)));
+  return complete.length ? complete : rows.filter((row) => measured.some((layer) => isIn(row, layer)));
+}
+
+/** Mean, no interval, and the 5, 50 and 95 % quantiles of what each column has. */
 export function statistics(rows: Float32Array[]): Uint8Array {
   const size = rows[0]?.length ?? 0;
   const values = new Float32Array(STATISTICS.length * size).fill(NaN);
   for (let cell = 0; cell < size; cell++) {
-    const column = Float64Array.from(rows, (row) => row[cell]!);
+    const column = Float64Array.from(rows, (row) => row[cell]!).filter((value) => !Number.isNaN(value));
+    if (!column.length) continue;
     const sum = column.reduce((total, value) => total + value, 0);
-    if (Number.isNaN(sum)) continue;
     const sorted = column.sort();
     const quantile = (share: number) => {
       const at = share * (sorted.length - 1);

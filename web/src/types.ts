@@ -21,8 +21,9 @@ export interface Live {
 
 export interface Accuracy {
   value: number;
-  low: number;
-  high: number;
+  /** 95 %; null of a single image, which has no interval. */
+  low: number | null;
+  high: number | null;
   n_right: number;
 }
 
@@ -195,7 +196,8 @@ export interface Comparison {
 /** One image in two studies. */
 export interface ComparedImage {
   compared: boolean;
-  change?: number;
+  /** Null where it has no value in any measure. */
+  change?: number | null;
   same?: boolean | null;
   /** By measure, the second less the first; null where one of them has no value. */
   differences: Record<string, number | null>;

@@ -38,6 +38,7 @@ test("what a model does not have is left out and named", () => {
   const { gone, ...changes } = parseChanges("L7H0~L0H1:9~patches:1,40~window:L0H0:99:1,1,1,1~nonsense~L0H0", about);
   expect(gone).toEqual(["L7H0", "L0H1:9", "patches:1,40", "window:L0H0:99:1,1,1,1", "nonsense"]);
   expect([changes.heads, changes.patches]).toEqual([[[0, 0]], [1]]);
+  expect(parseChanges("patches:3,2-3", about).patches).toEqual([3, 2]);
 });
 
 test("heads and patches are switched and switched back", () => {

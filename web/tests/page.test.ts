@@ -1,9 +1,10 @@
 import { expect, test, vi } from "vitest";
 
 import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
-import { binned, statistic, stepped } from "../src/data";
+import { stepped as coloured } from "../src/colouring";
+import { binned, headValues, ordered, statistic, stepped } from "../src/data";
 import { asCsv } from "../src/export";
-import { amountColours, colours, extent, inkOn, signedColours } from "../src/palette";
+import { amountColours, colours, extent, inkOn, OTHERS, signedColours } from "../src/palette";
 import type { Images, Study, Summary } from "../src/types";
 
 const images: Images = {
@@ -100,4 +101,31 @@ test("a table quotes what it must, and no text in it is a formula", () => {
   expect(asCsv([{ name: 'a "b", c', value: -1.5 }])).toBe('name,value\r\n"a ""b"", c",-1.5\r\n');
   for (const text of ["=1+1", "+1", "-1", "@x", "\tx"]) expect(asCsv([{ name: text }])).toBe(`name\r\n'${text}\r\n`);
   expect(asCsv([{ name: '=HYPERLINK("x")' }])).toBe('name\r\n"\'=HYPERLINK(""x"")"\r\n');
+});
+
+test("images without a value come last in an order, have a grey of their own and no bin", () => {
+  const values = Float32Array.of(3, NaN, 1, 2, 1);
+  const images = Int32Array.of(0, 1, 2, 3, 4);
+  const value = (image: number) => values[image]!;
+  expect([...ordered(images, value, true)]).toEqual([2, 4, 3, 0, 1]);
+  expect([...ordered(images, value, false)]).toEqual([0, 3, 2, 4, 1]);
+  const { index, palette, legend } = coloured(values, false);
+  expect(palette[index[1]!]).toBe(OTHERS);
+  expect([...index].filter((step) => step === index[1])).toHaveLength(1);
+  expect(legend.at(-1)).toEqual({ colour: OTHERS, words: "no value" });
+  expect(coloured(Float32Array.of(1, 2), false).legend).toHaveLength(3);
+  const bins = binned(values, 2);
+  expect(bins.map(({ low, all }) => [low, all])).toEqual([
+    [1, 2],
+    [2, 2],
+  ]);
+});
+
+test("heads that a layer does not have have no value, also where the measure holds zeros", async () => {
+  const headers = { "X-Dims": "layer,head", "X-Shape": "2,3", "X-Dtype": "uint8" };
+  vi.stubGlobal("fetch", async () => new Response(Uint8Array.of(1, 0, 0, 0, 1, 0), { headers }));
+  const about = { n_heads: [1, 3], measures: { head_flip: { baseline: "", unit: "bool", title: "" } } };
+  const selection = { key: "", all: true, mask: new Uint8Array(0), indices: new Int32Array(0) };
+  const { values } = await headValues("head_flip", "image", "0", selection, about as unknown as Study);
+  expect([...values]).toEqual([1, NaN, NaN, 0, 1, 0]);
 });

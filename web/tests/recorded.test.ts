@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { decoded, fixed, overHeads, recordedAnswer, statistics, type Recording } from "../src/recorded";
+import { decoded, fixed, overHeads, recordedAnswer, statistics, withValues, type Recording } from "../src/recorded";
 
 async function packed(content: BlobPart): Promise<string> {
   const stream = new Blob([content]).stream().pipeThrough(new CompressionStream("deflate-raw"));
@@ -18,6 +18,7 @@ const from: Recording = {
       data: await packed(values.slice(0, 4)),
       images: [7, 2],
     },
+    "/api/study": { headers: {}, data: await packed('{"n_heads":[2,2]}') },
     "/api/live": { headers: {}, data: await packed('{"state":"none"}') },
   },
 };
@@ -66,4 +67,68 @@ test("attention of one byte is within 2 % of what it was", () => {
   expect([none, most]).toEqual([0, 1]);
   expect(half).toBeCloseTo(Math.exp(Math.log(floor) * (1 - 128 / 255)), 6);
   expect(floor ** (-0.5 / 255)).toBeLessThan(1.02);
+});
+
+test("images that lack a layer's values are left out, and each number is of what is there", () => {
+  const rows = [
+    [1, 2, 3, NaN],
+    [NaN, NaN, NaN, NaN],
+    [5, NaN, 7, NaN],
+    [6, 6, NaN, NaN],
+  ].map((row) => Float32Array.from(row));
+  const counted = withValues(rows, 2);
+  expect(counted).toEqual([rows[0], rows[2]]);
+  expect([...new Float32Array(statistics(counted).buffer).subarray(0, 4)]).toEqual([3, 2, 5, NaN]);
+  expect(withValues([rows[1]!], 2)).toEqual([rows[1]]);
+  expect(withValues([Float32Array.of(1, NaN), Float32Array.of(NaN, 1), Float32Array.of(NaN, NaN)], 2)).toHaveLength(2);
+});
+
+test("a selection counts the images that its mean is of", async () => {
+  const some = Float32Array.from([1, 2, NaN, NaN, 5, 6]);
+  const auroc = { headers: headers("image,layer", "3,2"), data: await packed(some) };
+  const answers = { ...from.answers, "/api/array/auroc": auroc };
+  const body = JSON.stringify({ images: [0, 1, 2] });
+  const answer = await recordedAnswer({ ...from, answers }, "/api/summary/auroc", body);
+  expect((await floats(answer)).slice(0, 2)).toEqual([3, 4]);
+  expect(answer.headers.get("X-Images")).toBe("2");
+});
+
+test("heads that a layer does not have are no zeros in the mean of a selection", async () => {
+  const flips = { "x-dims": "image,layer,head", "x-shape": "2,2,3", "x-dtype": "uint8" };
+  const answers = {
+    "/api/study": { headers: {}, data: await packed('{"n_heads":[1,3]}') },
+    "/api/array/flip": { headers: flips, data: await packed(Uint8Array.of(1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1)) },
+  };
+  const body = JSON.stringify({ images: [0, 1] });
+  const mean = async (query: string, n: number) =>
+    (await floats(await recordedAnswer({ ...from, answers }, `/api/summary/flip${query}`, body))).slice(0, n);
+  expect(await mean("", 6)).toEqual([0.5, NaN, NaN, 1, 0.5, 1]);
+  const [first, second] = await mean("?over=head", 2);
+  expect(first).toBe(0.5);
+  expect(second).toBeCloseTo(5 / 6, 6);
+  expect(await mean("?layer=0", 3)).toEqual([0.5, NaN, NaN]);
+});
+
+test("the mean of a selection is corrected by its images with exact values, as the server corrects it", async () => {
+  const n = 60;
+  const estimates = Float32Array.from({ length: n }, (_, i) => i % 7);
+  const exact = estimates.map((value, i) => (i % 2 ? 2 * value + 1 : NaN));
+  const answers = {
+    ...from.answers,
+    "/api/array/drop": { headers: headers("image,layer,head", `${n},1,1`), data: await packed(estimates) },
+    "/api/array/drop_exact": { headers: headers("image,layer,head", `${n},1,1`), data: await packed(exact) },
+  };
+  const asked = async (images: number[]) =>
+    recordedAnswer({ ...from, answers }, "/api/summary/drop", JSON.stringify({ images }));
+  const every = Array.from({ length: n }, (_, i) => i);
+  const answer = await asked(every);
+  const average = estimates.reduce((sum, value) => sum + value, 0) / n;
+  const [mean, low, , , median] = await floats(answer);
+  expect(mean).toBeCloseTo(2 * average + 1, 5); // the exact values lie on a line over the estimates
+  expect([low, median]).toEqual([NaN, 7]);
+  expect(answer.headers.get("X-Quantiles-Of")).toBe("30");
+  expect(answer.headers.get("X-Interval")).toContain("corrected by 30 exact images");
+  const few = await asked(every.slice(0, 14));
+  expect((await floats(few))[0]).toBeCloseTo(3, 5);
+  expect(few.headers.get("X-Interval")).toContain("25 are needed");
 });

@@ -3,7 +3,8 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from math import isfinite
+from typing import Any, SupportsFloat
 
 import numpy as np
 from starlette.exceptions import HTTPException
@@ -17,6 +18,7 @@ __all__ = [
     "jpeg",
     "json_answer",
     "json_body",
+    "number_or_none",
     "parse_images",
     "parse_index",
     "raw_numbers",
@@ -127,6 +129,19 @@ def json_answer(content: Mapping[str, Any]) -> Response:
     return Response(
         json.dumps(content, allow_nan=False), media_type="application/json", headers={"Cache-Control": "no-store"}
     )
+
+
+def number_or_none(value: SupportsFloat) -> float | None:
+    """A number as JSON can hold it.
+
+    Args:
+        value: Any number.
+
+    Returns:
+        The number; None, JSON's null, where there is none: NaN and infinity.
+    """
+    number = float(value)
+    return number if isfinite(number) else None
 
 
 def refusal(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -5,8 +5,10 @@ would read the whole array each time. A copy costs one such reading, and space i
 """
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
 
@@ -16,6 +18,9 @@ __all__ = ["Columns"]
 
 MAX_BYTES = 8 * 2**30
 """Space that all copies together may take; those used last stay. An array of more than half of it is not copied."""
+
+WRITTEN_BYTES = 16 * 2**20
+"""Zeros that are written at a time where the system (macOS) has no call that allocates."""
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +65,18 @@ def _copy(
     shape: tuple[int, ...], dtype: np.dtype, blocks: Callable[[], Iterator[tuple[int, np.ndarray]]]
 ) -> np.ndarray:
     with tempfile.TemporaryFile(prefix="vitrail-columns-") as file:  # which is gone once the array is
+        _allocate(file, int(np.prod(shape)) * dtype.itemsize)
         copy = np.memmap(file, dtype, "w+", shape=(*shape[1:], shape[0]))
     for start, values in blocks():
         copy[..., start : start + len(values)] = np.moveaxis(values, 0, -1)
     return copy
+
+
+def _allocate(file: IO[bytes], n_bytes: int) -> None:
+    """Takes all room at once: writing to a sparse file on a full disk ends the process (SIGBUS) and raises nothing."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return
+    for start in range(0, n_bytes, WRITTEN_BYTES):
+        file.write(bytes(min(WRITTEN_BYTES, n_bytes - start)))
+    file.flush()

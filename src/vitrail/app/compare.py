@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrail.app.answers import binary, json_answer, parse_index
+from vitrail.app.answers import binary, json_answer, number_or_none, parse_index
 from vitrail.app.once import Once
 from vitrail.app.study_arrays import MAX_INDEX_DIGITS
 from vitrail.comparison import compare, open_pair
@@ -111,7 +111,8 @@ def _compare(state: "AppState", number: int) -> xr.Dataset:
 
 def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
     attrs = compared.attrs
-    order = np.argsort(-np.nan_to_num(compared["change"].to_numpy(), nan=-1.0), kind="stable")[:N_IMAGES]
+    change = compared["change"].to_numpy()
+    order = np.argsort(-change, kind="stable")[: min(N_IMAGES, np.count_nonzero(~np.isnan(change)))]  # NaN comes last
     return {
         "names": [attrs["name_a"], attrs["name_b"]],
         "models": [attrs["model_a"], attrs["model_b"]],
@@ -133,7 +134,7 @@ def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
         "findings": [Sentence.of(each).to_json() for each in comparison_findings(compared)],
         "measures": [_measure(compared, name) for name in measures_by_effect(compared)],
         "images": [
-            {"image": int(pair.a.rows[at]), "change": float(compared["change"][at]), "same": _same(compared, int(at))}
+            {"image": int(pair.a.rows[at]), "change": float(change[at]), "same": _same(compared, int(at))}
             for at in order
         ],
     }
@@ -148,7 +149,7 @@ def _measure(compared: xr.Dataset, name: str) -> dict[str, Any]:
         "unit": str(row["unit"].item()),
         "by_layer": by_layer in compared and compared[by_layer].dims == ("layer",),
         "by_head": f"{name}_head_difference" in compared,
-        **{column: _number(float(row[column])) for column in COLUMNS},
+        **{column: number_or_none(row[column]) for column in COLUMNS},
     }
 
 
@@ -162,9 +163,9 @@ def _of_image(pair: Pair, compared: xr.Dataset, image: int) -> Mapping[str, Any]
     names = compared["measure"].values.tolist()
     return {
         "compared": True,
-        "change": float(compared["change"][at]),
+        "change": number_or_none(compared["change"][at]),
         "same": _same(compared, at),
-        "differences": {name: _number(float(value)) for name, value in zip(names, values, strict=True)},
+        "differences": {name: number_or_none(value) for name, value in zip(names, values, strict=True)},
     }
 
 
@@ -182,9 +183,5 @@ def _same(compared: xr.Dataset, at: int) -> bool | None:
     return bool(compared["same_prediction"][at]) if "same_prediction" in compared else None
 
 
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_number(float(value)) for value in values]
+    return [number_or_none(value) for value in values]

@@ -7,13 +7,12 @@ A study without them answers with no rankings; `has_curves` of `/api/study` says
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrail.app.answers import json_answer
+from vitrail.app.answers import json_answer, number_or_none
 from vitrail.errors import DamagedStudy
 from vitrail.pruning.ranking import Area, Curves, area_table, read_curves
 
@@ -86,7 +85,4 @@ def _describe(curves: Curves | None) -> dict[str, Any]:
 
 def _area(area: Area) -> dict[str, float | None]:
     """The area between a ranking's two curves, with its interval where one image or more decides it."""
-    return {
-        key: float(value) if np.isfinite(value) else None
-        for key, value in zip(("value", "low", "high"), area.between, strict=True)
-    }
+    return {key: number_or_none(value) for key, value in zip(("value", "low", "high"), area.between, strict=True)}

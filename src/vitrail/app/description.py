@@ -3,6 +3,7 @@
 from typing import Any
 
 from vitrail.analysis import BASE, Analysis, analyses
+from vitrail.app.answers import number_or_none
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.data import Manifest, class_title
 from vitrail.data.sources import PHOTOS
@@ -107,5 +108,10 @@ def _accuracy(arrays: StudyArrays) -> dict[str, Any] | None:
     if "prediction" not in arrays.dataset:
         return None
     correct = arrays.load("prediction") == arrays.load("label")
-    low, high, _ = share_interval(correct)
-    return {"value": float(correct.mean()), "low": float(low), "high": float(high), "n_right": int(correct.sum())}
+    low, high, _ = share_interval(correct)  # none of a single image
+    return {
+        "value": float(correct.mean()),
+        "low": number_or_none(low),
+        "high": number_or_none(high),
+        "n_right": int(correct.sum()),
+    }

@@ -110,6 +110,7 @@ def export_page(
 
     Raises:
         StudyError: The folder is no study.
+        WeightsMismatch: The model has other weights than the study's.
         UsageError: An image is not there, the page is not built, or the file is somebody else's.
     """
     target = local_path(out)
@@ -145,6 +146,7 @@ def export_html(
 
     Raises:
         StudyError: The folder is no study.
+        WeightsMismatch: The model has other weights than the study's.
         UsageError: An image is not there, or the page is not built.
     """
     files = built_page()

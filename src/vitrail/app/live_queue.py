@@ -51,6 +51,11 @@ class AnalysisPartsProtocol(Protocol):
 class LiveModelProtocol(Protocol):
     """The calls that the server makes on a model; `vitrail.live.LiveModel` has them, and the server needs no torch."""
 
+    @property
+    def weight_digest(self) -> str:
+        """SHA-256 of the weights, as `vitrail.live.LiveModel.weight_digest`."""
+        ...
+
     def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
         """Attention of every head of a layer, as `vitrail.live.LiveModel.attention`.
 
@@ -144,16 +149,28 @@ log = logging.getLogger(__name__)
 class LiveQueue:
     """Runs calls on the live model one at a time; further calls wait, up to a limit."""
 
-    def __init__(self, model: "LiveModelProtocol | OpenModel | None", max_waiting: int = 8) -> None:
+    def __init__(
+        self,
+        model: "LiveModelProtocol | OpenModel | None",
+        check: Callable[[LiveModelProtocol], None] = lambda _model: None,
+        max_waiting: int = 8,
+    ) -> None:
         """Start the worker.
 
         Args:
             model: The model to call; a function that opens one, called by `open_model`; or None for a study that is
                 open without one.
+            check: Called with the open model before it is used; raises `VitrailError` to refuse it.
             max_waiting: How many calls may wait behind the one that runs.
+
+        Raises:
+            VitrailError: An open model was handed over, and `check` refuses it.
         """
         self._model = model if isinstance(model, LiveModelProtocol) else None
         self._open = None if isinstance(model, LiveModelProtocol) else model
+        self._check = check
+        if self._model is not None:
+            check(self._model)
         self._opening = False
         self._failure = ""
         self.max_waiting = max_waiting
@@ -172,7 +189,9 @@ class LiveQueue:
             return
         self._opening = True
         try:
-            self._model = open_model()
+            model = open_model()
+            self._check(model)
+            self._model = model
         except VitrailError as failure:
             self._failure = str(failure)
         except Exception as failure:  # a model's own code may raise anything, and the stored study goes on without it

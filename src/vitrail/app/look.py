@@ -177,17 +177,19 @@ async def _part(
     depends = {choice for name in part for choice in declaration(name).depends_on or ()}
     arguments = {choice: number for choice, number in choices.items() if choice in depends}
     key = ("look", image, analysis, part, *sorted(arguments.items()))
-    is_new = state.looks.get(key) is None
+    upload = state.uploads.get(image) if image.startswith("u") else None
 
     def compute(model: LiveModelProtocol) -> xr.Dataset:
         photograph, mask = state.photograph(image), state.mask(image) if "masks" in depends else None
         objects = {} if mask is None else {"mask": mask}
-        return model.look_part(photograph, analysis, part, arguments.get("patch"), arguments.get("channel"), **objects)
+        dataset = model.look_part(
+            photograph, analysis, part, arguments.get("patch"), arguments.get("channel"), **objects
+        )
+        if upload is not None:  # here, for the page may have left by the time that this ends
+            upload.arrays.update(_without_image(dataset))
+        return dataset
 
-    dataset = await state.ask_model(request, state.looks, key, compute)
-    if is_new and image.startswith("u"):
-        state.uploads.get(image).arrays.update(_without_image(dataset))
-    return dataset
+    return await state.ask_model(request, state.looks, key, compute)
 
 
 def _without_image(dataset: xr.Dataset) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
-"""Access control: known hosts, pages that the server sent itself, and the token when it is not on loopback.
+"""Access control: known hosts, pages that the server sent itself, and the token when it is not on loopback; and the
+refusal of answers from a study that is another by now.
 
 A page on the web can make a browser send requests to 127.0.0.1. It cannot choose the Host header (so a name rebound to
 127.0.0.1 is caught by it), cannot forge Origin, and cannot read answers, since no CORS header is ever sent.
@@ -6,7 +7,7 @@ A page on the web can make a browser send requests to 127.0.0.1. It cannot choos
 
 import ipaddress
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlencode, urlsplit
 
 from starlette.requests import Request
@@ -15,9 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitrail.app.answers import refusal
 
-__all__ = ["HEADERS", "LOOPBACK_HOSTS", "AccessMiddleware", "is_loopback"]
+__all__ = ["ALL_ADDRESSES", "HEADERS", "LOOPBACK_HOSTS", "AccessMiddleware", "ChangedStudyMiddleware", "is_loopback"]
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104
+"""Hosts that stand for every address of a machine."""
+
+FROM_STUDY = ("/api/", "/thumb/", "/photo/")
 COOKIE = "vitrail_token"
 POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -42,12 +47,15 @@ def is_loopback(host: str) -> bool:
     Returns:
         True for localhost and loopback addresses.
     """
-    if host == "localhost":
-        return True
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
         return False
+    return True
 
 
 class AccessMiddleware:
@@ -58,12 +66,14 @@ class AccessMiddleware:
 
         Args:
             app: The application behind it.
-            allowed_hosts: Names in the Host header that are answered.
+            allowed_hosts: Names in the Host header that are answered. With a token, one of `ALL_ADDRESSES` among them
+                allows every IP address: a name that is rebound is never one.
             token: A secret that every visitor must have, or None.
         """
         self.app = app
         self.allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self.token = token
+        self.allows_addresses = token is not None and not self.allowed_hosts.isdisjoint(ALL_ADDRESSES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,7 +91,7 @@ class AccessMiddleware:
 
     def _refusal(self, request: Request) -> Response | None:
         host = _host_name(request.headers.get("host", ""))
-        if host not in self.allowed_hosts:
+        if host not in self.allowed_hosts and not (self.allows_addresses and _is_address(host)):
             names = ", ".join(sorted(self.allowed_hosts))
             return refusal(403, f"This server does not answer to the host {host!r}. It answers to: {names}.")
         if not _same_origin(request):
@@ -105,6 +115,39 @@ class AccessMiddleware:
         response = RedirectResponse("/?" + urlencode(rest) if rest else "/", status_code=303)
         response.set_cookie(COOKIE, self.token or "", httponly=True, samesite="strict")
         return response
+
+
+class ChangedStudyMiddleware:
+    """ASGI middleware: refuses every answer that was read from a study which is no longer the one that was opened.
+
+    It looks when an answer is ready, for the study may have changed while it was being read.
+    """
+
+    def __init__(self, app: ASGIApp, reason: Callable[[], str]) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application behind it.
+            reason: Says in a sentence what has changed; empty while nothing has.
+        """
+        self.app = app
+        self.reason = reason
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(FROM_STUDY):
+            await self.app(scope, receive, send)
+            return
+        is_refused = False
+
+        async def send_unless_changed(message: Message) -> None:
+            nonlocal is_refused
+            if message["type"] == "http.response.start" and (sentence := self.reason()):
+                is_refused = True
+                await refusal(409, sentence)(scope, receive, send)
+            if not is_refused:
+                await send(message)
+
+        await self.app(scope, receive, send_unless_changed)
 
 
 def _host_name(header: str) -> str:

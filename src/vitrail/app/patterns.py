@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrail.app.answers import json_answer
+from vitrail.app.answers import json_answer, number_or_none
 from vitrail.patterns.density import KINDS, pattern_clusters_at, pattern_density, pattern_positions
 from vitrail.patterns.names import NAMES, RULES, PatternName, even_attention, name_pattern, rule_thresholds
 from vitrail.patterns.tables import all_patterns, pattern_clusters, pattern_grid
@@ -100,8 +100,8 @@ def _describe(state: "AppState") -> dict[str, Any]:
             "layer": pattern.layer,
             "head": pattern.head,
             **_words(pattern.naming),
-            "share": _number(pattern.share),
-            "values": [_number(value) for value in pattern.values],
+            "share": number_or_none(pattern.share),
+            "values": [number_or_none(value) for value in pattern.values],
             "image_dependence": pattern.image_dependence,
         }
         for pattern in all_patterns(dataset)
@@ -110,8 +110,8 @@ def _describe(state: "AppState") -> dict[str, Any]:
         {"number": each.number, "size": each.size, **_words(each.naming), "heads": each.heads}
         for each in (pattern_clusters(dataset, N_CLUSTER_HEADS) if has_clusters else ())
     ]
-    even = [_number(value) for value in even_attention(pattern_grid(dataset))]
-    holds = [_number(value) for value in rule_thresholds(pattern_grid(dataset))]
+    even = [number_or_none(value) for value in even_attention(pattern_grid(dataset))]
+    holds = [number_or_none(value) for value in rule_thresholds(pattern_grid(dataset))]
     return {"names": NAMES, "rules": RULES, "even": even, "holds": holds, "heads": heads, "clusters": clusters}
 
 
@@ -132,7 +132,3 @@ def _landscape(state: "AppState", kind: str) -> dict[str, Any]:
 
 def _words(naming: PatternName) -> dict[str, str]:
     return {"name": naming.name, "label": naming.label, "rule": naming.rule}
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -4,6 +4,7 @@ Every answer is an index looked up in the study; nothing from a request is joine
 look keeps the visitor's photograph in memory only.
 """
 
+import errno
 import logging
 import secrets
 import socket
@@ -38,7 +39,14 @@ from vitrail.app.live_queue import LiveModelProtocol, LiveQueue, OpenModel
 from vitrail.app.look import MAX_PIXELS, MAX_UPLOAD_BYTES
 from vitrail.app.look import routes as look_routes
 from vitrail.app.lru_cache import LRUCache, Value
-from vitrail.app.middleware import HEADERS, LOOPBACK_HOSTS, AccessMiddleware, is_loopback
+from vitrail.app.middleware import (
+    ALL_ADDRESSES,
+    HEADERS,
+    LOOPBACK_HOSTS,
+    AccessMiddleware,
+    ChangedStudyMiddleware,
+    is_loopback,
+)
 from vitrail.app.patterns import routes as pattern_routes
 from vitrail.app.pictures import Photographs, Thumbnails, Uploads, encode_jpeg, model_view
 from vitrail.app.static_files import NOT_BUILT, built_page
@@ -46,7 +54,7 @@ from vitrail.app.study_arrays import StudyArrays, parse_image_set
 from vitrail.app.summary import STATISTICS, SetSummary
 from vitrail.app.what_if import routes as what_if_routes
 from vitrail.errors import UsageError, VitrailError
-from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.store import PLAN, open_study, read_manifest, read_plan
 
 __all__ = ["create_app", "serve"]
 
@@ -80,6 +88,11 @@ SUMMARIES_AT_ONCE = 2
 SUMMARIES_WAITING = 30
 """Several times what a page asks for together. Their threads are not those of the other routes, which go on."""
 
+IDENTITY = ("weight_digest", "data_digest", "n_images")
+"""Fields of a plan that differ where arrays of the study are not those that were opened."""
+
+OPEN_AGAIN = "Start `vitrail open` again."
+
 SLICED = ("image", "layer", "head", "token_channel")
 """Dimensions of arrays that a request may fix."""
 
@@ -101,24 +114,45 @@ class AppState:
 
         Raises:
             StudyError: For a folder that is no study.
+            WeightsMismatch: The live model has other weights than the study's.
         """
         self.folder = study_path
         self.others = tuple(others)
+        self._plan_version, self._what_changed = _version(study_path / PLAN), ""
+        self.plan = read_plan(study_path)
         self.dataset = open_study(study_path, partial=True)
         self.arrays = StudyArrays(self.dataset)
-        self.plan = read_plan(study_path)
         self.image_maps = ImageMaps(self.arrays, self.plan)
         self.ids: list[str] = self.dataset["image"].values.tolist()
         self.manifest = read_manifest(study_path)
         self.thumbnails = Thumbnails(self.dataset)
         self.photographs = Photographs(self.manifest, self.ids)
         self.uploads = Uploads()
-        self.live = LiveQueue(model)
+        self.live = LiveQueue(model, lambda opened: self.plan.require_weights(opened.weight_digest))
         self.live_arrays: LRUCache[np.ndarray] = LRUCache(MAP_CACHE_BYTES)
         self.looks: LRUCache[xr.Dataset] = LRUCache(LOOK_CACHE_BYTES)
         self.decoding = BoundedWork("photographs", PHOTOGRAPHS_AT_ONCE, PHOTOGRAPHS_WAITING)
         self.receiving = BoundedWork("uploads", UPLOADS_AT_ONCE, 0)
         self.summaries = BoundedWork("summaries", SUMMARIES_AT_ONCE, SUMMARIES_WAITING)
+
+    def what_changed(self) -> str:
+        """Whether the folder holds another study by now: of more images, which rewrites its arrays, or one begun anew.
+
+        Returns:
+            A sentence; empty while it is the study that was opened. Measures that were added change nothing here.
+        """
+        version = _version(self.folder / PLAN)
+        if version != self._plan_version:
+            self._plan_version, self._what_changed = version, self._compare_plan()
+        return self._what_changed
+
+    def _compare_plan(self) -> str:
+        try:
+            plan = read_plan(self.folder)
+        except VitrailError as error:
+            return f"{error} {OPEN_AGAIN}"
+        is_same = all(getattr(plan, name) == getattr(self.plan, name) for name in IDENTITY)
+        return "" if is_same else f"The study has changed since it was opened. {OPEN_AGAIN}"
 
     def photograph(self, image: str) -> Image.Image:
         """The photograph that a request names.
@@ -191,6 +225,15 @@ class AppState:
         return await self.live.run(request, lambda model: cache.get_or_create(key, lambda: compute(model)))
 
 
+def _version(file: Path) -> tuple[int, ...]:
+    """What tells a file from one that was put in its place."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
 Handler = Callable[[AppState, Request], Awaitable[Response]]
 
 
@@ -216,6 +259,8 @@ def create_app(
 
     Raises:
         StudyError: For a folder that is no study.
+        WeightsMismatch: The open model has other weights than the study's. One that a function opens is refused on the
+            page.
     """
     state = AppState(Path(study_path), live, [Path(other) for other in others])
 
@@ -260,7 +305,10 @@ def create_app(
             route("/photo/{image}", _photo),
             *_static_routes(),
         ],
-        middleware=[Middleware(AccessMiddleware, allowed_hosts=allowed_hosts, token=token)],
+        middleware=[
+            Middleware(AccessMiddleware, allowed_hosts=allowed_hosts, token=token),
+            Middleware(ChangedStudyMiddleware, reason=state.what_changed),
+        ],
         exception_handlers={HTTPException: _http_error, VitrailError: _vitrail_error, Exception: _internal_error},
         lifespan=lifespan,
     )
@@ -290,14 +338,16 @@ def serve(
 
     Raises:
         StudyError: For a folder that is no study.
-        UsageError: If the address is in use.
+        WeightsMismatch: The open model has other weights than the study's.
+        UsageError: If the address is in use, or none of this machine.
     """
     import uvicorn
 
     token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    app = create_app(study_path, live, token, (*LOOPBACK_HOSTS, host, *_machine_names(host)), others)
+    machine = socket.gethostname() if host in ALL_ADDRESSES else host
+    app = create_app(study_path, live, token, (*LOOPBACK_HOSTS, host, machine), others)
     listener = _open_socket(host, port)
-    host_name = f"[{host}]" if ":" in host else socket.gethostname() if host == "0.0.0.0" else host  # noqa: S104
+    host_name = f"[{machine}]" if ":" in machine else machine
     address = f"http://{host_name}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_S
@@ -326,21 +376,14 @@ def _open_socket(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)  # before the address is announced: whoever reads it may ask at once
     except OSError as failure:
         listener.close()
-        raise UsageError(
-            f"Cannot listen on {host} port {port}: {failure.strerror}. Choose another with --port (0 takes a free one)."
-        ) from failure
+        is_of_port = failure.errno in (errno.EADDRINUSE, errno.EACCES)
+        choose = (
+            "Choose another with --port (0 takes a free one)."
+            if is_of_port
+            else "Give a name or an address of this machine with --host (0.0.0.0 takes all of them)."
+        )
+        raise UsageError(f"Cannot listen on {host} port {port}: {failure.strerror}. {choose}") from failure
     return listener
-
-
-def _machine_names(host: str) -> tuple[str, ...]:
-    """When listener on every address, the names by which this machine may be called."""
-    if host not in ("0.0.0.0", "::"):  # noqa: S104
-        return ()
-    name = socket.gethostname()
-    try:
-        return (name, *{str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})
-    except socket.gaierror:
-        return (name,)
 
 
 # --- the study ---

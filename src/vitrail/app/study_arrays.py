@@ -1,8 +1,9 @@
 """A study's arrays as the page asks for them: of one image, of one head over all images, and summaries of sets."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from threading import Event, Lock
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ class StudyArrays:
         """
         self.dataset = dataset
         self.n_images = int(dataset.sizes["image"])
+        n_heads = np.asarray(dataset.attrs.get("n_heads", []), dtype=np.int64)
+        self._absent = np.arange(n_heads.max(initial=0)) >= n_heads[:, None]  # [layer, head]
         self._cache: LRUCache[np.ndarray] = LRUCache(CACHE_BYTES)
         self._columns = Columns()
         self._summary_lock = Lock()
@@ -278,8 +281,8 @@ class StudyArrays:
                 elif array.nbytes > WHOLE_BYTES:
                     self._summaries[key] = self._stream_summary(array, over_heads, is_cost)
                 else:
-                    costs = self._cost(array, self.load(name), is_cost)
-                    self._summaries[key] = _summarise(array, costs, over_heads, array.dims, is_cost)
+                    numbers = self._numbers(array, self._cost(array, self.load(name), is_cost), over_heads)
+                    self._summaries[key] = _summarise(array, numbers, over_heads, is_cost)
             return self._summaries[key]
 
     def baseline(self, name: str) -> str:
@@ -319,20 +322,42 @@ class StudyArrays:
         self, array: xr.DataArray, images: ImageSet, over_heads: bool, fixed: dict[str, int], is_cost: bool
     ) -> SetSummary:
         """Over some images; of an array too large to keep at most 5,000 of them, evenly spaced, are read."""
-        dims = tuple(dimension for dimension in array.dims if dimension not in fixed)
+
+        def numbers(values: np.ndarray) -> Float32[np.ndarray, "image ..."]:
+            return self._numbers(array, self._cost(array, values, is_cost, images), over_heads, fixed)
+
         if array.nbytes <= WHOLE_BYTES:
             position = tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims[1:])
             values = self.load(str(array.name))[(images, *position)]
         else:
             images = images[evenly_spaced(len(images), QUANTILES_FROM)]
             values = np.asarray(array.isel(fixed | {"image": images}).values)
-        summary = _summarise(array, self._cost(array, values, is_cost, images), over_heads, dims, is_cost)
+        summary = _summarise(array, numbers(values), over_heads, is_cost)
         exact_name = self._exact_name(str(array.name))
         if exact_name is None:
             return summary
         of_sample = np.asarray(self.array(exact_name).isel(fixed | {"image": images}).values)
-        costs = (self._cost(array, each, is_cost, images) for each in (values, of_sample))
-        return _corrected(summary, *(_to_float(each, over_heads, dims) for each in costs))
+        return _corrected(summary, numbers(values), numbers(of_sample))
+
+    def _numbers(
+        self, array: xr.DataArray, values: np.ndarray, over_heads: bool, fixed: Mapping[str, int] = MappingProxyType({})
+    ) -> Float32[np.ndarray, "image ..."]:
+        """Values, or means over heads, with NaN for heads that a layer does not have: counts and flags hold 0 there."""
+        numbers = np.asarray(values, dtype=np.float32)
+        dims = [dimension for dimension in array.dims if dimension not in fixed]
+        if self._absent.any() and {"layer", "head"} <= set(array.dims):
+            absent = self._absent[tuple(fixed.get(dimension, slice(None)) for dimension in ("layer", "head"))]
+            sizes = [
+                size if dimension in ("layer", "head") else 1
+                for dimension, size in zip(dims, numbers.shape, strict=True)
+            ]
+            numbers = np.where(np.reshape(absent, sizes), np.float32(np.nan), numbers)
+        if not over_heads:
+            return numbers
+        axis = dims.index("head")
+        n_heads = np.isfinite(numbers).sum(axis=axis)  # 0 in layers that have no such numbers
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.nansum(numbers, axis=axis) / n_heads, dtype=np.float32)
 
     def _exact_name(self, name: str) -> str | None:
         """The array of exact values on a sample of the images, beside one of estimates."""
@@ -340,30 +365,36 @@ class StudyArrays:
         return exact if exact in self.dataset else None
 
     def _stream_summary(self, array: xr.DataArray, over_heads: bool, is_cost: bool) -> SetSummary:
-        """As `summarise`, in one pass that never loads the array: exact mean, quantiles of evenly spaced images."""
-        origin, sums = np.zeros(()), np.zeros(())
+        """As `summarise`, in one pass that never loads the array: exact mean, quantiles of evenly spaced images.
+
+        A number is over all images that have it; one that others lack has no interval.
+        """
+        origin, sums, counts = np.zeros(()), np.zeros(()), np.zeros(())
         samples = []
         sample_indices = evenly_spaced(self.n_images, QUANTILES_FROM)
         columns = self._columns_of(array)
         for start, block in self._blocks(array) if columns is None else _blocks_of_columns(columns):
             values = self._cost(array, block, is_cost, slice(start, start + len(block)))
-            numbers = _to_float(values, over_heads, array.dims)
+            numbers = self._numbers(array, values, over_heads)
             if start == 0:
-                origin = numbers[0].astype(np.float64)  # sums of what differs from it keep their digits
-            shifted = numbers - origin
+                origin = np.nan_to_num(numbers[0].astype(np.float64))  # sums of what differs from it keep their digits
+            present = ~np.isnan(numbers)
+            shifted = np.where(present, numbers - origin, 0)
+            counts = counts + present.sum(axis=0)
             sums = sums + np.stack([(shifted**power).sum(axis=0) for power in (1, 2, 3)])
             in_block = sample_indices[(sample_indices >= start) & (sample_indices < start + len(block))]
             samples.append(numbers[in_block - start])
         of_samples = summarise(np.concatenate(samples))
         if self.n_images <= QUANTILES_FROM:
             return of_samples  # that is, of all images
-        mean, square, cube = sums / self.n_images
+        n_images = int(counts.max())
+        mean, square, cube = sums / np.where(counts > 0, counts, np.nan)
         variance = np.maximum(square - mean**2, 0)
         skewness = (cube - 3 * mean * square + 2 * mean**3) / np.where(variance > 0, variance, 1) ** 1.5
-        low, high, reason = moment_interval(mean, variance, skewness, self.n_images)
-        ends = (np.stack([mean, low, high]) + origin).astype(np.float32)
+        low, high, reason = moment_interval(mean, variance, skewness, n_images)
+        ends = (np.stack([mean, *np.where(counts == n_images, (low, high), np.nan)]) + origin).astype(np.float32)
         words = f"skew-corrected; {reason}" if reason else "skew-corrected"
-        return SetSummary(np.concatenate([ends, of_samples.values[3:]]), self.n_images, of_samples.n_images, words)
+        return SetSummary(np.concatenate([ends, of_samples.values[3:]]), n_images, of_samples.n_images, words)
 
     def _columns_of(self, array: xr.DataArray) -> np.ndarray | None:
         """An array of every image, too large to keep in memory, with the images last."""
@@ -389,14 +420,14 @@ def _blocks_of_columns(columns: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _summarise(
-    array: xr.DataArray, values: np.ndarray, over_heads: bool, dims: tuple[Hashable, ...], is_cost: bool
+    array: xr.DataArray, numbers: Float32[np.ndarray, "image ..."], over_heads: bool, is_cost: bool
 ) -> SetSummary:
-    """The summary of some values of an array, by what the array says of them."""
+    """The summary of some numbers of an array, by what the array says of them."""
     is_bool = array.dtype.kind == "b"
     limits = (0.0, 1.0) if is_bool else value_limits(str(array.name))
     if is_cost and limits is not None:
         limits = limits[0] - limits[1], limits[1] - limits[0]
-    return summarise(_to_float(values, over_heads, dims), is_share=is_bool and not over_heads, limits=limits)
+    return summarise(numbers, is_share=is_bool and not over_heads, limits=limits)
 
 
 def _corrected(
@@ -416,16 +447,6 @@ def _corrected(
         quantiles_of=len(rows),
         interval=f"studentised bootstrap, {words_of_correction(len(rows))}",
     )
-
-
-def _to_float(values: np.ndarray, over_heads: bool, dims: tuple[Hashable, ...]) -> Float32[np.ndarray, "image ..."]:
-    numbers = np.asarray(values, dtype=np.float32)
-    if not over_heads:
-        return numbers
-    axis = dims.index("head")
-    n_heads = np.isfinite(numbers).sum(axis=axis)  # 0 in layers that have no such numbers
-    with np.errstate(invalid="ignore"):
-        return np.asarray(np.nansum(numbers, axis=axis) / n_heads, dtype=np.float32)
 
 
 def parse_image_set(indices: Any, n_images: int) -> ImageSet:

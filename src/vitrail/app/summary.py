@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Int
 
+from vitrail.layer_summary import images_with_values
 from vitrail.stats import Interval, mean_interval, moment_interval, share_interval
 
 __all__ = ["QUANTILES_FROM", "STATISTICS", "SetSummary", "evenly_spaced", "summarise"]
 
 STATISTICS = ("mean", "low", "high", "q05", "median", "q95")
 """`low` and `high` bound the mean (95 %); `q05`, `median` and `q95` are quantiles over the images."""
+
+QUANTILES = (0.05, 0.5, 0.95)
 
 QUANTILES_FROM = 5_000
 """Quantiles of more images than this are taken from so many of them, evenly spaced: within a per cent, and quick."""
@@ -29,7 +32,7 @@ class SetSummary:
 
     Attributes:
         values: One array for each name in `STATISTICS`, in the measure's unit.
-        n_images: Images in the set.
+        n_images: Images in the set that the mean is of.
         quantiles_of: Images that gave the quantiles, evenly spaced over the set.
         interval: How `low` and `high` were found, in words.
     """
@@ -49,8 +52,11 @@ def summarise(
 ) -> SetSummary:
     """Mean over images with its 95 % interval, and the 5, 50 and 95 % quantiles.
 
+    Images without a value in some layer that has any are left out (`images_with_values`); of the others each number is
+    over what is there.
+
     Args:
-        values: One row per image, in any unit. NaN (padding of missing heads) gives NaN.
+        values: One row per image, in any unit; NaN where there is no value.
         seed: Of the resampled images.
         is_share: The values are yes (1) or no (0).
         limits: The range that a value can have at all, if there is one.
@@ -59,9 +65,13 @@ def summarise(
         The statistics, in the unit of `values`; ends of an interval that cannot be trusted are NaN, and `interval` says
         why.
     """
+    measured = images_with_values(values.reshape(len(values), *(values.shape[1:] or (1,))))
+    values = values if measured.all() else values[measured]
     n_images = len(values)
     flat = np.ascontiguousarray(values.reshape(n_images, -1))
     mean = flat.mean(axis=0, dtype=np.float64)
+    some = _columns_with_gaps(flat, mean)
+    mean[some] = np.nanmean(flat[:, some], axis=0, dtype=np.float64)
     low, high = np.full((2, len(mean)), np.nan)
     present, reason, step = np.flatnonzero(~np.isnan(mean)), "", max(1, CELLS_AT_ONCE // n_images)
     by_moments = limits is None and n_images > MOMENTS_FROM
@@ -76,7 +86,9 @@ def summarise(
             interval = mean_interval(part, limits=limits, seed=seed)
         low[which], high[which], reason = interval.low, interval.high, reason or interval.reason
     sample = flat[evenly_spaced(n_images, QUANTILES_FROM)]
-    quantiles = np.quantile(np.ascontiguousarray(sample.T), (0.05, 0.5, 0.95), axis=1)
+    quantiles = np.quantile(np.ascontiguousarray(sample.T), QUANTILES, axis=1)
+    some = _columns_with_gaps(sample, quantiles[0])
+    quantiles[:, some] = np.nanquantile(sample[:, some], QUANTILES, axis=0)
     stacked = np.stack([mean, low, high, *quantiles]).astype(np.float32)
     method = "Clopper-Pearson" if is_share else "skew-corrected" if by_moments else "studentised bootstrap"
     return SetSummary(
@@ -85,6 +97,14 @@ def summarise(
         len(sample),
         f"{method}; {reason}" if reason else method,
     )
+
+
+def _columns_with_gaps(
+    values: Float32[np.ndarray, "image column"], statistic: Float[np.ndarray, "column"]
+) -> Int[np.ndarray, "index"]:
+    """Columns in which some images have a value and some have none, for which a statistic is NaN."""
+    without = np.flatnonzero(np.isnan(statistic))
+    return np.asarray(without[~np.isnan(values[:, without]).all(axis=0)])
 
 
 def _interval_of_moments(values: Float32[np.ndarray, "image column"]) -> Interval:

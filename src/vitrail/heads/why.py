@@ -153,8 +153,7 @@ def extreme_images(
 
     Returns:
         Positions in the study of images that have a value, an exact one where estimates are corrected, the most extreme
-        first; empty where the study ranks no
-        heads or lacks the head.
+        first; empty where the study ranks no heads or lacks the head. In a small study an image may be among both.
     """
     metric = _ranking_metric(study)
     none = np.array([], np.int64)
@@ -438,6 +437,9 @@ def _images(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterat
     def describe(at: int) -> str:
         return f"{_short_name(str(ids[at]))} (probability {before[at]:z.2f} to {after[at]:z.2f})"
 
+    most = most[~np.isin(most, least[:1])]  # of two or three images that with the least is not among the most
+    if not len(most):
+        return
     positions = [int(at) for at in (*most, least[0])]
     words = [f"{before[at]:z.2f} to {after[at]:z.2f}" for at in positions]
     yield Sentence(

@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
 from vitrail.data import LabelSource
-from vitrail.errors import DamagedStudy, PlanMismatch, StudyError
+from vitrail.errors import DamagedStudy, PlanMismatch, StudyError, WeightsMismatch
 
 __all__ = ["N_TOP", "THUMBNAIL_PX", "Part", "Plan", "differences", "growing_command", "refuse_other_plan"]
 
@@ -127,6 +127,22 @@ class Plan:
         return tuple(
             Part(number, start, min(start + self.part_size, self.n_images)) for number, start in enumerate(starts)
         )
+
+    def require_weights(self, weight_digest: str) -> None:
+        """Refuses another model than that of the study.
+
+        Args:
+            weight_digest: Of the weights of a model that was opened beside the study.
+
+        Raises:
+            WeightsMismatch: They are not those that were studied.
+        """
+        if weight_digest != self.weight_digest:
+            raise WeightsMismatch(
+                f"{self.model} was studied with other weights ({self.weight_digest[:12]}) than those of the model that "
+                f"was opened ({weight_digest[:12]}). Open it with the studied weights (--weights FILE), or the study "
+                "without a model."
+            )
 
     def to_json(self) -> str:
         """The plan as text, with a digest that tells a plan which was changed by hand.

@@ -9,7 +9,6 @@ from vitrail.models.open import Vit, open_vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.models.sources import split_python_name
 from vitrail.study.ownership import MODEL, write_atomic
-from vitrail.study.plan import Plan
 from vitrail.study.store import read_plan
 
 __all__ = ["reopen", "save_model_arguments"]
@@ -49,7 +48,8 @@ def reopen(
     folder = Path(folder)
     plan = read_plan(folder)
     if isinstance(model, Vit):
-        return _require_weights(model, plan)
+        plan.require_weights(model.weight_digest)
+        return model
     opened = _read_arguments(folder)
     name = str(model) if model is not None else _name_of(opened, plan.model)
     opened = opened or {"task": plan.task or None, "precision": plan.precision, "output": plan.output}
@@ -80,22 +80,13 @@ def reopen(
         raise WeightsMismatch(
             f"{name} is not the model of this study, {plan.model}. Opened as that was, it says: {error}"
         ) from error
-    return _require_weights(vit, plan)
+    plan.require_weights(vit.weight_digest)
+    return vit
 
 
 def _is_gone(name: str) -> bool:
     """Whether a model's name is that of a folder which is not there."""
     return not Path(name).exists() and (":" not in name or Path(name).is_absolute())
-
-
-def _require_weights(vit: Vit, plan: Plan) -> Vit:
-    """The model, if its weights are those of the study; raises `WeightsMismatch`."""
-    if vit.weight_digest != plan.weight_digest:
-        raise WeightsMismatch(
-            f"{plan.model} was studied with other weights ({plan.weight_digest[:12]}) than those found now "
-            f"({vit.weight_digest[:12]}). Give the studied file with --weights, or open the study without the model."
-        )
-    return vit
 
 
 def _read_arguments(folder: Path) -> dict[str, Any] | None:
