@@ -25,7 +25,7 @@ from vitrail.tap.attention import CallResult, LayerAttention, Readers
 from vitrail.tap.clone import clone_sharing, same_tensors
 from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
 from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
-from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, repeat_images
+from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, own_tensors, repeat_images
 from vitrail.tap.places import KeyPlaces, find_key_places
 from vitrail.tap.rounding import rounding_bound
 from vitrail.tap.slots import measure_window_slots
@@ -37,7 +37,7 @@ Forward = Callable[..., Any]
 
 @dataclass(eq=False)
 class _BlockRecord:
-    """What entered and left a block in a recorded pass."""
+    """What entered and left a block in a recorded pass; copies where the block is `in_place`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -371,9 +371,16 @@ class Tap:
         single = len(replay.images) == 1
         if single not in self._copies_from_stem:
             last = len(self.anatomy.blocks) - 1
-            self._copies_from_stem[single] = not all(
-                self._gives_plain_logits(_Start(layer, replay), copies=2) for layer in {0, last // 2, last}
-            )
+            for from_stem in (False, True):
+                starts = [_Start(layer, replay, from_stem=from_stem) for layer in sorted({0, last // 2, last})]
+                if all(self._gives_plain_logits(start, copies=2) for start in starts):
+                    self._copies_from_stem[single] = from_stem
+                    break
+            else:
+                raise TapError(
+                    "Runs that start at a block do not give the model's own answer, even without an edit, so their "
+                    "numbers are withheld. The model may draw random numbers, or keep something from pass to pass."
+                )
         return self._copies_from_stem[single]
 
     def _class_token_is_enough(self, replay: Replay) -> bool:
@@ -446,16 +453,18 @@ class Tap:
         block, start = self.anatomy.blocks[index], state.start
         n_images = state.n_rows // state.copies
         state.visited.append(index)
-        if start is not None and index < start.layer:
-            output = start.replay.blocks[index].output
+        own = own_tensors if block.in_place else _as_it_is  # the model writes to these: neither record nor reader
+        if start is not None and index < start.layer:  # may hold them
+            output = own(start.replay.blocks[index].output)
             return repeat_images(output, block.outputs, n_images, state.copies) if start.from_stem else output
         if start is not None and index == start.layer:
-            args, kwargs = start.replay.blocks[index].args, start.replay.blocks[index].kwargs
+            args, kwargs = own((start.replay.blocks[index].args, start.replay.blocks[index].kwargs))
         if state.copies > 1:
             args, kwargs = repeat_images((args, kwargs), block.inputs, n_images, state.copies)
+        given = own((args, kwargs)) if state.record is not None else ((), {})
         output = self._run_block(state, index, inner, args, kwargs)
         if state.record is not None:
-            state.record.blocks.append(_BlockRecord(args, kwargs, output))
+            state.record.blocks.append(_BlockRecord(*given, own(output)))
         if state.readers.output is not None:
             self._report_output(state.readers.output, block, index, output)
         return output
@@ -491,6 +500,7 @@ class Tap:
             parts = _parts_of_images(output, block)
             tokens = tuple(leaf for leaf in tokens if id(leaf) not in parts) or tokens
             main = max(tokens, key=lambda leaf: leaf.numel())
+            main = main.clone() if block.in_place else main
             read(index, layout.canonical(main) if main.ndim == layout.n_axes else main)
 
     def _wrap_native(self, module: nn.Module) -> None:
@@ -659,7 +669,8 @@ class Tap:
         layout = block.layout
         if state.readers.residual is not None and result.ndim == layout.n_axes:
             with torch._C.DisableTorchFunction(), _reader_errors():
-                state.readers.residual(position.layer, layout.canonical(result))
+                tokens = layout.canonical(result.clone() if block.in_place else result)
+                state.readers.residual(position.layer, tokens)
         if state.stops_at_residual(position.layer):
             raise Captured
         if self._carries_class_token_only(state, position.layer) and layout.token_axis is not None:
@@ -710,6 +721,10 @@ def _reader_errors() -> Iterator[None]:
         yield
     except TypeError as error:
         raise TapError(f"A reader failed: {error}") from error
+
+
+def _as_it_is(tree: Any) -> Any:
+    return tree
 
 
 def _is_map(leaf: Tensor, block: Block) -> bool:
