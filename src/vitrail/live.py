@@ -25,6 +25,7 @@ from vitrail.heads.regions import mode_edits, modes_offered
 from vitrail.models.open import Vit
 from vitrail.models.token_grid import token_grids
 from vitrail.one_image import LookPart, OneImage, parts_of, record_image
+from vitrail.tap.clone import WeightState
 from vitrail.tap.layer_maps import LayerMaps
 from vitrail.tap.tap import LayerAttention, Readers
 
@@ -52,8 +53,9 @@ class AnalysisParts(NamedTuple):
 class LiveModel:
     """A model that computes measures of single images; any number of threads may call it, one at a time is served.
 
-    An image that comes again is recognised by its pixels. All numbers are exact; a study made with
-    `importance="estimate"` holds estimates instead, and pruned heads are zero also where a study put their mean.
+    An image that comes again is recognised by its pixels, as long as the weights stay as they are. All numbers are
+    exact; a study made with `importance="estimate"` holds estimates instead, and pruned heads are zero also where a
+    study put their mean.
     """
 
     def __init__(self, vit: Vit) -> None:
@@ -66,6 +68,7 @@ class LiveModel:
         self._lock = RLock()
         self._images: OrderedDict[str, OneImage] = OrderedDict()
         self._parts: dict[str, tuple[LookPart, ...]] = {}
+        self._weights = WeightState(vit.model)
 
     def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
         """Attention after the softmax of every head of a layer, over all its tokens.
@@ -229,6 +232,7 @@ class LiveModel:
             return self.vit.what_if(image, **changes)
 
     def _parts_of(self, analysis: Analysis) -> tuple[LookPart, ...]:
+        self._forget_if_retrained()
         if analysis.name not in self._parts:
             self._parts[analysis.name] = parts_of(self.vit, analysis)
         return self._parts[analysis.name]
@@ -243,6 +247,7 @@ class LiveModel:
 
     def _record(self, image: Image.Image, mask: Int[np.ndarray, "row column"] | None = None) -> OneImage:
         """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
+        self._forget_if_retrained()
         key = _digest(image) + ("" if mask is None else _digest(Image.fromarray(mask.astype(np.int32))))
         if key not in self._images:
             self._images[key] = record_image(self.vit, image, mask=mask)
@@ -250,6 +255,12 @@ class LiveModel:
         while len(self._images) > MAX_RECORDED_IMAGES:
             self._images.popitem(last=False)
         return self._images[key]
+
+    def _forget_if_retrained(self) -> None:
+        if not self._weights.is_of(self.vit.model):
+            self._images.clear()
+            self._parts.clear()
+            self._weights = WeightState(self.vit.model)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.vit.n_layers:

@@ -69,6 +69,23 @@ def test_a_weights_file_is_loaded_and_its_digest_tells_it_from_another(tmp_path,
         assert_array_equal(one.model.state_dict()[name].numpy(), value.numpy())
 
 
+@torch.no_grad()
+def test_the_digest_of_weights_follows_what_is_written_to_them(fresh):
+    model = fresh("timm ViT")
+    vit = open_vit(model, image_size=64)
+    digests = [vit.weight_digest]
+    model.head.bias.add_(1)
+    digests.append(vit.weight_digest)
+    model.head.bias.data = model.head.bias.data + 1
+    digests.append(vit.weight_digest)
+    model.head.bias = nn.Parameter(model.head.bias + 1)
+    digests.append(vit.weight_digest)
+    assert len(set(digests)) == 4
+    assert digests[-1] == open_vit(model, image_size=64).weight_digest
+    kept = vit._digest
+    assert (vit.weight_digest, vit._digest) == (digests[-1], kept)
+
+
 def test_random_weights_are_the_same_every_time_and_leave_the_callers_random_numbers_alone():
     options = {"weights": "random", "image_size": 32, "n_classes": 5}
     torch.manual_seed(1)

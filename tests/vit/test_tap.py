@@ -299,13 +299,15 @@ def test_weights_replaced_after_opening_are_seen(fresh, noise):
     model = fresh(VIT)
     vit = open_vit(model, image_size=64)
     images = noise(vit)
-    before = vit.tap().read(images)
+    before, digest = vit.tap().read(images), vit.weight_digest
+    _equal(vit.logits(images), before)
     state = {name: value + 0.01 * torch.randn_like(value) for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     after = vit.tap().read(images)
     _equal(after, model(images))
     assert float((after - before).abs().max()) > 1e-3
     _equal(vit.logits(images), after)
+    assert vit.weight_digest != digest
 
 
 @torch.no_grad()

@@ -7,8 +7,10 @@ disturbed, and nothing can be left behind.
 import copy
 import inspect
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from vitrail.errors import Unsupported
 
 __all__ = [
+    "WeightState",
     "clone_sharing",
     "has_compiled_parts",
     "image_channels",
@@ -93,6 +96,46 @@ def same_tensors(model: nn.Module, clone: nn.Module) -> bool:
         for name, tensor in unwrap_compiled(model).named_parameters(remove_duplicate=False)
     }
     return of_clone.keys() == of_model.keys() and all(of_clone[name] is of_model[name] for name in of_clone)
+
+
+class WeightState:
+    """Which tensors a model's weights and buffers are, and how often each has been written to: their values unread.
+
+    A write through `tensor.data`, which torch does not count, goes unnoticed; weights made under
+    `torch.inference_mode`, whose writes it does not count either, are taken for others every time.
+
+    Args:
+        model: The model as it is now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [(weakref.ref(tensor), _mark(tensor)) for tensor in _weights(model)]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether a model still has these weights.
+
+        Args:
+            model: The model.
+
+        Returns:
+            True where every tensor is the same object and has not been written to since.
+        """
+        now = list(_weights(model))
+        return len(now) == len(self._tensors) and all(
+            reference() is tensor and not tensor.is_inference() and mark == _mark(tensor)
+            for tensor, (reference, mark) in zip(now, self._tensors, strict=True)
+        )
+
+
+def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _mark(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
+    """What changes when a tensor is written to, or is given another memory (as `model.half()` gives it)."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)  # quantised weights have no memory of their own
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.dtype, tensor.data_ptr() if plain else 0
 
 
 _COMPILED = "_orig_mod"
