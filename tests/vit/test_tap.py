@@ -599,6 +599,17 @@ def test_a_model_that_writes_to_its_tokens_gives_the_numbers_of_one_that_does_no
     assert_allclose(pruned.numpy(), plain_pruned.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_by_tokens_that_are_written_to_are_those_by_the_tokens_as_they_were_returned(noise):
+    gradients = []
+    for in_place in (True, False):
+        vit = open_vit(_SummingModel("between", in_place=in_place), image_size=64, weights="random")
+        tokens: dict[int, torch.Tensor] = {}
+        logits = vit.tap().read(noise(vit, 2), Readers(output=tokens.__setitem__))
+        gradients.append(torch.autograd.grad(logits[:, 0].sum(), list(tokens.values())))
+    for one, other in zip(*gradients, strict=True):
+        _equal(one, other)
+
+
 @torch.no_grad()
 def test_tokens_are_copied_for_no_model_that_leaves_them_alone(opened, noise):
     vit = opened(VIT)

@@ -342,9 +342,12 @@ def _not_estimable(vit: "Vit", options: Mapping[str, str], measure: Measure) -> 
     if options["importance"] == "exact":
         return ""
     from vitrail.heads.estimate import ESTIMATED, NOT_ESTIMATED
+    from vitrail.models.gradients import reason_against_gradients
 
+    if measure.name in ESTIMATED and options["ablation"] == "zero":
+        return reason_against_gradients(vit)
     if measure.name in ESTIMATED:
-        return "" if options["ablation"] == "zero" else NOT_TO_THE_MEAN
+        return NOT_TO_THE_MEAN
     return f'no estimate: {NOT_ESTIMATED[measure.name]}; use importance="exact"'
 
 

@@ -467,6 +467,7 @@ class Tap:
             state.record.blocks.append(_BlockRecord(*given, own(output)))
         if state.readers.output is not None:
             self._report_output(state.readers.output, block, index, output)
+            output = own(output)  # the reader has the block's own, whose gradient is that of what it stands for
         return output
 
     def _run_block(
@@ -500,7 +501,6 @@ class Tap:
             parts = _parts_of_images(output, block)
             tokens = tuple(leaf for leaf in tokens if id(leaf) not in parts) or tokens
             main = max(tokens, key=lambda leaf: leaf.numel())
-            main = main.clone() if block.in_place else main
             read(index, layout.canonical(main) if main.ndim == layout.n_axes else main)
 
     def _wrap_native(self, module: nn.Module) -> None:
