@@ -6,7 +6,6 @@ live.parts("tokens")                  # what the analysis of tokens has of one i
 live.look_part(image, part, patch=90) # each computed when it is asked for
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from jaxtyping import Float32, Int
 from PIL import Image
 
 from vitrail.analysis import Analysis, analyses, unavailable
+from vitrail.data import image_digest
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.regions import mode_edits, modes_offered
 from vitrail.models.open import Vit
@@ -33,9 +33,6 @@ __all__ = ["AnalysisParts", "LiveModel"]
 
 MAX_RECORDED_IMAGES = 4
 """Images whose recorded pass is kept, so that the next layer or head of the same image starts in the middle."""
-
-STRIP_ROWS = 256
-"""Rows of a photograph whose bytes are made at a time: a few megabytes."""
 
 
 class AnalysisParts(NamedTuple):
@@ -248,7 +245,7 @@ class LiveModel:
     def _record(self, image: Image.Image, mask: Int[np.ndarray, "row column"] | None = None) -> OneImage:
         """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
         self._forget_if_retrained()
-        key = _digest(image) + ("" if mask is None else _digest(Image.fromarray(mask.astype(np.int32))))
+        key = image_digest(image) + ("" if mask is None else image_digest(Image.fromarray(mask.astype(np.int32))))
         if key not in self._images:
             self._images[key] = record_image(self.vit, image, mask=mask)
         self._images.move_to_end(key)
@@ -277,11 +274,3 @@ def _analysis(name: str) -> Analysis:
     if name not in analyses():
         raise UsageError(f"There is no analysis {name!r}; choose from {', '.join(analyses())}.")
     return analyses()[name]
-
-
-def _digest(image: Image.Image) -> str:
-    """Read in strips: the bytes of a large photograph at once would be two more of it."""
-    digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
-    for top in range(0, image.height, STRIP_ROWS):
-        digest.update(image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height))).tobytes())
-    return digest.hexdigest()
