@@ -15,7 +15,7 @@ from torch import nn
 import vitrail
 from vitrail.cli.entry import HUB_REQUESTS, main
 from vitrail.contract.check import differences, footprint
-from vitrail.errors import ModelError, StudyError, UnknownModel, Unsupported, UsageError, WeightsMismatch
+from vitrail.errors import ModelError, NoAttention, StudyError, UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.models.open import open_vit
 from vitrail.tap.attention import Readers
 
@@ -275,6 +275,11 @@ def test_a_module_of_ones_own_is_used_as_it_is_where_it_may_be(fresh):
     assert vit.n_classes == 7
     assert vit.name == "module:_ListOfPairs"
     _runs(vit, (4, 4))
+
+
+def test_a_module_without_parameters_is_refused_for_what_it_lacks():
+    with pytest.raises(NoAttention):
+        open_vit(nn.Identity(), image_size=64)
 
 
 def test_a_module_whose_output_is_no_vector_is_refused():

@@ -620,6 +620,27 @@ def test_tokens_are_copied_for_no_model_that_leaves_them_alone(opened, noise):
     assert handed[0].data_ptr() == replay.blocks[0].output.data_ptr()
 
 
+class _Asserting(_SummingModel):
+    """Insists on all its tokens after the blocks."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).flatten(2).mT
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        assert x.shape[1] == 17, "tokens"
+        return self.head(x[:, 0])
+
+
+@torch.no_grad()
+def test_a_model_that_insists_on_all_its_tokens_is_given_them(noise):
+    vit = open_vit(_Asserting(""), image_size=64, weights="random")
+    replay, _ = vit.tap().record(noise(vit))
+    edits = [Edit(1, prune=(0,))]
+    rows = vit.tap().run_from(1, replay, edits)
+    assert_allclose(rows.numpy(), vit.tap().read(replay.images, edits=edits).numpy(), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_runs_from_a_block_that_never_give_the_models_answer_are_withheld(noise):
     class Drawing(_SummingModel):

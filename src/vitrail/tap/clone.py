@@ -19,8 +19,10 @@ from torch import nn
 from vitrail.errors import Unsupported
 
 __all__ = [
+    "CANNOT_RUN",
     "WeightState",
     "clone_sharing",
+    "first_weight",
     "has_compiled_parts",
     "image_channels",
     "images_accepted",
@@ -147,7 +149,8 @@ _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoin
 _MESSAGE_LENGTH = 200
 """Characters of a library's message that are quoted: the sentence, not the listing that some append."""
 
-_CANNOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CANNOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises that does not take what it is given."""
 
 
 @contextmanager
@@ -166,7 +169,7 @@ def images_accepted(model: nn.Module, shape: Sequence[int]) -> Iterator[None]:
     """
     try:
         yield
-    except _CANNOT_RUN as error:
+    except CANNOT_RUN as error:
         message = " ".join((str(error) or _failed_line(error)).split())[:_MESSAGE_LENGTH]
         raise Unsupported(
             f"{type(model).__name__} cannot be run on images of shape {list(shape)} "
@@ -239,6 +242,18 @@ def image_channels(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     stated = getattr(getattr(config, "vision_config", config), "num_channels", None)
     return stated if isinstance(stated, int) else _USUAL_CHANNELS
+
+
+def first_weight(model: nn.Module) -> torch.Tensor:
+    """A weight whose device and precision are those of the model's images.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The first parameter or, without any, buffer of floating-point numbers; a number on the CPU where there is none.
+    """
+    return next((weight for weight in _weights(model) if weight.is_floating_point()), torch.zeros(()))
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:

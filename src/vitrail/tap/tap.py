@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from vitrail.errors import TapError, Unsupported, UsageError
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Call
 from vitrail.tap.attention import CallResult, LayerAttention, Readers
-from vitrail.tap.clone import clone_sharing, same_tensors
+from vitrail.tap.clone import CANNOT_RUN, clone_sharing, same_tensors
 from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
 from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
 from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, own_tensors, repeat_images
@@ -205,7 +205,7 @@ class Tap:
             Logits; without edits bitwise the model's own.
 
         Raises:
-            UsageError: An edit names a layer, call or head that does not exist.
+            UsageError: An edit names a layer, call, head or key that does not exist.
             Unsupported: An edit would not mean what it says on that kind of attention.
             TapError: The pass went another way than when the model was opened, or a reader ran this model.
         """
@@ -262,11 +262,14 @@ class Tap:
             Logits [copy x image, class]; empty with `until_residual`.
 
         Raises:
-            UsageError: There is no such layer, or an edit names a layer, call, head or copy that does not exist.
+            UsageError: There is no such layer, an edit names a layer, call, head, key or copy that does not exist, or
+                the record keeps no tokens.
             Unsupported: An edit would not mean what it says on that kind of attention.
             TapError: An edit before `layer`, or a layer without an observable residual with `until_residual`.
         """
         self._check_layer(layer)
+        if not replay.blocks:
+            raise UsageError("This pass was recorded with keep=False, so no run can start from it; record it anew.")
         needs_all_tokens = until_residual or (readers is not None and readers.output is not None)
         start = _Start(
             layer,
@@ -358,6 +361,7 @@ class Tap:
             for part in parts:
                 assert part.call is not None
                 _check_kind(part, block.calls[part.call])
+                _check_keys(part, block.calls[part.call])
             by_call.extend(parts)
         return tuple(by_call)
 
@@ -400,7 +404,9 @@ class Tap:
         assert logits is not None
         try:
             rows = self._run_from(start, copies=copies)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the model; a study goes on with smaller batches
+        except CANNOT_RUN:
             return False  # a model that keeps its batch size takes no more rows midway; a head may read every token
         if rows.shape != (copies * logits.shape[0], *logits.shape[1:]):
             return False
@@ -758,6 +764,12 @@ def _check_heads(edit: Edit, n_heads: int) -> None:
     absent = [head for head in edit.prune if not 0 <= head < n_heads]
     if absent:
         raise UsageError(f"L{edit.layer} has heads H0 to H{n_heads - 1}; an edit names H{absent[0]}.")
+
+
+def _check_keys(edit: Edit, call: Call) -> None:
+    absent = [key for key in edit.drop_keys if not 0 <= key < call.keys]
+    if absent:
+        raise UsageError(f"L{edit.layer} attends to tokens 0 to {call.keys - 1}; an edit drops {absent[0]}.")
 
 
 def _check_kind(edit: Edit, call: Call) -> None:
