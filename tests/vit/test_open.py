@@ -180,6 +180,28 @@ def test_a_saved_transformers_folder_opens_with_its_own_weights(kind, classes, t
     _runs(vit, (2, 2))
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_tower_with_a_classifier_opens_with_its_classes(kind, tmp_path):
+    import transformers
+
+    text = {**TINY, "vocab_size": 50, "max_position_embeddings": 8}
+    towers = {"text_config": text, "vision_config": {**TINY, "image_size": 32, "patch_size": 16}}
+    labels = {"id2label": {0: "sea", 1: "sky", 2: "sand"}}
+    model = getattr(transformers, f"{kind}ForImageClassification")(
+        getattr(transformers, f"{kind}Config")(**towers, **labels)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    vit = open_vit(tmp_path)
+    assert (vit.n_classes, vit.class_names) == (3, ("sea", "sky", "sand"))
+    with torch.no_grad():
+        assert_array_equal(vit.logits(images).numpy(), model(images).logits.numpy())
+    assert open_vit(f"hf:{tmp_path}", n_classes=3).n_classes == 3
+    assert open_vit(f"hf:{tmp_path}", weights="random", n_classes=5).n_classes == 5
+    features = open_vit(f"hf:{tmp_path}", n_classes=0)
+    assert (features.n_classes, str(features.task.kind)) == (None, "embedding")
+
+
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "Dinov2ForImageClassification", "CLIPVisionModel"])
 def test_a_transformers_model_opens_at_another_image_size(kind, tmp_path):
     _saved(tmp_path, kind)
