@@ -1,5 +1,6 @@
 """Images of other channels than red, green and blue: arrays and TIFF files of several bands."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -8,7 +9,7 @@ import tifffile
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from vitrail.data import decode_image, open_images, scan
+from vitrail.data import decode_image, image_digest, open_images, scan
 from vitrail.data.channels import channels_of, image_of_channels
 from vitrail.data.geometry import resize_and_crop
 from vitrail.errors import BadImage, NoImages
@@ -105,3 +106,19 @@ def test_images_of_other_channels_than_the_model_takes_are_left_out_with_the_rea
 def test_an_array_that_is_no_image_is_refused(content, says):
     with pytest.raises(BadImage, match=says):
         decode_image(content)
+
+
+def test_images_that_are_shown_alike_have_one_digest_and_others_another():
+    values = np.random.default_rng(0).random((8, 8, 4)).astype(np.float32)
+    other = values.copy()
+    other[..., 3] = 0
+    indices = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4).convert("P")
+    repainted = indices.copy()
+    indices.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    repainted.putpalette([255, 255, 255, 9, 9, 9, 0, 255, 0, 0, 0, 255])
+    images = [image_of_channels(values), image_of_channels(other), image_of_channels(values / 4), indices, repainted]
+    assert images[0].tobytes() == images[2].tobytes()
+    assert len({image_digest(image) for image in images}) == len(images)
+    assert [image_digest(image.copy()) for image in images] == [image_digest(image) for image in images]
+    tall = Image.fromarray(np.random.default_rng(1).integers(0, 255, (600, 3, 3), dtype=np.uint8))
+    assert image_digest(tall) == hashlib.sha256(b"RGB (3, 600) " + tall.tobytes()).hexdigest()

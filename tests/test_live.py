@@ -135,6 +135,35 @@ def test_the_same_image_is_run_once_and_old_ones_are_let_go(vit, monkeypatch):
     assert len(recorded) == 2 + live_module.MAX_RECORDED_IMAGES
 
 
+def test_images_of_one_picture_with_other_colours_are_two_images(vit):
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 4, (64, 64), dtype=np.uint8)).convert("P")
+    other = pixels.copy()
+    pixels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    other.putpalette([255, 255, 255, 90, 0, 90, 0, 80, 0, 0, 0, 25])
+    live = LiveModel(vit)
+    first = live.head_maps(pixels)
+    assert_array_equal(live.head_maps(other), LiveModel(vit).head_maps(other))
+    assert abs(live.head_maps(other) - first).max() > 1e-3
+    digests = [vitrail.look(vit, each, measures="patches").attrs["data_digest"] for each in (pixels, other)]
+    assert digests[0] != digests[1]
+
+
+def test_what_was_recorded_is_of_no_use_once_the_weights_are_trained():
+    vit = small_vit()
+    live = LiveModel(vit)
+    before = live.modes(photo(), 1, 1)
+    parts = live.parts("base")
+    with torch.no_grad():
+        vit.model.blocks[0].attn.proj.weight.mul_(2)
+    after = live.modes(photo(), 1, 1)
+    assert abs(after - before).max() > 1e-3
+    assert_array_equal(after, LiveModel(vit).modes(photo(), 1, 1))
+    assert live.parts("base") == parts
+    with torch.no_grad():
+        vit.model.blocks[0].attn.proj.weight.div_(2)
+    assert_array_equal(live.modes(photo(), 1, 1), before)
+
+
 def test_threads_get_the_answers_that_one_thread_gets(vit):
     live = LiveModel(vit)
     asked = [(seed, layer) for seed in range(3) for layer in range(3)]

@@ -202,6 +202,55 @@ def test_a_model_without_classifier_or_class_token_says_what_it_lacks():
     assert looked.attrs["left_out"]["class_attention"] == "the model has no class token"
 
 
+def test_frozen_weights_change_no_number():
+    vit = small_vit()
+    plain = look(vit, photo(), measures="head_windows,tokens")
+    vit.model.requires_grad_(False)
+    frozen = look(vit, photo(), measures="head_windows,tokens")
+    assert_array_equal(frozen["head_window_area"], plain["head_window_area"])
+    assert_allclose(frozen["relevance"], plain["relevance"], rtol=1e-5, atol=1e-7)
+
+
+class Frozen(torch.nn.Module):
+    """An encoder that is run under a context of its own, as linear probes do, and a classifier."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.encoder, self.head, self.context = small_vit(num_classes=0).model, torch.nn.Linear(24, 5), context
+
+    def forward(self, images):
+        with self.context():
+            features = self.encoder(images)
+        return self.head(features.clone())
+
+
+class InPlace(torch.nn.Module):
+    """Writes to what the gradient of its attention needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = small_vit().model
+        for block in self.encoder.blocks:
+            block.forward = lambda x, block=block: x.add_(block.attn(block.norm1(x)))
+
+    def forward(self, images):
+        return self.encoder(images)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: Frozen(torch.no_grad), lambda: Frozen(torch.inference_mode), InPlace],
+    ids=["no_grad", "inference", "in place"],
+)
+def test_what_needs_gradients_is_left_out_of_a_model_that_lets_none_through(model):
+    vit = open_vit(model().eval(), image_size=32, weights="random", n_classes=5)
+    looked = look(vit, photo(), measures="heads,tokens,head_windows")
+    assert {"head_probability", "peak_attention", "token_colour"} <= set(looked)
+    assert list(looked["relevance"]["relevance_method"].values[:3]) == ["raw", "rollout", "random 1"]
+    assert "No gradient" in looked.attrs["left_out"]["head_window_area"]
+    assert "No gradient" in unavailable(vit, ["head_probability"], {"importance": "estimate"})["head_probability"]
+
+
 def test_a_hierarchy_is_looked_at_with_layers_padded():
     torch.manual_seed(0)
     model = timm.create_model(

@@ -6,7 +6,6 @@ live.parts("tokens")                  # what the analysis of tokens has of one i
 live.look_part(image, part, patch=90) # each computed when it is asked for
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,11 +19,13 @@ from jaxtyping import Float32, Int
 from PIL import Image
 
 from vitrail.analysis import Analysis, analyses, unavailable
+from vitrail.data import image_digest
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.regions import mode_edits, modes_offered
 from vitrail.models.open import Vit
 from vitrail.models.token_grid import token_grids
 from vitrail.one_image import LookPart, OneImage, parts_of, record_image
+from vitrail.tap.clone import WeightState
 from vitrail.tap.layer_maps import LayerMaps
 from vitrail.tap.tap import LayerAttention, Readers
 
@@ -32,9 +33,6 @@ __all__ = ["AnalysisParts", "LiveModel"]
 
 MAX_RECORDED_IMAGES = 4
 """Images whose recorded pass is kept, so that the next layer or head of the same image starts in the middle."""
-
-STRIP_ROWS = 256
-"""Rows of a photograph whose bytes are made at a time: a few megabytes."""
 
 
 class AnalysisParts(NamedTuple):
@@ -52,8 +50,9 @@ class AnalysisParts(NamedTuple):
 class LiveModel:
     """A model that computes measures of single images; any number of threads may call it, one at a time is served.
 
-    An image that comes again is recognised by its pixels. All numbers are exact; a study made with
-    `importance="estimate"` holds estimates instead, and pruned heads are zero also where a study put their mean.
+    An image that comes again is recognised by its pixels, as long as the weights stay as they are. All numbers are
+    exact; a study made with `importance="estimate"` holds estimates instead, and pruned heads are zero also where a
+    study put their mean.
     """
 
     def __init__(self, vit: Vit) -> None:
@@ -66,6 +65,7 @@ class LiveModel:
         self._lock = RLock()
         self._images: OrderedDict[str, OneImage] = OrderedDict()
         self._parts: dict[str, tuple[LookPart, ...]] = {}
+        self._weights = WeightState(vit.model)
 
     @property
     def weight_digest(self) -> str:
@@ -234,6 +234,7 @@ class LiveModel:
             return self.vit.what_if(image, **changes)
 
     def _parts_of(self, analysis: Analysis) -> tuple[LookPart, ...]:
+        self._forget_if_retrained()
         if analysis.name not in self._parts:
             self._parts[analysis.name] = parts_of(self.vit, analysis)
         return self._parts[analysis.name]
@@ -248,13 +249,20 @@ class LiveModel:
 
     def _record(self, image: Image.Image, mask: Int[np.ndarray, "row column"] | None = None) -> OneImage:
         """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
-        key = _digest(image) + ("" if mask is None else _digest(Image.fromarray(mask.astype(np.int32))))
+        self._forget_if_retrained()
+        key = image_digest(image) + ("" if mask is None else image_digest(Image.fromarray(mask.astype(np.int32))))
         if key not in self._images:
             self._images[key] = record_image(self.vit, image, mask=mask)
         self._images.move_to_end(key)
         while len(self._images) > MAX_RECORDED_IMAGES:
             self._images.popitem(last=False)
         return self._images[key]
+
+    def _forget_if_retrained(self) -> None:
+        if not self._weights.is_of(self.vit.model):
+            self._images.clear()
+            self._parts.clear()
+            self._weights = WeightState(self.vit.model)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.vit.n_layers:
@@ -271,11 +279,3 @@ def _analysis(name: str) -> Analysis:
     if name not in analyses():
         raise UsageError(f"There is no analysis {name!r}; choose from {', '.join(analyses())}.")
     return analyses()[name]
-
-
-def _digest(image: Image.Image) -> str:
-    """Read in strips: the bytes of a large photograph at once would be two more of it."""
-    digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
-    for top in range(0, image.height, STRIP_ROWS):
-        digest.update(image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height))).tobytes())
-    return digest.hexdigest()

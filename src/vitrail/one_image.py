@@ -9,7 +9,6 @@
 Figures draw such a dataset, the page shows it, `vitrail look --save` writes it; it can be compared with a study.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -40,7 +39,7 @@ from vitrail.analysis import (
     unavailable,
 )
 from vitrail.contract.outlook import require_finite
-from vitrail.data import ImageEntry, Manifest
+from vitrail.data import ImageEntry, Manifest, image_digest
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import DataError, Unsupported, UsageError
 from vitrail.measure import Measure
@@ -491,8 +490,7 @@ def _attributes(
     vit: Vit, image: Image.Image, one: OneImage, name: str, measures: Sequence[Measure], options: Mapping[str, str]
 ) -> dict[str, object]:
     """The plan of a study of this image alone, as `open_study` gives it, and what was looked at."""
-    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
-    entry = ImageEntry(name, None, None, len(image.tobytes()), digest)
+    entry = ImageEntry(name, None, None, len(image.tobytes()), image_digest(image))
     manifest = Manifest(None, "one image was looked at", (entry,), ())
     plan = make_plan(
         vit,

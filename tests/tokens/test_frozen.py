@@ -118,6 +118,21 @@ def test_the_frozen_path_is_complete_whatever_library_the_model_is_from(kind):
     assert float(found.pixels.abs().sum()) > 0
 
 
+class ByName(nn.Module):
+    """Gives operands by name: an activation, a product and a quotient."""
+
+    def forward(self, x):
+        active = F.gelu(input=x)
+        return torch.div(input=torch.mul(other=active, input=x), other=1 + x.abs())
+
+
+def test_operands_that_are_given_by_name_are_held_still_too():
+    vit = small_vit()
+    vit.model.blocks[0].mlp.act = ByName()
+    found = faithful_view(vit, small_images(1), 1, 6, 30, path="frozen")
+    assert found.missing < 1e-3
+
+
 class Largest(nn.Module):
     """Of each channel and its neighbour the larger: not linear, and nothing that is held still."""
 

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from PIL import Image
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import silhouette_score
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.metrics.pairwise import cosine_similarity
 
 from vitrail.errors import UsageError
-from vitrail.models.objects import coverage, in_view, patch_objects
+from vitrail.models.objects import coverage, in_view, object_share, patch_objects
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.tokens.grouping import cluster, k_distance_radius, oracle_radius, score_grouping, silhouette, tsne
 
@@ -177,6 +178,16 @@ def test_masks_are_resized_and_cropped_like_their_image_without_new_ids():
     assert set(np.unique(seen)) == {0, 3, 700}
     assert (seen[:, 17:] == 700).all()
     assert (seen[:, :15] != 700).all()
+
+
+def test_the_border_around_a_small_image_is_no_object():
+    ids = np.zeros((40, 100), dtype=np.int64)
+    ids[10:20, 30:40] = 3
+    grey = Preprocessing((64, 64), (0.5,) * 3, (0.5,) * 3, crop_mode="border", crop_pct=1.0, fill=(128, 128, 128))
+    assert grey.view(Image.new("RGB", (100, 40))).getpixel((0, 0)) == (128, 128, 128)
+    seen = in_view(ids, grey)
+    assert set(np.unique(seen)) == {0, 3}
+    assert not object_share(seen, (8, 8)).reshape(8, 8)[[0, 1, 6, 7]].any()
 
 
 def test_a_view_without_objects_has_none():

@@ -312,6 +312,32 @@ def test_attention_written_as_an_einsum_is_read_and_edited(equation, first, shar
         torch.testing.assert_close(without, model(images))
 
 
+def _sdpa_by_name(tokens):
+    out = F.scaled_dot_product_attention(query=tokens, key=tokens, value=tokens)
+    return _map_of(tokens), out.transpose(1, 2)
+
+
+def _matmul_by_name(tokens):
+    weights = _map_of(tokens)
+    return weights, torch.matmul(other=tokens, input=weights).transpose(1, 2)
+
+
+@pytest.mark.parametrize("product", [_sdpa_by_name, _matmul_by_name])
+def test_attention_whose_operands_are_given_by_name_is_read_and_edited(product):
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(product)
+    vit = open_vit(model, image_size=64, weights="random")
+    maps = []
+    logits, weights = _logits_and_map(model, images)
+    read = vit.tap().read(images, Readers(attention=lambda each: maps.append(each.weights())))
+    torch.testing.assert_close(read, logits, rtol=0, atol=0)
+    torch.testing.assert_close(maps[0], weights)
+    without = vit.tap().read(images, edits=[Edit(0, prune=(1,))])
+    with torch.no_grad():
+        model.blocks[0].proj.weight[:, 16:] = 0
+        torch.testing.assert_close(without, model(images))
+
+
 def test_flex_attention_is_read_and_edited_with_its_score_function(monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # no compiler in a test
 
@@ -326,9 +352,16 @@ def test_flex_attention_is_read_and_edited_with_its_score_function(monkeypatch):
     vit = open_vit(model, image_size=64, weights="random")
     maps = []
     logits, weights = _logits_and_map(model, images)
-    read = vit.tap().read(images, Readers(attention=lambda each: maps.append(each.weights())))
+
+    def keep(attention):
+        chunks = attention.weights_in_chunks(max_bytes=1)
+        parts = [part.clone() for part in MapSource().parts(attention)]
+        maps.extend([attention.weights(), torch.cat([part for _, part in chunks]), torch.cat(parts)])
+
+    read = vit.tap().read(images, Readers(attention=keep))
     torch.testing.assert_close(read, logits, rtol=0, atol=0)
-    torch.testing.assert_close(maps[0], weights)
+    for each in maps:
+        torch.testing.assert_close(each, weights)
     without = vit.tap().read(images, edits=[Edit(0, prune=(1,))])
     with torch.no_grad():
         model.blocks[0].proj.weight[:, 16:] = 0

@@ -186,6 +186,21 @@ def test_an_edit_of_what_is_not_there_is_refused_with_what_is(edit, says, opened
     assert torch._C._len_torch_function_stack() == 0
 
 
+@pytest.mark.parametrize("key", [17, -1])
+def test_a_dropped_key_that_is_not_there_is_refused(key, opened, noise):
+    vit = opened(VIT)
+    with pytest.raises(UsageError, match="L1 attends to tokens 0 to 16"):
+        vit.tap().read(noise(vit), edits=[Edit(1, drop_keys=(3, key))])
+
+
+@torch.no_grad()
+def test_a_run_from_a_record_without_tokens_is_refused(opened, noise):
+    vit = opened(VIT)
+    replay, _ = vit.tap().record(noise(vit), keep=False)
+    with pytest.raises(UsageError, match="keep=False"):
+        vit.tap().run_from(1, replay)
+
+
 @pytest.mark.parametrize("layer", [3, -1])
 @torch.no_grad()
 def test_a_run_from_a_layer_that_is_not_there_is_refused(layer, opened, noise):

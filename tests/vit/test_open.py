@@ -15,7 +15,7 @@ from torch import nn
 import vitrail
 from vitrail.cli.entry import HUB_REQUESTS, main
 from vitrail.contract.check import differences, footprint
-from vitrail.errors import ModelError, StudyError, UnknownModel, Unsupported, UsageError, WeightsMismatch
+from vitrail.errors import ModelError, NoAttention, StudyError, UnknownModel, Unsupported, UsageError, WeightsMismatch
 from vitrail.models.open import open_vit
 from vitrail.tap.attention import Readers
 
@@ -67,6 +67,23 @@ def test_a_weights_file_is_loaded_and_its_digest_tells_it_from_another(tmp_path,
     assert one.weight_digest == two.weight_digest != other.weight_digest
     for name, value in model.state_dict().items():
         assert_array_equal(one.model.state_dict()[name].numpy(), value.numpy())
+
+
+@torch.no_grad()
+def test_the_digest_of_weights_follows_what_is_written_to_them(fresh):
+    model = fresh("timm ViT")
+    vit = open_vit(model, image_size=64)
+    digests = [vit.weight_digest]
+    model.head.bias.add_(1)
+    digests.append(vit.weight_digest)
+    model.head.bias.data = model.head.bias.data + 1
+    digests.append(vit.weight_digest)
+    model.head.bias = nn.Parameter(model.head.bias + 1)
+    digests.append(vit.weight_digest)
+    assert len(set(digests)) == 4
+    assert digests[-1] == open_vit(model, image_size=64).weight_digest
+    kept = vit._digest
+    assert (vit.weight_digest, vit._digest) == (digests[-1], kept)
 
 
 def test_random_weights_are_the_same_every_time_and_leave_the_callers_random_numbers_alone():
@@ -161,6 +178,28 @@ def test_a_saved_transformers_folder_opens_with_its_own_weights(kind, classes, t
     for name, value in model.state_dict().items():
         assert_array_equal(vit.model.state_dict()[name].numpy(), value.numpy())
     _runs(vit, (2, 2))
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_tower_with_a_classifier_opens_with_its_classes(kind, tmp_path):
+    import transformers
+
+    text = {**TINY, "vocab_size": 50, "max_position_embeddings": 8}
+    towers = {"text_config": text, "vision_config": {**TINY, "image_size": 32, "patch_size": 16}}
+    labels = {"id2label": {0: "sea", 1: "sky", 2: "sand"}}
+    model = getattr(transformers, f"{kind}ForImageClassification")(
+        getattr(transformers, f"{kind}Config")(**towers, **labels)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    vit = open_vit(tmp_path)
+    assert (vit.n_classes, vit.class_names) == (3, ("sea", "sky", "sand"))
+    with torch.no_grad():
+        assert_array_equal(vit.logits(images).numpy(), model(images).logits.numpy())
+    assert open_vit(f"hf:{tmp_path}", n_classes=3).n_classes == 3
+    assert open_vit(f"hf:{tmp_path}", weights="random", n_classes=5).n_classes == 5
+    features = open_vit(f"hf:{tmp_path}", n_classes=0)
+    assert (features.n_classes, str(features.task.kind)) == (None, "embedding")
 
 
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "Dinov2ForImageClassification", "CLIPVisionModel"])
@@ -258,6 +297,11 @@ def test_a_module_of_ones_own_is_used_as_it_is_where_it_may_be(fresh):
     assert vit.n_classes == 7
     assert vit.name == "module:_ListOfPairs"
     _runs(vit, (4, 4))
+
+
+def test_a_module_without_parameters_is_refused_for_what_it_lacks():
+    with pytest.raises(NoAttention):
+        open_vit(nn.Identity(), image_size=64)
 
 
 def test_a_module_whose_output_is_no_vector_is_refused():

@@ -1,6 +1,7 @@
 """The tap beside other threads, modes, precisions, gradients, compilers and failing readers."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -298,13 +299,15 @@ def test_weights_replaced_after_opening_are_seen(fresh, noise):
     model = fresh(VIT)
     vit = open_vit(model, image_size=64)
     images = noise(vit)
-    before = vit.tap().read(images)
+    before, digest = vit.tap().read(images), vit.weight_digest
+    _equal(vit.logits(images), before)
     state = {name: value + 0.01 * torch.randn_like(value) for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     after = vit.tap().read(images)
     _equal(after, model(images))
     assert float((after - before).abs().max()) > 1e-3
     _equal(vit.logits(images), after)
+    assert vit.weight_digest != digest
 
 
 @torch.no_grad()
@@ -514,3 +517,138 @@ def test_what_a_reader_says_is_heard_also_inside_a_product() -> None:
 
     with pytest.raises(TapError, match="the reader's own words"), torch.no_grad():
         tap.read(torch.zeros(1, 3, 56, 56), Readers(attention=fail))
+
+
+# --- models that write to their tokens -------------------------------------------------------------------------------
+
+
+class _Sums(nn.Module):
+    """Sums of two tensors, in place where that is said, else new ones; those of some names only where they are said."""
+
+    def __init__(self, where: str, *, in_place: bool) -> None:
+        super().__init__()
+        self.where, self.in_place = where, in_place
+
+    def forward(self, name: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if name != self.where:
+            return left if name in ("position", "between") else left + right
+        return left.add_(right) if self.in_place else left + right
+
+
+class _SummingBlock(nn.Module):
+    def __init__(self, sums: _Sums) -> None:
+        super().__init__()
+        self.sums, self.num_heads = sums, 2
+        self.position = nn.Parameter(torch.randn(17, 32))
+        self.norm, self.qkv, self.proj = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.sums("position", x, self.position)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.sums("first sum", x, self.proj(attended))
+        return self.sums("second sum", x, self.mlp(x))
+
+
+def _keep_in(tokens: dict[tuple[str, int], torch.Tensor], kind: str) -> Callable[[int, torch.Tensor], None]:
+    return lambda layer, each: tokens.__setitem__((kind, layer), each)
+
+
+class _SummingModel(nn.Module):
+    def __init__(self, where: str, *, in_place: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sums = _Sums(where, in_place=in_place)
+        self.patches, self.head = nn.Conv2d(3, 32, 16, 16), nn.Linear(32, 5)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 32))
+        self.blocks = nn.ModuleList(_SummingBlock(self.sums) for _ in range(3))
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).flatten(2).mT
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = self.sums("between", block(x), torch.ones(32))
+        return self.head(x[:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["position", "first sum", "second sum", "between"])
+def test_a_model_that_writes_to_its_tokens_gives_the_numbers_of_one_that_does_not(where, noise):
+    answers = []
+    for in_place in (True, False):
+        vit = open_vit(_SummingModel(where, in_place=in_place), image_size=64, weights="random")
+        tap, images, tokens = vit.tap(), noise(vit, 2), {}
+        readers = Readers(residual=_keep_in(tokens, "residual"), output=_keep_in(tokens, "output"))
+        replay, logits = tap.record(images, readers)
+        _equal(logits, vit.logits(images))
+        for layer, copies in [(2, 1), (0, 2), (1, 1), (1, 2), (0, 1)]:
+            rows = tap.run_from(layer, replay, copies=copies)
+            assert_allclose(rows.numpy(), torch.cat([logits] * copies).numpy(), rtol=1e-4, atol=1e-5)
+        edits = [Edit(1, prune=(0,)), Edit(2, prune=(1,))]
+        pruned = tap.run_from(1, replay, edits)
+        assert_allclose(pruned.numpy(), tap.read(images, edits=edits).numpy(), rtol=1e-4, atol=1e-5)
+        answers.append((vit.anatomy, tokens, pruned))
+    (anatomy, tokens, pruned), (plain_anatomy, plain_tokens, plain_pruned) = answers
+    assert any(block.in_place for block in anatomy.blocks)
+    assert (anatomy.notes, anatomy.grid, anatomy.class_token) == (plain_anatomy.notes, (4, 4), True)
+    assert len(plain_tokens) == (3 if where == "position" else 6)  # whose residual is then no sum with its own input
+    for key, each in plain_tokens.items():
+        _equal(tokens[key], each)
+    assert_allclose(pruned.numpy(), plain_pruned.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_by_tokens_that_are_written_to_are_those_by_the_tokens_as_they_were_returned(noise):
+    gradients = []
+    for in_place in (True, False):
+        vit = open_vit(_SummingModel("between", in_place=in_place), image_size=64, weights="random")
+        tokens: dict[int, torch.Tensor] = {}
+        logits = vit.tap().read(noise(vit, 2), Readers(output=tokens.__setitem__))
+        gradients.append(torch.autograd.grad(logits[:, 0].sum(), list(tokens.values())))
+    for one, other in zip(*gradients, strict=True):
+        _equal(one, other)
+
+
+@torch.no_grad()
+def test_tokens_are_copied_for_no_model_that_leaves_them_alone(opened, noise):
+    vit = opened(VIT)
+    assert not any(block.in_place for block in vit.anatomy.blocks)
+    handed: dict[int, torch.Tensor] = {}
+    replay, _ = vit.tap().record(noise(vit), Readers(output=handed.__setitem__))
+    assert replay.blocks[1].args[0] is replay.blocks[0].output
+    assert handed[0].data_ptr() == replay.blocks[0].output.data_ptr()
+
+
+class _Asserting(_SummingModel):
+    """Insists on all its tokens after the blocks."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).flatten(2).mT
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        assert x.shape[1] == 17, "tokens"
+        return self.head(x[:, 0])
+
+
+@torch.no_grad()
+def test_a_model_that_insists_on_all_its_tokens_is_given_them(noise):
+    vit = open_vit(_Asserting(""), image_size=64, weights="random")
+    replay, _ = vit.tap().record(noise(vit))
+    edits = [Edit(1, prune=(0,))]
+    rows = vit.tap().run_from(1, replay, edits)
+    assert_allclose(rows.numpy(), vit.tap().read(replay.images, edits=edits).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_runs_from_a_block_that_never_give_the_models_answer_are_withheld(noise):
+    class Drawing(_SummingModel):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            answer = super().forward(images)
+            return answer + torch.randn_like(answer)
+
+    vit = open_vit(Drawing(""), image_size=64, weights="random")
+    replay, _ = vit.tap().record(noise(vit))
+    with pytest.raises(TapError, match="do not give the model's own answer"):
+        vit.tap().run_from(1, replay, copies=2)

@@ -22,7 +22,7 @@ EQUAL = "every head of every layer has boxes of that same area, each where it ho
 LIMITS = (
     "The rule is greedy: it cannot see that the changes of several heads may cancel or add up. Labels play no part."
 )
-NEEDS = ("common_grid", "grid", "shares")
+NEEDS = ("common_grid", "grid", "shares", "gradients")
 
 WINDOW_BUDGET = Option(
     "window_budget",
@@ -94,6 +94,12 @@ def _no_common_grid(vit: "Vit", options: Mapping[str, str], measure: Measure) ->
     return reason_against_common_grid(vit)
 
 
+def _no_gradients(vit: "Vit", options: Mapping[str, str], measure: Measure) -> str:
+    from vitrail.models.gradients import reason_against_gradients
+
+    return reason_against_gradients(vit)
+
+
 def _collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str]) -> "list[Collector]":
     from vitrail.windows.collect_head_windows import HeadWindowCollector
 
@@ -119,7 +125,10 @@ HEAD_WINDOWS = Analysis(
     measures=MEASURES,
     collectors=_collectors,
     options=(WINDOW_BUDGET,),
-    needs=(Need("common_grid", "one grid of patches in all layers", _no_common_grid),),
+    needs=(
+        Need("common_grid", "one grid of patches in all layers", _no_common_grid),
+        Need("gradients", "a gradient of the output that reaches the tokens between its blocks", _no_gradients),
+    ),
     figures=_figures,
     sections=_sections,
     paper=PAPER_MA,

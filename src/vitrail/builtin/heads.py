@@ -345,9 +345,10 @@ def _not_estimable(vit: "Vit", options: Mapping[str, str], measure: Measure) -> 
     if options["importance"] == "exact":
         return ""
     from vitrail.heads.estimate import ESTIMATED, NOT_ESTIMATED
+    from vitrail.models.gradients import reason_against_gradients
 
     if measure.name in ESTIMATED:
-        return "" if options["ablation"] == "zero" else NOT_TO_THE_MEAN
+        return reason_against_gradients(vit) if options["ablation"] == "zero" else NOT_TO_THE_MEAN
     use = 'use --importance exact (in Python options={"importance": "exact"})'
     return f"no estimate: {NOT_ESTIMATED[measure.name]}; {use}"
 

@@ -18,7 +18,7 @@ from vitrail.models.open import Vit
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Kind, layer_ranges
 from vitrail.tap.anatomy_table import ANATOMY_COLUMNS, anatomy_notes, anatomy_rows
 from vitrail.tap.attention import LayerAttention, Readers
-from vitrail.tap.clone import has_compiled_parts
+from vitrail.tap.clone import first_weight, has_compiled_parts
 from vitrail.tap.edits import Edit
 from vitrail.tap.rounding import rounding_bound
 
@@ -179,7 +179,7 @@ def check_vit(
 def _noise(vit: Vit) -> Tensor:
     size = vit.image_size
     generator = torch.Generator().manual_seed(1)
-    weight = next(vit.model.parameters())
+    weight = first_weight(vit.model)
     n_images = _N_IMAGES if max(size) <= _SMALL_PX else _N_LARGE_IMAGES
     return torch.randn((n_images, vit.n_channels, *size), generator=generator).to(weight)
 

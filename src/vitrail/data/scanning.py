@@ -20,11 +20,13 @@ from vitrail.data.images import Content, ImageEntry, ImageSource, Item, Manifest
 from vitrail.data.sources import BUILT_IN, PHOTOS, open_images
 from vitrail.errors import BadImage, DataError, NoImages
 
-__all__ = ["EarlierScan", "load_image", "scan", "stored_image"]
+__all__ = ["EarlierScan", "image_digest", "load_image", "scan", "stored_image"]
 
 WINDOW = 256
 """Images that are read together while scanning; bounds how far beyond a limit a scan reads."""
 
+STRIP_ROWS = 256
+"""Rows of a photograph whose bytes are made at a time: those of a large one at once would be two more of it."""
 
 CLOCK_STEP_S = 2.0
 """Coarsest step of the times of files (FAT has 2 s): what was touched so shortly before a scan is read again."""
@@ -143,10 +145,25 @@ def _n_bytes(content: Content) -> int:
 
 
 def _digest(content: Content) -> str:
-    raw = content if isinstance(content, bytes) else f"{content.mode} {content.size} ".encode() + content.tobytes()
-    if not isinstance(content, bytes) and (values := channels_of(content)) is not None:
-        raw += values.tobytes()
-    return hashlib.sha256(raw).hexdigest()
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else image_digest(content)
+
+
+def image_digest(image: Image.Image) -> str:
+    """A name for what a decoded image shows: images that a model is shown alike have one, others have others.
+
+    Args:
+        image: A photograph of any mode, or a picture that carries values.
+
+    Returns:
+        SHA-256 over its mode, sides, pixels (of palettes the colours) and values, as hex.
+    """
+    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
+    for top in range(0, image.height, STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height)))
+        digest.update((strip.convert("RGBA") if image.mode in ("P", "PA") else strip).tobytes())
+    if (values := channels_of(image)) is not None:
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def load_image(source: ImageSource, entry: ImageEntry) -> Image.Image:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.heads.importance import HeadArrays
+from vitrail.models.gradients import gradients_enabled
 from vitrail.models.task import Task
 from vitrail.tap.anatomy import Anatomy
 from vitrail.tap.budget import budget_of
@@ -103,6 +104,9 @@ def loss_gradients(
 
     Returns:
         For each layer, in nats per unit of the gate.
+
+    Raises:
+        Unsupported: The model lets no gradient through.
     """
     step = max(1, budget_of(images.device).bytes_for(GRAPH_BYTES) // _graph_bytes(anatomy))
     parts = [_gradients(tap, anatomy, *pair, task) for pair in zip(images.split(step), labels.split(step), strict=True)]
@@ -110,7 +114,7 @@ def loss_gradients(
 
 
 def _gradients(tap: Tap, anatomy: Anatomy, images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
+    with gradients_enabled():
         gates = {
             layer: torch.ones(len(images), block.heads, device=images.device, requires_grad=True)
             for layer, block in enumerate(anatomy.blocks)

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.models.open import Vit
+from vitrail.tap.clone import first_weight
 
 __all__ = ["noise_images"]
 
@@ -21,4 +22,4 @@ def noise_images(vit: Vit, n_images: int = 1, seed: int = 0) -> Float[Tensor, "i
         [image, channel, row, column] on the model's device and in its precision.
     """
     noise = torch.randn((n_images, vit.n_channels, *vit.image_size), generator=torch.Generator().manual_seed(seed))
-    return noise.to(next(vit.model.parameters()))
+    return noise.to(first_weight(vit.model))

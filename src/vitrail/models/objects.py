@@ -25,7 +25,7 @@ MIN_PATCHES = 3
 
 
 def in_view(ids: Ids, preprocessing: Preprocessing) -> Int[np.ndarray, "height width"]:
-    """Instance ids as the model sees the image: resized and cropped alike, by nearest neighbour.
+    """Instance ids as the model sees the image: resized and cropped alike, by nearest neighbour, a border being 0.
 
     Args:
         ids: [row column], as large as the photograph; below 65,536, 0 for background.
@@ -36,7 +36,8 @@ def in_view(ids: Ids, preprocessing: Preprocessing) -> Int[np.ndarray, "height w
     """
     low, high = (ids & 255).astype(np.uint8), (ids >> 8).astype(np.uint8)
     packed = Image.fromarray(np.stack([low, high, np.zeros_like(low)], axis=-1))
-    seen = np.asarray(replace(preprocessing, interpolation="nearest").view(packed)).astype(np.int64)
+    background = replace(preprocessing, interpolation="nearest", fill=(0, 0, 0))  # a border is no object
+    seen = np.asarray(background.view(packed)).astype(np.int64)
     return seen[..., 0] | seen[..., 1] << 8
 
 

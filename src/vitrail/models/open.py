@@ -23,7 +23,7 @@ from vitrail.models.task import Task, as_target, resolve_task
 from vitrail.models.zero_shot import Prompts, parse_prompts
 from vitrail.tap.anatomy import Anatomy, discover
 from vitrail.tap.anatomy_table import anatomy_html
-from vitrail.tap.clone import clone_sharing, image_channels, unwrap_compiled
+from vitrail.tap.clone import WeightState, clone_sharing, image_channels, same_tensors, unwrap_compiled
 from vitrail.tap.tap import Tap
 
 __all__ = ["PRECISIONS", "Vit", "open_vit"]
@@ -59,6 +59,8 @@ class Vit:
         self.class_names = _match_class_names(class_names, loaded, self.n_classes)
         self.opened_with: dict[str, Any] | None = None
         self._taps = threading.local()
+        self._digest: tuple[WeightState, str] | None = None
+        self._clone: nn.Module | None = None
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -110,9 +112,14 @@ class Vit:
         """Heads of each layer."""
         return tuple(block.heads for block in self.anatomy.blocks)
 
-    @cached_property
+    @property
     def weight_digest(self) -> str:
-        """SHA-256 over names, shapes and bytes of parameters and buffers, as hex."""
+        """SHA-256 over names, shapes and bytes of parameters and buffers, as hex; anew where they were written to."""
+        if self._digest is None or not self._digest[0].is_of(self.model):
+            self._digest = WeightState(self.model), self._compute_digest()
+        return self._digest[1]
+
+    def _compute_digest(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -213,10 +220,13 @@ class Vit:
 
         return what_if(self, image, **changes)
 
-    @cached_property
+    @property
     def _plain(self) -> nn.Module:
         """An untapped clone in evaluation mode: the user's module keeps its own mode."""
-        return clone_sharing(self.model)
+        clone = self._clone
+        if clone is None or not same_tensors(self.model, clone):
+            self._clone = clone = clone_sharing(self.model)
+        return clone
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import ModelError, UsageError
 from vitrail.models.preprocessing import Preprocessing, UnknownPreprocessing
-from vitrail.tap.clone import clone_sharing, image_channels, images_accepted
+from vitrail.tap.clone import clone_sharing, first_weight, image_channels, images_accepted
 
 __all__ = [
     "module_preprocessing",
@@ -532,7 +532,7 @@ def torchvision_weights_preprocessing(name: str, size: tuple[int, int] | None) -
 def _reads_the_image(module: nn.Module, path: str, size: tuple[int, int]) -> bool:
     """A module at this path, or one inside it, is given the images that the whole module is given, unchanged."""
     clone = clone_sharing(module)
-    weight = next(module.parameters())
+    weight = first_weight(module)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((2, image_channels(module), *size), generator=generator).to(weight)
     read = False

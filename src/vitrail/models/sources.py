@@ -436,6 +436,10 @@ _TOWERS = {
     "siglip2_vision_model": "Siglip2VisionModel",
     "vit_mae": "ViTMAEModel",
 }
+"""The image towers of models that hold more, which are opened unless a classifier was trained on theirs."""
+
+_CLASSIFYING = "ForImageClassification"
+"""How transformers calls models with a classifier of images."""
 
 
 def _from_transformers(name: str, request: Request) -> LoadedModel:
@@ -460,7 +464,9 @@ def _from_transformers(name: str, request: Request) -> LoadedModel:
     if request.pretrained:
         module = _construct(lambda: kind.from_pretrained(name, use_safetensors=True), f"hf:{name}", request)
     else:
-        module = _construct(lambda: kind(getattr(config, "vision_config", config)), f"hf:{name}", request)
+        vision = getattr(config, "vision_config", None)
+        own = vision if isinstance(vision, kind.config_class) else config
+        module = _construct(lambda: kind(own), f"hf:{name}", request)
     if getattr(module, "main_input_name", "pixel_values") != "pixel_values":
         raise Unsupported(
             f"hf:{name} reads {module.main_input_name}, not images: it is no vision model. Vitrail looks at images."
@@ -555,7 +561,7 @@ def _takes_images(module: nn.Module) -> nn.Module:
 def _with_call_options(module: nn.Module, size: tuple[int, int]) -> nn.Module:
     """The model, called with options where ViT-MAE or another image size needs them."""
     options: dict[str, Any] = {}
-    own: Any = getattr(module.config, "image_size", None)
+    own: Any = getattr(getattr(module.config, "vision_config", module.config), "image_size", None)
     if (
         own is not None
         and _sides(own) != size
@@ -571,9 +577,9 @@ def _sides(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
 
 def _transformers_class(transformers: ModuleType, config: Any, request: Request) -> Any:
-    if config.model_type in _TOWERS:
-        return getattr(transformers, _TOWERS[config.model_type])
     stated = (getattr(config, "architectures", None) or [""])[0]
+    if config.model_type in _TOWERS and (request.n_classes == 0 or not stated.endswith(_CLASSIFYING)):
+        return getattr(transformers, _TOWERS[config.model_type])
     if stated and hasattr(transformers, stated) and request.n_classes != 0:
         return getattr(transformers, stated)
     classes = transformers.AutoModel._model_mapping

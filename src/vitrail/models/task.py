@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import ModelError, UsageError
 from vitrail.models.choose import OutputReader
-from vitrail.tap.clone import clone_sharing, image_channels, images_accepted
+from vitrail.tap.clone import clone_sharing, first_weight, image_channels, images_accepted
 
 __all__ = ["TASKS", "Target", "Task", "as_target", "library_task", "module_task", "resolve_task"]
 
@@ -383,7 +383,7 @@ def module_task(module: nn.Module, size: tuple[int, int], reader: OutputReader) 
     stated = library_task(module)
     if stated is not None and stated.kind != UNKNOWN and reader.output is None:
         return stated
-    weight = next(module.parameters())
+    weight = first_weight(module)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((1, image_channels(module), *size), generator=generator).to(weight.device, weight.dtype)
     clone = clone_sharing(module)

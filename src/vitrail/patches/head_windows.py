@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vitrail.errors import Unsupported
 from vitrail.grid import Grid
+from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import Vit
 from vitrail.models.task import Task
 from vitrail.models.token_grid import share_grids
@@ -162,11 +163,15 @@ def query_weights(vit: Vit, images: Float[Tensor, "image channel row column"]) -
 
     Returns:
         Of each layer, relative to the root mean square over the patches of the image; 1 where no patch matters.
+
+    Raises:
+        Unsupported: Layers have no common grid, or the model lets no gradient through.
     """
     _, prefix = common_grid(vit)
     tokens: list[Tensor] = []
-    with torch.enable_grad():
-        output = vit.tap().read(images, Readers(output=lambda layer, each: tokens.append(each)))
+    with gradients_enabled():
+        pixels = images.detach().clone().requires_grad_()  # the weights may be frozen
+        output = vit.tap().read(pixels, Readers(output=lambda layer, each: tokens.append(each)))
         directions = _directions(vit.task, output)
         squares = [torch.zeros(each.shape[:2], device=each.device) for each in tokens]
         for direction in directions:

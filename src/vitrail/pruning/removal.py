@@ -17,7 +17,7 @@ from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import PRECISIONS, Vit
 from vitrail.models.pruned import shrink
 from vitrail.tap.anatomy import Anatomy, Block, Call, layer_ranges
-from vitrail.tap.clone import clone_sharing
+from vitrail.tap.clone import clone_sharing, first_weight
 from vitrail.tap.edits import Edit
 from vitrail.tap.rounding import rounding_bound
 
@@ -109,7 +109,7 @@ def _reason_of_trial(vit: Vit) -> str:
     ]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((2, *vit.anatomy.image_shape), generator=generator)
-    images = images.to(vit.device, next(vit.model.parameters()).dtype)
+    images = images.to(vit.device, first_weight(vit.model).dtype)
     try:
         for layer in {layer for layer, _ in calls}:
             _linears_of(vit.model, vit.anatomy, layer)

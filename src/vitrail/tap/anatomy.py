@@ -121,6 +121,7 @@ class Block:
         outputs: The same for each leaf of what it returns.
         output_layout: How the tokens that it returns are laid out: a stage may take rows x columns x channels and
             return channels x rows x columns.
+        in_place: Tensors that it is given, sums up or returns are changed in place, by itself or after it.
     """
 
     path: str
@@ -134,6 +135,7 @@ class Block:
     inputs: tuple[BatchAxis | None, ...]
     outputs: tuple[BatchAxis | None, ...]
     output_layout: TokenLayout
+    in_place: bool
 
     @property
     def behind(self) -> int:
@@ -266,6 +268,8 @@ def discover(model: nn.Module, images: Tensor) -> Anatomy:
     if any(path not in two.runs for path in paths):
         tracer = Tracer(clone_sharing(model), record=paths)
         two, three = tracer.run(images[:2]), tracer.run(images[:3])
+    if tracer.in_place:  # what was recorded has been written to; from now on the tracer copies it
+        two, three = tracer.run(images[:2]), tracer.run(images[:3])
     return _Describer(tracer, two, three, units, images).anatomy()
 
 
@@ -359,7 +363,20 @@ class _Describer:
         calls = tuple(replace(call, follows=each) for call, each in zip(calls, follows, strict=True))
         grid = self._grid(run, main, layout, tokens, previous, pairs[0][0].step if pairs else run.step)
         prefix = tokens - grid[0] * grid[1] if grid else 0
-        return Block(unit.path, unit.run, calls, tokens, prefix, grid, layout, main, inputs, outputs, output_layout)
+        return Block(
+            unit.path,
+            unit.run,
+            calls,
+            tokens,
+            prefix,
+            grid,
+            layout,
+            main,
+            inputs,
+            outputs,
+            output_layout,
+            in_place=unit in self.tracer.in_place,
+        )
 
     def _require_own_rows(self, unit: Unit, run: ModuleRun, main: int, batch: BatchAxis | None) -> None:
         """Refuses blocks whose batch holds several pictures for each image, or whose sequence holds several images."""

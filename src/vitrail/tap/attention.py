@@ -46,6 +46,8 @@ class LayerAttention:
         prefix: Number of keys that are no patches (class, distillation, register, detection tokens, prompts).
         mask: The additive mask as the model gave it, or None.
         scale: Factor on q k^T.
+        is_softmax_of_qk: The unedited map is softmax(scale q k^T + mask): false where the model computes it by hand, or
+            changes its scores by a function (`flex_attention`).
         row_stochastic: Rows of the map sum to 1 (false where heads are mixed after softmax).
         layer_heads: Which of the layer's heads these are: a layer counts the heads of all its attention calls.
         repeat: How many calls of the block have run these heads before (0, but for loops and differences of maps).
@@ -79,7 +81,7 @@ class LayerAttention:
         self.layer_heads, self.repeat = self._spec.layer_heads, self._spec.repeat
         self.follows = self._spec.follows
         self.is_last = call == len(block.calls) - 1
-        self.scale, self.mask = raw.scale, raw.mask
+        self.scale, self.mask, self.is_softmax_of_qk = raw.scale, raw.mask, raw.is_softmax_of_qk
         self.grid = block.grid
         patches = block.grid[0] * block.grid[1] if block.grid else 0
         self.prefix = max(0, self._spec.keys - patches) if block.grid and self._spec.windows == 1 else 0
@@ -189,7 +191,8 @@ class LayerAttention:
     ) -> Iterator[tuple[slice, Float[Tensor, "image head query key"]]]:
         """Computes `weights()` for a few images at a time.
 
-        Hand-written attention, masks and edited maps come in one piece: there the whole map exists already.
+        Hand-written attention, score functions, masks and edited maps come in one piece: there the whole map exists
+        already.
 
         Args:
             max_bytes: About how much memory the scores and weights of one piece may take.
@@ -204,7 +207,7 @@ class LayerAttention:
         per_image = self.heads * self._spec.queries * self._spec.keys * 4 * 2
         step = max(1, max_bytes // per_image)
         changed = self._result.weights is not None or self._result.bias is not None
-        if step >= self._rows or not self._raw.fused or self._raw.mask is not None or changed:
+        if step >= self._rows or not self.is_softmax_of_qk or self._raw.mask is not None or changed:
             yield slice(0, self._rows), self.weights()
             return
         q, k = self.q, self.k

@@ -7,8 +7,10 @@ disturbed, and nothing can be left behind.
 import copy
 import inspect
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ from torch import nn
 from vitrail.errors import Unsupported
 
 __all__ = [
+    "CANNOT_RUN",
+    "WeightState",
     "clone_sharing",
+    "first_weight",
     "has_compiled_parts",
     "image_channels",
     "images_accepted",
@@ -95,6 +100,46 @@ def same_tensors(model: nn.Module, clone: nn.Module) -> bool:
     return of_clone.keys() == of_model.keys() and all(of_clone[name] is of_model[name] for name in of_clone)
 
 
+class WeightState:
+    """Which tensors a model's weights and buffers are, and how often each has been written to: their values unread.
+
+    A write through `tensor.data`, which torch does not count, goes unnoticed; weights made under
+    `torch.inference_mode`, whose writes it does not count either, are taken for others every time.
+
+    Args:
+        model: The model as it is now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [(weakref.ref(tensor), _mark(tensor)) for tensor in _weights(model)]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether a model still has these weights.
+
+        Args:
+            model: The model.
+
+        Returns:
+            True where every tensor is the same object and has not been written to since.
+        """
+        now = list(_weights(model))
+        return len(now) == len(self._tensors) and all(
+            reference() is tensor and not tensor.is_inference() and mark == _mark(tensor)
+            for tensor, (reference, mark) in zip(now, self._tensors, strict=True)
+        )
+
+
+def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _mark(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
+    """What changes when a tensor is written to, or is given another memory (as `model.half()` gives it)."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)  # quantised weights have no memory of their own
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.dtype, tensor.data_ptr() if plain else 0
+
+
 _COMPILED = "_orig_mod"
 """Where `torch.compile`'s wrapper holds the module that it was given."""
 
@@ -104,7 +149,8 @@ _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoin
 _MESSAGE_LENGTH = 200
 """Characters of a library's message that are quoted: the sentence, not the listing that some append."""
 
-_CANNOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CANNOT_RUN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises that does not take what it is given."""
 
 
 @contextmanager
@@ -123,7 +169,7 @@ def images_accepted(model: nn.Module, shape: Sequence[int]) -> Iterator[None]:
     """
     try:
         yield
-    except _CANNOT_RUN as error:
+    except CANNOT_RUN as error:
         message = " ".join((str(error) or _failed_line(error)).split())[:_MESSAGE_LENGTH]
         raise Unsupported(
             f"{type(model).__name__} cannot be run on images of shape {list(shape)} "
@@ -196,6 +242,18 @@ def image_channels(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     stated = getattr(getattr(config, "vision_config", config), "num_channels", None)
     return stated if isinstance(stated, int) else _USUAL_CHANNELS
+
+
+def first_weight(model: nn.Module) -> torch.Tensor:
+    """A weight whose device and precision are those of the model's images.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The first parameter or, without any, buffer of floating-point numbers; a number on the CPU where there is none.
+    """
+    return next((weight for weight in _weights(model) if weight.is_floating_point()), torch.zeros(()))
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitrail.errors import Unsupported
-from vitrail.tap.intercept import sdpa_call
+from vitrail.tap.intercept import operands_first, sdpa_call
 
 __all__ = ["Frozen"]
 
@@ -135,6 +135,8 @@ class Frozen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs and (func in _ACTIVATIONS or func in _PRODUCTS or func in _QUOTIENTS):
+            args, kwargs = operands_first(args, kwargs)
         if func is _SDPA:
             return self._attention(*args, **kwargs)
         if func is F.layer_norm:

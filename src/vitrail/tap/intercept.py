@@ -36,6 +36,7 @@ __all__ = [
     "Region",
     "has_native_path",
     "native_path_enabled",
+    "operands_first",
     "sdpa_call",
 ]
 
@@ -85,6 +86,7 @@ class RawCall:
         scores_changed: A bias has been added to the scores on their way to a hand-written softmax.
         first_query: Computes the output of the first query only, with zeros for the others; None where that is not
             possible.
+        is_softmax_of_qk: The map is softmax(scale q k^T + mask), so that a reader may compute any part of it itself.
         pieces: `pieces(bias)` gives the map some queries at a time, with the place of those queries, in bounded memory;
             None where the model makes all of it.
     """
@@ -99,6 +101,7 @@ class RawCall:
     weights: Callable[[Tensor | None], Tensor]
     scores_changed: bool = False
     first_query: Callable[[], Tensor] | None = None
+    is_softmax_of_qk: bool = False
     pieces: Callable[[Tensor | None], Iterator[tuple[slice, Tensor]]] | None = None
 
 
@@ -185,6 +188,9 @@ _PRODUCT = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
 _FLEX = "FlexAttentionHOP"
 """The class of the operator inside `flex_attention`; importing it takes a second, which few models need."""
 
+_OPERANDS = ("input", "other", "mat2")
+"""What torch calls the operands of sums and products, in their order."""
+
 _ADDITION = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 
 
@@ -218,6 +224,8 @@ class Interceptor(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs and (func in _ADDITION or func in _PRODUCT):
+            args, kwargs = operands_first(args, kwargs)
         if func is _SDPA:
             return self.handler.attention(sdpa_call(*args, **kwargs))
         if type(func).__name__ == _FLEX:
@@ -333,6 +341,20 @@ def _product_of(func: Any, args: Any, live: Tensor) -> _Product | None:
     return None
 
 
+def operands_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Moves operands that a call names, as in `torch.matmul(input=a, other=b)`, in front of the other arguments.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Arguments by name.
+
+    Returns:
+        The same arguments with the operands by position.
+    """
+    named = tuple(kwargs[name] for name in _OPERANDS if name in kwargs)
+    return (*args, *named), {name: value for name, value in kwargs.items() if name not in _OPERANDS}
+
+
 def _einsum_product(args: Any, live: Tensor) -> _Product | None:
     """Attention as einsum: either operand first, its axes in any order ("bkhd,bhqk->bqhd")."""
     operands = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
@@ -413,9 +435,9 @@ def _handwritten_call(product: _Product, softmax: _Softmax) -> RawCall:
 
 
 def sdpa_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -423,15 +445,15 @@ def sdpa_call(
     enable_gqa: bool = False,
     **unknown: Any,
 ) -> RawCall:
-    """Describes a call of `scaled_dot_product_attention` from its arguments.
+    """Describes a call of `scaled_dot_product_attention` from its arguments, which have torch's own names.
 
     Grouped keys and values are repeated to one per query head, and boolean and causal masks become additive ones, in
     what readers see; without an edit the kernel still gets the arguments as they came.
 
     Args:
-        q: [.., head, query, channel].
-        k: [.., head or group, key, channel].
-        v: [.., head or group, key, channel].
+        query: [.., head, query, channel].
+        key: [.., head or group, key, channel].
+        value: [.., head or group, key, channel].
         attn_mask: Boolean or additive, broadcast to [.., head, query, key].
         dropout_p: Share of the weights that the kernel drops.
         is_causal: Whether a query sees only the keys up to itself.
@@ -442,6 +464,7 @@ def sdpa_call(
     Returns:
         The call, which runs with or without edits.
     """
+    q, k, v = query, key, value
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     queries, keys, values = _broadcast(q, *(_repeat_groups(q, k, v) if enable_gqa else (k, v)))
     mask = _additive_mask(attn_mask, is_causal, queries, keys)
@@ -476,7 +499,19 @@ def sdpa_call(
         out[..., :1, :] = _SDPA(queries[..., :1, :], keys, values, first, dropout_p, scale=scale)
         return out
 
-    return RawCall(queries, keys, values, mask, factor, True, run, weights, first_query=first_query, pieces=pieces)
+    return RawCall(
+        queries,
+        keys,
+        values,
+        mask,
+        factor,
+        True,
+        run,
+        weights,
+        first_query=first_query,
+        is_softmax_of_qk=True,
+        pieces=pieces,
+    )
 
 
 def _flex_call(

@@ -28,6 +28,7 @@ __all__ = [
     "layout_of_input",
     "layout_of_output",
     "main_output",
+    "own_tensors",
     "repeat_images",
 ]
 
@@ -70,6 +71,20 @@ def repeat_images(tree: Any, axes: Sequence[BatchAxis | None], n_images: int, co
         if batch is not None and isinstance(leaf, Tensor) and leaf.shape[batch.axis] == n_images * batch.per_image:
             leaves[index] = leaf.repeat([copies if dim == batch.axis else 1 for dim in range(leaf.ndim)])
     return tree_unflatten(leaves, form)
+
+
+def own_tensors(tree: Any) -> Any:
+    """Copies every tensor, so that a change in place of the original or of the copy does not reach the other.
+
+    Args:
+        tree: Arguments or outputs of a module, nested as the module has them.
+
+    Returns:
+        The same nesting; a tensor that occurs several times is one copy.
+    """
+    leaves, form = tree_flatten(tree)
+    copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)}
+    return tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], form)
 
 
 class NonPatches(NamedTuple):

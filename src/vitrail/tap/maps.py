@@ -43,7 +43,8 @@ class MapSource:
         """
         q, k = attention.q, attention.k
         max_bytes = budget_of(attention.v.device).bytes_for(MAX_BYTES)
-        if q is None or k is None or attention.mask is not None or attention.windows > 1:
+        recomputed = attention.is_softmax_of_qk and attention.mask is None and attention.windows == 1
+        if q is None or k is None or not recomputed:
             for _, weights in attention.weights_in_chunks(max_bytes):
                 yield weights if self._precision is None else weights.to(self._precision)
             return

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrail.errors import Unsupported
 from vitrail.tap.anatomy import Anatomy, Block
-from vitrail.tap.clone import clone_sharing
+from vitrail.tap.clone import clone_sharing, first_weight
 from vitrail.tap.intercept import Captured, Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import repeat_images
 
@@ -72,7 +72,7 @@ def block_on_noise(model: nn.Module, anatomy: Anatomy, layer: int) -> tuple[nn.M
     block, clone = anatomy.blocks[layer], clone_sharing(model)
     module = clone.get_submodule(block.path)
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn((1, *anatomy.image_shape), generator=generator).to(next(clone.parameters()))
+    image = torch.randn((1, *anatomy.image_shape), generator=generator).to(first_weight(clone))
     inputs: list[Inputs] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_flatten
 from vitrail.errors import TapError, Unsupported, UsageError
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Call
 from vitrail.tap.attention import CallResult, LayerAttention, Readers
-from vitrail.tap.clone import clone_sharing, same_tensors
+from vitrail.tap.clone import CANNOT_RUN, clone_sharing, same_tensors
 from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
 from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
-from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, repeat_images
+from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, own_tensors, repeat_images
 from vitrail.tap.places import KeyPlaces, find_key_places
 from vitrail.tap.rounding import rounding_bound
 from vitrail.tap.slots import measure_window_slots
@@ -37,7 +37,7 @@ Forward = Callable[..., Any]
 
 @dataclass(eq=False)
 class _BlockRecord:
-    """What entered and left a block in a recorded pass."""
+    """What entered and left a block in a recorded pass; copies where the block is `in_place`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -205,7 +205,7 @@ class Tap:
             Logits; without edits bitwise the model's own.
 
         Raises:
-            UsageError: An edit names a layer, call or head that does not exist.
+            UsageError: An edit names a layer, call, head or key that does not exist.
             Unsupported: An edit would not mean what it says on that kind of attention.
             TapError: The pass went another way than when the model was opened, or a reader ran this model.
         """
@@ -262,11 +262,14 @@ class Tap:
             Logits [copy x image, class]; empty with `until_residual`.
 
         Raises:
-            UsageError: There is no such layer, or an edit names a layer, call, head or copy that does not exist.
+            UsageError: There is no such layer, an edit names a layer, call, head, key or copy that does not exist, or
+                the record keeps no tokens.
             Unsupported: An edit would not mean what it says on that kind of attention.
             TapError: An edit before `layer`, or a layer without an observable residual with `until_residual`.
         """
         self._check_layer(layer)
+        if not replay.blocks:
+            raise UsageError("This pass was recorded with keep=False, so no run can start from it; record it anew.")
         needs_all_tokens = until_residual or (readers is not None and readers.output is not None)
         start = _Start(
             layer,
@@ -358,6 +361,7 @@ class Tap:
             for part in parts:
                 assert part.call is not None
                 _check_kind(part, block.calls[part.call])
+                _check_keys(part, block.calls[part.call])
             by_call.extend(parts)
         return tuple(by_call)
 
@@ -371,9 +375,16 @@ class Tap:
         single = len(replay.images) == 1
         if single not in self._copies_from_stem:
             last = len(self.anatomy.blocks) - 1
-            self._copies_from_stem[single] = not all(
-                self._gives_plain_logits(_Start(layer, replay), copies=2) for layer in {0, last // 2, last}
-            )
+            for from_stem in (False, True):
+                starts = [_Start(layer, replay, from_stem=from_stem) for layer in sorted({0, last // 2, last})]
+                if all(self._gives_plain_logits(start, copies=2) for start in starts):
+                    self._copies_from_stem[single] = from_stem
+                    break
+            else:
+                raise TapError(
+                    "Runs that start at a block do not give the model's own answer, even without an edit, so their "
+                    "numbers are withheld. The model may draw random numbers, or keep something from pass to pass."
+                )
         return self._copies_from_stem[single]
 
     def _class_token_is_enough(self, replay: Replay) -> bool:
@@ -393,7 +404,9 @@ class Tap:
         assert logits is not None
         try:
             rows = self._run_from(start, copies=copies)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the model; a study goes on with smaller batches
+        except CANNOT_RUN:
             return False  # a model that keeps its batch size takes no more rows midway; a head may read every token
         if rows.shape != (copies * logits.shape[0], *logits.shape[1:]):
             return False
@@ -446,18 +459,21 @@ class Tap:
         block, start = self.anatomy.blocks[index], state.start
         n_images = state.n_rows // state.copies
         state.visited.append(index)
-        if start is not None and index < start.layer:
-            output = start.replay.blocks[index].output
+        own = own_tensors if block.in_place else _as_it_is  # the model writes to these: neither record nor reader
+        if start is not None and index < start.layer:  # may hold them
+            output = own(start.replay.blocks[index].output)
             return repeat_images(output, block.outputs, n_images, state.copies) if start.from_stem else output
         if start is not None and index == start.layer:
-            args, kwargs = start.replay.blocks[index].args, start.replay.blocks[index].kwargs
+            args, kwargs = own((start.replay.blocks[index].args, start.replay.blocks[index].kwargs))
         if state.copies > 1:
             args, kwargs = repeat_images((args, kwargs), block.inputs, n_images, state.copies)
+        given = own((args, kwargs)) if state.record is not None else ((), {})
         output = self._run_block(state, index, inner, args, kwargs)
         if state.record is not None:
-            state.record.blocks.append(_BlockRecord(args, kwargs, output))
+            state.record.blocks.append(_BlockRecord(*given, own(output)))
         if state.readers.output is not None:
             self._report_output(state.readers.output, block, index, output)
+            output = own(output)  # the reader has the block's own, whose gradient is that of what it stands for
         return output
 
     def _run_block(
@@ -659,7 +675,8 @@ class Tap:
         layout = block.layout
         if state.readers.residual is not None and result.ndim == layout.n_axes:
             with torch._C.DisableTorchFunction(), _reader_errors():
-                state.readers.residual(position.layer, layout.canonical(result))
+                tokens = layout.canonical(result.clone() if block.in_place else result)
+                state.readers.residual(position.layer, tokens)
         if state.stops_at_residual(position.layer):
             raise Captured
         if self._carries_class_token_only(state, position.layer) and layout.token_axis is not None:
@@ -712,6 +729,10 @@ def _reader_errors() -> Iterator[None]:
         raise TapError(f"A reader failed: {error}") from error
 
 
+def _as_it_is(tree: Any) -> Any:
+    return tree
+
+
 def _is_map(leaf: Tensor, block: Block) -> bool:
     """Whether a block hands on one of its attention maps, which are larger than its tokens."""
     return any(tuple(leaf.shape[-3:]) == (call.heads, call.queries, call.keys) for call in block.calls)
@@ -743,6 +764,12 @@ def _check_heads(edit: Edit, n_heads: int) -> None:
     absent = [head for head in edit.prune if not 0 <= head < n_heads]
     if absent:
         raise UsageError(f"L{edit.layer} has heads H0 to H{n_heads - 1}; an edit names H{absent[0]}.")
+
+
+def _check_keys(edit: Edit, call: Call) -> None:
+    absent = [key for key in edit.drop_keys if not 0 <= key < call.keys]
+    if absent:
+        raise UsageError(f"L{edit.layer} attends to tokens 0 to {call.keys - 1}; an edit drops {absent[0]}.")
 
 
 def _check_kind(edit: Edit, call: Call) -> None:

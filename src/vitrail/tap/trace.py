@@ -85,13 +85,21 @@ class ModuleRun:
 
     Attributes:
         step: When it began.
-        inputs: Leaves of its arguments. Tensors are referenced, so that their identities stay unique.
+        inputs: Leaves of its arguments. Tensors are referenced, so that their identities stay unique; of modules that
+            an earlier pass saw working in place they are copies.
         outputs: Leaves of what it returned.
+        versions: How often each tensor among both had been changed: of inputs when it began, of outputs when it ended.
     """
 
     step: int
     inputs: list[Any]
     outputs: list[Any]
+    versions: tuple[int | None, ...]
+
+    @property
+    def changed_in_place(self) -> bool:
+        """Whether anything has written to its inputs since it began, or to its outputs since it ended."""
+        return None in self.versions or _versions([*self.inputs, *self.outputs]) != self.versions
 
 
 class ConvolutionGrid(NamedTuple):
@@ -123,10 +131,16 @@ class Tracer(PassiveHandler):
     Args:
         clone: A copy of the model; its modules' `forward`s are replaced.
         record: Paths of modules whose inputs and outputs are recorded, besides the children of containers.
+
+    Attributes:
+        model: The clone.
+        in_place: Runs of recorded modules that were given, summed up or returned tensors which were written to later.
+            All of them under `torch.inference_mode`, which counts no writes.
     """
 
     def __init__(self, clone: nn.Module, record: Collection[str] = ()) -> None:
         self.model = clone
+        self.in_place: set[Unit] = set()
         self._record = frozenset(record)
         self._trace = Trace()
         self._stack: list[Frame] = []
@@ -158,6 +172,8 @@ class Tracer(PassiveHandler):
         self._n_runs = {}
         with _Projections(self._project), Interceptor(self):
             self.model(images)
+        for path, runs in self._trace.runs.items():
+            self.in_place.update(Unit(path, number) for number, run in enumerate(runs) if run.changed_in_place)
         return self._trace
 
     def values_of(
@@ -227,6 +243,22 @@ class Tracer(PassiveHandler):
             return torch.zeros_like(out)
         return _plus_one(out) if self._step == self._disturb_step else out
 
+    def addition(self, left: Any, right: Any, result: Tensor) -> Tensor:
+        """Notes sums in place of what may be tokens.
+
+        Args:
+            left: First operand of the sum.
+            right: Second operand.
+            result: The sum; the first operand itself where it was made in place.
+
+        Returns:
+            The sum.
+        """
+        if result is left:
+            shape = tuple(result.shape)
+            self.in_place.update(frame.unit for frame in self._stack if shape in frame.inputs)
+        return result
+
     def _project(self, weights: list[Tensor]) -> None:
         """Notes a weight that takes what attention gave, for the calls that none has taken yet."""
         name = next((self._weights[id(weight)] for weight in weights if id(weight) in self._weights), None)
@@ -248,6 +280,10 @@ class Tracer(PassiveHandler):
                 args, kwargs = _first_token_turned(args, kwargs)
             self._step += 1
             step = self._step
+            inputs = tree_flatten((args, kwargs))[0] if record else []
+            if (path, run) in self.in_place:
+                inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+            versions = _versions(inputs)
             try:
                 out = inner(*args, **kwargs)
             finally:
@@ -255,7 +291,8 @@ class Tracer(PassiveHandler):
             if path == self._disturb:
                 out = _plus_one(out)
             if record:
-                entry = ModuleRun(step, tree_flatten((args, kwargs))[0], tree_flatten(out)[0])
+                outputs = tree_flatten(out)[0]
+                entry = ModuleRun(step, inputs, outputs, versions + _versions(outputs))
                 self._trace.runs.setdefault(path, []).append(entry)
             if isinstance(module, nn.Conv2d) and out.ndim == 4:
                 self._trace.convolutions.append(ConvolutionGrid(step, path, (out.shape[2], out.shape[3])))
@@ -396,6 +433,11 @@ def _feeds(tracer: Tracer, trace: Trace, images: Tensor, one: Unit, two: Unit) -
         isinstance(before, Tensor) and before.is_floating_point() and not equal(before, after)
         for before, after in zip(target.inputs, disturbed.inputs, strict=True)
     )
+
+
+def _versions(leaves: list[Any]) -> tuple[int | None, ...]:
+    """How often each tensor has been changed in place; None where torch does not count."""
+    return tuple(None if leaf.is_inference() else leaf._version for leaf in _tensors(leaves))
 
 
 def _tensors(leaves: list[Any]) -> Iterator[Tensor]:

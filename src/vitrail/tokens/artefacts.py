@@ -22,6 +22,7 @@ from vitrail.models.open import Vit, open_vit
 from vitrail.sentence import percent
 from vitrail.tap.anatomy import Block
 from vitrail.tap.attention import Readers
+from vitrail.tap.clone import first_weight
 from vitrail.tokens.levels import level_zero
 from vitrail.tokens.outliers import norm_outliers
 
@@ -371,9 +372,9 @@ def _module_after_blocks(vit: Vit) -> str:
 
 
 def _run_once(vit: Vit) -> None:
-    parameter = next(vit.model.parameters())
+    weight = first_weight(vit.model)
     with torch.no_grad():
-        vit.model(torch.zeros((2, 3, *vit.image_size), dtype=parameter.dtype, device=parameter.device))
+        vit.model(torch.zeros((2, 3, *vit.image_size), dtype=weight.dtype, device=weight.device))
 
 
 def _channel_scale(

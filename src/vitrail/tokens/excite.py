@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.errors import UsageError
+from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import Vit
 from vitrail.tap.tap import Readers, Replay, Tap
 from vitrail.tokens.levels import layers_of_own_grid
@@ -208,6 +209,7 @@ def maximise_activation(
 
     Raises:
         UsageError: The model has no such level.
+        Unsupported: The model lets no gradient through.
     """
     if not 1 <= level <= vit.n_layers:
         raise UsageError(f"There is no level {level} to excite: {vit.name} has levels 1 to {vit.n_layers}.")
@@ -225,7 +227,8 @@ def maximise_activation(
         activation = _activation(vit, torch.roll(pixels, shift, (1, 2)), level, channel, token)
         activations.append(float(activation.detach()))
         optimiser.zero_grad()
-        (-activation).backward()
+        with gradients_enabled():
+            (-activation).backward()
         optimiser.step()
     with torch.no_grad():
         final = _pixels(spectrum, scale, (rows, columns))
@@ -255,6 +258,6 @@ def _activation(vit: Vit, pixels: Tensor, level: int, channel: int, token: int |
         if layer == level - 1:
             activations.append(tokens[0, prefix:, channel].mean() if token is None else tokens[0, token, channel])
 
-    with torch.enable_grad():
+    with gradients_enabled():
         vit.tap().read(((pixels - mean) / std)[None], Readers(output=keep))
     return activations[0]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid, n_patches, overlap_shares
+from vitrail.models.gradients import gradients_enabled, reason_against_gradients
 from vitrail.models.open import Vit
 from vitrail.tap.edits import Edit
 from vitrail.tap.places import KeyPlaces
@@ -105,9 +106,9 @@ def unavailable_methods(vit: Vit) -> dict[str, str]:
     checks: dict[str, tuple[Callable[[Vit], object], ...]] = {
         "raw": (_require_raw,),
         "rollout": (_require_one_grid,),
-        "gradient": (_require_classifier, _require_whole_maps),
-        "grad_sam": (_require_classifier, _places),
-        "legrad": (_require_classifier, _places),
+        "gradient": (_require_classifier, _require_whole_maps, _require_gradients),
+        "grad_sam": (_require_classifier, _places, _require_gradients),
+        "legrad": (_require_classifier, _places, _require_gradients),
         "random": (_first_grid,),
     }
     reasons: dict[str, str] = {}
@@ -135,6 +136,12 @@ def _require_one_grid(vit: Vit) -> Grid:
 def _require_classifier(vit: Vit) -> None:
     if vit.n_classes is None:
         raise Unsupported(f"{vit.name} has no classifier, so no class has a gradient; use raw attention or rollout.")
+
+
+def _require_gradients(vit: Vit) -> None:
+    reason = reason_against_gradients(vit)
+    if reason:
+        raise Unsupported(f"{reason} Use raw attention or rollout.")
 
 
 def _require_whole_maps(vit: Vit) -> None:
@@ -233,13 +240,14 @@ def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]
         The class token's row less the identity, or the patches' mean row where there is no class token; zero or more.
 
     Raises:
-        Unsupported: The model has no classifier, has several grids, or attends within windows.
+        Unsupported: The model has no classifier, has several grids, attends within windows, or lets no gradient
+            through.
     """
     _require_classifier(vit)
     _require_whole_maps(vit)
     anatomy = vit.anatomy
     tokens = anatomy.blocks[0].tokens
-    with torch.enable_grad():
+    with gradients_enabled():
         factors = [
             torch.ones((len(images), block.heads, tokens, tokens), device=images.device, requires_grad=True)
             for block in anatomy.blocks
@@ -286,7 +294,7 @@ def layer_gradients(
         channels, hidden attention) or without a grid take no part.
 
     Raises:
-        Unsupported: The model has no classifier, or no layer has keys whose place is known.
+        Unsupported: The model has no classifier, no layer has keys whose place is known, or no gradient goes through.
 
     Example:
         >>> prepared = vit.prepare([photograph])
@@ -296,7 +304,7 @@ def layer_gradients(
     """
     _require_classifier(vit)
     gains = _Gains(_places(vit), times_map)
-    with torch.enable_grad():
+    with gradients_enabled():
         pixels = images.detach().clone().requires_grad_()
         logits = vit.tap().read(pixels, Readers(attention=gains.read)).float()
         target = torch.as_tensor(classes, device=logits.device)[:, None]

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.errors import Unsupported, UsageError
+from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import Vit
 from vitrail.stats import spearman
 from vitrail.tap.frozen import Frozen
@@ -181,7 +182,8 @@ def faithful_view(
 
     Raises:
         UsageError: More than one image, fewer than 1 step, or no such path.
-        Unsupported: "frozen" through a model in which something else than these is not linear.
+        Unsupported: "frozen" through a model in which something else than these is not linear; a model that lets no
+            gradient through.
     """
     if len(image) != 1 or steps < 1:
         raise UsageError(f"A faithful view is of one image with 1 or more steps, not {len(image)} with {steps}.")
@@ -193,7 +195,7 @@ def faithful_view(
         return _frozen_view(vit, image, level, token, channel)
     parts = [1.0] if steps == 1 else [(index + 0.5) / steps for index in range(steps)]
     points = torch.cat([image * part for part in parts]).detach().requires_grad_(True)
-    with torch.enable_grad():
+    with gradients_enabled():
         values = _neuron(vit.tap(), points, level, token, channel)
         (gradient,) = torch.autograd.grad(values.sum(), points)
     with torch.no_grad():
@@ -206,7 +208,7 @@ def _frozen_view(vit: Vit, image: Pixels, level: int, token: int, channel: int) 
     """Two passes: one that is recorded and differentiated, one of a blank image through the same linear map."""
     frozen = Frozen()
     point, blank = (each.detach().clone().requires_grad_(True) for each in (image, torch.zeros_like(image)))
-    with torch.enable_grad():
+    with gradients_enabled():
         with frozen:
             value = _neuron(vit.tap(), point, level, token, channel)
         (gradient,) = torch.autograd.grad(value.sum(), point)

@@ -1,0 +1,81 @@
+"""Gradients through models that may let none through: run under `no_grad`, with sums in place, with other kernels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from vitrail.errors import Unsupported
+from vitrail.models.noise import noise_images
+from vitrail.models.open import Vit
+from vitrail.tap.attention import Readers
+
+__all__ = ["gradients_enabled", "reason_against_gradients"]
+
+_NO_GRADIENT = (
+    "does not require grad",
+    "not have been used in the graph",
+    "inplace operation",
+    "in-place operation",
+    "nference tensor",
+    "not support backward",
+)
+"""What torch says, in a RuntimeError like any other, where no gradient can be had."""
+
+_MESSAGE_LENGTH = 200
+
+
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Around a pass of a tap and the gradients that are taken of it.
+
+    Returns:
+        Nothing; a context manager.
+
+    Raises:
+        Unsupported: The model lets no gradient through.
+    """
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        message = " ".join(str(error).split())
+        if not isinstance(error, NotImplementedError) and not any(words in message for words in _NO_GRADIENT):
+            raise
+        raise Unsupported(
+            f"No gradient goes through this model, as where its forward runs under torch.no_grad or writes in place to "
+            f"what the gradient needs (torch: {message[:_MESSAGE_LENGTH]})."
+        ) from error
+
+
+_REASONS: WeakKeyDictionary[Vit, str] = WeakKeyDictionary()
+
+
+def reason_against_gradients(vit: Vit) -> str:
+    """Why no gradient of the output reaches the tokens between a model's blocks. Tried once, on an image of noise.
+
+    Args:
+        vit: The model.
+
+    Returns:
+        A sentence; empty where one reaches them.
+    """
+    if vit not in _REASONS:
+        _REASONS[vit] = _reason_of_trial(vit)
+    return _REASONS[vit]
+
+
+def _reason_of_trial(vit: Vit) -> str:
+    tokens: list[Tensor] = []
+    try:
+        with gradients_enabled():
+            pixels = noise_images(vit).requires_grad_()
+            output = vit.tap().read(pixels, Readers(output=lambda _, each: tokens.append(each)))
+            gradients = torch.autograd.grad(output.float().sum(), [pixels, *tokens], allow_unused=True)
+    except Unsupported as reason:
+        return str(reason)
+    if gradients[0] is None or all(gradient is None for gradient in gradients[1:]):
+        return f"No gradient of the output of {vit.name} reaches its images and the tokens between its blocks."
+    return ""
