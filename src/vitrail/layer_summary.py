@@ -107,27 +107,6 @@ def images_with_values(values: Float[np.ndarray, "image layer *rest"]) -> Bool[n
     return np.asarray(complete if complete.any() else has_any)
 
 
-def images_with_values(values: Float[np.ndarray, "image layer *rest"]) -> Bool[np.ndarray, "image"]:
-    """Images that have a value in every layer that has any, so that means over them compare between layers.
-
-    Without it layers would be of other images: a small object has no patch on a coarse grid and no score there.
-
-    Args:
-        values: Numbers, NaN where there is none.
-
-    Returns:
-        True for these; where no image has a value in all of these layers, for every image that has one, and if none has
-        one for all.
-    """
-    finite = np.isfinite(values).reshape(*values.shape[:2], -1).any(-1)
-    complete = finite[:, finite.any(0)].all(1)
-    has_any = finite.any(1)
-    if not has_any.any():
-        return np.ones(len(values), dtype=bool)
-    complete &= has_any
-    return np.asarray(complete if complete.any() else has_any)
-
-
 def finite_mean(values: Float[np.ndarray, "*lead item"]) -> Float[np.ndarray, "*lead"]:
     """The mean over the last dimension of what is finite.
 
