@@ -204,7 +204,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         pair = position.minimum(size - 1 - position)
         owner = position * world // size if size // world % 2 else pair * world // (size // 2)
         self.mine = (owner == rank).nonzero().flatten()
-        self._transform = _timm_transform(recipe.data) if pixels is None else None
+        self._transform: Any = _timm_transform(recipe.data) if pixels is None else None
 
     def __len__(self) -> int:
         return self.n_steps

@@ -308,9 +308,9 @@ def _timm_grid(description: Mapping[str, Any], module: nn.Module) -> Grid | None
     size = description.get("args", {}).get("img_size")
     if size is None:
         return None
-    image_px = (size, size) if isinstance(size, int) else size
-    patch_px = module.patch_embed.patch_size  # type: ignore[union-attr]
-    return image_px[0] // patch_px[0], image_px[1] // patch_px[1]  # type: ignore[index, operator]
+    rows, columns = (size, size) if isinstance(size, int) else size
+    patch_px: Any = getattr(module, "patch_embed").patch_size  # noqa: B009 - a timm model has it, nn.Module has not
+    return int(rows // patch_px[0]), int(columns // patch_px[1])
 
 
 def _timm_module(description: Any, request: Request) -> nn.Module:
