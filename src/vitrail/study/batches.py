@@ -22,8 +22,8 @@ from vitrail.analysis import (
     make_collectors,
 )
 from vitrail.contract.outlook import reason_of_chance
-from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask
-from vitrail.errors import DataError, ModelError
+from vitrail.data import ImageEntry, ImageSource, Manifest, ids_of, load_image, load_mask
+from vitrail.errors import ModelError
 from vitrail.models.objects import in_view, object_shares
 from vitrail.models.open import Vit
 from vitrail.models.task import Task
@@ -127,12 +127,7 @@ def _mask_in_view(entry: ImageEntry, image: Image.Image, vit: Vit) -> Int64[np.n
     mask = load_mask(entry)
     if mask is None:
         return None
-    if mask.shape != (image.height, image.width):
-        raise DataError(
-            f"The mask of {entry.id} has {mask.shape[1]} x {mask.shape[0]} pixels and the image {image.width} x "
-            f"{image.height}; a mask is as large as its image."
-        )
-    return in_view(mask, vit.preprocessing)
+    return in_view(ids_of(mask, image, f"The mask of {entry.id}"), vit.preprocessing)
 
 
 def _thumbnail(view: Image.Image) -> UInt8[np.ndarray, "row column channel"]:
@@ -153,7 +148,7 @@ class BatchRun:
         self._vit, self._plan, self._tap = vit, plan, vit.tap()
         self._collectors = make_collectors(vit, tuple(plan.measures), plan.options)
         self._calibration: Sequence[Mapping[str, np.ndarray]] = ()
-        self._object_grid = vit.anatomy.blocks[0].grid
+        self._first_block = vit.anatomy.blocks[0]
         self._base = frozenset(name for name in plan.measures if declaration(name).analysis == BASE)
         computed = self._base.union(*(collector.measures for collector in self._collectors))
         expected_names = {name for name in plan.measures if not declaration(name).derived}
@@ -238,8 +233,9 @@ class BatchRun:
             arrays |= collector.finish(self._tap, replay, logits, labels)
         if any(name not in existing for name in self._base):
             arrays |= self._prediction_arrays(logits, labels) | {"thumbnail": batch.thumbnails}
-            if self._plan.options.get("masks") == "given" and self._object_grid is not None:
-                arrays["object_share"] = object_shares(batch.masks, self._object_grid)
+            first = self._first_block
+            if self._plan.options.get("masks") == "given" and first.grid is not None:
+                arrays["object_share"] = object_shares(batch.masks, first.grid, first.patch_step)
         arrays = {name: values[:n_images] for name, values in pad_patches(self._vit, arrays).items()}
         for name, values in arrays.items():
             self._check(name, values, n_images)
