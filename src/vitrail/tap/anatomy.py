@@ -442,6 +442,9 @@ class _Describer:
             if len(lead) == 1 and per_image % heads == 0:
                 return CallLayout(heads, folded=True)
         if len(lead) == 2 and fixed:
+            n_tokens = {shape[1] for frame in one.frames for shape in frame.inputs if len(shape) == MIN_TOKEN_AXES}
+            if lead[1] in n_tokens and one.weights[-2] not in n_tokens:
+                return CallLayout(1, folded=True)  # each token weighs things of its own (a mixture its experts)
             return CallLayout(lead[1])
         if lead == (2,):
             return CallLayout(1, folded=True)  # one map an image: one head, which nothing needs to count
