@@ -130,6 +130,12 @@ def test_patches_are_as_wide_as_the_step_between_them(n_pixels: int, n: int, ste
     assert_array_equal(patch_edges(n_pixels, n)[:-1], np.arange(n) * step)
 
 
+def test_the_step_that_a_model_states_places_patches_where_much_is_left_over() -> None:
+    assert_array_equal(patch_edges(320, 22, 14), np.arange(23) * 14)  # 12 pixels left over
+    assert_array_equal(patch_edges(250, 17, 14), np.arange(18) * 14)
+    assert_array_equal(patch_edges(230, 58, 4)[-2:], [228, 230])
+
+
 def test_pixels_move_with_their_cell_and_stay_where_there_is_none() -> None:
     size, cells = (7, 9), (2, 2)
     places = np.array([[3, 2, 0, 1], [0, 1, 2, 3]])

@@ -16,7 +16,7 @@ from vitrail.errors import DataError, ModelError, UsageError
 from vitrail.figures.one_image import TOKEN_FIGURES
 from vitrail.figures.whole import draw_figures
 from vitrail.models.open import open_vit
-from vitrail.one_image import look, parts_of, record_image
+from vitrail.one_image import look, parts_of, record_image, save_look
 from vitrail.study.run import run_study
 from vitrail.tap.attention import Readers
 
@@ -155,6 +155,19 @@ def test_deletion_begins_with_the_whole_image_and_insertion_ends_with_it(vit, lo
     assert_allclose(looked["relevance_insertion"][:, -1], whole, rtol=1e-4)
 
 
+def test_a_mask_may_be_an_image_truth_values_or_whole_floats(vit):
+    expected = look(vit, photo(), mask=halves() - 1, measures="patches")["object_share"]
+    pixels = (halves() - 1).astype(np.uint8)
+    for mask in (Image.fromarray(pixels), pixels > 0, pixels.astype(float)):
+        assert_array_equal(look(vit, photo(), mask=mask, measures="patches")["object_share"], expected)
+    assert_array_equal(record_image(vit, photo(), mask=pixels > 0).instance_ids.max(), 1)
+
+
+def test_a_look_is_written_where_text_names_a_folder(looked, tmp_path):
+    path = save_look(looked, str(tmp_path / "look.zarr"))
+    assert_array_equal(xr.open_zarr(path, consolidated=False)["head_probability"], looked["head_probability"])
+
+
 def test_a_mask_brings_objects_grouping_and_a_layout(vit):
     looked = look(vit, photo(), mask=halves(), measures="tokens")
     assert set(np.unique(looked["patch_object"])) == {1, 2}
@@ -186,7 +199,10 @@ def test_what_compares_with_other_images_is_left_out_of_one(vit):
         ({"measures": ["kitchen"]}, UsageError, "choose from heads"),
         ({"patch": (4, 0)}, UsageError, r"grid is \(4, 4\)"),
         ({"channel": 24}, UsageError, "channels 0 to 23"),
-        ({"mask": np.ones((36, 39), dtype=np.int64)}, DataError, "36 x 39 pixels and the image 36 x 40"),
+        ({"mask": np.ones((36, 40, 3), dtype=np.int64)}, DataError, r"shape \[36, 40, 3\]; a mask is \[row, column\]"),
+        ({"mask": np.full((36, 40), 0.5)}, DataError, "no whole numbers"),
+        ({"mask": np.full((36, 40), -1)}, DataError, "the id -1; ids are 0 to 65535"),
+        ({"mask": np.ones((36, 39), dtype=np.int64)}, DataError, "39 x 36 pixels and its image 40 x 36"),
     ],
 )
 def test_what_is_not_there_is_refused_with_what_is(vit, options, error, words):

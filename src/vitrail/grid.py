@@ -78,28 +78,34 @@ def overlap_shares(n_parts: int, n_others: int) -> Float[np.ndarray, "part other
     return np.asarray(np.maximum(end - begin, 0) * n_parts)
 
 
-def patch_edges(n_pixels: int, n_patches: int) -> Int[np.ndarray, "edge"]:
+def patch_edges(n_pixels: int, n_patches: int, step: int | None = None) -> Int[np.ndarray, "edge"]:
     """Where the patches of one side of an image begin and end.
 
     A side need not be a whole number of patches: a model leaves pixels over or fills them up, and patches may overlap.
-    Then a patch is taken to be as wide as the step from one to the next, to the nearest pixel; pixels behind the last
-    patch belong to none.
+    A patch is taken to be as wide as the step from one to the next; pixels behind the last patch belong to none.
 
     Args:
         n_pixels: Length of the side.
         n_patches: Patches along it.
+        step: Pixels from one patch to the next (`Block.patch_step`); None where that is not known: then the length of
+            the side over the number of patches, to the nearest pixel. That is off by a pixel or more where half a pixel
+            a patch or more is left over.
 
     Returns:
         Growing [patch + 1]: patch i has the pixels edges[i] .. edges[i + 1] - 1, at least one.
     """
-    width = max(1, round(n_pixels / n_patches))
+    width = step or max(1, round(n_pixels / n_patches))
     if width * (n_patches - 1) >= n_pixels:
         width = max(1, n_pixels // n_patches)
     return np.asarray(np.minimum(np.arange(n_patches + 1) * width, n_pixels))
 
 
 def pixels_moved(
-    size: tuple[int, int], cells: Grid, sources: Int[np.ndarray, "image cell"], grid: Grid | None = None
+    size: tuple[int, int],
+    cells: Grid,
+    sources: Int[np.ndarray, "image cell"],
+    grid: Grid | None = None,
+    step: tuple[int, int] | None = None,
 ) -> Int[np.ndarray, "image pixel"]:
     """From which pixel each pixel of an image comes whose cells change places.
 
@@ -108,6 +114,7 @@ def pixels_moved(
         cells: Rows and columns of cells.
         sources: The cell that each place shows.
         grid: Rows and columns of patches, of which every cell holds the same number; None: a cell is a patch.
+        step: Rows and columns of pixels from one patch to the next, as far as known.
 
     Returns:
         Indices of pixels, row by row; pixels that belong to no cell stay. Where cells are not alike in size, a narrow
@@ -115,8 +122,8 @@ def pixels_moved(
     """
     places = []  # of rows, then of columns: the cell of each pixel, and how far it lies in it
     edges = []
-    for n_pixels, n_cells, n in zip(size, cells, cells if grid is None else grid, strict=True):
-        edge = patch_edges(n_pixels, n)[:: n // n_cells]
+    for n_pixels, n_cells, n, width in zip(size, cells, grid or cells, step or (None, None), strict=True):
+        edge = patch_edges(n_pixels, n, width)[:: n // n_cells]
         cell = np.searchsorted(edge, np.arange(n_pixels), side="right") - 1
         edges.append(edge)
         places.append((cell, np.arange(n_pixels) - edge[cell]))

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 from PIL import Image
 
 from vitrail.analysis import Analysis, analyses, unavailable
-from vitrail.data import image_digest
+from vitrail.data import ids_of, image_digest
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.regions import mode_edits, modes_offered
 from vitrail.models.open import Vit
@@ -185,7 +185,7 @@ class LiveModel:
         part: Sequence[str],
         patch: int | None = None,
         channel: int | None = None,
-        mask: Int[np.ndarray, "row column"] | None = None,
+        mask: np.ndarray | Image.Image | None = None,
     ) -> xr.Dataset:
         """Some arrays of one image, as `vitrail.look` has them.
 
@@ -196,8 +196,8 @@ class LiveModel:
             patch: The patch to look at, row by row on the first layer's grid; None for the one that the prediction
                 rests on most.
             channel: The neuron to look at; None for the filter through which salient patches stand out most.
-            mask: [row column] instance ids of the photograph's objects, as large as the photograph, 0 for background;
-                None without any.
+            mask: [row column] instance ids of the photograph's objects, an array or an image, as large as the
+                photograph, 0 for background; None without any.
 
         Returns:
             The arrays with the attributes of their declarations, the image dimension of size 1. `attrs["left_out"]` has
@@ -205,7 +205,7 @@ class LiveModel:
 
         Raises:
             UsageError: There is no such analysis, part, patch or channel.
-            DataError: The mask has another size than the image.
+            DataError: The mask holds no instance ids, or has another size than the image.
         """
         with self._lock:
             together = next((each for each in self._parts_of(_analysis(analysis)) if each.names == tuple(part)), None)
@@ -247,12 +247,13 @@ class LiveModel:
             raise UsageError(f"Patch {patch} was asked for; the first layer's grid is {grid} (rows, columns).")
         return divmod(patch, grid[1])
 
-    def _record(self, image: Image.Image, mask: Int[np.ndarray, "row column"] | None = None) -> OneImage:
+    def _record(self, image: Image.Image, mask: np.ndarray | Image.Image | None = None) -> OneImage:
         """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
         self._forget_if_retrained()
-        key = image_digest(image) + ("" if mask is None else image_digest(Image.fromarray(mask.astype(np.int32))))
+        ids = None if mask is None else ids_of(mask, image.size)
+        key = image_digest(image) + ("" if ids is None else image_digest(Image.fromarray(ids.astype(np.int32))))
         if key not in self._images:
-            self._images[key] = record_image(self.vit, image, mask=mask)
+            self._images[key] = record_image(self.vit, image, mask=ids)
         self._images.move_to_end(key)
         while len(self._images) > MAX_RECORDED_IMAGES:
             self._images.popitem(last=False)

@@ -39,9 +39,9 @@ from vitrail.analysis import (
     unavailable,
 )
 from vitrail.contract.outlook import require_finite
-from vitrail.data import ImageEntry, Manifest, image_digest
+from vitrail.data import ImageEntry, Manifest, ids_of, image_digest
 from vitrail.dataset import MeasureDataset
-from vitrail.errors import DataError, Unsupported, UsageError
+from vitrail.errors import Unsupported, UsageError
 from vitrail.measure import Measure
 from vitrail.models.objects import in_view, object_shares
 from vitrail.models.open import Vit
@@ -184,7 +184,7 @@ def record_image(
     vit: Vit,
     image: Image.Image,
     *,
-    mask: Int[np.ndarray, "row column"] | None = None,
+    mask: np.ndarray | Image.Image | None = None,
     patch: tuple[int, int] | None = None,
     channel: int | None = None,
 ) -> OneImage:
@@ -193,7 +193,7 @@ def record_image(
     Args:
         vit: the model.
         image: the photograph.
-        mask: [row column] instance ids of its objects, as large as the photograph.
+        mask: [row column] instance ids of its objects, an array or an image, as large as the photograph.
         patch: row and column of the patch to look at, as for `look`.
         channel: the neuron to look at, as for `look`.
 
@@ -202,14 +202,14 @@ def record_image(
 
     Raises:
         UsageError: the patch is not on the grid.
-        DataError: the mask has another size than the image.
+        DataError: the mask holds no instance ids, or has another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
     """
-    _check(vit, image, mask, patch)
+    _check_patch(vit, patch)
+    ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     pixels = vit.prepare([image])
     replay, logits = vit.tap().record(pixels)
     require_finite(vit.name, logits)
-    ids = None if mask is None else in_view(mask, vit.preprocessing)
     return OneImage(vit, vit.view(image), pixels, replay, logits, {}, patch, channel, ids)
 
 
@@ -252,7 +252,7 @@ def look(
     *,
     name: str = "image",
     measures: str | Sequence[str] | None = None,
-    mask: Int[np.ndarray, "row column"] | None = None,
+    mask: np.ndarray | Image.Image | None = None,
     patch: tuple[int, int] | None = None,
     channel: int | None = None,
     progress: Callable[[str], None] = lambda doing: None,
@@ -264,7 +264,8 @@ def look(
         image: the photograph, as `vitrail.decode_image` gives it.
         name: the id of the image in the dataset.
         measures: names of analyses; None for all.
-        mask: [row column] instance ids of the photograph's objects, as large as the photograph, 0 for background.
+        mask: [row column] instance ids of the photograph's objects, an array or an image, as large as the photograph, 0
+            for background.
         patch: row and column of the patch to look at; None for the one that the prediction rests on most.
         channel: the neuron to look at; None for the filter through which salient patches stand out most.
         progress: told what is being computed.
@@ -277,7 +278,7 @@ def look(
 
     Raises:
         UsageError: an analysis, the patch or the channel is not known.
-        DataError: the mask has another size than the image.
+        DataError: the mask holds no instance ids, or has another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
 
     Example:
@@ -289,12 +290,12 @@ def look(
     """
     chosen = list(analyses().values()) if measures is None else [analyses()[BASE], *analyses_named(measures)]
     names = [name for analysis in chosen for name in analysis.measure_names]
-    _check(vit, image, mask, patch)
+    _check_patch(vit, patch)
+    ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     options = {} if mask is None else {"masks": "given"}
     reasons = unavailable(vit, names, options)
     progress("heads, patches and tokens")
     pixels = vit.prepare([image])
-    ids = None if mask is None else in_view(mask, vit.preprocessing)
     arrays, replay, logits = measure_image(vit, pixels, names, None if ids is None else [ids])
     arrays, empty = _part_empty(arrays)
     one = OneImage(vit, vit.view(image), pixels, replay, logits, arrays, patch, channel, ids, {**reasons, **empty})
@@ -351,7 +352,7 @@ def missing_by_reason(looked: xr.Dataset, *, by_name: bool = False) -> dict[str,
     return reasons
 
 
-def save_look(looked: xr.Dataset, path: Path) -> Path:
+def save_look(looked: xr.Dataset, path: str | Path) -> Path:
     """Writes every array of one image.
 
     Args:
@@ -365,6 +366,7 @@ def save_look(looked: xr.Dataset, path: Path) -> Path:
         UsageError: there is something else.
         StudyError: somebody else's files lie among those of the earlier look, which then stays.
     """
+    path = Path(path)
     if path.exists():
         file = path / "zarr.json"
         try:
@@ -439,9 +441,9 @@ def _outputs(
         arrays = {"label": np.full(len(logits), -1, dtype=np.int32)}
     if vit.task.has_value:
         arrays["value"] = vit.task.value(logits).cpu().numpy()
-    grid = vit.anatomy.blocks[0].grid
-    if masks is not None and grid is not None:
-        arrays["object_share"] = object_shares(masks, grid)
+    first = vit.anatomy.blocks[0]
+    if masks is not None and first.grid is not None:
+        arrays["object_share"] = object_shares(masks, first.grid, first.patch_step)
     return arrays
 
 
@@ -457,14 +459,7 @@ def _predictions(task: Task, logits: Float[Tensor, "image class"]) -> dict[str, 
     }
 
 
-def _check(
-    vit: Vit, image: Image.Image, mask: Int[np.ndarray, "row column"] | None, patch: tuple[int, int] | None
-) -> None:
-    if mask is not None and mask.shape != (image.height, image.width):
-        raise DataError(
-            f"The mask has {mask.shape[0]} x {mask.shape[1]} pixels and the image {image.height} x {image.width}; a "
-            "mask is as large as its image."
-        )
+def _check_patch(vit: Vit, patch: tuple[int, int] | None) -> None:
     grid = vit.anatomy.blocks[0].grid
     if patch is not None and (grid is None or not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1])):
         raise UsageError(

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 from token_models import small_images, small_vit
 
+import vitrail
 from vitrail import Edit, open_vit
 from vitrail.analysis import unavailable
 from vitrail.contract.tiny_models import FAMILIES
@@ -38,6 +40,25 @@ def some_lost(n_images=3, n_patches=32, n_lost=7, seed=0):
     for row in lost:
         row[rng.choice(n_patches, n_lost, replace=False)] = True
     return lost
+
+
+def test_patches_that_leave_pixels_over_are_painted_and_moved_where_the_model_has_them():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=38, patch_size=10, embed_dim=24, depth=1, num_heads=2)
+    vit = open_vit(model.eval(), mean=0.5, std=0.5)
+    block, images = vit.anatomy.blocks[0], torch.randn((2, 3, 38, 38), generator=torch.Generator().manual_seed(0))
+    assert (block.grid, block.patch_step) == ((3, 3), (10, 10))
+    lost = np.zeros((2, 9), dtype=bool)
+    lost[:, 4] = True
+    painted = paint(images, lost, (3, 3), "black", vit.preprocessing, block.patch_step)
+    expected = images.clone()
+    expected[..., 10:20, 10:20] = -1
+    assert torch.equal(painted, expected)
+    moved = shuffle(images, 3, np.array([[8, 1, 2, 3, 4, 5, 6, 7, 0]] * 2), (3, 3), block.patch_step)
+    assert torch.equal(moved[..., :10, :10], images[..., 20:30, 20:30])
+    ids = np.zeros((38, 38), dtype=np.int64)
+    ids[20:30, 20:30] = 7
+    looked = vitrail.look(vit, Image.new("RGB", (38, 38)), measures="patches", mask=ids)
+    assert_array_equal(looked["object_share"][0], np.eye(9)[8])
 
 
 @pytest.mark.parametrize("cells", [(4, 8), 4, 2])

@@ -423,6 +423,40 @@ def test_heads_that_share_keys_and_values_are_heads_of_their_own(product):
         torch.testing.assert_close(without, model(images))
 
 
+class _Mixture(nn.Module):
+    """A block whose MLP is four experts, weighed by a softmax for each token; `how` the sum over experts is written."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.num_heads = how, 2
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.gate, self.experts = nn.Linear(32, 4), nn.Linear(32, 4 * 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        gate, experts = self.gate(x).softmax(-1), self.experts(x).unflatten(-1, (4, 32))
+        if self.how == "einsum":
+            return x + torch.einsum("bne,bned->bnd", gate, experts)
+        return x + (gate[..., None, :] @ experts).squeeze(-2)
+
+
+@pytest.mark.parametrize(("how", "n_heads"), [("einsum", 2), ("matmul", 3)])
+def test_experts_that_each_token_weighs_are_not_counted_as_heads_by_token(how, n_heads):
+    torch.manual_seed(0)
+    model = _ModelByHand(_sdpa_by_name)
+    model.blocks = nn.ModuleList([_Mixture(how)])
+    vit = open_vit(model.eval(), image_size=64, weights="random")
+    assert vit.n_heads == (n_heads,)
+    assert vit.anatomy.blocks[0].kind == "token"
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(vit.tap().read(images, edits=[]), model(images), rtol=0, atol=0)
+        without = vit.tap().read(images, edits=[Edit(0, prune=(1,))])
+        model.blocks[0].proj.weight[:, 16:] = 0
+        torch.testing.assert_close(without, model(images))
+
+
 class _OneHead(nn.Module):
     def __init__(self):
         super().__init__()

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
@@ -281,7 +282,7 @@ def test_a_module_of_ones_own_is_not_touched(fresh):
     model = fresh("timm ViT").train()
     model.blocks[0].eval()
     before = footprint(model)
-    vit = open_vit(model, image_size=64, precision="bfloat16", class_names=list("abcdefg"))
+    vit = open_vit(model, image_size=64, precision="bfloat16", class_names=np.array(list("abcdefg")))
     _runs(vit)
     assert vit.model is not model
     assert differences(before, footprint(model)) == []

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 import transformers
+from torch import nn
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import open_vit
+from vitrail.models.zero_shot import zero_shot
 
 VISION = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -57,7 +59,7 @@ def folder(tmp_path_factory):
 
 def test_a_folder_and_a_file_of_prompts_give_the_libraries_own_logits(folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\na photo of a dog\n\na bird\n")
+    prompts.write_text("\ufeffa cat\na photo of a dog\n\na bird\n")
     vit = open_vit(folder, prompts=prompts)
     assert (vit.task.kind, vit.class_names) == ("classes", ("a cat", "a photo of a dog", "a bird"))
     assert vit.preprocessing.mean == (0.1, 0.2, 0.3)
@@ -100,6 +102,29 @@ def test_siglip_asks_for_each_text_alone():
         images = F.normalize(model.vision_model(IMAGES).pooler_output, dim=-1)
         expected = images @ F.normalize(texts, dim=-1).T * model.logit_scale.exp() + model.logit_bias
     torch.testing.assert_close(vit.logits(IMAGES), expected)
+
+
+class _Elsewhere(nn.Module):
+    """A model on a device where no tokens are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = nn.Linear(3, 4)
+        self.logit_scale = nn.Parameter(torch.ones(()))
+        self.text_projection = nn.Parameter(torch.empty(3, 4))
+
+    def encode_text(self, tokens):
+        assert tokens.device == self.text_projection.device
+        return tokens.float() @ self.text_projection
+
+    def encode_image(self, images):
+        return self.visual(images)
+
+
+def test_tokens_of_prompts_go_where_the_model_is():
+    clip = _Elsewhere().to("meta")
+    classifier, task = zero_shot(clip, {"cat": ["a cat"], "dog": ["a dog"]}, lambda texts: torch.ones(len(texts), 3))
+    assert (task.n_classes, {each.device.type for each in classifier.parameters()}) == (2, {"meta"})
 
 
 def test_an_open_clip_model_takes_prompts_with_its_own_tokenizer():

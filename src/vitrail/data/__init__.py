@@ -22,7 +22,7 @@ from vitrail.data.channels import image_of_channels
 from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
 from vitrail.data.images import ImageEntry, ImageSource, Manifest, Skipped
 from vitrail.data.labels import LabelSource, class_title, read_class_names
-from vitrail.data.masks import load_mask, read_mask, require_mask_size, with_masks
+from vitrail.data.masks import ids_of, load_mask, read_mask, with_masks
 from vitrail.data.scanning import EarlierScan, image_digest, load_image, scan, stored_image
 from vitrail.data.sources import open_images
 
@@ -37,6 +37,7 @@ __all__ = [
     "Skipped",
     "class_title",
     "decode_image",
+    "ids_of",
     "image_digest",
     "image_of_channels",
     "load_image",
@@ -44,7 +45,6 @@ __all__ = [
     "open_images",
     "read_class_names",
     "read_mask",
-    "require_mask_size",
     "scan",
     "stored_image",
     "with_masks",

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -21,7 +22,10 @@ from vitrail.data.images import ImageEntry, Manifest
 from vitrail.errors import BadImage, DataError
 from vitrail.outputs import is_address
 
-__all__ = ["load_mask", "read_mask", "require_mask_size", "with_masks"]
+__all__ = ["MAX_ID", "ids_of", "load_mask", "read_mask", "with_masks"]
+
+MAX_ID = 65_535
+"""Ids are as large as a PNG of 16 bits can hold."""
 
 MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n")
 
@@ -60,7 +64,7 @@ def _with_mask(entry: ImageEntry, folder: Path) -> ImageEntry:
             content = _content(path)
             ids = _read_ids(content, path)
             if entry.sides is not None:
-                require_mask_size(ids, entry.sides, path)
+                ids_of(ids, entry.sides, f"The mask {path}")
             return replace(entry, mask=str(path), mask_digest=hashlib.sha256(content).hexdigest())
     return entry
 
@@ -87,25 +91,6 @@ def load_mask(entry: ImageEntry) -> Int[np.ndarray, "row column"] | None:
     return _read_ids(content, Path(entry.mask))
 
 
-def require_mask_size(ids: Int[np.ndarray, "row column"], sides: tuple[int, int], path: str | Path) -> None:
-    """Refuses a mask that is not as large as its image.
-
-    Args:
-        ids: The mask.
-        sides: (columns, rows) of the upright image.
-        path: The file of the mask.
-
-    Raises:
-        DataError: It has another size.
-    """
-    rows, columns = ids.shape
-    if (columns, rows) != tuple(sides):
-        raise DataError(
-            f"The mask {path} has {columns} x {rows} pixels and its image {sides[0]} x {sides[1]}; a mask is as large "
-            "as its image."
-        )
-
-
 def read_mask(path: str | Path) -> Int[np.ndarray, "row column"]:
     """The mask in one file.
 
@@ -119,6 +104,40 @@ def read_mask(path: str | Path) -> Int[np.ndarray, "row column"]:
         DataError: It cannot be read, or is no PNG of ids.
     """
     return _read_ids(_content(Path(path)), Path(path))
+
+
+def ids_of(mask: Any, sides: tuple[int, int], name: str = "The mask") -> Int[np.ndarray, "row column"]:
+    """Instance ids of a photograph's objects, from whatever holds them.
+
+    Args:
+        mask: An array or image [row, column] of whole numbers or truth values.
+        sides: (columns, rows) of the upright photograph.
+        name: What the mask is called in a message.
+
+    Returns:
+        Instance ids [row, column], 0 for background.
+
+    Raises:
+        DataError: It is no such mask, or another size than the image.
+    """
+    ids = np.asarray(mask)
+    if ids.ndim != 2:
+        raise DataError(
+            f"{name} has shape {list(ids.shape)}; a mask is [row, column], one instance id per pixel, 0 for background."
+        )
+    if ids.shape[::-1] != tuple(sides):
+        raise DataError(
+            f"{name} has {ids.shape[1]} x {ids.shape[0]} pixels and its image {sides[0]} x {sides[1]}; a mask is as "
+            "large as its image."
+        )
+    if ids.dtype.kind not in "biuf" or (ids.dtype.kind == "f" and not np.array_equal(ids, np.floor(ids))):
+        raise DataError(f"{name} holds {ids.dtype} that are no whole numbers; give instance ids, 0 for background.")
+    outside = ids[(ids < 0) | (ids > MAX_ID)]
+    if outside.size:
+        raise DataError(
+            f"{name} has the id {outside[0]}; ids are 0 to {MAX_ID}. Set pixels to be ignored to 0, background."
+        )
+    return ids.astype(np.int64)
 
 
 def _content(path: Path) -> bytes:

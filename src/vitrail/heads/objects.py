@@ -229,8 +229,9 @@ class _ObjectCollector:
 
     def take_masks(self, masks: Sequence[Ids | None]) -> None:
         """Instance ids of the coming batch, as the model sees it."""
-        device = self._vit.device
-        self._objects = {tokens.grid: _objects_on_grid(masks, tokens.grid, device) for tokens in self._grids.values()}
+        device, blocks = self._vit.device, self._vit.anatomy.blocks
+        steps = {tokens.grid: blocks[layer].patch_step for (layer, _), tokens in self._grids.items()}
+        self._objects = {grid: _objects_on_grid(masks, grid, step, device) for grid, step in steps.items()}
 
     def readers(self) -> Readers:
         """Reads every attention whose map joins the patches of one grid."""
@@ -309,16 +310,18 @@ def _words(name: str) -> tuple[str, str, str]:
     return "".join(kind), score, rule
 
 
-def _objects_on_grid(masks: Sequence[Ids | None], grid: Grid, device: torch.device | str) -> _Objects:
+def _objects_on_grid(
+    masks: Sequence[Ids | None], grid: Grid, step: tuple[int, int] | None, device: torch.device | str
+) -> _Objects:
     """The objects of each image, and of up to `N_OTHERS` before it."""
     on = np.zeros((1 + N_OTHERS, len(masks), grid[0] * grid[1]), dtype=bool)
     owner = np.zeros(on.shape, dtype=np.int64)
     earlier: list[int] = []
     for image, ids in enumerate(masks):
-        covered = np.zeros(0, dtype=bool) if ids is None else object_share(ids, grid) >= ON_OBJECT
+        covered = np.zeros(0, dtype=bool) if ids is None else object_share(ids, grid, step) >= ON_OBJECT
         if ids is None or covered.all() or not covered.any():
             continue
-        on[0, image], owner[0, image] = covered, patch_objects(ids, grid)
+        on[0, image], owner[0, image] = covered, patch_objects(ids, grid, step)
         for number, other in enumerate(earlier[-N_OTHERS:], start=1):
             on[number, image], owner[number, image] = on[0, other], owner[0, other]
         earlier.append(image)

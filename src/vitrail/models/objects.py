@@ -41,17 +41,20 @@ def in_view(ids: Ids, preprocessing: Preprocessing) -> Int[np.ndarray, "height w
     return seen[..., 0] | seen[..., 1] << 8
 
 
-def coverage(ids: Ids, grid: tuple[int, int]) -> tuple[Int[np.ndarray, "object"], Float[np.ndarray, "object patch"]]:
+def coverage(
+    ids: Ids, grid: tuple[int, int], step: tuple[int, int] | None = None
+) -> tuple[Int[np.ndarray, "object"], Float[np.ndarray, "object patch"]]:
     """The ids of all objects, and the share of each patch that each of them covers.
 
     Args:
         ids: [row column] of the view; pixels behind the last patch are left out.
         grid: rows and columns of patches.
+        step: rows and columns of pixels from one patch to the next (`Block.patch_step`), as far as known.
 
     Returns:
         The ids [object], growing, and the shares [object patch], 0 to 1.
     """
-    below, across = (patch_edges(n_pixels, n) for n_pixels, n in zip(ids.shape, grid, strict=True))
+    below, across = map(patch_edges, ids.shape, grid, step or (None, None))
     inside = ids[: below[-1], : across[-1]]
     areas = np.outer(np.diff(below), np.diff(across))
     found = np.unique(ids[ids > 0])
@@ -62,25 +65,29 @@ def coverage(ids: Ids, grid: tuple[int, int]) -> tuple[Int[np.ndarray, "object"]
     return found, shares
 
 
-def object_share(ids: Ids, grid: tuple[int, int]) -> Float[np.ndarray, "patch"]:
+def object_share(ids: Ids, grid: tuple[int, int], step: tuple[int, int] | None = None) -> Float[np.ndarray, "patch"]:
     """How much of each patch lies under objects, whichever they are.
 
     Args:
         ids: [row column] of the view.
         grid: rows and columns of patches.
+        step: rows and columns of pixels from one patch to the next (`Block.patch_step`), as far as known.
 
     Returns:
         Shares [patch], 0 (background) to 1.
     """
-    return np.asarray(coverage((ids > 0).astype(np.int64), grid)[1].sum(axis=0))
+    return np.asarray(coverage((ids > 0).astype(np.int64), grid, step)[1].sum(axis=0))
 
 
-def object_shares(masks: Sequence[Ids | None], grid: tuple[int, int]) -> Float[np.ndarray, "image patch"]:
+def object_shares(
+    masks: Sequence[Ids | None], grid: tuple[int, int], step: tuple[int, int] | None = None
+) -> Float[np.ndarray, "image patch"]:
     """How much of each patch lies under objects, of several images.
 
     Args:
         masks: [row column] instance ids of each view, or None.
         grid: rows and columns of patches.
+        step: rows and columns of pixels from one patch to the next (`Block.patch_step`), as far as known.
 
     Returns:
         float32 shares [image patch], 0 to 1; NaN where there is no mask.
@@ -88,13 +95,14 @@ def object_shares(masks: Sequence[Ids | None], grid: tuple[int, int]) -> Float[n
     shares = np.full((len(masks), grid[0] * grid[1]), np.nan, dtype=np.float32)
     for image, ids in enumerate(masks):
         if ids is not None:
-            shares[image] = object_share(ids, grid)
+            shares[image] = object_share(ids, grid, step)
     return shares
 
 
 def patch_objects(
     ids: Ids,
     grid: tuple[int, int],
+    step: tuple[int, int] | None = None,
     *,
     min_share: float = MIN_SHARE,
     min_area: float = MIN_AREA,
@@ -108,6 +116,7 @@ def patch_objects(
     Args:
         ids: [row column] of the view.
         grid: rows and columns of patches.
+        step: rows and columns of pixels from one patch to the next (`Block.patch_step`), as far as known.
         min_share: share of the patch, 0 to 1.
         min_area: share of the view, 0 to 1.
         min_patches: number of patches.
@@ -115,7 +124,7 @@ def patch_objects(
     Returns:
         Instance ids [patch].
     """
-    found, shares = coverage(ids, grid)
+    found, shares = coverage(ids, grid, step)
     if not len(found):
         return np.zeros(grid[0] * grid[1], dtype=np.int64)
     best = shares.argmax(axis=0)

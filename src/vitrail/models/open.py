@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -257,7 +257,7 @@ def open_vit(
     device: str = "cpu",
     precision: str = "float32",
     n_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Iterable[str] | None = None,
     task: str | None = None,
     output: str | int | None = None,
     target: Any = None,
@@ -324,6 +324,7 @@ def open_vit(
     if precision not in PRECISIONS:
         raise UsageError(f"There is no precision {precision!r}; choose from {', '.join(PRECISIONS)}.")
     stated = None if preprocessing is None else read_preprocessing(preprocessing)
+    names = None if class_names is None else tuple(map(str, class_names))
     by_class = None if prompts is None else parse_prompts(prompts)
     request = Request(image_size, weights, n_classes, stated, output, by_class)
     if isinstance(model, nn.Module):
@@ -332,7 +333,7 @@ def open_vit(
         loaded = load_model(str(model), request)
     loaded.output = output
     loaded.task = resolve_task(
-        loaded.task or _task_of_count(loaded), task, n_classes, class_names or loaded.class_names, as_target(target)
+        loaded.task or _task_of_count(loaded), task, n_classes, names or loaded.class_names, as_target(target)
     )
     if stated is not None:
         loaded.preprocessing = stated if image_size is None else stated.with_size(image_size)
@@ -349,7 +350,7 @@ def open_vit(
         crop=crop,
     )
     _move(loaded, device, precision, own=isinstance(model, nn.Module))
-    vit = Vit(loaded, device, precision, class_names)
+    vit = Vit(loaded, device, precision, names)
     if not isinstance(model, nn.Module):
         vit.opened_with = {
             "model": _absolute_name(str(model)),

@@ -105,7 +105,7 @@ def parse_prompts(prompts: Any) -> Prompts:
 
 def _read_file(file: Path) -> dict[str, list[str]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # Notepad and Excel begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"The prompts in {file} cannot be read: {error}. Give a text file, one prompt a line."
@@ -179,9 +179,9 @@ def zero_shot(clip: nn.Module, prompts: Prompts, tokenize: Tokenize | None) -> t
 
 def _mean_direction(clip: Any, texts: list[str], tokenize: Tokenize) -> Float[Tensor, "channel"]:
     """The mean of the prompts' unit vectors, as a unit vector: what CLIP's own ensembles of prompts are."""
-    parts = []
+    parts, device = [], next(clip.parameters()).device
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        tokens = tokenize(texts[start : start + _TEXTS_AT_ONCE])
+        tokens = tokenize(texts[start : start + _TEXTS_AT_ONCE]).to(device)
         if hasattr(clip, "encode_text"):
             features = clip.encode_text(tokens)
         else:

@@ -45,11 +45,12 @@ class _PatchGrid:
     """Where the tokens of a layer's maps lie, and what windows of the model limit each patch to.
 
     `calls` are the attention calls of the layer with maps on this grid, each with its slots where it attends within
-    windows, else None. What is measured is the mean over the heads of all of them.
+    windows, else None; `step` is `Block.patch_step`. What is measured is the mean over the heads of all of them.
     """
 
     grid: tuple[int, int]
     n_prefix: int
+    step: tuple[int, int] | None
     calls: Mapping[int, Slots | None]
 
     @property
@@ -92,10 +93,10 @@ def _patch_grids(vit: Vit) -> dict[int, _PatchGrid]:
     """By layer the grid of its first attention call with maps between patches, and the calls on the same grid."""
     grids: dict[int, _PatchGrid] = {}
     for (layer, call), tokens in share_grids(vit)[0].items():
-        known = grids.get(layer, _PatchGrid(tokens.grid, tokens.n_prefix, {}))
+        known = grids.get(layer, _PatchGrid(tokens.grid, tokens.n_prefix, vit.anatomy.blocks[layer].patch_step, {}))
         if (known.grid, known.n_prefix) == (tokens.grid, tokens.n_prefix):
             slots = None if tokens.slots is None else tokens.slots.cpu()
-            grids[layer] = _PatchGrid(known.grid, known.n_prefix, {**known.calls, call: slots})
+            grids[layer] = _PatchGrid(known.grid, known.n_prefix, known.step, {**known.calls, call: slots})
     return grids
 
 
@@ -234,7 +235,7 @@ class _PatchCollector:
                 parts["field_size"].append(sums.smallest_areas(FIELD_SHARE) / tokens.n_patches)
         arrays = {name: torch.cat(each).unflatten(0, matrix.shape[:2]) for name, each in parts.items() if each}
         if "window_object_share" in self.measures:
-            covered = object_shares(self._masks[images], grid)
+            covered = object_shares(self._masks[images], grid, tokens.step)
             shares = box_means(covered[:, None], arrays["window"].cpu().numpy()[:, None], grid)[:, 0]
             arrays["window_object_share"] = torch.from_numpy(shares)
         if "window" in arrays:

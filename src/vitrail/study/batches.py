@@ -23,7 +23,7 @@ from vitrail.analysis import (
     measures,
 )
 from vitrail.contract.outlook import reason_of_chance
-from vitrail.data import ImageEntry, ImageSource, Manifest, load_image, load_mask, require_mask_size
+from vitrail.data import ImageEntry, ImageSource, Manifest, ids_of, load_image, load_mask
 from vitrail.errors import ModelError
 from vitrail.models.objects import in_view, object_shares
 from vitrail.models.open import Vit
@@ -128,8 +128,8 @@ def _mask_in_view(entry: ImageEntry, image: Image.Image, vit: Vit) -> Int64[np.n
     mask = load_mask(entry)
     if mask is None:
         return None
-    require_mask_size(mask, image.size, str(entry.mask))  # again: an earlier version's list does not have the sides
-    return in_view(mask, vit.preprocessing)
+    # its size again: an earlier version's list does not have the sides of images
+    return in_view(ids_of(mask, image.size, f"The mask {entry.mask}"), vit.preprocessing)
 
 
 def _thumbnail(view: Image.Image) -> UInt8[np.ndarray, "row column channel"]:
@@ -152,7 +152,7 @@ class BatchRun:
         self._names = [name for name in plan.measures if name in declared]
         self._collectors = make_collectors(vit, self._names, plan.options)
         self._calibration: Sequence[Mapping[str, np.ndarray]] = ()
-        self._object_grid = vit.anatomy.blocks[0].grid
+        self._first_block = vit.anatomy.blocks[0]
         self._base = frozenset(name for name in self._names if declared[name].analysis == BASE)
         computed = self._base.union(*(collector.measures for collector in self._collectors))
         expected_names = {name for name in self._names if not declared[name].derived}
@@ -237,8 +237,9 @@ class BatchRun:
             arrays |= collector.finish(self._tap, replay, logits, labels)
         if any(name not in existing for name in self._base):
             arrays |= self._prediction_arrays(logits, labels) | {"thumbnail": batch.thumbnails}
-            if self._plan.options.get("masks") == "given" and self._object_grid is not None:
-                arrays["object_share"] = object_shares(batch.masks, self._object_grid)
+            first = self._first_block
+            if self._plan.options.get("masks") == "given" and first.grid is not None:
+                arrays["object_share"] = object_shares(batch.masks, first.grid, first.patch_step)
         arrays = {name: values[:n_images] for name, values in pad_patches(self._vit, arrays).items()}
         for name, values in arrays.items():
             self._check(name, values, n_images)

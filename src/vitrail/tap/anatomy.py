@@ -121,6 +121,8 @@ class Block:
         outputs: The same for each leaf of what it returns.
         output_layout: How the tokens that it returns are laid out: a stage may take rows x columns x channels and
             return channels x rows x columns.
+        patch_step: (rows, columns) of pixels from one patch to the next, where a convolution of the image makes the
+            patches; None where that is not known, as in later stages of a hierarchy.
         in_place: Tensors that it is given, sums up or returns are changed in place, by itself or after it.
     """
 
@@ -135,6 +137,7 @@ class Block:
     inputs: tuple[BatchAxis | None, ...]
     outputs: tuple[BatchAxis | None, ...]
     output_layout: TokenLayout
+    patch_step: tuple[int, int] | None
     in_place: bool
 
     @property
@@ -375,6 +378,7 @@ class _Describer:
             inputs,
             outputs,
             output_layout,
+            patch_step=self._patch_step(grid),
             in_place=unit in self.tracer.in_place,
         )
 
@@ -438,6 +442,9 @@ class _Describer:
             if len(lead) == 1 and per_image % heads == 0:
                 return CallLayout(heads, folded=True)
         if len(lead) == 2 and fixed:
+            n_tokens = {shape[1] for frame in one.frames for shape in frame.inputs if len(shape) == MIN_TOKEN_AXES}
+            if lead[1] in n_tokens and one.weights[-2] not in n_tokens:
+                return CallLayout(1, folded=True)  # each token weighs things of its own (a mixture its experts)
             return CallLayout(lead[1])
         if lead == (2,):
             return CallLayout(1, folded=True)  # one map an image: one head, which nothing needs to count
@@ -542,10 +549,15 @@ class _Describer:
                 return halved
         inside = tuple(f"{unit.path}." for unit in self.units if unit)
         most = max(_MAX_PREFIX, int(tokens * _MAX_PREFIX_SHARE))
-        for when, path, grid in reversed(self.two.convolutions):
-            if when < step and not path.startswith(inside) and 0 <= tokens - grid[0] * grid[1] <= most:
-                return grid
+        for each in reversed(self.two.convolutions):
+            n_patches = each.grid[0] * each.grid[1]
+            if each.step < step and not each.path.startswith(inside) and 0 <= tokens - n_patches <= most:
+                return each.grid
         return None
+
+    def _patch_step(self, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Steps of the convolution that reads the image and puts out a picture of that grid."""
+        return next((each.stride for each in self.two.convolutions if each.stride and each.grid == grid), None)
 
     def _confirm_grids(self, blocks: list[Block]) -> list[Block]:
         """Checks the grids by changing the image's corners; where tokens join or leave, attention is off meanwhile."""

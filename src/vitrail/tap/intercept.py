@@ -366,6 +366,8 @@ def _einsum_product(args: Any, live: Tensor) -> _Product | None:
     place = 0 if operands[0] is live else 1
     weights_axes, v_axes = (first, second) if place == 0 else (second, first)
     v = operands[1 - place]
+    if not set(weights_axes) - set(v_axes):
+        return None  # no axis counts queries: each token weighs things of its own, as a mixture weighs its experts
     axes = _einsum_axes(weights_axes, v_axes, output)
     if axes is None:
         raise Unsupported(

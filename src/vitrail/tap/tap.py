@@ -467,10 +467,10 @@ class Tap:
             args, kwargs = own((start.replay.blocks[index].args, start.replay.blocks[index].kwargs))
         if state.copies > 1:
             args, kwargs = repeat_images((args, kwargs), block.inputs, n_images, state.copies)
-        given = own((args, kwargs)) if state.record is not None else ((), {})
+        given_args, given_kwargs = own((args, kwargs)) if state.record is not None else (args, kwargs)
         output = self._run_block(state, index, inner, args, kwargs)
         if state.record is not None:
-            state.record.blocks.append(_BlockRecord(*given, own(output)))
+            state.record.blocks.append(_BlockRecord(given_args, given_kwargs, own(output)))
         if state.readers.output is not None:
             self._report_output(state.readers.output, block, index, output)
             output = own(output)  # the reader has the block's own, whose gradient is that of what it stands for

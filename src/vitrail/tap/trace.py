@@ -103,11 +103,13 @@ class ModuleRun:
 
 
 class ConvolutionGrid(NamedTuple):
-    """The picture that a convolution put out: when, which module, and its (rows, columns)."""
+    """The picture that a convolution put out: when, which module, its (rows, columns), and the stride of one that reads
+    the image."""
 
     step: int
     path: str
     grid: tuple[int, int]
+    stride: tuple[int, int] | None
 
 
 @dataclass(eq=False)
@@ -153,6 +155,7 @@ class Tracer(PassiveHandler):
         self._values: list[Tensor] = []
         self._disturb_step: int | None = None
         self._turn: Frame | None = None
+        self._sides = torch.Size()
         for path, module in clone.named_modules():
             self._wrap(path, module)
 
@@ -169,7 +172,7 @@ class Tracer(PassiveHandler):
         """
         self._without_attention = without_attention
         self._trace, self._stack, self._step, self._disturb = Trace(), [], 0, disturb
-        self._n_runs = {}
+        self._n_runs, self._sides = {}, images.shape[2:]
         with _Projections(self._project), Interceptor(self):
             self.model(images)
         for path, runs in self._trace.runs.items():
@@ -295,7 +298,9 @@ class Tracer(PassiveHandler):
                 entry = ModuleRun(step, inputs, outputs, versions + _versions(outputs))
                 self._trace.runs.setdefault(path, []).append(entry)
             if isinstance(module, nn.Conv2d) and out.ndim == 4:
-                self._trace.convolutions.append(ConvolutionGrid(step, path, (out.shape[2], out.shape[3])))
+                sides = args[0].shape[2:] if args else ()
+                stride = (module.stride[0], module.stride[1]) if sides == self._sides else None
+                self._trace.convolutions.append(ConvolutionGrid(step, path, (out.shape[2], out.shape[3]), stride))
             return out
 
         module.forward = forward

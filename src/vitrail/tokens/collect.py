@@ -139,17 +139,16 @@ class _GroupingCollector:
         blocks = self._vit.anatomy.blocks
         arrays = {name: np.full((len(logits), len(blocks)), np.nan, dtype=np.float32) for name in self.measures}
         for layer, patches in self._tokens.items():
-            grid = blocks[layer].grid
+            grid, step = blocks[layer].grid, blocks[layer].patch_step
             assert grid is not None
             for image, ids in enumerate(self._ids):
-                scores = None if ids is None else self._score(patches[image], ids, grid)
+                scores = None if ids is None else self._score(patches[image], patch_objects(ids, grid, step))
                 for name in self.measures if scores else ():
                     arrays[name][image, layer] = getattr(scores, GROUPING_SCORES[name])
         self._tokens = {}
         return arrays
 
-    def _score(self, patches: Float[np.ndarray, "patch channel"], ids: Ids, grid: tuple[int, int]) -> Grouping | None:
-        owner = patch_objects(ids, grid)
+    def _score(self, patches: Float[np.ndarray, "patch channel"], owner: Int[np.ndarray, "patch"]) -> Grouping | None:
         inside = owner > 0
         if len(np.unique(owner[inside])) < 2:
             return None
@@ -242,7 +241,7 @@ class _RobustnessCollector:
         )
         for image, ids in enumerate(self._ids):
             if ids is not None:
-                salience[image] = object_share(ids, self._grid)
+                salience[image] = object_share(ids, self._grid, block.patch_step)
         return salience
 
     def _read_tokens(self, layer: int, tokens: Tensor) -> None:

@@ -167,7 +167,8 @@ def _relevance_curves(one: "OneImage") -> Arrays:
 def _salient(one: "OneImage") -> tuple[Bool[np.ndarray, "patch"], str]:
     """Patches under objects of the mask, else the quarter with the highest rollout; and which of these they are."""
     if one.instance_ids is not None:
-        owner = patch_objects(one.instance_ids, one.grid, min_area=0.0, min_patches=1)
+        step = one.vit.anatomy.blocks[0].patch_step
+        owner = patch_objects(one.instance_ids, one.grid, step, min_area=0.0, min_patches=1)
         if (owner > 0).any():
             return np.asarray(owner > 0), "under objects of the mask"
     by_method = _relevance_by_method(one)
@@ -269,7 +270,7 @@ def _objects(one: "OneImage") -> Arrays:
     """Tokens of a few layers laid out, and the object of each patch; nothing without a mask."""
     if one.instance_ids is None:
         return {}
-    owner = patch_objects(one.instance_ids, one.grid)
+    owner = patch_objects(one.instance_ids, one.grid, one.vit.anatomy.blocks[0].patch_step)
     if not (owner > 0).any():
         raise Unsupported("The mask has no object of 2 % of the view and 3 patches, so there is nothing to colour.")
     by_layer, blocks = _patch_tokens(one), one.vit.anatomy.blocks

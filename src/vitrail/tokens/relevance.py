@@ -423,7 +423,7 @@ def deletion_and_insertion(
         UsageError: The scores are not of the patches of the first layer's grid.
         Unsupported: The tokens lie on no grid.
     """
-    grid = _first_grid(vit)
+    grid, step = _first_grid(vit), vit.anatomy.blocks[0].patch_step
     if scores.shape != (len(images), n_patches(grid)):
         raise UsageError(
             f"Scores of shape {scores.shape} were passed for {len(images)} images on a grid of {grid[0]} x {grid[1]} "
@@ -435,14 +435,14 @@ def deletion_and_insertion(
     deletion, insertion = [full], [empty]
     for amount in amounts[1:-1]:
         lost = patches_to_drop(order, amount)
-        deletion.append(_probability(vit, paint(images, lost, grid, "mean", vit.preprocessing), classes))
-        insertion.append(_probability(vit, paint(images, ~lost, grid, "mean", vit.preprocessing), classes))
+        deletion.append(_probability(vit, paint(images, lost, grid, "mean", vit.preprocessing, step), classes))
+        insertion.append(_probability(vit, paint(images, ~lost, grid, "mean", vit.preprocessing, step), classes))
     return Curves(amounts, np.stack([*deletion, empty], 1), np.stack([*insertion, full], 1))
 
 
 def _blank(vit: Vit, images: Images, grid: tuple[int, int]) -> Images:
     all_patches = np.ones((len(images), grid[0] * grid[1]), dtype=bool)
-    return paint(images, all_patches, grid, "mean", vit.preprocessing)
+    return paint(images, all_patches, grid, "mean", vit.preprocessing, vit.anatomy.blocks[0].patch_step)
 
 
 def _probability(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]) -> Float[np.ndarray, "image"]:

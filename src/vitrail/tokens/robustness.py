@@ -164,6 +164,7 @@ def paint(
     grid: tuple[int, int],
     colour: str,
     preprocessing: Preprocessing,
+    step: tuple[int, int] | None = None,
 ) -> Images:
     """Paints patches over.
 
@@ -173,6 +174,7 @@ def paint(
         grid: (rows, columns) of patches.
         colour: "black", as the normalisation has it, or "mean" for the image's mean colour.
         preprocessing: Of the model.
+        step: (rows, columns) of pixels from one patch to the next (`Block.patch_step`), as far as known.
 
     Returns:
         New images.
@@ -184,7 +186,7 @@ def paint(
         fill = images.float().mean((2, 3), keepdim=True).to(images)
     mask = lost.reshape(-1, 1, *grid)
     for axis in (2, 3):
-        widths = np.diff(patch_edges(images.shape[axis], grid[axis - 2]))
+        widths = np.diff(patch_edges(images.shape[axis], grid[axis - 2], step and step[axis - 2]))
         mask = mask.repeat(widths, axis)
         beyond = [(0, (images.shape[axis] - widths.sum()) * (each == axis)) for each in range(mask.ndim)]
         mask = np.pad(mask, beyond)
@@ -192,7 +194,11 @@ def paint(
 
 
 def shuffle(
-    images: Images, cells: int, permutations: Int[np.ndarray, "image cell"], grid: Grid | None = None
+    images: Images,
+    cells: int,
+    permutations: Int[np.ndarray, "image cell"],
+    grid: Grid | None = None,
+    step: tuple[int, int] | None = None,
 ) -> Images:
     """Cuts images into cells and lets these change places.
 
@@ -201,11 +207,13 @@ def shuffle(
         cells: Cells along a side.
         permutations: The cell that each place of the result shows.
         grid: (rows, columns) of patches, which `cells` divides; None cuts the whole image.
+        step: (rows, columns) of pixels from one patch to the next, as far as known.
 
     Returns:
         New images.
     """
-    return move_pixels(images, pixels_moved((images.shape[2], images.shape[3]), (cells, cells), permutations, grid))
+    size = (images.shape[2], images.shape[3])
+    return move_pixels(images, pixels_moved(size, (cells, cells), permutations, grid, step))
 
 
 def move_pixels(images: Images, sources: Int[np.ndarray, "image pixel"]) -> Images:
@@ -455,7 +463,7 @@ class _Prober:
         self, vit: Vit, images: Images, labels: Int[np.ndarray, "image"], intact: Levels, grid: tuple[int, int]
     ) -> None:
         self._vit, self._tap, self._images, self._labels = vit, vit.tap(), images, labels
-        self._intact, self._grid = intact, grid
+        self._intact, self._grid, self._step = intact, grid, vit.anatomy.blocks[0].patch_step
         self._drift: dict[int, tuple[Tensor, Tensor]] = {}
 
     def occlude(self, lost: Bool[np.ndarray, "image patch"], loss: str) -> Response:
@@ -467,7 +475,7 @@ class _Prober:
         )
         if loss == "removed":
             return self._response(run_without(self._tap, self._intact.replay, lost, readers))
-        painted = paint(self._images, lost, self._grid, loss, self._vit.preprocessing)
+        painted = paint(self._images, lost, self._grid, loss, self._vit.preprocessing, self._step)
         return self._response(self._tap.read(painted, readers))
 
     def shuffle_cells(self, cells: int, permutations: Int[np.ndarray, "image cell"]) -> Response:
@@ -477,7 +485,8 @@ class _Prober:
                 layer, tokens, lambda grid: _shuffle_pairs(permutations, cells, grid)
             )
         )
-        return self._response(self._tap.read(shuffle(self._images, cells, permutations, self._grid), readers))
+        shuffled = shuffle(self._images, cells, permutations, self._grid, self._step)
+        return self._response(self._tap.read(shuffled, readers))
 
     def _compare(self, layer: int, tokens: Tensor, pairs_on: Callable[[Grid], _Pairs | None]) -> None:
         """Drift of one layer. NaN where its tokens lie on no grid, or on one that the edit does not cut evenly."""

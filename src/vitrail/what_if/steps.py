@@ -222,17 +222,18 @@ def _change_patches(
 ) -> _State:
     count = int(mask.sum())
     words = f"{count} patch{'es' * (count != 1)} {'in the mean colour' if how == 'mean' else how}"
-    grid = grid_of(vit, 0)
+    grid, step = grid_of(vit, 0), vit.anatomy.blocks[0].patch_step
     if how == "removed":
         if mask.all():
             raise UsageError("All patches were to be removed; leave at least one.")
         return replace(state, words=words, lost=mask)
     if how in ("mean", "black"):
-        return _record(state.tap, paint(pixels, mask[None], grid, how, vit.preprocessing), words)
+        return _record(state.tap, paint(pixels, mask[None], grid, how, vit.preprocessing, step), words)
     sources = np.arange(len(mask))
     places = np.flatnonzero(mask)
     sources[places] = np.random.default_rng(seed).permutation(places)
-    moved = move_pixels(pixels, pixels_moved((pixels.shape[2], pixels.shape[3]), grid, sources[None]))
+    size = (pixels.shape[2], pixels.shape[3])
+    moved = move_pixels(pixels, pixels_moved(size, grid, sources[None], step=step))
     return replace(_record(state.tap, moved, words), sources=sources)
 
 
