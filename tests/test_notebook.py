@@ -98,6 +98,26 @@ def test_a_study_is_shown_by_its_dataset_as_by_its_folder(tmp_path, monkeypatch)
     )
 
 
+def test_some_images_of_a_study_are_those_whose_photographs_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitrail.notebook.export_html", lambda _folder, _live, images: str(images))
+    study = vitrail.open_study(write_study(tmp_path, 20))
+    assert vitrail.show(study).html == "None"
+    assert vitrail.show(study.isel(image=[7, 2])).html == "[7, 2]"
+    assert vitrail.show(study.isel(image=3)).html == "[3]"
+    assert vitrail.show(study.isel(image=slice(1, 20))).html == str(list(range(1, 13)))
+    assert vitrail.show(study.isel(image=[7, 2]), images=[1]).html == "[1]"
+
+
+def test_a_page_is_saved_where_folders_are_missing_and_at_home(tmp_path, monkeypatch):
+    page = Page("<p>words</p>")
+    assert page.save(tmp_path / "no" / "such" / "page.html").read_text("utf-8") == page.html
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert page.save("~/page.html") == tmp_path / "page.html"
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written to"):
+        page.save(tmp_path / "file" / "page.html")
+
+
 def test_a_study_is_not_shown_with_the_attention_of_another_model(vit, tmp_path):
     with pytest.raises(WeightsMismatch, match="studied with other weights"):
         vitrail.show(write_study(tmp_path, 6), vit)

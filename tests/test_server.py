@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
 from synthetic_study import CLASSES, N_HEADS, N_LAYERS, SIZE, PlantedLive, photograph, write_study
-from vitrail.analysis import analyses
+from vitrail.analysis import analyses, measures
 from vitrail.app import create_app, look, server, study_arrays
 from vitrail.app.answers import binary
 from vitrail.app.columns import Columns
@@ -97,6 +97,9 @@ def test_the_study_tells_its_sizes_measures_and_accuracy(client: TestClient, stu
     assert_allclose(description["accuracy"]["value"], share_correct, atol=1e-6)
     assert description["accuracy"]["low"] < share_correct < description["accuracy"]["high"]
     assert description["measures"]["strength_entropy"]["unit"] == "nats"
+    quantities = {name: each["is_quantity"] for name, each in description["measures"].items()}
+    assert quantities == {name: measures()[name].is_quantity for name in quantities}
+    assert (quantities["prediction"], quantities["probability"]) == (False, True)
     assert "class_names" not in description["measures"]
     assert "thumbnail" not in description["measures"]
 

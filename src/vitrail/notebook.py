@@ -7,16 +7,20 @@ vitrail.show(study)                           # a study: the page of `vitrail op
 vitrail.show("study/", vit)                   # with attention, too
 """
 
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
-from vitrail.app.export import export_html
+from vitrail.app.export import DEFAULT_IMAGES, export_html, write_html
 from vitrail.errors import UsageError
+from vitrail.outputs import local_path
 from vitrail.report import look_page
+from vitrail.study.store import open_study
 
 __all__ = ["Page", "show"]
 
@@ -40,14 +44,15 @@ class Page:
         """Write the page as a file that opens in any browser, without a server and offline.
 
         Args:
-            path: The file.
+            path: The file; `~` is the home folder, and folders that are missing are made.
 
         Returns:
             The file.
+
+        Raises:
+            UsageError: The file cannot be written.
         """
-        path = Path(path)
-        path.write_text(self.html, encoding="utf-8")
-        return path
+        return write_html(local_path(os.path.expanduser(path)), self.html)
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, so that neither its styles and scripts nor the notebook's touch the other."""
@@ -64,7 +69,9 @@ def show(item: Any, vit: Any = None, *, images: Sequence[int] | None = None, hei
     """A study or one image as a page in a notebook.
 
     Args:
-        item: A study, as its folder or as `open_study` gives it, or one image, as `vitrail.look` gives it.
+        item: A study, as its folder or as `open_study` gives it, or one image, as `vitrail.look` gives it. Of some
+            images of a study, as `study.isel(image=...)` gives them, the page has the photographs, of 12 at most; its
+            means are of the whole study.
         vit: The model of the study, for the attention of the images; None leaves attention out.
         images: Positions in the study of the images whose photographs, patches and attention are shown; None chooses
             those that the findings speak of.
@@ -83,6 +90,7 @@ def show(item: Any, vit: Any = None, *, images: Sequence[int] | None = None, hei
         >>> vitrail.show("study")  # doctest: +SKIP
     """
     if isinstance(item, xr.Dataset) and "source" in item.encoding:
+        images = _positions_in_study(item) if images is None else images
         item = item.encoding["source"]
     if isinstance(item, str | Path):
         live = None
@@ -96,3 +104,13 @@ def show(item: Any, vit: Any = None, *, images: Sequence[int] | None = None, hei
     raise UsageError(
         f"{type(item).__name__} was to be shown; give a study, its folder, or what vitrail.look(vit, image) gives."
     )
+
+
+def _positions_in_study(part: xr.Dataset) -> list[int] | None:
+    """Positions in the study of the first images of a part of it; None for all of its images."""
+    ids = open_study(part.encoding["source"], partial=True)["image"].to_numpy()
+    chosen = np.atleast_1d(part["image"].to_numpy())
+    if np.array_equal(ids, chosen):
+        return None
+    position = {image: at for at, image in enumerate(ids.tolist())}
+    return [position[image] for image in chosen.tolist() if image in position][:DEFAULT_IMAGES] or None

@@ -17,8 +17,8 @@ export interface Colouring {
 }
 
 /** Whether a measure is one number of an image once a layer and head are chosen, and no name of something. */
-const isOneNumber = ({ dims, unit }: Measure): boolean =>
-  ["image", "image,layer", "image,layer,head"].includes(dims.join()) && !/^(class|number)\b/.test(unit);
+const isOneNumber = ({ dims, is_quantity }: Measure): boolean =>
+  ["image", "image,layer", "image,layer,head"].includes(dims.join()) && is_quantity;
 
 /** What images can be coloured by; "right or wrong" only where the labels are the data set's own. */
 export function choices(about: Study): { name: string; words: string }[] {

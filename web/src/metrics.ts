@@ -7,8 +7,8 @@ import type { Study } from "./types";
 export function headMetrics(study: Study): string[] {
   return Object.keys(study.measures).filter((name) => {
     const measure = study.measures[name];
-    if (measure?.dims.join() !== "image,layer,head" || name.startsWith("pattern_")) return false;
-    return measure.unit !== "class" && !(name.endsWith("_exact") && name.slice(0, -"_exact".length) in study.measures);
+    if (measure?.dims.join() !== "image,layer,head" || !measure.is_quantity) return false;
+    return !(name.endsWith("_exact") && name.slice(0, -"_exact".length) in study.measures);
   });
 }
 

@@ -15,8 +15,6 @@ export interface Layout {
 
 /** Dimensions along a photograph's patches or all tokens; the first is taken. */
 const OVER_PHOTOGRAPH = ["patch", "token"];
-/** Units whose values are names: their mean says nothing. */
-const NAMES = /^(class|number)\b/;
 
 export function layoutOf(dims: string[]): Layout {
   const own = dims.filter((dim) => dim !== "image");
@@ -30,7 +28,7 @@ export function layoutOf(dims: string[]): Layout {
 }
 
 /** Whether a mean over images can be taken of a measure and be read. */
-export const hasMean = (measure: Measure): boolean => measure.dims[0] === "image" && !NAMES.test(measure.unit);
+export const hasMean = (measure: Measure): boolean => measure.dims[0] === "image" && measure.is_quantity;
 
 /** The values along `shown`, in that order, with every other dimension at its index in `chosen` (0 where it has none). */
 export function slice(array: NamedArray, shown: string[], chosen: Record<string, number>): Float32Array {

@@ -10,6 +10,8 @@ export interface Measure {
   limits: string;
   /** The measure of the plain pass that this one is read against; empty where values stand for themselves. */
   baseline: string;
+  /** Whether a mean of it says something: not of class ids, cluster numbers, places on a layout. */
+  is_quantity: boolean;
   analysis: string;
 }
 

@@ -65,9 +65,8 @@ test("means over a photograph's patches leave prefix tokens and padding out, and
 });
 
 test("a class has no mean, and neither has what is not of images", () => {
-  const measure = (unit: string, dims = ["image", "layer"]) => ({ unit, dims }) as Measure;
-  expect(hasMean(measure("probability"))).toBe(true);
-  expect(hasMean(measure("class"))).toBe(false);
-  expect(hasMean(measure("number from 0, -1 for none"))).toBe(false);
-  expect(hasMean(measure("1", ["layer", "head"]))).toBe(false);
+  const measure = (is_quantity: boolean, dims = ["image", "layer"]) => ({ is_quantity, dims }) as Measure;
+  expect(hasMean(measure(true))).toBe(true);
+  expect(hasMean(measure(false))).toBe(false);
+  expect(hasMean(measure(true, ["layer", "head"]))).toBe(false);
 });

@@ -3,7 +3,7 @@ import { expect, test } from "vitest";
 import { headMetrics } from "../src/metrics";
 import type { Measure, Study } from "../src/types";
 
-const measure = (dims: string[], unit = ""): Measure => ({
+const measure = (dims: string[], unit = "", is_quantity = true): Measure => ({
   dims,
   unit,
   title: "",
@@ -12,6 +12,7 @@ const measure = (dims: string[], unit = ""): Measure => ({
   source: "",
   limits: "",
   baseline: "",
+  is_quantity,
   analysis: "",
 });
 
@@ -21,9 +22,9 @@ test("the list of metrics holds only what has a mean over images", () => {
     measures: {
       head_probability: measure(perHead, "probability"),
       head_probability_exact: measure(perHead, "probability"),
-      head_prediction: measure(perHead, "class"),
+      head_prediction: measure(perHead, "class", false),
       head_flip: measure(perHead, "bool"),
-      pattern_map_cluster: measure(perHead, "number from 0, -1 for none"),
+      pattern_map_cluster: measure(perHead, "number from 0, -1 for none", false),
       attention_strength: measure([...perHead, "hop"], "weight"),
     },
   } as unknown as Study;

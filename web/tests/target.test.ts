@@ -5,9 +5,9 @@ import type { Sentence, Study } from "../src/types";
 
 const study = {
   measures: {
-    probability: { dims: ["image"], unit: "1" },
-    head_probability: { dims: ["image", "layer", "head"], unit: "1" },
-    field_size: { dims: ["image", "layer", "patch"], unit: "1" },
+    probability: { dims: ["image"], unit: "1", is_quantity: true },
+    head_probability: { dims: ["image", "layer", "head"], unit: "1", is_quantity: true },
+    field_size: { dims: ["image", "layer", "patch"], unit: "1", is_quantity: true },
   },
   analyses: [
     { name: "base", measures: ["probability"], stored: [] },

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vitrail.analysis import BASE, Analysis, analyses
+from vitrail.analysis import BASE, Analysis, analyses, measures
 from vitrail.app.answers import number_or_none
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.data import Manifest, class_title
@@ -95,8 +95,11 @@ def _command(analysis: Analysis, plan: Plan, manifest: Manifest, name: str) -> s
 
 
 def _describe_measure(arrays: StudyArrays, name: str) -> dict[str, Any]:
-    array = arrays.dataset[name]
+    array, declared = arrays.dataset[name], measures().get(name)
+    unit = str(array.attrs.get("unit", ""))
     return {
+        # the store does not say it of a measure whose package is not installed here: values that are names have no mean
+        "is_quantity": not unit.startswith(("class", "number")) if declared is None else declared.is_quantity,
         "dims": [str(dimension) for dimension in array.dims],
         "baseline": arrays.baseline(name),
         **{key: str(array.attrs.get(key, "")) for key in MEASURE_TEXTS},

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vitrail.app.static_files import NOT_BUILT, built_page
 from vitrail.errors import UsageError
 from vitrail.outputs import local_path, refuse_foreign_file
 
-__all__ = ["DEFAULT_IMAGES", "export_html", "export_page"]
+__all__ = ["DEFAULT_IMAGES", "export_html", "export_page", "write_html"]
 
 DEFAULT_IMAGES = 12
 """Images whose photographs, patches and attention go into a file."""
@@ -117,7 +117,22 @@ def export_page(
     if target.suffix.lower() not in (".html", ".htm"):
         target = target / "index.html"
     refuse_foreign_file(target, MARK)
-    html = export_html(study, live, images=images, others=others)
+    return write_html(target, export_html(study, live, images=images, others=others))
+
+
+def write_html(target: Path, html: str) -> Path:
+    """Writes a page, with the folders that it lies in.
+
+    Args:
+        target: The file.
+        html: The page.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: The disk does not take it.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(html, encoding="utf-8")
@@ -186,6 +201,8 @@ class _Recorder:
         maps = await self._record_attention(chosen)
         await self._record_comparisons(chosen)
         reason = f"This page is a file without the model behind it. Open the study: vitrail open {study['name']}"
+        if study["start"]["image"] not in chosen:  # the file opens with a photograph that it holds
+            study["start"]["image"] = chosen[0]
         study |= {
             "live": {"state": "none", "reason": reason},
             "upload": {"bytes": 0, "pixels": 0},
@@ -344,11 +361,14 @@ def _encode_weights(weights: np.ndarray, floor: float) -> np.ndarray:
     return np.where(weights < floor, 0, np.clip(np.rint(CODES * share), 1, CODES)).astype(np.uint8)
 
 
-def _check_images(images: Sequence[int], n_images: int) -> list[int]:
-    for image in images:
+def _check_images(images: Any, n_images: int) -> list[int]:
+    listed = list(images) if isinstance(images, Iterable) else []
+    if not listed or not all(isinstance(image, (int, np.integer)) for image in listed):
+        raise UsageError(f"Images for the page are positions in the study, such as [0, 5]; {images!r} was given.")
+    for image in listed:
         if not 0 <= image < n_images:
             raise UsageError(f"Image {image} was to go into the page; the study has images 0 to {n_images - 1}.")
-    return list(dict.fromkeys(map(int, images)))
+    return list(dict.fromkeys(map(int, listed)))
 
 
 async def _ask(app: Any, path: str) -> tuple[int, dict[str, str], bytes]:
