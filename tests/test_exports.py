@@ -104,6 +104,18 @@ def test_csv_holds_the_same_numbers_to_the_last_bit_and_says_what_its_columns_ar
     assert about["head_probability"]["limits"]
 
 
+def test_a_path_that_is_no_utf_8_is_written_with_escapes(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study, tmp_path / "study")
+    listed = json.loads((tmp_path / "study" / "images.json").read_text())
+    listed["images"][0]["path"] = "/photos/caf\udce9.png"
+    (tmp_path / "study" / "images.json").write_text(json.dumps(listed))
+    folder, _ = export_study(tmp_path / "study", "csv", measures="base")
+    with (folder / "image.csv").open(newline="", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["path"] == r"/photos/caf\xe9.png"
+    if importlib.util.find_spec("pyarrow") is not None:
+        export_study(tmp_path / "study", "parquet", measures="base")
+
+
 def test_no_name_is_a_formula_to_a_spreadsheet(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formulas = ("=1+1", "+1", "-1", "@SUM(A1)", "cat = dog")
     monkeypatch.setattr(
