@@ -254,6 +254,20 @@ def test_what_an_export_cannot_do_is_a_sentence(study: Path, tmp_path: Path, mon
             export_study(study, to, tmp_path / to)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--to", "csv", "--images", "0"], "--images has a meaning with --page only"),
+        (["--to", "csv", "--with", "/nowhere", "--no-live"], "--with, --no-live has a meaning with --page only"),
+        (["--page", "p.html", "--out", "d", "--measures", "m"], "--out, --measures has a meaning with --to only"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(study: Path, options: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, ["export", str(study), *options])
+    assert isinstance(result.exception, UsageError)
+    assert told in str(result.exception)
+
+
 def test_an_export_replaces_its_own_files_and_leaves_those_that_others_put_beside_them(study: Path, tmp_path) -> None:
     folder, _ = export_study(study, "csv", tmp_path / "tables")
     own = {path.name for path in folder.iterdir()} - {"export.json"}

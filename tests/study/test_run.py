@@ -275,6 +275,15 @@ class TestRefusals:
         study = run(vit, table, tmp_path / "study", measures="prefix_share")
         assert study.attrs["labels_from"] == "the names in \\xe9tiquettes.csv"
 
+    def test_workers_without_an_engine_are_refused_and_empty_names_are_none(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match=r"8 workers were asked for.*--engine ray"):
+            run(vit, photos, tmp_path / "study", n_workers=8)
+        with pytest.raises(UsageError, match="No measure was named"):
+            run(vit, photos, tmp_path / "study", measures=" ,")
+        assert "prefix_share" in run(vit, photos, tmp_path / "study", measures="prefix_share,", limit=4)
+
     @pytest.mark.parametrize("seed", [-1, 2**32])
     def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_computed(
         self, vit: Vit, photos: Path, tmp_path: Path, seed: int
