@@ -18,6 +18,13 @@ RANDOM = np.random.default_rng(0)
 SETTINGS = {"size": (8, 8), "resize": (8, 8), "crop_mode": "squash", "interpolation": "box", "mean": (0.5,) * 5}
 
 
+def _header(shape: tuple[int, ...]) -> bytes:
+    """An array file that claims to be large, with 10 bytes of values."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue() + b"x" * 10
+
+
 def _saved(values, **options):
     file = io.BytesIO()
     np.save(file, values, **options)
@@ -95,13 +102,16 @@ def test_images_of_other_channels_than_the_model_takes_are_left_out_with_the_rea
     ("content", "says"),
     [
         (_saved(np.zeros((4, 4, 5)))[:-9], "begins like an array file"),
+        (_header((10**7, 10**7, 3)), "300,000,000,000,000 values"),
+        (_header((10**30, 3)), "values in all its channels"),
+        (_header((5000, 5000, 3)), "ends before its 75,000,000 values do"),
         (_saved(np.array([{}, {}]), allow_pickle=True), "begins like an array file"),
         (_saved(np.zeros((4, 4, 5), dtype=np.int64)), "int64, whose black and white are not defined"),
         (_saved(np.full((4, 4, 5), np.nan)), "not finite"),
         (_saved(np.zeros((40, 40, 40))), r"an array of shape \[40, 40, 40\]"),
         (_saved(np.zeros((0, 4, 3))), r"an array of shape \[0, 4, 3\]"),
     ],
-    ids=["cut off", "pickled", "int64", "NaN", "volume", "empty"],
+    ids=["cut off", "huge", "of more values than fit a number", "short", "pickled", "int64", "NaN", "volume", "empty"],
 )
 def test_an_array_that_is_no_image_is_refused(content, says):
     with pytest.raises(BadImage, match=says):

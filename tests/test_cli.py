@@ -61,6 +61,15 @@ def test_every_command_refuses_a_seed_that_no_generator_takes(command: list[str]
         assert "for '--seed'" in result.output
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are text there")
+def test_a_name_that_is_no_utf_8_is_printed_with_escapes(tmp_path: Path) -> None:
+    study = write_study(tmp_path / os.fsdecode(b"caf\xe9"), 8)
+    command = [sys.executable, "-m", "vitrail", "report", str(study), "--json"]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert completed.returncode == 0, completed.stderr
+    assert r"caf\udce9" in completed.stdout
+
+
 def test_measures_left_out_for_one_reason_share_a_line(tmp_path: Path) -> None:
     study = write_study(tmp_path, 8)
     left_out = {"first_measure": "no class token", "second_measure": "no class token", "third": "no grid"}

@@ -263,6 +263,11 @@ class TestLabels:
             assert source.labels_from == "the numbers of the class folders, taken as indices of the classes"
         assert set(labels(data.open_images(tmp_path, n_classes=11)).values()) == {None}
 
+    def test_an_accent_that_is_written_apart_from_its_letter_is_the_same_name(self, tmp_path: Path) -> None:
+        write(tmp_path, {f"{name}/a.png": encoded(picture()) for name in ("cafe\u0301", "tea")})
+        source = data.open_images(tmp_path, class_names=["Caf\u00e9", "tea"])
+        assert source.labels == (0, 1)
+
     def test_names_go_before_indices(self, tmp_path: Path) -> None:
         write(tmp_path, {f"{name}/a.png": encoded(picture()) for name in ("0", "1", "10")})
         source = data.open_images(tmp_path, class_names=["10", "1", "0", *map(str, range(2, 10))])

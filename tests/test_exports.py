@@ -104,6 +104,18 @@ def test_csv_holds_the_same_numbers_to_the_last_bit_and_says_what_its_columns_ar
     assert about["head_probability"]["limits"]
 
 
+def test_a_path_that_is_no_utf_8_is_written_with_escapes(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study, tmp_path / "study")
+    listed = json.loads((tmp_path / "study" / "images.json").read_text())
+    listed["images"][0]["path"] = "/photos/caf\udce9.png"
+    (tmp_path / "study" / "images.json").write_text(json.dumps(listed))
+    folder, _ = export_study(tmp_path / "study", "csv", measures="base")
+    with (folder / "image.csv").open(newline="", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["path"] == r"/photos/caf\xe9.png"
+    if importlib.util.find_spec("pyarrow") is not None:
+        export_study(tmp_path / "study", "parquet", measures="base")
+
+
 def test_no_name_is_a_formula_to_a_spreadsheet(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formulas = ("=1+1", "+1", "-1", "@SUM(A1)", "cat = dog")
     monkeypatch.setattr(
@@ -240,6 +252,20 @@ def test_what_an_export_cannot_do_is_a_sentence(study: Path, tmp_path: Path, mon
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(MissingLibrary, match=rf"export to {to} needs {name}.*pip install"):
             export_study(study, to, tmp_path / to)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--to", "csv", "--images", "0"], "--images has a meaning with --page only"),
+        (["--to", "csv", "--with", "/nowhere", "--no-live"], "--with, --no-live has a meaning with --page only"),
+        (["--page", "p.html", "--out", "d", "--measures", "m"], "--out, --measures has a meaning with --to only"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(study: Path, options: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, ["export", str(study), *options])
+    assert isinstance(result.exception, UsageError)
+    assert told in str(result.exception)
 
 
 def test_an_export_replaces_its_own_files_and_leaves_those_that_others_put_beside_them(study: Path, tmp_path) -> None:

@@ -491,7 +491,8 @@ def split_names(names: str | Iterable[str]) -> list[str]:
     Returns:
         Names in their order, without empty ones.
     """
-    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    stripped = (name.strip() for name in (names.split(",") if isinstance(names, str) else names))
+    return [name for name in stripped if name]
 
 
 def is_analysis(name: str) -> bool:
@@ -518,7 +519,7 @@ def analyses_named(names: str | Iterable[str]) -> tuple[Analysis, ...]:
     Raises:
         UsageError: a name is no analysis, or there is none.
     """
-    split = [name for name in split_names(names) if name]
+    split = split_names(names)
     unknown = [name for name in split if not is_analysis(name)]
     if unknown or not split:
         raise UsageError(

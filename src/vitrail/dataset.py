@@ -50,6 +50,6 @@ class MeasureDataset(xr.Dataset):  # type: ignore[no-untyped-call]  # xarray has
 def _as_text(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
     """Texts and numbers as they are, everything else as JSON."""
     return {
-        name: value if isinstance(value, str | float) or type(value) is int else json.dumps(value, ensure_ascii=False)
+        name: value if isinstance(value, str | float) or type(value) is int else json.dumps(value)
         for name, value in attributes.items()
     }

@@ -108,6 +108,20 @@ class TestGrowing:
         assert folder_bytes(out) == before
         assert open_study(out).sizes["image"] == 8
 
+    def test_a_list_gains_a_file_of_another_folder(self, vit: Vit, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "class 2", 6)
+        some, more = sorted((photos / "class 0").glob("*.png")), sorted((photos / "class 1").glob("*.png"))
+        out = tmp_path / "study"
+        run(vit, some, out, measures="prefix_share")
+        for _ in range(2):  # and the same once more
+            study = run(vit, [more[0], *some], out, measures="prefix_share")
+            assert study["image"].to_numpy().tolist() == [*(path.name for path in some), "class 1/1.png"]
+        again = run(vit, [*some, more[0]], tmp_path / "at once", measures="prefix_share")
+        assert_array_equal(study["prefix_share"], again["prefix_share"])
+        shutil.copy(more[0], photos / "0.png")
+        with pytest.raises(PlanMismatch, match=r"0\.png of this run would have the ids of other images"):
+            run(vit, [photos / "0.png", *some, more[0]], out, measures="prefix_share")
+
     def test_what_is_there_is_not_measured_again(
         self, vit: Vit, photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

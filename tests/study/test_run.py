@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,6 +260,29 @@ class TestRefusals:
         assert "class names" not in told
         assert "measures" not in told  # that a run asks for fewer is no difference
         assert folder_bytes(finished) == before
+
+    def test_a_batch_that_memory_does_not_take_is_a_sentence(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=r"does not take a batch of 10000000000 images.*smaller --batch-size"):
+            run(vit, photos, tmp_path / "study", measures="prefix_share", batch_size=10**10)
+
+    @pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names of files are text there")
+    def test_a_table_of_labels_whose_name_is_no_utf_8_names_its_labels(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        table = tmp_path / os.fsdecode(b"\xe9tiquettes.csv")
+        photos_of_class = ((photo, photo.parent.name) for photo in sorted(photos.glob("*/*.png")))
+        table.write_text("".join(f"{photo},{name}\n" for photo, name in photos_of_class), encoding="utf-8")
+        study = run(vit, table, tmp_path / "study", measures="prefix_share")
+        assert study.attrs["labels_from"] == "the names in \\xe9tiquettes.csv"
+
+    def test_workers_without_an_engine_are_refused_and_empty_names_are_none(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match=r"8 workers were asked for.*--engine ray"):
+            run(vit, photos, tmp_path / "study", n_workers=8)
+        with pytest.raises(UsageError, match="No measure was named"):
+            run(vit, photos, tmp_path / "study", measures=" ,")
+        assert "prefix_share" in run(vit, photos, tmp_path / "study", measures="prefix_share,", limit=4)
 
     @pytest.mark.parametrize("seed", [-1, 2**32])
     def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_computed(

@@ -5,6 +5,7 @@ It ends with 0 where all went well; 1 where a model, image or study cannot be us
 """
 
 import errno
+import io
 import logging
 import sys
 from typing import Annotated
@@ -79,6 +80,8 @@ def _is_not_of_open_clip(record: logging.LogRecord) -> bool:
 
 def main() -> None:
     """The console script: what Vitrail says on purpose is printed as a sentence, a bug as a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no UTF-8, as stderr has them
     logging.getLogger(HUB_REQUESTS).addFilter(_OneLineOfRetries())
     logging.getLogger().addFilter(_is_not_of_open_clip)
     try:

@@ -1,5 +1,6 @@
 """`vitrail export`: a finished study in the formats of other tools, or as a page of one file."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,15 +53,25 @@ def export(
     if page is not None:
         if to is not None:
             raise UsageError("Give --page or --to, not both.")
+        _refuse_options("--to", {"--out": out, "--measures": measures})
         write_page(study, page, images, others or (), model, weights, device, live=live)
         return
     from vitrail.exports import export_study
 
     if to is None:
         raise UsageError(f"Say what to write with --to: {', '.join(ExportFormat)}; or the page, with --page FILE.html.")
+    of_page = {"--images": images, "--with": others, "--no-live": not live, "--model": model, "--weights": weights}
+    _refuse_options("--page", of_page)
     folder, opens = export_study(study, to.value, out, measures=measures)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     typer.echo(f"{folder}  ({size / 1e6:.1f} MB)\nOpen it:  {opens}")
+
+
+def _refuse_options(owner: str, values: Mapping[str, object]) -> None:
+    """Refuses options that would be ignored without a word."""
+    ignored = [name for name, value in values.items() if value]
+    if ignored:
+        raise UsageError(f"{', '.join(ignored)} has a meaning with {owner} only; leave it out, or give {owner}.")
 
 
 def write_page(

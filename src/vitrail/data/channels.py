@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
@@ -94,12 +95,29 @@ def read_channels(content: bytes, refuse_too_many: Callable[[int, int], None]) -
     """
     if content.startswith(_ARRAY):
         try:
+            _refuse_header(content)
             return image_of_channels(np.load(io.BytesIO(content), allow_pickle=False), refuse_too_many)
-        except (ValueError, EOFError, OSError, SyntaxError) as error:
+        except (ValueError, EOFError, OSError, SyntaxError, OverflowError, MemoryError) as error:
             raise BadImage(f"begins like an array file (.npy), and cannot be read: {error}") from error
     if content.startswith(_TIFF) and importlib.util.find_spec("tifffile") is not None:
         return _read_bands(content, refuse_too_many)
     return None
+
+
+def _refuse_header(content: bytes) -> None:
+    """Refuses an array file of too many values, or of fewer than its header says: numpy makes room for all of them."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError("it is of a version for records, and an image holds numbers")
+    n_values = math.prod(shape)
+    _refuse_too_many_values(n_values)
+    if not dtype.hasobject and len(content) - file.tell() < n_values * dtype.itemsize:
+        raise ValueError(f"it ends before its {n_values:,} values do")
 
 
 def _read_bands(content: bytes, refuse_too_many: Callable[[int, int], None]) -> Image.Image | None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -123,7 +124,8 @@ def _indices(class_names: Sequence[str] | None, n_classes: int | None) -> tuple[
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
+    composed = unicodedata.normalize("NFC", name.casefold())  # a Mac writes an accent apart from its letter
+    return " ".join(composed.replace("_", " ").split())
 
 
 def _synsets(n_classes: int) -> list[str]:

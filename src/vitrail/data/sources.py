@@ -148,7 +148,7 @@ def _from_path(path: Path, leave_out: Sequence[str | Path]) -> Listing:
             lines = (line.strip() for line in text(path).splitlines())
             return Listing(name, file_items([path.parent / line for line in lines if line and line[0] != "#"]))
         case ".csv" | ".json":
-            return Listing(name, table_items(path), table=path.name)
+            return Listing(name, table_items(path), table=file_id(Path(path.name)))
         case ".tar":
             return Listing(name, tar_items(path))
         case ".parquet":

@@ -153,4 +153,4 @@ def _write_sign(source: ExportSource, to: str, folder: Path, *, files: Sequence[
         "measures": sorted(map(str, source.data.data_vars)),
         "left_out": source.left_out,
     }
-    (folder / SIGN).write_text(json.dumps(sign, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / SIGN).write_text(json.dumps(sign, indent=1) + "\n", encoding="utf-8")

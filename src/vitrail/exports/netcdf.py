@@ -33,7 +33,7 @@ def write_netcdf(source: ExportSource, folder: Path) -> str:
     with h5netcdf.File(folder / FILE, "w") as file:
         file.attrs["Conventions"] = "CF-1.11"
         file.attrs["title"] = f"{source.plan.model}, {source.plan.n_images} images"
-        file.attrs["plan"] = json.dumps(asdict(source.plan), ensure_ascii=False)
+        file.attrs["plan"] = json.dumps(asdict(source.plan))
         file.dimensions = {str(name): size for name, size in source.data.sizes.items()}
         for name, coordinate in source.data.coords.items():
             values = coordinate.to_numpy()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitrail.data.lists import file_id
 from vitrail.exports.source import ExportSource, import_library
 from vitrail.measure import PLACES
 
@@ -77,7 +78,7 @@ def write_parquet(source: ExportSource, folder: Path) -> str:
     """
     arrow = import_library("pyarrow", "parquet", "pip install 'vitrail[export]'")
     parquet = import_library("pyarrow.parquet", "parquet", "pip install 'vitrail[export]'")
-    plan = {"vitrail": json.dumps(asdict(source.plan), ensure_ascii=False)}
+    plan = {"vitrail": json.dumps(asdict(source.plan))}
     tables = _tables(source)
     for table in tables:
         writer = None
@@ -149,7 +150,7 @@ def _blocks(source: ExportSource, table: _Table) -> Iterator[Columns]:
         columns |= _measures(source, table, values, cells)
         if not inner:
             columns |= {f"{name}_name": source.class_names(columns[name]) for name in CLASSES if name in columns}
-            columns["path"] = [entry.path for entry in source.entries[rows]]
+            columns["path"] = [entry.path and file_id(Path(entry.path)) for entry in source.entries[rows]]
         yield columns
 
 

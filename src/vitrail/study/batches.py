@@ -39,6 +39,9 @@ __all__ = ["BatchRun", "LoadedBatch", "StudyRun", "load_batches"]
 
 Arrays = dict[str, np.ndarray]
 
+CPU_MEMORY = "DefaultCPUAllocator"
+"""In torch's message where the memory of this computer does not suffice, which is a plain `RuntimeError`."""
+
 DEVICE_ERRORS = ("CUDA error", "HIP error")
 """How torch's messages begin when a device has failed or is gone."""
 
@@ -176,7 +179,8 @@ class BatchRun:
         """
         while True:
             try:
-                return self._measure(batch, existing, place)
+                with self._memory_errors():
+                    return self._measure(batch, existing, place)
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
             except RuntimeError as error:
@@ -227,7 +231,7 @@ class BatchRun:
             if isinstance(collector, SamplesImages):
                 collector.take_places(range(place, place + n_images))
         keep = any(collector.replays for collector in collectors)
-        images = _pad(batch.prepared, self._plan.batch_size)
+        images = self._pad(batch.prepared)
         readers = Readers.join([collector.readers() for collector in collectors])
         replay, logits = self._tap.record(images, readers, keep=keep)
         _refuse_not_finite(batch.entries, logits[:n_images])
@@ -264,7 +268,7 @@ class BatchRun:
         Raises:
             ModelError: Two passes over them differ.
         """
-        reason = reason_of_chance(self._tap, _pad(batch.prepared, self._plan.batch_size))
+        reason = reason_of_chance(self._tap, self._pad(batch.prepared))
         if reason:
             raise ModelError(f"{self._vit.name} {reason}")
 
@@ -279,9 +283,28 @@ class BatchRun:
         Args:
             batch: Its images.
         """
-        images = _pad(batch.prepared, self._plan.batch_size)
+        images = self._pad(batch.prepared)
         for collector in self.calibrating:
             collector.calibrate(self._tap, images, len(batch.entries))
+
+    def _pad(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "batch channel row column"]:
+        """The last image repeated up to the batch size, because another batch size gives other last digits."""
+        missing = self._plan.batch_size - len(images)
+        with self._memory_errors():
+            return torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """Says what to do where the memory of this computer does not suffice, of which no chunk can be made smaller."""
+        try:
+            yield
+        except RuntimeError as error:
+            if CPU_MEMORY not in str(error):
+                raise
+            raise ModelError(
+                f"The memory of this computer does not take a batch of {self._plan.batch_size} images. Give a smaller "
+                "--batch-size and, as it is part of the plan, another folder."
+            ) from error
 
     def _hand_out_masks(
         self, collectors: Sequence[Collector], masks: Sequence[Int64[np.ndarray, "_ _"] | None]
@@ -299,14 +322,6 @@ class BatchRun:
         assert len(values.shape) == len(measure.dims), f"{name} has shape {values.shape}, declared {measure.dims}"
         assert values.shape == expected, f"{name} has shape {values.shape} for {measure.dims}, not {expected}"
         assert values.dtype == measure.dtype, f"{name} is {values.dtype}, declared {measure.dtype}"
-
-
-def _pad(
-    images: Float[Tensor, "image channel row column"], batch_size: int
-) -> Float[Tensor, "batch channel row column"]:
-    """The last image repeated up to the batch size, because another batch size gives other last digits."""
-    missing = batch_size - len(images)
-    return torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
 
 
 def _refuse_not_finite(entries: Sequence[ImageEntry], logits: Float[Tensor, "image class"]) -> None:

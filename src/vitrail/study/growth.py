@@ -30,7 +30,7 @@ def arrange_images(existing: Plan, earlier: Manifest, manifest: Manifest) -> Man
     Raises:
         PlanMismatch: Some of the study's images are missing or have changed.
     """
-    scanned = {entry.id: entry for entry in manifest.images}
+    scanned = _match(earlier, manifest)
     missing = [entry.id for entry in earlier.images if entry.id not in scanned]
     if missing and len(manifest.images) < existing.n_images:
         return manifest  # fewer images were asked for, which the plans tell
@@ -44,9 +44,30 @@ def arrange_images(existing: Plan, earlier: Manifest, manifest: Manifest) -> Man
             f"folder are not as they were: {'; '.join(phrases)}. A study can gain images; put the old ones back, or "
             "name another folder to begin anew."
         )
-    first = tuple(scanned[entry.id] for entry in earlier.images)
-    ids = {entry.id for entry in first}
-    return replace(manifest, images=(*first, *(entry for entry in manifest.images if entry.id not in ids)))
+    first = tuple(replace(scanned[entry.id], id=entry.id) for entry in earlier.images)
+    ids = {scanned[entry.id].id for entry in earlier.images}
+    added = tuple(entry for entry in manifest.images if entry.id not in ids)
+    twice = sorted({entry.id for entry in first} & {entry.id for entry in added})
+    if twice:
+        raise PlanMismatch(
+            f"images: {some(twice)} of this run would have the ids of other images of the folder, as the folder that "
+            "all files share is another now. Give them other names, or name another folder to begin anew."
+        )
+    return replace(manifest, images=(*first, *added))
+
+
+def _match(earlier: Manifest, manifest: Manifest) -> dict[str, ImageEntry]:
+    """What a scan holds of a study's images, by their ids in the study.
+
+    The same file with the same content is the same image, although a list that gained files of another folder has given
+    it another id; otherwise the id tells.
+    """
+    by_path = {entry.path: entry for entry in manifest.images if entry.path is not None}
+    pairs = ((entry, by_path.get(entry.path or "")) for entry in earlier.images)
+    matched = {entry.id: same for entry, same in pairs if same is not None and _content(same) == _content(entry)}
+    ids = {same.id for same in matched.values()}
+    by_id = {entry.id: entry for entry in manifest.images if entry.id not in ids}
+    return {entry.id: by_id[entry.id] for entry in earlier.images if entry.id in by_id} | matched
 
 
 def merge_plans(existing: Plan, requested: Plan, names: Iterable[str]) -> Plan:

@@ -206,14 +206,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
     Args:
         path: The file.
-        content: All of it; text is written as UTF-8.
+        content: All of it; text is written as UTF-8, and what stands in it for bytes of a file's name that are no UTF-8
+            as escapes, which JSON reads back.
 
     Raises:
         OSError: The disk does not take it.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     with open(unfinished, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

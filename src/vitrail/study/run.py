@@ -137,6 +137,11 @@ def run_study(
         }
         work_on_ray(vit, images, n_workers, arguments)
         return open_study(out)
+    if n_workers != 1:
+        raise UsageError(
+            f"{n_workers} workers were asked for, which only an engine starts: give --engine ray. Without it run the "
+            "same command several times with --worker."
+        )
     objects = open_objects(out) if is_address(out) else None
     folder = local_path(out) if objects is None else objects.folder
     options = changed_options({**(options or {}), **({"masks": "given"} if masks is not None else {})})
@@ -260,6 +265,8 @@ def _select_measures(
     vit: Vit, measures: str | Sequence[str], options: Mapping[str, str]
 ) -> tuple[list[Measure], dict[str, str]]:
     """The measures to compute, and those that this model does not have, with reasons."""
+    if not split_names(measures):
+        raise UsageError("No measure was named; give analyses or measures, such as heads.")
     candidates = measures_named(measures)
     left_out = unavailable(vit, [each.name for each in candidates], options)
     by_name = [name for name in split_names(measures) if name in left_out and not is_analysis(name)]

@@ -240,7 +240,7 @@ def _arrays(path: Path, names: Iterable[str]) -> xr.Dataset:
 
 def _opened(path: Path) -> xr.Dataset:
     # without a cache of their own, as `_read_lazily` has one
-    with zarr_options(_reader()):
+    with zarr_options(_reader(path)):
         return xr.open_dataset(path, engine="zarr", chunks=None, cache=False, consolidated=True)
 
 
@@ -265,14 +265,25 @@ def zarr_options(options: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _reader() -> dict[str, str]:
-    """The options of zarr with which many small chunks are read in a tenth of the time, where zarrs is installed."""
-    if _forked or find_spec("zarrs") is None:
+def _reader(path: Path) -> dict[str, str]:
+    """The options of zarr with which many small chunks are read in a tenth of the time, where zarrs is installed.
+
+    It takes no paths that are no UTF-8.
+    """
+    if _forked or find_spec("zarrs") is None or not _is_utf_8(path):
         return {}
     from zarrs import ZarrsCodecPipeline
 
     register_pipeline(ZarrsCodecPipeline)  # its first versions do not tell zarr by themselves
     return {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+
+
+def _is_utf_8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _forked = False
