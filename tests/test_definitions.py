@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score, silhouette_score
 
 from vitrail import open_vit, run_study
 from vitrail.analysis import analyses
+from vitrail.measure import Measure
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "definitions.md"
 
@@ -27,13 +28,17 @@ HOPS = np.maximum(np.abs(ROW[:, None] - ROW), np.abs(COLUMN[:, None] - COLUMN))
 DISTANCE = np.hypot(ROW[:, None] - ROW, COLUMN[:, None] - COLUMN)
 
 
-def test_every_measure_is_on_the_page() -> None:
-    said = re.findall(r"`([^`\n]+)`", PAGE.read_text())
-    names = [
-        measure.name
+def declared_measures() -> list[Measure]:
+    return [
+        measure
         for analysis in analyses().values()
         for measure in (*analysis.measures, *analysis.accompanying, *analysis.image_measures)
     ]
+
+
+def test_every_measure_is_on_the_page() -> None:
+    said = re.findall(r"`([^`\n]+)`", PAGE.read_text())
+    names = [measure.name for measure in declared_measures()]
     endings = tuple(each.removeprefix("..") for each in said if each.startswith(".."))
     missing = [
         name
@@ -41,6 +46,10 @@ def test_every_measure_is_on_the_page() -> None:
         if not any(fnmatch.fnmatchcase(name, each) for each in said) and not name.endswith(endings)
     ]
     assert not missing
+
+
+def test_the_page_of_measures_ends_sources_so_they_have_no_full_stop() -> None:
+    assert not [measure.name for measure in declared_measures() if measure.source.endswith(".")]
 
 
 @pytest.fixture(scope="module")

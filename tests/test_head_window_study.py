@@ -117,6 +117,15 @@ def test_the_section_names_the_head_that_needs_most(folder):
     assert f"class stays for {100 * (1 - flips.mean()):.0f} %" in findings[1]
 
 
+def test_a_model_that_photographs_cannot_be_shown_to_says_why_it_has_none():
+    bands = open_vit(timm_vit(in_chans=5), image_size=(48, 80), mean=0.5, std=0.5)
+    reasons = unavailable(bands, NAMES)
+    assert set(reasons) == set(NAMES)
+    assert "built-in photographs, and this model takes images of 5 channels" in reasons["head_window_area"]
+    grey = open_vit(timm_vit(in_chans=1), image_size=(48, 80), mean=0.5, std=0.5)
+    assert "head_window_area" not in unavailable(grey, NAMES)
+
+
 def test_a_model_with_windows_of_its_own_says_why_it_has_none():
     swin = open_vit(timm_swin(), image_size=(64, 64))
     options = {option.name: option.default for each in analyses().values() for option in each.options}

@@ -215,6 +215,16 @@ def test_a_column_ahead_by_the_same_in_every_image_is_the_largest():
     assert candidates_for_largest(values).tolist() == [False, True, False]
 
 
+def test_a_column_of_equal_numbers_takes_no_p_value_from_others():
+    values, groups = np.random.default_rng(0).normal(size=(60, 3)), np.arange(60) % 4
+    values[groups == 0, 0] += 2
+    with_equal = np.column_stack([values, np.full(60, 1 / 3)])  # whose standard deviation is 5e-17
+    p_values = group_p_values(with_equal, groups)
+    assert_allclose(p_values[:, :3], group_p_values(values, groups))
+    assert p_values[0, 0] == 0.001
+    assert np.isnan(p_values[:, 3]).all()
+
+
 def test_groups_that_do_not_matter_are_starred_in_about_5_percent_of_studies_and_planted_ones_are():
     rng = np.random.default_rng(0)
     starred = []

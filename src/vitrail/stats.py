@@ -285,8 +285,8 @@ def mean_bounds(values: Num[np.ndarray, "image *rest"], limits: tuple[float, flo
         seed: of the random weights.
 
     Returns:
-        The bounds, in the unit of the values; wide: with n images an end lies at least 3.7 / n of the range beyond the
-        mean. NaN for a single image.
+        The bounds, in the unit of the values; wide: with n images each lies beyond the mean by at least 3.7 / n of the
+        way from the mean to that end of the range. NaN for a single image.
 
     Raises:
         UsageError: values outside `limits`, or infinite.
@@ -306,7 +306,7 @@ def upper_bound(
     """What the mean exceeds in at most 5 % of samples, for every distribution within a known range (one-sided).
 
     It answers "can this be neglected?": an interval that holds zero does not, as it may only be wide. With n images
-    that lose nothing it is 3 / n of the range.
+    that lose nothing it is 3 / n of the largest loss that is possible.
 
     Args:
         values: any unit; NaN where an image has no value.
@@ -421,7 +421,7 @@ def group_p_values(
     of studies, for every distribution and number of images.
 
     Args:
-        values: any unit; columns with NaN have no p-value.
+        values: any unit; columns with NaN, or of equal numbers, have no p-value.
         groups: the group of each image, as numbers.
         seed: of the random dealing.
 
@@ -437,12 +437,12 @@ def group_p_values(
     if len(groups) != len(columns):
         raise UsageError(f"Each image needs its group; found {len(columns)} images and {len(groups)} groups.")
     _, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    n_images, spread = len(columns), columns.std(0)
+    n_images, mean, spread = len(columns), columns.mean(0), columns.std(0)
     p_values = np.full((len(sizes), columns.shape[1]), np.nan)
     tested = (sizes > 1) & (sizes < n_images)
-    varies = np.isfinite(spread) & (spread > 0)
+    varies = np.isfinite(spread) & _vary(mean, spread)
     if tested.any() and varies.any():
-        standard = np.ascontiguousarray((columns[:, varies] - columns[:, varies].mean(0)) / spread[varies])
+        standard = np.ascontiguousarray((columns[:, varies] - mean[varies]) / spread[varies])
         scale = (np.sqrt(n_images / (sizes * np.maximum(n_images - sizes, 1))))[:, None]
 
         ones, ends = np.ones(n_images), np.arange(n_images + 1)
@@ -549,7 +549,7 @@ def _bootstrap_t(
         lower, upper = tails(t, ALPHA / 2)
         with np.errstate(invalid="ignore"):  # infinity times no spread: no interval
             low[which], high[which] = mean[which] - upper * error[which], mean[which] - lower * error[which]
-    nothing = ~(spread > 1e-12 * np.abs(mean))  # rounding of equal numbers is no spread
+    nothing = ~_vary(mean, spread)
     low[nothing], high[nothing] = np.nan, np.nan
     return low, high
 
@@ -634,6 +634,11 @@ def resampled_means(columns: Float[np.ndarray, "image column"], seed: int) -> Fl
             times = np.stack([np.bincount(indices, minlength=n_images) for indices in drawn])
         means[start : start + step] = times.astype(np.float64) @ columns / n_images
     return means
+
+
+def _vary(mean: np.ndarray, spread: np.ndarray) -> Bool[np.ndarray, "column"]:
+    """Which columns hold different numbers: rounding of equal numbers is no spread."""
+    return np.asarray(spread > 1e-12 * np.abs(mean))
 
 
 def _skewness(columns: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> Float[np.ndarray, "column"]:

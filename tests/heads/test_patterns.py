@@ -15,6 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from vitrail import open_vit
 from vitrail.analysis import analyses, make_collectors, measures, unavailable
 from vitrail.errors import StudyError, UsageError
+from vitrail.grid import n_patches
 from vitrail.patterns.coders import Shape, coder_inputs, fit_coder, principal_axes
 from vitrail.patterns.layout import NOISE, fit_layout
 from vitrail.patterns.maps import ComparableLayers, PatternMaps, comparable_layers, pool_block
@@ -56,6 +57,14 @@ class TestRules:
     @pytest.mark.parametrize("label", FAMILIES)
     def test_each_planted_family_takes_its_own_name(self, label):
         assert name_pattern(numbers_of(FAMILIES[label]), GRID).label == label
+
+    @pytest.mark.parametrize("grid", [GRID, (1, 1), (1, 4)])
+    def test_a_map_of_zeros_has_no_numbers(self, grid):
+        assert np.isnan(numbers_of(np.zeros((2, n_patches(grid), n_patches(grid))), grid)).all()
+
+    def test_on_a_grid_of_one_patch_there_is_no_step(self):
+        numbers = dict(zip(RULES, numbers_of(np.ones((1, 1)), (1, 1)), strict=True))
+        assert (numbers["self"], numbers["shift_mass"], numbers["shift_x"], numbers["shift_y"]) == (1, 0, 0, 0)
 
     @pytest.mark.parametrize("rule", ["self", "shift_mass", "row", "column", "local", "sink", "uniformity"])
     @pytest.mark.parametrize("grid", [GRID, (7, 12)])
@@ -261,6 +270,10 @@ class TestMap:
             place_heads(model, 0, torch.zeros(1, 5, 5))
         with pytest.raises(StudyError, match="holds no fitted patterns"):
             PatternModel.load(tmp_path / "none.safetensors")
+        for damaged in (model.to_bytes()[:-100], b"no tensors"):
+            (tmp_path / "damaged.safetensors").write_bytes(damaged)
+            with pytest.raises(StudyError, match="holds no fitted patterns"):
+                PatternModel.load(tmp_path / "damaged.safetensors")
 
     def test_few_heads_lie_on_their_principal_plane_in_one_cluster(self):
         few = fit_layout(np.eye(4, 6))

@@ -178,6 +178,27 @@ def test_sides_are_distances_from_the_query() -> None:
     assert of_patch[0] == [-2, -1, 5, 2]
 
 
+@pytest.mark.parametrize(("grid", "n_patches"), [((8, 8), 16), ((7, 9), 15), ((14, 14), 49)])
+def test_equal_boxes_are_told_by_the_rule_and_not_by_rounding(grid: tuple[int, int], n_patches: int) -> None:
+    n = grid[0] * grid[1]
+    ranked = torch.tensor(
+        [
+            (top, left, top + height, left + width)
+            for height, width in windows.shapes_of_area(grid, n_patches)
+            for top in range(grid[0] - height + 1)
+            for left in range(grid[1] - width + 1)
+        ]
+    )
+    others = ~torch.eye(n, dtype=torch.bool)  # even attention: what a box holds is a count
+    row, column = torch.arange(n) // grid[1], torch.arange(n) % grid[1]
+    top, left, bottom, right = ranked[:, :, None].unbind(1)
+    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    counts = others.double() @ inside.double().T
+    first = torch.as_tensor(counts.numpy().argmax(1))
+    boxes, _ = windows.best_boxes(others / (n - 1), grid, n_patches)
+    assert torch.equal(boxes, ranked[first])
+
+
 def test_a_query_without_interactions_has_an_empty_box_and_sees_itself_alone() -> None:
     matrix = random_indicator(2, 20, seed=3)
     matrix[1, 7] = 0

@@ -16,13 +16,13 @@ RULE = (
     "each patch of each head sees one box of patches, itself and the prefix tokens. Boxes are chosen so that the sum "
     "of what they cost is least while their mean area over the patches, heads and layers of an image keeps to "
     "`window_budget`: squared change of the head's output, times what a change of that head costs the prediction "
-    "(measured once on the built-in photographs), times how much the prediction depends on the patch's token."
+    "(measured once on the built-in photographs), times how much the prediction depends on the patch's token"
 )
 EQUAL = "every head of every layer has boxes of that same area, each where it holds most of the head's attention"
 LIMITS = (
     "The rule is greedy: it cannot see that the changes of several heads may cancel or add up. Labels play no part."
 )
-NEEDS = ("common_grid", "grid", "shares", "gradients")
+NEEDS = ("common_grid", "grid", "shares", "gradients", "photographs")
 
 WINDOW_BUDGET = Option(
     "window_budget",
@@ -100,6 +100,15 @@ def _no_gradients(vit: "Vit", options: Mapping[str, str], measure: Measure) -> s
     return reason_against_gradients(vit)
 
 
+def _no_photographs(vit: "Vit", options: Mapping[str, str], measure: Measure) -> str:
+    if vit.n_channels in (1, 3):
+        return ""
+    return (
+        "what a change of a head costs is measured on the built-in photographs, and this model takes images of "
+        f"{vit.n_channels} channels"
+    )
+
+
 def _collectors(vit: "Vit", names: Sequence[str], options: Mapping[str, str]) -> "list[Collector]":
     from vitrail.windows.collect_head_windows import HeadWindowCollector
 
@@ -128,6 +137,7 @@ HEAD_WINDOWS = Analysis(
     needs=(
         Need("common_grid", "one grid of patches in all layers", _no_common_grid),
         Need("gradients", "a gradient of the output that reaches the tokens between its blocks", _no_gradients),
+        Need("photographs", "images of one or three channels, as photographs have", _no_photographs),
     ),
     figures=_figures,
     sections=_sections,

@@ -90,15 +90,18 @@ class Integral:
             shapes: (rows, columns) of boxes, all of which fit the grid.
 
         Returns:
-            The boxes, and the sum in each; a row whose sum is 0 has an empty box. Ties go to the first shape, then to
-            the topmost, then to the leftmost box.
+            The boxes, and the most that any holds; a row whose sum is 0 has an empty box. Ties, which are sums that
+            differ by no more than their rounding, go to the first shape, then to the topmost, then to the leftmost box.
         """
         most = torch.cat([self._sums(shape).amax(1) for shape in shapes])
+        held = most.amax(0)
+        # A corner sums up rows and columns one by one: equal boxes differ by about half as many roundings at most.
+        enough = held - max(self._grid) * torch.finfo(held.dtype).eps * self._total
         starts = [(height, width, top) for height, width in shapes for top in range(self._grid[0] - height + 1)]
-        height, width, top = torch.tensor(starts, device=most.device)[_first_largest(most)].unbind(-1)
-        left = self._leftmost_best(top, height, width)
+        height, width, top = torch.tensor(starts, device=most.device)[_first_of(most, enough)].unbind(-1)
+        left = self._leftmost(top, height, width, enough)
         boxes = torch.stack([top, left, top + height, left + width], -1)
-        return boxes * (self._total > 0)[:, None], most.amax(0)
+        return boxes * (self._total > 0)[:, None], held
 
     def smallest_areas(self, share: float) -> Float[Tensor, "query"]:
         """Area of the smallest box, of any shape at any position, that holds a share of each row.
@@ -190,15 +193,19 @@ class Integral:
         size = (rows - height, columns - width, queries)
         return self._scratch[half, : size[0] * size[1] * queries].view(size)
 
-    def _leftmost_best(
-        self, top: Int[Tensor, "query"], height: Int[Tensor, "query"], width: Int[Tensor, "query"]
+    def _leftmost(
+        self,
+        top: Int[Tensor, "query"],
+        height: Int[Tensor, "query"],
+        width: Int[Tensor, "query"],
+        enough: Float[Tensor, "query"],
     ) -> Int[Tensor, "query"]:
-        """The left edge at which a box of the given rows and width holds most, for each query its own box."""
+        """The first left edge at which a box of the given rows and width holds enough, for each query its own box."""
         strip = self._between(0, top, top + height)
         n_columns = len(strip) - 1
         right = torch.arange(n_columns, device=strip.device)[:, None] + width
         sums = strip.gather(0, right.clamp(max=n_columns)) - strip[:-1]
-        return _first_largest(sums.masked_fill(right > n_columns, -torch.inf))
+        return _first_of(sums.masked_fill(right > n_columns, -torch.inf), enough)
 
     def _between(
         self, axis: int, first: Int[Tensor, "query"], last: Int[Tensor, "query"]
@@ -209,11 +216,11 @@ class Integral:
         return strip.squeeze(axis)
 
 
-def _first_largest(numbers: Float[Tensor, "place query"]) -> Int[Tensor, "query"]:
-    """`argmax(0)`, vectorised over the queries: the largest of a countdown where the maximum is; 0 for NaN."""
+def _first_of(numbers: Float[Tensor, "place query"], enough: Float[Tensor, "query"]) -> Int[Tensor, "query"]:
+    """The first place whose number is enough, vectorised over the queries: the largest of a countdown; 0 for NaN."""
     countdown = torch.arange(len(numbers), 0, -1, device=numbers.device, dtype=numbers.dtype)[:, None]
-    largest = torch.eq(numbers, numbers.amax(0), out=torch.empty_like(numbers))
-    return (len(numbers) - (largest * countdown).amax(0).long()) % len(numbers)
+    is_enough = torch.ge(numbers, enough, out=torch.empty_like(numbers))
+    return (len(numbers) - (is_enough * countdown).amax(0).long()) % len(numbers)
 
 
 def _corners(rows: Float[Tensor, "query key"], grid: Grid) -> Float[Tensor, "row column query"]:

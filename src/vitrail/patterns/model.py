@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int32
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -206,7 +206,7 @@ class PatternModel:
             layout = {name: tensors[f"map.{name}"].numpy() for name in ("latents", "xy", "cluster")}
             coder = load_coder(about["coder"], _strip_prefix("coder.", tensors))
             return cls(coder, PatternLayout(**layout), _layers_from_json(about["ground"]))
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StudyError(
                 f"{path} holds no fitted patterns: {error}. They are made by `vitrail study ... --measures patterns`."
             ) from error

@@ -66,14 +66,14 @@ def step_mass(share: Float[Tensor, "map query key"], grid: tuple[int, int]) -> F
 
 def _best_step(steps: Float[Tensor, "map down across"], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """The step other than (0, 0) with the most attention per patch that can take it, among those that half of them
-    can: its mass, and how far it goes across and down."""
+    can: its mass, and how far it goes across and down. 0 where there is no step, NaN for a map of zeros."""
     rows, columns = grid
     down, across = torch.arange(1 - rows, rows), torch.arange(1 - columns, columns)
     takers = (rows - down.abs())[:, None] * (columns - across.abs())
     candidates = (2 * takers >= rows * columns) & ~((down == 0)[:, None] & (across == 0))
     mass = torch.where(candidates.to(steps.device), steps * (rows * columns) / takers.to(steps.device), -1.0).flatten(1)
     best, at = mass.max(-1)
-    if not candidates.any():
-        zeros = torch.zeros_like(best)
-        return torch.where(best.isnan(), best, zeros), zeros, zeros
-    return best, across.to(at.device)[at % len(across)].float(), down.to(at.device)[at // len(across)].float()
+    x, y = (axis.to(at.device)[index] for axis, index in ((across, at % len(across)), (down, at // len(across))))
+    numbers = [best, x, y] if candidates.any() else [torch.zeros_like(best)] * 3
+    shift, shift_x, shift_y = (torch.where(steps[:, 0, 0].isnan(), torch.nan, each.float()) for each in numbers)
+    return shift, shift_x, shift_y
