@@ -267,7 +267,8 @@ def test_objects_of_an_image_are_those_of_its_mask_and_an_upload_has_none(
     planted = AnalysisParts((("patch_object",), ("token_similarity",)), {})
     monkeypatch.setattr(live, "parts", lambda _analysis: planted)
     manifest = read_manifest(study)
-    ids = np.arange(GRID**2, dtype=np.uint8).reshape(GRID, GRID)
+    columns, rows = manifest.images[0].sides
+    ids = np.arange(rows * columns).reshape(rows, columns).astype(np.uint8)
     for entry in manifest.images[:1]:
         file = (tmp_path / entry.id).with_suffix(".png")
         file.parent.mkdir(parents=True, exist_ok=True)

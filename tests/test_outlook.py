@@ -1,13 +1,16 @@
 """What a model cannot give is said before a study is made, with the true reason; and a study then agrees."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
 import torch
+import xarray as xr
 from PIL import Image
 
 from vitrail.analysis import measures, unavailable
-from vitrail.app.study_arrays import _to_float
+from vitrail.app.study_arrays import StudyArrays
 from vitrail.contract.outlook import study_outlook
 from vitrail.contract.tiny_models import FAMILIES
 from vitrail.errors import Unsupported
@@ -108,7 +111,11 @@ def test_chance_and_numbers_that_are_not_finite_are_said_before_a_study() -> Non
 
 def test_a_mean_over_heads_that_are_not_there_is_nan_and_warns_of_nothing() -> None:
     values = np.array([[[1.0, 3.0], [np.nan, np.nan], [5.0, np.nan]]], dtype=np.float32)
-    np.testing.assert_array_equal(_to_float(values, True, ("image", "layer", "head")), [[2.0, np.nan, 5.0]])
+    array, study = (
+        xr.DataArray(values, dims=("image", "layer", "head")),
+        SimpleNamespace(_absent=np.zeros((3, 2), bool)),
+    )
+    np.testing.assert_array_equal(StudyArrays._numbers(study, array, values, True), [[2.0, np.nan, 5.0]])
 
 
 def test_an_image_made_for_a_neuron_is_left_out_where_no_layer_lies_on_a_grid() -> None:

@@ -10,9 +10,9 @@ import pytest
 from memory import HAS_PROC, peak_growth
 from PIL import Image
 
-from vitrail.data import decode_image, open_images, scan
+from vitrail.data import decode_image, image_digest, open_images, scan
 from vitrail.heads.strength import neighbours_per_hop
-from vitrail.live import LiveModel, _digest
+from vitrail.live import LiveModel
 from vitrail.study.batches import load_batches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
@@ -97,10 +97,10 @@ def test_a_photograph_on_the_page_is_recognised_and_prepared_without_a_copy_of_i
 
     assert peak_growth(look) < BYTES_OF_RGB * PIXELS / 4 + SLACK
     np.testing.assert_array_equal(looked[0], np.asarray(live.vit.view(photograph)))
-    assert _digest(photograph) == _digest(photograph.copy())
+    assert image_digest(photograph) == image_digest(photograph.copy())
     changed = photograph.copy()
     changed.putpixel((SIDES[0] - 1, SIDES[1] - 1), (1, 2, 3))
-    assert _digest(changed) != _digest(photograph)
+    assert image_digest(changed) != image_digest(photograph)
 
 
 def test_neighbours_on_a_grid_of_3136_patches_are_counted_without_all_pairs_by_hop() -> None:

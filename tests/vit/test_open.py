@@ -456,9 +456,9 @@ def test_a_function_in_a_file_gives_the_model_the_same_each_time(own_file, tmp_p
     ("name", "says"),
     [
         ("my_model.py", "name the function in it that returns the model: .*my_model.py:FUNCTION"),
-        ("my_model.py:large", "has no function 'large'; it has small, number, broken"),
+        ("my_model.py:large", "has no function 'large'; it has small, larger, number, broken"),
         ("my_model.py:number", "returned int; Vitrail needs a torch.nn.Module"),
-        ("my_model.py:broken", "raised ValueError at line 12: no such depth"),
+        ("my_model.py:broken", "raised ValueError at line 15: no such depth"),
         ("absent.py:small", "There is no file .*absent.py"),
     ],
 )

@@ -136,7 +136,7 @@ HEAD_WINDOWS = Analysis(
     options=(WINDOW_BUDGET,),
     needs=(
         Need("common_grid", "one grid of patches in all layers", _no_common_grid),
-        Need("gradients", "a gradient of the output that reaches the tokens between its blocks", _no_gradients),
+        Need("gradients", "a gradient of the output that reaches the image", _no_gradients),
         Need("photographs", "images of one or three channels, as photographs have", _no_photographs),
     ),
     figures=_figures,

@@ -32,9 +32,9 @@ MEASURES = (
         high="the window reaches far on this side",
         source=(
             f"{OURS_AFTER_MA}: the box of a quarter of the grid (option `window_area`) that holds most of the patch's "
-            "interactions, mean over heads; NaN for a patch that interacts with no other"
+            "interactions, mean over heads"
         ),
-        limits=INTERACTION_LIMITS,
+        limits=f"{INTERACTION_LIMITS} NaN for a patch that interacts with no other.",
         needs=("grid", "shares"),
         depends_on=("window_area",),
     ),

@@ -5,12 +5,10 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from vitrail.errors import Unsupported
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
-from vitrail.tap.attention import Readers
 
 __all__ = ["gradients_enabled", "reason_against_gradients"]
 
@@ -54,7 +52,7 @@ _REASONS: WeakKeyDictionary[Vit, str] = WeakKeyDictionary()
 
 
 def reason_against_gradients(vit: Vit) -> str:
-    """Why no gradient of the output reaches the tokens between a model's blocks. Tried once, on an image of noise.
+    """Why no gradient of the output reaches the image that a model is given. Tried once, on an image of noise.
 
     Args:
         vit: The model.
@@ -68,14 +66,10 @@ def reason_against_gradients(vit: Vit) -> str:
 
 
 def _reason_of_trial(vit: Vit) -> str:
-    tokens: list[Tensor] = []
     try:
         with gradients_enabled():
             pixels = noise_images(vit).requires_grad_()
-            output = vit.tap().read(pixels, Readers(output=lambda _, each: tokens.append(each)))
-            gradients = torch.autograd.grad(output.float().sum(), [pixels, *tokens], allow_unused=True)
+            (gradient,) = torch.autograd.grad(vit.tap().read(pixels).float().sum(), [pixels], allow_unused=True)
     except Unsupported as reason:
         return str(reason)
-    if gradients[0] is None or all(gradient is None for gradient in gradients[1:]):
-        return f"No gradient of the output of {vit.name} reaches its images and the tokens between its blocks."
-    return ""
+    return f"No gradient of the output of {vit.name} reaches its images." if gradient is None else ""

@@ -375,16 +375,18 @@ class Tap:
         single = len(replay.images) == 1
         if single not in self._copies_from_stem:
             last = len(self.anatomy.blocks) - 1
-            for from_stem in (False, True):
-                starts = [_Start(layer, replay, from_stem=from_stem) for layer in sorted({0, last // 2, last})]
-                if all(self._gives_plain_logits(start, copies=2) for start in starts):
-                    self._copies_from_stem[single] = from_stem
-                    break
-            else:
-                raise TapError(
-                    "Runs that start at a block do not give the model's own answer, even without an edit, so their "
-                    "numbers are withheld. The model may draw random numbers, or keep something from pass to pass."
-                )
+            layers = sorted({0, last // 2, last})
+            from_block = all(self._gives_logits(_Start(layer, replay), copies=2) for layer in layers)
+            if not from_block:
+                starts = [_Start(layer, replay, from_stem=True) for layer in layers]
+                # answers that move with the size of the batch, as those of convolutions may, are the model's own
+                twice = None if self._gives_logits(starts[0], copies=2) else self.read(replay.images.repeat(2, 1, 1, 1))
+                if not all(self._gives_logits(start, copies=2, logits=twice) for start in starts):
+                    raise TapError(
+                        "Runs that start at a block do not give the model's own answer, even without an edit, so their "
+                        "numbers are withheld. The model may draw random numbers, or keep something from pass to pass."
+                    )
+            self._copies_from_stem[single] = not from_block
         return self._copies_from_stem[single]
 
     def _class_token_is_enough(self, replay: Replay) -> bool:
@@ -395,22 +397,23 @@ class Tap:
             self._class_token_suffices = False
             if self.anatomy.class_index(last) == 0 and block.kind == "token" and block.layout.token_axis is not None:
                 start = _Start(last, replay, class_token_only=True)
-                self._class_token_suffices = self._gives_plain_logits(start, copies=1)
+                self._class_token_suffices = self._gives_logits(start, copies=1)
         return self._class_token_suffices
 
-    def _gives_plain_logits(self, start: _Start, copies: int) -> bool:
-        """Whether a run without edits gives the recorded logits for every copy, up to rounding."""
-        logits = start.replay.logits
-        assert logits is not None
+    def _gives_logits(self, start: _Start, copies: int, logits: Tensor | None = None) -> bool:
+        """Whether a run without edits gives these logits of all copies, or the recorded ones, up to rounding."""
+        recorded = start.replay.logits
+        assert recorded is not None
+        logits = recorded.repeat(copies, *[1] * (recorded.ndim - 1)) if logits is None else logits
         try:
             rows = self._run_from(start, copies=copies)
         except torch.OutOfMemoryError:
             raise  # says nothing of the model; a study goes on with smaller batches
         except CANNOT_RUN:
             return False  # a model that keeps its batch size takes no more rows midway; a head may read every token
-        if rows.shape != (copies * logits.shape[0], *logits.shape[1:]):
+        if rows.shape != logits.shape:
             return False
-        difference = (rows.unflatten(0, (copies, -1)).float() - logits.float()).abs().max()
+        difference = (rows.float() - logits.float()).abs().max()
         return bool(difference <= rounding_bound(logits.dtype) * logits.float().abs().max())
 
     # --- modules -----------------------------------------------------------------------------------------------------
