@@ -267,6 +267,17 @@ def test_what_needs_gradients_is_left_out_of_a_model_that_lets_none_through(mode
     assert "No gradient" in unavailable(vit, ["head_probability"], {"importance": "estimate"})["head_probability"]
 
 
+def test_a_stage_of_one_block_that_merges_tokens_first_is_not_followed():
+    """The block is the whole stage: it is given more tokens than its attention joins."""
+    torch.manual_seed(0)
+    shape = {"img_size": 56, "window_size": 7, "depths": (1, 1, 1), "num_heads": (1, 2, 4), "embed_dim": 8}
+    vit = open_vit(timm.create_model("swin_tiny_patch4_window7_224", **shape).eval(), image_size=56)
+    assert [block.maps_on_grid for block in vit.anatomy.blocks] == [True, False, False]
+    looked = look(vit, photo(), measures="tokens")
+    assert "L1 has no map between its patches (it attends between 49" in looked.attrs["left_out"]["occlusion_random"]
+    assert "token_norm" in looked
+
+
 def test_a_hierarchy_is_looked_at_with_layers_padded():
     torch.manual_seed(0)
     model = timm.create_model(

@@ -188,8 +188,9 @@ class Block:
 
     @property
     def maps_on_grid(self) -> bool:
-        """Whether the map of every call joins tokens that lie on a known grid."""
-        return self.grid is not None and set(self.kinds) <= {"token", "window"}
+        """Whether the map of every call joins the tokens that the block is given, which lie on a known grid."""
+        joins = (call.kind == "window" or (call.kind == "token" and call.queries == self.tokens) for call in self.calls)
+        return self.grid is not None and all(joins)
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,14 @@ def require_one_grid(anatomy: Anatomy, levels: int | None = None) -> tuple[int, 
                 f"tokens cannot be followed through it{advice}"
             )
         if not block.maps_on_grid:
+            others = next((call.queries for call in block.calls if call.queries != block.tokens), block.tokens)
+            what = (
+                f"it attends between {others} tokens, not the {block.tokens} that it is given"
+                if block.kind == "token" and others != block.tokens
+                else f"{block.kind!r} attention on grid {block.grid}"
+            )
             raise Unsupported(
-                f"L{layer} has no map between its patches ({block.kind!r} attention on grid {block.grid}): tokens "
-                f"cannot be followed through it{advice}"
+                f"L{layer} has no map between its patches ({what}): tokens cannot be followed through it{advice}"
             )
     assert first.grid is not None
     return first.grid
