@@ -11,7 +11,14 @@ from jaxtyping import Bool, Float, Int
 from vitrail.measure import range_or_unit
 from vitrail.stats import mean_interval
 
-__all__ = ["LayerQuantity", "LayerStatistics", "finite_mean", "images_with_values", "layer_quantity"]
+__all__ = [
+    "LayerQuantity",
+    "LayerStatistics",
+    "finite_mean",
+    "images_in_every_layer",
+    "images_with_values",
+    "layer_quantity",
+]
 
 CENTRAL_90 = (0.05, 0.95)
 """Quantiles between which nine images in ten lie."""
@@ -86,7 +93,7 @@ def layer_quantity(study: xr.Dataset, name: str) -> LayerQuantity:
     return LayerQuantity(str(array.attrs.get("title", name)), range_or_unit(unit), values)
 
 
-def images_with_values(values: Float[np.ndarray, "image layer *rest"]) -> Bool[np.ndarray, "image"]:
+def images_in_every_layer(values: Float[np.ndarray, "image layer *rest"]) -> Bool[np.ndarray, "image"]:
     """Images that have a value in every layer that has any, so that means over them compare between layers.
 
     Without it layers would be of other images: a small object has no patch on a coarse grid and no score there.
@@ -95,16 +102,25 @@ def images_with_values(values: Float[np.ndarray, "image layer *rest"]) -> Bool[n
         values: Numbers, NaN where there is none.
 
     Returns:
-        True for these; where no image has a value in all of these layers, for every image that has one, and if none has
-        one for all.
+        True for these.
     """
     finite = np.isfinite(values).reshape(*values.shape[:2], -1).any(-1)
-    complete = finite[:, finite.any(0)].all(1)
-    has_any = finite.any(1)
-    if not has_any.any():
-        return np.ones(len(values), dtype=bool)
-    complete &= has_any
-    return np.asarray(complete if complete.any() else has_any)
+    layers = finite.any(0)
+    return np.asarray(finite[:, layers].all(1) & layers.any())
+
+
+def images_with_values(values: Float[np.ndarray, "image layer *rest"]) -> Bool[np.ndarray, "image"]:
+    """Images to take means over: those in every layer, or where there are none, those with any value.
+
+    Args:
+        values: Numbers, NaN where there is none.
+
+    Returns:
+        True for `images_in_every_layer`; where no image is, for every image that has a value; if none has, for all.
+    """
+    has_any = np.isfinite(values).reshape(len(values), -1).any(1)
+    choices = (images_in_every_layer(values), has_any)
+    return next((images for images in choices if images.any()), np.ones(len(values), dtype=bool))
 
 
 def finite_mean(values: Float[np.ndarray, "*lead item"]) -> Float[np.ndarray, "*lead"]:

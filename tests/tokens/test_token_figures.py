@@ -144,7 +144,7 @@ def test_norms_show_the_median_the_longest_and_how_many_stand_out():
     assert_allclose(lines["longest patch"], patches.max(axis=(0, 2)))
     assert_allclose(lines["class token, median"], np.median(study["token_norm"].to_numpy()[:, :, 0], axis=0))
     assert_allclose([bar.get_height() for bar in right.patches], [0, 0, 1])
-    with pytest.raises(UsageError, match="--measures neurons"):
+    with pytest.raises(UsageError, match="--measures tokens"):
         norms_by_layer(study.drop_vars("token_norm"))
 
 

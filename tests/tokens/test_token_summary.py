@@ -43,7 +43,7 @@ def test_a_class_token_that_joins_late_is_no_patch_and_a_patch_no_class_token():
     assert list(norms.layers) == [0, 1]
     assert_allclose(norms.class_token, [np.nan, np.nan, 900, 900])
     assert list(norm_outliers_by_layer(study)) == [0, 1]
-    assert not any(outliers.flags.any() for outliers in norm_outliers_by_layer(study).values())
+    assert not any(outliers.values.any() for outliers in norm_outliers_by_layer(study).values())
 
 
 def test_among_merged_tokens_the_class_token_is_not_taken_for_a_patch():
@@ -62,5 +62,5 @@ def test_patches_that_a_layer_puts_together_lie_on_the_grid_of_the_next():
     study["token_norm"][:, 1, 7] = 900
     outliers = norm_outliers_by_layer(study)
     assert [each.grid for each in outliers.values()] == [(6, 6), (3, 3), (3, 3)]
-    assert list(np.flatnonzero(outliers[1].flags.any(0))) == [7]
+    assert list(np.flatnonzero(outliers[1].values.any(0))) == [7]
     assert norms_of_layers(study).class_token is None

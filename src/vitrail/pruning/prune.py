@@ -289,17 +289,13 @@ def _write_model(
     sizes = [sum(weight.numel() for weight in each.model.parameters()) for each in (original, smaller)]
     speed = _speed(original, smaller, tried)
     return Pruned(
-        str(out), sorted(selected), heads, ranking, sizes[0], sizes[1], lost, error, speed, None, _output(vit)
+        str(out), sorted(selected), heads, ranking, sizes[0], sizes[1], lost, error, speed, None, vit.read_output.output
     )
 
 
 def _open_smaller(folder: str | Path, vit: Vit) -> Vit:
     """The model in the folder, its answers read as those of the model that it was made of."""
-    return open_vit(folder, device=vit.device, output=_output(vit))
-
-
-def _output(vit: Vit) -> str | int | None:
-    return vit.read_output.output
+    return open_vit(folder, device=vit.device, output=vit.read_output.output)
 
 
 def _remove_model(folder: Path) -> None:

@@ -7,14 +7,14 @@ import xarray as xr
 from jaxtyping import Float
 
 from vitrail.figures.tokens import grouping_by_layer, norms_by_layer, survival
+from vitrail.layer_summary import images_in_every_layer
 from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, readings
 from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
 from vitrail.tokens.summary import (
-    NormOutliers,
+    LayerPatches,
     grouping_quantities,
-    images_in_every_layer,
     norm_outliers_by_layer,
     patch_norms,
 )
@@ -59,8 +59,8 @@ def _of_norms(study: ReportData) -> Iterator[str]:
     if not outlying:
         yield "Of no layer is it known which of the tokens that it returns are patches, so their lengths say nothing."
         return
-    most = max(outlying, key=lambda layer: outlying[layer].flags.sum())
-    outliers = outlying[most].flags
+    most = max(outlying, key=lambda layer: outlying[layer].values.sum())
+    outliers = outlying[most].values
     if not outliers.any():
         yield "No layer has patches of outlying length."
         return
@@ -75,7 +75,8 @@ def _of_norms(study: ReportData) -> Iterator[str]:
         measure="token_norm",
         layer=most,
         by_layer=[
-            outlying[layer].flags.sum(1).mean() if layer in outlying else np.nan for layer in range(study.plan.n_layers)
+            outlying[layer].values.sum(1).mean() if layer in outlying else np.nan
+            for layer in range(study.plan.n_layers)
         ],
         by_layer_title="patches of outlying length an image",
         images=[
@@ -86,11 +87,11 @@ def _of_norms(study: ReportData) -> Iterator[str]:
     )
 
 
-def _frequent_positions(outliers: NormOutliers) -> str:
+def _frequent_positions(outliers: LayerPatches) -> str:
     """Positions where the outliers of most images lie."""
     grid = outliers.grid
-    positions = np.flatnonzero(outliers.flags.mean(0) >= OFTEN)
-    if grid is None or not len(positions) or len(outliers.flags) < 2:
+    positions = np.flatnonzero(outliers.values.mean(0) >= OFTEN)
+    if grid is None or not len(positions) or len(outliers.values) < 2:
         return ""
     named = [f"row {position // grid[1]}, column {position % grid[1]}" for position in positions[:4]]
     more = f" and {len(positions) - 4} more" if len(positions) > 4 else ""
@@ -102,7 +103,7 @@ def _of_grouping(data: xr.Dataset) -> Iterator[str]:
     if not np.isfinite(values).any():
         yield "No image has two objects large enough to score how tokens group."
         return
-    scored = images_in_every_layer(values)
+    scored = values[images_in_every_layer(values)]
     if not len(scored):
         yield "How tokens group is not summed up: no image has two objects large enough for the grid of every layer."
         return

@@ -5,24 +5,23 @@ from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from vitrail.errors import UsageError
 from vitrail.grid import Grid
-from vitrail.layer_summary import LayerQuantity
+from vitrail.layer_summary import LayerQuantity, images_in_every_layer
 from vitrail.measure import range_or_unit
 from vitrail.stats import mean_interval
 from vitrail.tokens.amounts import AMOUNTS, cells_that_divide
 from vitrail.tokens.outliers import norm_outliers
 
 __all__ = [
+    "LayerPatches",
     "MeanCurve",
-    "NormOutliers",
     "NormsByLayer",
     "RelevanceOverChance",
     "Robustness",
     "grouping_quantities",
-    "images_in_every_layer",
     "norm_outliers_by_layer",
     "norms_of_layers",
     "patch_norms",
@@ -60,27 +59,15 @@ class NormsByLayer(NamedTuple):
     n_outliers: Float[np.ndarray, "known"]
 
 
-class NormOutliers(NamedTuple):
-    """Which patches stand out by their norm after a layer.
+class LayerPatches(NamedTuple):
+    """A value for each patch that a layer returns.
 
     Attributes:
-        flags: For each image and patch.
+        values: For each image and patch: norms, or whether they stand out.
         grid: (rows, columns) on which the patches lie; None where it is not known.
     """
 
-    flags: Bool[np.ndarray, "image patch"]
-    grid: Grid | None
-
-
-class PatchNorms(NamedTuple):
-    """The norms of the patches that a layer returns.
-
-    Attributes:
-        values: For each image and patch.
-        grid: (rows, columns) on which the patches lie; None where it is not known.
-    """
-
-    values: Float[np.ndarray, "image patch"]
+    values: Shaped[np.ndarray, "image patch"]
     grid: Grid | None
 
 
@@ -170,7 +157,7 @@ def relevance_over_chance(look: xr.Dataset, methods: Sequence[str]) -> Relevance
     return RelevanceOverChance(gains, chance, len(random))
 
 
-def patch_norms(study: xr.Dataset) -> dict[int, PatchNorms]:
+def patch_norms(study: xr.Dataset) -> dict[int, LayerPatches]:
     """The L2 norms of patches alone, of every layer that returns patches.
 
     A layer returns its own tokens, or those of the next where it puts patches together on the way. One that returns the
@@ -191,13 +178,13 @@ def patch_norms(study: xr.Dataset) -> dict[int, PatchNorms]:
         n_tokens = _count_tokens(values, layer)
         returned = _returned(study, layer, n_tokens)
         if n_tokens > returned.prefix:
-            norms[layer] = PatchNorms(values[:, layer, returned.prefix : n_tokens], returned.grid)
+            norms[layer] = LayerPatches(values[:, layer, returned.prefix : n_tokens], returned.grid)
     return norms
 
 
 def _token_norms(study: xr.Dataset) -> Float[np.ndarray, "image layer token"]:
     if "token_norm" not in study:
-        raise UsageError("This study holds no token_norm; study it with --measures neurons.")
+        raise UsageError("This study holds no token_norm; study it with --measures tokens.")
     values: Float[np.ndarray, "image layer token"] = study["token_norm"].to_numpy()
     return values
 
@@ -217,7 +204,7 @@ def _returned(study: xr.Dataset, layer: int, n_tokens: int) -> _Returned:
     return _Returned(prefixes[layer], None, has_class_token)
 
 
-def norm_outliers_by_layer(study: xr.Dataset) -> dict[int, NormOutliers]:
+def norm_outliers_by_layer(study: xr.Dataset) -> dict[int, LayerPatches]:
     """Which patches stand out by their norm, for every layer that returns patches.
 
     Args:
@@ -229,7 +216,7 @@ def norm_outliers_by_layer(study: xr.Dataset) -> dict[int, NormOutliers]:
     Raises:
         UsageError: The study holds no `token_norm`.
     """
-    return {layer: NormOutliers(norm_outliers(norms.values), norms.grid) for layer, norms in patch_norms(study).items()}
+    return {layer: LayerPatches(norm_outliers(norms.values), norms.grid) for layer, norms in patch_norms(study).items()}
 
 
 def norms_of_layers(study: xr.Dataset) -> NormsByLayer:
@@ -264,7 +251,7 @@ def _class_token_norm(study: xr.Dataset) -> Float[np.ndarray, "layer"] | None:
 
 
 def grouping_quantities(study: xr.Dataset) -> list[LayerQuantity]:
-    """Every grouping score of a study, of the images that `images_in_every_layer` gives.
+    """Every grouping score of a study, of the images with a score in every layer that has any.
 
     Args:
         study: Any study.
@@ -274,27 +261,13 @@ def grouping_quantities(study: xr.Dataset) -> list[LayerQuantity]:
     """
     quantities = []
     for name in (str(name) for name in study.data_vars if str(name).startswith("grouping_")):
-        values = images_in_every_layer(study[name].to_numpy().astype(np.float64))
+        values = study[name].to_numpy().astype(np.float64)
+        values = values[images_in_every_layer(values)]
         if len(values):
             attrs = study[name].attrs
             unit = range_or_unit(str(attrs.get("unit", "")))
             quantities.append(LayerQuantity(str(attrs.get("title", name)), unit, values))
     return quantities
-
-
-def images_in_every_layer(values: Float[np.ndarray, "image layer"]) -> Float[np.ndarray, "scored layer"]:
-    """The images that have a value in every layer that has any, so that all layers are means over the same images.
-
-    Args:
-        values: NaN where there is none, as in layers whose tokens lie on no grid.
-
-    Returns:
-        Rows of these images; NaN in the layers without values.
-    """
-    finite = np.isfinite(values)
-    layers = finite.any(0)
-    scored: Float[np.ndarray, "scored layer"] = values[finite[:, layers].all(1) & layers.any()]
-    return scored
 
 
 def robustness(study: xr.Dataset) -> Robustness:
@@ -311,7 +284,7 @@ def robustness(study: xr.Dataset) -> Robustness:
     """
     names = {str(name) for name in study.data_vars if str(name).startswith(("occlusion_", "shuffle_"))}
     if not names:
-        raise UsageError("This study holds no occlusion or shuffling; study it with --measures neurons.")
+        raise UsageError("This study holds no occlusion or shuffling; study it with --measures tokens.")
     intact = study["probability"].to_numpy()[:, None]
     grid = study.attrs["grids"][0]
     cells = [1, *cells_that_divide((int(grid[0]), int(grid[1])))]
