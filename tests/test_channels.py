@@ -38,7 +38,7 @@ def _tiff(values, **options):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1), (np.float64, 1)], ids=str
+    ("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535), (">u2", 65535), (np.float32, 1), (np.float64, 1)], ids=str
 )
 def test_an_array_file_keeps_its_values_beside_a_picture_to_look_at(dtype, white):
     values = (RANDOM.random((6, 9, 5)) * white).astype(dtype)

@@ -18,6 +18,7 @@ from synthetic_study import write_study
 from vitrail import cli
 from vitrail.cli import options
 from vitrail.cli.page import study_photographs
+from vitrail.errors import UsageError
 from vitrail.report import write_report
 from vitrail.study import progress, store
 from vitrail.study.table import study_summary
@@ -67,7 +68,7 @@ def test_a_name_that_is_no_utf_8_is_printed_with_escapes(tmp_path: Path) -> None
     command = [sys.executable, "-m", "vitrail", "report", str(study), "--json"]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert completed.returncode == 0, completed.stderr
-    assert r"caf\udce9" in completed.stdout
+    assert json.loads(completed.stdout)["study"] == str(study)
 
 
 def test_measures_left_out_for_one_reason_share_a_line(tmp_path: Path) -> None:
@@ -211,3 +212,115 @@ def test_the_shell_completes_commands() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert completed.stdout.split() == ["export"]
+
+
+STOPPED = """
+import os, signal, sys
+from vitrail import cli
+from vitrail.study.writing import StudyFolder
+
+write = StudyFolder.write_part
+def interrupted(self, *given, **options):
+    write(self, *given, **options)
+    os.kill(os.getpid(), signal.SIGINT)
+StudyFolder.write_part = interrupted
+sys.argv = ["vitrail", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_ctrl_c_says_how_far_it_came_and_what_goes_on(tmp_path: Path) -> None:
+    study = ["study", "vitrail:photos", "vitrail:photos", "--limit", "4", "--part-images", "2", "--batch-size", "2"]
+    command = [*study, "--measures", "prefix_share", "--out", str(tmp_path / "study"), "--quiet"]
+    completed = subprocess.run(
+        [sys.executable, "-c", STOPPED, *command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert completed.returncode == 130, completed.stderr
+    assert "Stopped. 1 of 2 parts are in " in completed.stderr
+    assert "the same command goes on from there" in completed.stderr
+    assert "Traceback" not in completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [
+        (["figures"], "x"),
+        (["export", "--to", "csv"], ""),
+        (["prune", "--heads", "L0H0"], ""),
+        (["matches", "vitrail:photos", "{image}", "vitrail:photos", "--patch", "0,0"], "x/m.png"),
+        (["artefacts", "vitrail:photos", "vitrail:photos"], "x/a.png"),
+        (["look", "vitrail:photos", "{image}"], ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_file_where_a_folder_has_to_be_is_said_before_anything_is_computed(
+    command: list[str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_given: object, **_options: object) -> None:
+        raise AssertionError("a model was opened for nothing")
+
+    monkeypatch.setattr("vitrail.models.open.open_vit", computed)
+    monkeypatch.setattr("vitrail.study.reopen.open_vit", computed)
+    image, file = tmp_path / "one.png", tmp_path / "file"
+    Image.new("RGB", (64, 64), "teal").save(image)
+    file.write_text("mine")
+    study = [] if command[0] in ("matches", "artefacts", "look") else [str(write_study(tmp_path / "study", 8))]
+    arguments = [each.replace("{image}", str(image)) for each in (command[0], *study, *command[1:])]
+    refused = CliRunner().invoke(cli.app, [*arguments, "--out", str(file / target)])
+    assert isinstance(refused.exception, vitrail.VitrailError), refused.exception
+    assert f"{file} is no folder" in str(refused.exception)
+    assert file.read_text() == "mine"
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    study, image = str(write_study(tmp_path / "study", 8)), tmp_path / "one.png"
+    Image.new("RGB", (64, 64), "teal").save(image)
+    for command, said in (
+        (["open", study, "--measures", "patches"], "--measures is for photographs"),
+        (["open", "vitrail:photos", str(image), "--with", study], "--with compares studies"),
+        (["prune", study, "--out", str(tmp_path / "p"), "--heads", "L0H0", "--ranking", "flips"], "one of the two"),
+        (["export", study, "--to", "csv", "--measures", " ,"], "names nothing"),
+        (["look", "vitrail:photos", str(image), "--measures", ","], "names nothing"),
+        (["look", "vitrail:photos", str(image), "--patch", f"{'1' * 5000},0"], "has no meaning"),
+        (["check", "vitrail:photos", "--image-size", "1" * 5000], "has no meaning"),
+    ):
+        refused = CliRunner().invoke(cli.app, command)
+        assert isinstance(refused.exception, UsageError), (command[0], refused.exception)
+        assert said in str(refused.exception)
+
+
+def test_an_image_that_no_model_could_be_shown_is_named_before_the_first_is_looked_at(tmp_path: Path) -> None:
+    files = [tmp_path / "good.png", tmp_path / "strip.png"]
+    Image.new("RGB", (64, 64), "teal").save(files[0])
+    Image.new("RGB", (20_000, 1), "teal").save(files[1])
+    refused = CliRunner().invoke(cli.app, ["look", "vitrail:photos", *map(str, files), "--out", str(tmp_path / "out")])
+    assert isinstance(refused.exception, vitrail.VitrailError)
+    assert str(refused.exception).startswith(f"{files[1]}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_is_json_on_an_output_that_is_no_utf_8(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "s\U0001f600", 8)
+    completed = subprocess.run(
+        [sys.executable, "-m", "vitrail", "report", str(study), "--json"],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert json.loads(completed.stdout)["study"] == str(study)
+
+
+def test_a_device_that_is_not_here_is_refused_in_a_line() -> None:
+    with pytest.raises(UsageError, match="There is no device 'mps' here; there is cpu") as refused:
+        vitrail.open_vit("vitrail:photos", device="mps")
+    assert len(str(refused.value)) < 250
+
+
+def test_weights_that_are_no_numbers_are_named_by_a_check() -> None:
+    vit = vitrail.open_vit("vitrail:photos")
+    name, weight = list(vit.model.named_parameters())[-1]
+    weight.data.view(-1)[0] = float("nan")
+    with pytest.raises(vitrail.VitrailError, match=rf"NaN or infinite numbers.*hold such numbers: {name}"):
+        vitrail.check_vit(vit)

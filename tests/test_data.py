@@ -1,6 +1,7 @@
 """Image sources: ids, order, labels, and every bad file that a folder of photographs may hold."""
 
 import io
+import json
 import os
 import struct
 import subprocess
@@ -530,3 +531,27 @@ class TestManifest:
 
 def partial_load(source: data.ImageSource) -> Callable[[data.ImageEntry], Image.Image]:
     return lambda entry: data.load_image(source, entry)
+
+
+def test_a_file_or_a_list_of_one_folder_has_no_label_by_the_folders_name(tmp_path: Path) -> None:
+    """A photograph in 2024/07 is none of class 7; several folders are classes, as in a folder of them."""
+    for name in ("3/a.png", "3/b.png", "5/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("3/a.png\n3/b.png\n")
+    for source in (
+        tmp_path / "3" / "a.png",
+        tmp_path / "list.txt",
+        [tmp_path / "3" / "a.png", tmp_path / "3" / "b.png"],
+    ):
+        opened = data.open_images(source, n_classes=13)
+        assert set(opened.labels) == {None}
+        assert opened.labels_from == "the images do not lie in class folders"
+    assert data.open_images([tmp_path / "3" / "a.png", tmp_path / "5" / "a.png"], n_classes=13).labels == (3, 5)
+
+
+def test_a_table_of_another_kind_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"file_name": f"{n}.jpg"} for n in range(3000)]}))
+    with pytest.raises(DataError, match="a label is a class name") as refused:
+        data.open_images(tmp_path / "coco.json")
+    assert len(str(refused.value)) < 600

@@ -21,6 +21,7 @@ __all__ = [
     "export_listing",
     "is_address",
     "is_figure",
+    "local_folder",
     "local_path",
     "output_kind",
     "refuse_foreign_file",
@@ -78,14 +79,37 @@ def local_path(path: str | Path) -> Path:
         The path.
 
     Raises:
-        UsageError: It is an address such as `s3://bucket/study`, which would become a folder of that name.
+        UsageError: It is an address such as `s3://bucket/study`, which would become a folder of that name, or lies
+            below a file.
     """
     if is_address(path):
         raise UsageError(
             f"{path} is an address, and this is written to local folders only (object stores take studies); name a "
             "folder and copy it there."
         )
-    return Path(path)
+    path = Path(path)
+    above = next((each for each in path.parents if os.path.lexists(each)), None)
+    if above is not None and not os.path.isdir(above):
+        raise UsageError(f"{path} was to be written, and {above} is no folder; name another place.")
+    return path
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder that results are written to.
+
+    Args:
+        path: As the user wrote it; there may be none yet.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: A file is there, or it is no path on this computer.
+    """
+    path = local_path(path)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UsageError(f"{path} is no folder, and one was to be written there; name another place.")
+    return path
 
 
 def refuse_foreign_file(path: Path, sign: bytes) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from vitrail import open_vit
 from vitrail.analysis import analyses, is_of_other_models, make_collectors, unavailable
 from vitrail.cli import app
-from vitrail.errors import DataError, UsageError
+from vitrail.errors import DataError, NoImages, UsageError
 from vitrail.figures.whole import draw_figures
 from vitrail.one_image import look
 from vitrail.report import write_report
@@ -182,6 +182,24 @@ def test_the_commands_train_and_evaluate(tmp_path):
     assert seen.exit_code == 0, seen.output
     assert "16 images, accuracy" in seen.output
     assert "L1" in seen.output
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path):
+    for number in range(3):
+        folder = tmp_path / "images" / f"mark {number}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16), (90 * number, 60, 120)).save(folder / "one.png")
+    save(small(), tmp_path / "model", class_names=["mark 0", "mark 1", "mark 2"])
+    vit, whole = open_vit(tmp_path / "model"), read_images(str(tmp_path / "images"))
+    right = evaluate(vit, whole)
+    (tmp_path / "images" / "mark 1" / "notes.txt").write_text("nonsense")
+    seen = evaluate(vit, read_images(str(tmp_path / "images")), batch_size=2)
+    assert (seen.n_images, seen.accuracy, seen.area) == (3, right.accuracy, pytest.approx(right.area))
+    assert [each.split(" of ")[0] for each in seen.skipped] == ["mark 1/notes.txt"]
+    for file in (tmp_path / "images").glob("*/one.png"):
+        file.write_text("nonsense")
+    with pytest.raises(NoImages, match="None of the 4 images can be read: mark 0/one"):
+        evaluate(vit, read_images(str(tmp_path / "images")))
 
 
 def test_the_command_evaluates_through_blocks_and_at_another_size(tmp_path):

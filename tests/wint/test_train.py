@@ -23,7 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitrail import open_vit
-from vitrail.errors import DamagedStudy, DataError, PlanMismatch, StudyError, TrainingDiverged, Unsupported, UsageError
+from vitrail.errors import (
+    BadImage,
+    DamagedStudy,
+    DataError,
+    PlanMismatch,
+    StudyError,
+    TrainingDiverged,
+    Unsupported,
+    UsageError,
+)
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.tap.tap import Readers
 from vitrail.wint import checkpoint
@@ -609,6 +618,11 @@ def test_class_folders_are_read(tmp_path):
     assert images.class_names == ("cat", "dog")
     assert images.labels.tolist() == [0, 1]
     assert images.pixels(8).float().mean((1, 2, 3)).tolist() == [30, 200]
+    (tmp_path / "README.md").write_text("Two classes.")
+    assert read_images(str(tmp_path)).class_names == ("cat", "dog")
+    (tmp_path / "dog" / "two.png").write_text("nonsense")
+    with pytest.raises(BadImage, match=r"^dog/two\.png of .*not an image"):
+        read_images(str(tmp_path)).pixels(8)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -17,10 +17,27 @@ from vitrail.errors import UsageError, VitrailError, explain_missing_library
 
 __all__ = ["app", "main"]
 
-OF_THE_SYSTEM = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
-)
-"""Errors of a disk that is full, read-only, broken or somebody else's: none of them is a bug."""
+OF_THE_SYSTEM = {
+    **dict.fromkeys(
+        (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EIO,
+            errno.ENAMETOOLONG,
+        ),
+        "This computer refused it. Make room or name another place, and run the same command again: what was finished "
+        "is kept.",
+    ),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+        "A file is where a folder has to be, or a folder where a file has to be; name another place.",
+    ),
+}
+"""Errors of a disk that is full, read-only, broken, somebody else's or holds something else: none of them is a bug."""
 
 HUB_REQUESTS = "huggingface_hub.utils._http"
 """The logger that says of each failed request, twice and in raw words, that it is sent again."""
@@ -93,12 +110,7 @@ def main() -> None:
         if error.errno not in OF_THE_SYSTEM:
             raise
         path = f"{error.filename}: " if error.filename else ""
-        typer.secho(
-            f"vitrail: {path}{error.strerror}. This computer refused it. Make room or name another place, and run the "
-            "same command again: what was finished is kept.",
-            err=True,
-            fg="red",
-        )
+        typer.secho(f"vitrail: {path}{error.strerror}. {OF_THE_SYSTEM[error.errno]}", err=True, fg="red")
         sys.exit(1)
     except ModuleNotFoundError as error:
         sentence = explain_missing_library(error)
@@ -106,7 +118,17 @@ def main() -> None:
             raise
         typer.secho(f"vitrail: {sentence}", err=True, fg="red")
         sys.exit(1)
-    except KeyboardInterrupt as stop:
-        notes = " ".join(getattr(stop, "__notes__", ()))
-        typer.secho(f"\nStopped. {notes}".rstrip(), err=True)
+    except SystemExit as ended:
+        stop = getattr(ended.__context__, "__cause__", None)
+        if isinstance(stop, KeyboardInterrupt):  # typer makes an exit of it, and says nothing
+            _say_stopped(stop)
+        raise
+    except KeyboardInterrupt as stop:  # outside a command
+        _say_stopped(stop)
         sys.exit(130)
+
+
+def _say_stopped(stop: KeyboardInterrupt) -> None:
+    """Says how far it came and what goes on from there, as those who were interrupted noted it."""
+    notes = " ".join(getattr(stop, "__notes__", ()))
+    typer.secho(f"\nStopped. {notes}".rstrip(), err=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrail.analysis import split_names
 from vitrail.cli.entry import app
 from vitrail.cli.options import (
     Device,
@@ -23,6 +23,9 @@ from vitrail.cli.options import (
     Weights,
     analysis_names,
     decode,
+    is_number,
+    named,
+    naming,
     seed_option,
     with_model_options,
 )
@@ -42,7 +45,7 @@ def check(model: ModelOptions, as_json: Json = False) -> None:
     report, outlook = check_vit(vit), study_outlook(vit)
     if as_json:
         record = {"ok": report.ok and outlook.ok, **asdict(report), "study": asdict(outlook)}
-        typer.echo(json.dumps(record, ensure_ascii=False))
+        typer.echo(json.dumps(record))
     else:
         typer.echo(f"{report.text()}\n\n{outlook.text()}")
     if not (report.ok and outlook.ok):
@@ -75,21 +78,29 @@ def look(
     from rich.markup import escape
 
     from vitrail.data import read_mask
+    from vitrail.data.channels import require_channels
     from vitrail.figures.style import refuse_formats
     from vitrail.figures.whole import draw_all, save_figures
     from vitrail.one_image import look as look_at
     from vitrail.one_image import missing_by_reason, save_look
+    from vitrail.outputs import local_folder
     from vitrail.report import findings_of, write_look
 
     refuse_formats([each.value for each in formats])
+    asked = named("--measures", measures)
+    folders = [local_folder(out / stem) for stem in _folder_names(images)]
     if mask is not None and len(images) > 1:
         raise UsageError(f"--mask {mask} is of one image, and {len(images)} were given; look at them one by one.")
     ids = None if mask is None else read_mask(mask)
     for path in images:
         decode(path)  # one that cannot be read is named before a model is opened; a hundred do not fit in memory
     vit = model.open()
-    for path, stem in zip(images, _folder_names(images), strict=True):
-        image, folder = decode(path), out / stem
+    for path in images:  # what this model cannot be shown is named before the first is looked at, too
+        with naming(path):
+            require_channels(image := decode(path), vit.n_channels)
+            vit.view(image)
+    for path, folder in zip(images, folders, strict=True):
+        image = decode(path)
         with Console(stderr=True).status(escape(path.name)) as status:
 
             def step(doing: str, name: str = path.name, spinner: Any = status) -> None:
@@ -99,7 +110,7 @@ def look(
                 vit,
                 image,
                 name=path.name,
-                measures=None if measures is None else split_names(measures),
+                measures=asked,
                 mask=ids,
                 patch=_parse_patch(patch),
                 channel=channel,
@@ -139,9 +150,10 @@ def artefacts(
 
     from vitrail.data import load_image, open_images, scan
     from vitrail.figures.artefacts import artefact_trial
-    from vitrail.figures.style import save
+    from vitrail.figures.style import figure_path, save
     from vitrail.tokens.artefact_trial import artefact_findings, try_registers
 
+    out = figure_path(out)
     vit = model.open()
     source = open_images(images, limit=limit, labels=False)
     with Console(stderr=True).status("reading images") as status:
@@ -176,12 +188,14 @@ def matches(
 
     from vitrail.data import open_images, scan
     from vitrail.figures.matches import patch_matches
-    from vitrail.figures.style import save
+    from vitrail.figures.style import figure_path, save
     from vitrail.tokens.matches import match_findings, match_patches
 
-    place, image = _parse_patch(patch), decode(photo)
+    place, image, out = _parse_patch(patch), decode(photo), figure_path(out)
     assert place is not None
     vit = model.open()
+    with naming(photo):
+        vit.view(image)
     source = open_images(images, limit=limit, labels=False)
     with Console(stderr=True).status("reading images") as status:
         manifest = scan(source, lambda n, total: status.update(f"reading images: {n} of {total}"))
@@ -221,6 +235,8 @@ def prune(
     from vitrail.pruning.ranking import parse_heads
     from vitrail.study.table import pruning_summary
 
+    if heads is not None and ranking is not None:
+        raise UsageError("--heads says which heads go, and --ranking would rank them; give one of the two.")
     done = prune_study(
         study,
         out,
@@ -264,7 +280,7 @@ def curves(
     )
     for sentence in curve_findings(measured):
         typer.echo(sentence)
-    typer.echo(f"The report draws them: vitrail report {study}")
+    typer.echo(f"The report draws them: vitrail report {shlex.quote(str(study))}")
 
 
 def _folder_names(images: Sequence[Path]) -> list[str]:
@@ -280,6 +296,6 @@ def _parse_patch(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     numbers = [part.strip() for part in text.split(",")]
-    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+    if len(numbers) != 2 or not all(map(is_number, numbers)):
         raise UsageError(f"--patch {text!r} has no meaning; write ROW,COLUMN, counted from 0.")
     return int(numbers[0]), int(numbers[1])

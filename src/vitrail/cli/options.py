@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.analysis import BASE, Option, all_options, analyses
+from vitrail.analysis import BASE, Option, all_options, analyses, split_names
 from vitrail.errors import BadImage, StudyError, UsageError
 from vitrail.outputs import STUDY_PLAN
 from vitrail.stats import MAX_SEED
@@ -32,6 +32,9 @@ __all__ = [
     "Weights",
     "analysis_names",
     "decode",
+    "is_number",
+    "named",
+    "naming",
     "progress_bars",
     "require_study",
     "seed_option",
@@ -54,6 +57,39 @@ class Format(StrEnum):
     png = "png"
     svg = "svg"
     pdf = "pdf"
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number from 0 on that can count anything here: Python reads no number of 5,000 digits.
+
+    Args:
+        text: Part of an option.
+
+    Returns:
+        True for a number below a billion.
+    """
+    return text.isdecimal() and len(text) < 10
+
+
+def named(option: str, names: str | None) -> list[str] | None:
+    """The names in an option; one that names nothing is a slip, and is not taken for the default.
+
+    Args:
+        option: What it is called.
+        names: Comma-separated; None where the option was left out.
+
+    Returns:
+        The names, or None.
+
+    Raises:
+        UsageError: There are none.
+    """
+    if names is None:
+        return None
+    listed = split_names(names)
+    if not listed:
+        raise UsageError(f"{option} {names!r} names nothing; give names, comma-separated, or leave it out.")
+    return listed
 
 
 def require_study(folder: Path) -> Path:
@@ -102,8 +138,22 @@ def decode(path: Path) -> "Image.Image":
     """
     from vitrail.data import decode_image
 
-    try:
+    with naming(path):
         return decode_image(path)
+
+
+@contextmanager
+def naming(path: Path) -> "Iterator[None]":
+    """Puts the name of a file before what is wrong with its image, for several may have been given.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What refusals within are named by.
+    """
+    try:
+        yield
     except BadImage as error:
         raise BadImage(f"{path}: {error}") from error
 
@@ -374,13 +424,13 @@ def _parse_per_channel(option: str, text: str | None) -> float | list[float] | N
 
 def _parse_output(text: str | None) -> str | int | None:
     """A whole number is an index, anything else a name."""
-    return int(text) if text is not None and text.isdecimal() else text
+    return int(text) if text is not None and is_number(text) else text
 
 
 def _parse_size(text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None
     sides = text.lower().split("x")
-    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if not 1 <= len(sides) <= 2 or not all(is_number(side) and int(side) > 0 for side in sides):
         raise UsageError(f"--image-size {text!r} has no meaning; write one number of pixels, or ROWSxCOLUMNS.")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

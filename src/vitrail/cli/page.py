@@ -1,5 +1,6 @@
 """Commands that serve the page: `open` a study or some photographs, and the `demo`."""
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ DEMO_IMAGES = 78
 
 DEMO_MEASURES = "heads,patterns,patches,tokens"
 """What the page has views of, of any model."""
+
+OF_PHOTOGRAPHS = "heads,patches,tokens"
+"""What photographs without a study are measured by."""
 
 MOST_AT_ONCE = 16
 """Photographs in a pass: the default of `vitrail study`."""
@@ -48,8 +52,11 @@ def open_(
         typer.Option("--with", help="Another study of the same images, to compare with.", metavar="STUDY"),
     ] = None,
     measures: Annotated[
-        str, typer.Option(help="Of photographs without a study: what is measured, as in `vitrail study`.")
-    ] = "heads,patches,tokens",
+        str | None,
+        typer.Option(
+            help=f"Of photographs without a study: what is measured, as in `vitrail study`. Default: {OF_PHOTOGRAPHS}."
+        ),
+    ] = None,
     model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
@@ -58,6 +65,8 @@ def open_(
     if photographs:
         if model is not None:
             raise UsageError(f"Before photographs {study!r} is the model itself; --model is for a study.")
+        if others:
+            raise UsageError("--with compares studies, and these are photographs; leave it out, or open a study.")
         from vitrail.app.server import serve
         from vitrail.live import LiveModel
         from vitrail.models.open import open_vit
@@ -67,10 +76,15 @@ def open_(
         vit = open_vit(study, weights=weights, device=device)
         typer.echo(repr(vit))
         with tempfile.TemporaryDirectory(prefix="vitrail-") as folder:
-            path = study_photographs(vit, photographs, Path(folder), measures)
+            path = study_photographs(vit, photographs, Path(folder), measures or OF_PHOTOGRAPHS)
             live_model = LiveModel(vit) if live else None
             serve(path, live_model, host=host, port=port, open_browser=browser, announce=_announce)
         return
+    if measures is not None:
+        raise UsageError(
+            "--measures is for photographs without a study; a study gains measures by `vitrail study MODEL IMAGES "
+            f"--measures {measures} --out {shlex.quote(study)}`."
+        )
     path, beside = require_study(Path(study)), [require_study(other) for other in others or ()]
     from vitrail.app.server import serve
 

@@ -1,6 +1,7 @@
 """Commands about a study: make it, verify it, draw it, report it."""
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,13 +24,16 @@ from vitrail.cli.options import (
     with_model_options,
 )
 from vitrail.errors import UsageError
-from vitrail.outputs import address, is_address
+from vitrail.outputs import address, is_address, local_folder
 
 if TYPE_CHECKING:
     import xarray as xr
     from rich.console import RenderableType
 
 __all__ = ["print_lines", "print_summary"]
+
+FIGURES = "figures"
+"""Where the figures of a study are drawn, in its folder."""
 
 
 @app.command()
@@ -73,6 +77,7 @@ def study(
 ) -> None:
     """Measure a model over a folder of photographs. Stop it whenever you like: the same command goes on."""
     from vitrail.data.decode import MAX_PIXELS
+    from vitrail.figures.whole import draw_figures
     from vitrail.study.run import run_study
 
     speaks = not (as_json or quiet)
@@ -80,6 +85,9 @@ def study(
         raise UsageError(
             f"{address(out)} was to be verified, which reads a folder; copy the study to one, then verify it."
         )
+    draws = figures and not worker and not is_address(out)  # of several workers, each would draw them
+    if draws and not out.is_file():
+        local_folder(out / FIGURES)
     vit = model.open()
     if speaks:
         typer.echo(repr(vit))
@@ -101,21 +109,21 @@ def study(
         engine=engine,
         n_workers=workers,
     )
-    is_elsewhere = is_address(out)
     if verify:
         _verify(out, speaks=speaks)
+    drawn = draw_figures(dataset, out / FIGURES) if draws else None  # before a reader of the summary may close the pipe
     if speaks:
         print_summary(dataset, out)
-    if figures and not worker and not is_elsewhere:  # of several workers, each would draw them
-        _draw(dataset, out / "figures", [Format.png], speaks=speaks)
-    if speaks and is_elsewhere:
+    if speaks and drawn is not None:
+        _print_drawn(drawn, out / FIGURES)
+    if speaks and is_address(out):
         typer.echo(f"\nRead it:  vitrail.open_study({address(out)!r})")
     elif speaks:
-        typer.echo(f"\nLook at it:  vitrail open {out}")
+        typer.echo(f"\nLook at it:  vitrail open {shlex.quote(str(out))}")
     if as_json:
         from vitrail.study.table import study_record
 
-        typer.echo(json.dumps(study_record(dataset, out), ensure_ascii=False))
+        typer.echo(json.dumps(study_record(dataset, out)))
 
 
 @app.command()
@@ -134,9 +142,11 @@ def figures(
     formats: Formats = [Format.png],  # noqa: B006 - typer copies it
 ) -> None:
     """Draw the figures of a study, as PNG, SVG or PDF."""
+    from vitrail.figures.whole import draw_figures
     from vitrail.study.store import open_study
 
-    _draw(open_study(study), out or study / "figures", formats)
+    folder = out or study / FIGURES
+    _print_drawn(draw_figures(open_study(study), folder, [each.value for each in formats]), folder)
 
 
 @app.command()
@@ -156,7 +166,7 @@ def report(
     if as_json:
         if out is not None:
             raise UsageError(f"--json writes no file, and --out names {out}; leave one of the two out.")
-        typer.echo(json.dumps({"study": str(study), "findings": study_findings(study)}, ensure_ascii=False))
+        typer.echo(json.dumps({"study": str(study), "findings": study_findings(study)}))
         return
     target = write_report(study, out, progress=not quiet)
     if not quiet:
@@ -196,12 +206,7 @@ def _verify(study: Path, *, repair: bool = False, speaks: bool = True) -> None:
         typer.echo(f"{n_parts} parts read back as they were written.")
 
 
-def _draw(dataset: "xr.Dataset", folder: Path, formats: Sequence[Format], *, speaks: bool = True) -> None:
-    from vitrail.figures.whole import draw_figures
-
-    files = draw_figures(dataset, folder, tuple(each.value for each in formats))
-    if not speaks:
-        return
+def _print_drawn(files: Sequence[Path], folder: Path) -> None:
     if files:
         typer.echo(f"{len(files)} figures in {folder}")
     else:

@@ -56,6 +56,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
 ) -> None:
     """Accuracy, area of windows by layer, agreement with a teacher and with measured windows, speed."""
+    from vitrail.data.files import some
     from vitrail.models.open import open_vit
     from vitrail.windows.evaluate import evaluate as evaluate_vit
     from vitrail.wint.batches import read_images
@@ -72,6 +73,8 @@ def evaluate(
             batch_size=batch_size,
             progress=lambda done, total: progress("evaluating", done, total, ""),
         )
+    if results.skipped:
+        typer.echo(f"left out: {some(results.skipped)}", err=True)
     typer.echo(f"{results.n_images:,} images, accuracy {results.accuracy:.4f}, {results.images_per_s:.0f} images/s")
     _print_windows(results)
 

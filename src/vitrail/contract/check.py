@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.contract.surgery import NoProjection, Projection, projection_inputs, projections, run_without_head
-from vitrail.errors import Unsupported
+from vitrail.data.files import some
+from vitrail.errors import ModelError, Unsupported
 from vitrail.markup import html_table
 from vitrail.models.open import Vit
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Kind, layer_ranges
@@ -157,11 +158,15 @@ def check_vit(
     Returns:
         A finding for each promise; `report.ok` says whether all hold.
 
+    Raises:
+        ModelError: The model answers with NaN or infinite numbers, with which nothing can be compared.
+
     Example:
         >>> print(check_vit(vit).text())
     """
     images = _noise(vit) if images is None else images
     trial = _Trial(vit, images, quick)
+    _require_finite(trial)
     own = trial.users_own_logits()
     before = footprint(vit.model)
     findings = [
@@ -174,6 +179,16 @@ def check_vit(
         _nothing_left(trial, before),
     ]
     return Report(vit.name, describe(vit.anatomy), tuple(findings), vit.preprocessing_source, vit.weights_source)
+
+
+def _require_finite(trial: "_Trial") -> None:
+    if trial.plain.isfinite().all():
+        return
+    bad = [name for name, weight in trial.vit.model.state_dict().items() if not weight.isfinite().all()]
+    cause = f"These weights hold such numbers: {some(bad)}" if bad else "The weights are finite; try float32"
+    raise ModelError(
+        f"{trial.vit.name} answers with NaN or infinite numbers, so nothing of it can be checked. {cause}."
+    )
 
 
 def _noise(vit: Vit) -> Tensor:

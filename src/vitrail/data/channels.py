@@ -188,7 +188,7 @@ def image_of_channels(
         )
     if refuse_too_many is not None:
         refuse_too_many(values.shape[1], values.shape[0])
-    if values.dtype in (np.uint8, np.uint16):
+    if values.dtype.newbyteorder("=") in (np.uint8, np.uint16):
         scaled = values.astype(np.float32) / np.iinfo(values.dtype).max
     elif np.issubdtype(values.dtype, np.floating):
         scaled = values.astype(np.float32)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import reprlib
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -46,7 +47,8 @@ def file_items(paths: Sequence[Path], class_names: Sequence[str | None] | None =
 
     Args:
         paths: The files.
-        class_names: The name of each one's class; default: of the folder that it lies in.
+        class_names: The name of each one's class; default: of the folder that it lies in, where they lie in several.
+            One folder tells nothing apart: `2024/07/a.jpg` is no image of class 7.
 
     Returns:
         Items with ids relative to the folder that all files share.
@@ -55,7 +57,8 @@ def file_items(paths: Sequence[Path], class_names: Sequence[str | None] | None =
     if not absolute:
         return []
     shared = Path(os.path.commonpath([path.parent for path in absolute]))
-    names = class_names or [file_id(Path(path.parent.name)) for path in absolute]
+    in_classes = len({path.parent for path in absolute}) > 1
+    names = class_names or [file_id(Path(path.parent.name)) if in_classes else None for path in absolute]
     return [Item(file_id(path.relative_to(shared)), name, path) for path, name in zip(absolute, names, strict=True)]
 
 
@@ -123,7 +126,10 @@ def _json_row(path: Path, entry: dict[str, Any]) -> tuple[str, str | None]:
 
 def _label(path: Path, label: Any) -> str | None:
     if label is not None and (isinstance(label, bool) or not isinstance(label, str | int)):
-        raise DataError(f"{path} has the label {label!r}; a label is a class name or the index of a class.")
+        raise DataError(
+            f"{path} has the label {reprlib.repr(label)}; a label is a class name or the index of a class, and a table "
+            "is an object {file: label}, or a list of objects."
+        )
     return None if label is None else str(label)
 
 

@@ -19,7 +19,7 @@ from vitrail.exports.netcdf import write_netcdf
 from vitrail.exports.source import ExportSource, open_source
 from vitrail.exports.tables import csv_names, parquet_names, write_csv, write_parquet
 from vitrail.outputs import EXPORT_SIGN as SIGN
-from vitrail.outputs import export_listing, local_path
+from vitrail.outputs import export_listing, local_folder
 
 __all__ = ["FORMATS", "Format", "export_study"]
 
@@ -84,7 +84,7 @@ def export_study(
     if to not in FORMATS:
         raise UsageError(f"There is no export to {to!r}; choose from {', '.join(FORMATS)}.")
     source = open_source(study, measures)
-    folder = local_path(out if out is not None else Path(study) / "exports" / to)
+    folder = local_folder(out if out is not None else Path(study) / "exports" / to)
     try:
         own, names = _own_files(folder), FORMATS[to].names(source)
         foreign = _files_in(folder) - own - {SIGN}

@@ -40,6 +40,7 @@ __all__ = [
     "colour_scale",
     "describe_measure",
     "explain",
+    "figure_path",
     "head_name",
     "ink_on",
     "number",
@@ -259,14 +260,36 @@ def save(figure: Figure, path: str | Path) -> Path:
     Raises:
         UsageError: The ending is another, the path is an address, or a file that Vitrail did not draw is there.
     """
-    path = local_path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise UsageError(f"A figure was to be written to {path.name!r}; it can be {', '.join(FORMATS)}.")
-    refuse_foreign_file(path, SIGNS[kind])
+    path = figure_path(path)
+    kind = _kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format=kind, dpi=PNG_DPI, metadata=METADATA[kind])
     return path
+
+
+def figure_path(path: str | Path) -> Path:
+    """The file that a figure is going to be written to: asked before minutes of work are done for it.
+
+    Args:
+        path: As the user wrote it.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: The ending is another, the path is an address or no place for a file, or a file that Vitrail did not
+            draw is there.
+    """
+    path = local_path(path)
+    kind = _kind(path)
+    if kind not in FORMATS:
+        raise UsageError(f"A figure was to be written to {path.name!r}; it can be {', '.join(FORMATS)}.")
+    refuse_foreign_file(path, SIGNS[kind])
+    return path
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
 
 
 @styled

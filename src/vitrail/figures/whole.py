@@ -9,6 +9,7 @@ import xarray as xr
 from vitrail.analysis import Analysis, analyses
 from vitrail.errors import UsageError
 from vitrail.figures.style import Figure, refuse_formats, save
+from vitrail.outputs import local_folder
 
 __all__ = ["WholeFigure", "draw_all", "draw_figure", "draw_figures", "save_figures"]
 
@@ -34,9 +35,10 @@ def draw_figures(
         The files written, none if nothing can be drawn.
 
     Raises:
-        UsageError: A format is unknown.
+        UsageError: A format is unknown, or a file is where the folder has to be.
     """
     refuse_formats(formats)
+    folder = local_folder(folder)
     return save_figures(draw_all(study, only=only, one_image=one_image), folder, formats)
 
 

@@ -1,6 +1,7 @@
 """Opening a vision transformer: `open_vit` finds it, describes it and gives a `Vit`."""
 
 import hashlib
+import textwrap
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -428,7 +429,11 @@ def _move(loaded: LoadedModel, device: str, precision: str, *, own: bool) -> Non
         torch_device = torch.device(device)
         torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"There is no device {device!r} here ({str(error).splitlines()[0]}).") from error
+        here = ["cpu", *([torch.accelerator.current_accelerator()] if torch.accelerator.is_available() else [])]
+        raise UsageError(
+            f"There is no device {device!r} here; there is {' and '.join(map(str, here))} "
+            f"({textwrap.shorten(str(error).splitlines()[0], 120, placeholder=' ..')})."
+        ) from error
     dtype = PRECISIONS[precision]
     weights = [weight for weight in loaded.module.parameters() if weight.is_floating_point()]
     if all(weight.dtype == dtype and weight.device.type == torch_device.type for weight in weights):

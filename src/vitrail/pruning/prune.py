@@ -21,7 +21,7 @@ from torch import Tensor
 from vitrail.data.labels import LabelSource
 from vitrail.errors import ModelError, Unsupported, UsageError
 from vitrail.models.open import Vit, open_vit
-from vitrail.outputs import local_path
+from vitrail.outputs import local_folder
 from vitrail.pruning.masked import logits_without, predictions_without
 from vitrail.pruning.ranking import Order, as_heads, halves, orders, scores
 from vitrail.pruning.removal import remove_heads, why_not_removable
@@ -155,7 +155,7 @@ def prune_study(
         UnknownModel, WeightsMismatch: The model cannot be opened again, as for `reopen`.
         ModelError: The smaller model does not give what the masked one gives; it is not written.
     """
-    out = local_path(out)
+    out = local_folder(out)
     _check_request(heads, keep_accuracy)
     named = None if heads is None else as_heads(heads)
     refuse_full_folder(out)

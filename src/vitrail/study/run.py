@@ -52,6 +52,10 @@ from vitrail.study.writing import StudyFolder, plan_of
 __all__ = ["run_study"]
 
 
+MOST_IN_A_BATCH = 2**20
+"""Images in a pass, at most: more is a slip, and no number that torch takes as a size."""
+
+
 def run_study(
     vit: Vit,
     images: object,
@@ -117,6 +121,8 @@ def run_study(
     """
     if batch_size < 1:
         raise UsageError(f"A batch of {batch_size} images cannot be run; give 1 or more.")
+    if batch_size > MOST_IN_A_BATCH:
+        raise UsageError(f"A batch of {batch_size} images fits no machine; give {MOST_IN_A_BATCH:,} or fewer.")
     if part_images is not None and part_images < 1:
         raise UsageError(f"A part of {part_images} images cannot be made; give 1 or more.")
     require_seed(seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitrail.data.files import some
 from vitrail.data.labels import classes_of_names
-from vitrail.errors import DataError, UsageError
+from vitrail.errors import BadImage, DataError, NoImages, UsageError
 from vitrail.models.open import Vit
 from vitrail.windows.collect import WindowCollector, overlap, predict_windows
 from vitrail.wint.batches import Images
@@ -32,8 +32,9 @@ MEASURES_BY_LAYER = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Numbers over all images; those by layer are empty for a model without windows.
+    """Numbers over all images that can be read; those by layer are empty for a model without windows.
 
+    skipped: images that cannot be read, and why.
     accuracy: share of correct predictions. area: mean share of the grid within a window. overlap_teacher: mean
     intersection over union with the teacher's windows; overlap_own: with the windows measured in the model's own
     attention, boxes of the predicted mean area, which its mask all but forces; overlap_open: with those that its
@@ -43,6 +44,7 @@ class Evaluation:
     n_images: int
     accuracy: float
     images_per_s: float
+    skipped: tuple[str, ...] = ()
     area: tuple[float, ...] = ()
     overlap_teacher: tuple[float, ...] = ()
     overlap_own: tuple[float, ...] = ()
@@ -78,6 +80,7 @@ def evaluate(
 
     Raises:
         DataError: The images have other classes than the model, in number or by name.
+        NoImages: None of them can be read.
         UsageError: The teacher does not fit, or the model has no windows to harden.
     """
     labels = _labels_of_model(vit, images)
@@ -87,16 +90,25 @@ def evaluate(
         if not heads or grid is None:
             raise UsageError(f"{vit.name} predicts no windows that could be compared with a teacher's.")
         guide = Teacher(teacher, teacher_area, len(heads), heads[0].n_windows, grid, vit.preprocessing)
-    n_correct, seconds, sums = 0, 0.0, dict[str, np.ndarray]()
+    n_images, n_correct, seconds, sums, skipped = 0, 0, 0.0, dict[str, np.ndarray](), list[str]()
     reader = WindowCollector(vit, tuple(MEASURES_BY_LAYER.values()))
     for start in range(0, len(images), batch_size):
         batch = range(start, min(start + batch_size, len(images)))
-        pixels = vit.prepare_views([vit.view(images.image(index)) for index in batch])
+        views = {}
+        for index in batch:
+            try:
+                views[index] = vit.view(images.image(index))
+            except BadImage as error:
+                skipped.append(str(error))
+        if not views:
+            continue
+        n_images += len(views)
+        pixels = vit.prepare_views(list(views.values()))
         start_time = time.perf_counter()
         with window_mode(vit.model, windows):
             logits = vit.logits(pixels)
         seconds += time.perf_counter() - start_time
-        n_correct += int((logits.argmax(1).cpu() == labels[batch.start : batch.stop]).sum())
+        n_correct += int((logits.argmax(1).cpu() == labels[list(views)]).sum())
         if heads and grid is not None:
             by_layer = {name: values.mean(2) for name, values in reader.of(pixels).items()}
             if guide is not None:
@@ -106,12 +118,14 @@ def evaluate(
                 sums[name] = sums.get(name, 0) + values.sum(0, dtype=np.float64)
         if progress is not None:
             progress(batch.stop, len(images))
+    if not n_images:
+        raise NoImages(f"None of the {len(images):,} images can be read: {skipped[0]}.")
     layers = {
-        field: tuple((sums[name] / len(images)).tolist())
+        field: tuple((sums[name] / n_images).tolist())
         for field, name in {**MEASURES_BY_LAYER, "overlap_teacher": "teacher"}.items()
         if name in sums
     }
-    return Evaluation(len(images), n_correct / len(images), len(images) / seconds, **layers)
+    return Evaluation(n_images, n_correct / n_images, n_images / seconds, tuple(skipped), **layers)
 
 
 def _labels_of_model(vit: Vit, images: Images) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitrail.data import decode_image, open_images
 from vitrail.data.files import BROKEN_ARCHIVE
-from vitrail.errors import DataError, UsageError
+from vitrail.errors import BadImage, DataError, UsageError
 from vitrail.wint.recipe import Data, Recipe
 
 __all__ = ["Batches", "Images", "derive_seed", "normalise", "read_images"]
@@ -36,12 +36,13 @@ RESAMPLING = Image.Resampling.BICUBIC
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images that are decoded when asked for. `contents[i]()` gives bytes or an RGB image."""
+    """Labelled images that are decoded when asked for. `contents[i]()` gives bytes or an RGB image; `ids` name them."""
 
     name: str
     contents: Sequence[Callable[[], bytes | Image.Image]]
     labels: Int[Tensor, "image"]
     class_names: tuple[str, ...]
+    ids: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.contents)
@@ -54,9 +55,15 @@ class Images:
 
         Returns:
             An RGB image.
+
+        Raises:
+            BadImage: It cannot be read; the sentence names it.
         """
-        content = self.contents[index]()
-        return decode_image(content) if isinstance(content, bytes) else content
+        try:
+            content = self.contents[index]()
+            return decode_image(content) if isinstance(content, bytes) else content
+        except BadImage as error:
+            raise BadImage(f"{self.ids[index] if self.ids else f'image {index}'} of {self.name}: {error}") from error
 
     def subset(self, limit: int | None) -> "Images":
         """Takes a fixed random subset, whatever the seed of a run.
@@ -75,7 +82,9 @@ class Images:
         if limit < 1:
             raise UsageError(f"A limit of {limit} images leaves nothing to train on.")
         indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(SUBSET))[:limit].sort().values
-        return Images(self.name, [self.contents[i] for i in indices.tolist()], self.labels[indices], self.class_names)
+        numbers = indices.tolist()
+        contents, ids = [self.contents[i] for i in numbers], [self.ids[i] for i in numbers] if self.ids else ()
+        return Images(self.name, contents, self.labels[indices], self.class_names, ids)
 
     def pixels(self, size: int, progress: Callable[[int, int], None] | None = None) -> UInt8[Tensor, "image 3 px px"]:
         """Decodes all images: the short side resized, the middle cut out.
@@ -99,7 +108,8 @@ def read_images(source: str) -> Images:
     """Opens labelled images.
 
     Args:
-        source: A packed .npz, a folder of class folders, or hf:NAME:SPLIT.
+        source: A packed .npz, a folder of class folders, whose files beside these are of no class and left out, or
+            hf:NAME:SPLIT.
 
     Returns:
         The images, decoded when asked for.
@@ -109,17 +119,16 @@ def read_images(source: str) -> Images:
     """
     if source.endswith(".npz"):
         return _read_packed(Path(source))
-    opened = open_images(source, labels=False)
-    class_of_item = [item.class_name for item in opened.items]
-    if None in class_of_item or len(set(class_of_item)) < 2:
+    items = [item for item in open_images(source, labels=False).items if item.class_name is not None]
+    classes = tuple(sorted({str(item.class_name) for item in items}))
+    if len(classes) < 2:
         raise DataError(f"{source} has no classes to learn; give a folder of class folders, or a labelled dataset.")
-    classes = tuple(sorted(map(str, set(class_of_item))))
     number = {name: index for index, name in enumerate(classes)}
     contents = [
-        partial(Path.read_bytes, item.content) if isinstance(item.content, Path) else item.content
-        for item in opened.items
+        partial(Path.read_bytes, item.content) if isinstance(item.content, Path) else item.content for item in items
     ]
-    return Images(source, contents, torch.tensor([number[str(name)] for name in class_of_item]), classes)
+    labels = torch.tensor([number[str(item.class_name)] for item in items])
+    return Images(source, contents, labels, classes, [item.id for item in items])
 
 
 def _read_packed(path: Path) -> Images:

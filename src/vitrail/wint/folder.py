@@ -18,7 +18,7 @@ from vitrail.grid import Grid
 from vitrail.models.checkpoint import write_tensors
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.models.sources import LoadedModel, Request
-from vitrail.outputs import local_path, write_atomically
+from vitrail.outputs import local_folder, write_atomically
 from vitrail.wint.model import Shape, WinT, attach
 
 __all__ = [
@@ -97,7 +97,7 @@ def save(
     Example:
         save(model, "runs/mine", class_names=["cat", "dog"])
     """
-    folder = local_path(folder)
+    folder = local_folder(folder)
     _refuse_other_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_describe(model, class_names, timm_model, mean, std), indent=2) + "\n"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import DataError, PlanMismatch, StudyError, TrainingDiverged, UsageError
 from vitrail.grid import Grid
-from vitrail.outputs import local_path, remove_unfinished, write_atomically
+from vitrail.outputs import local_folder, remove_unfinished, write_atomically
 from vitrail.wint import checkpoint
 from vitrail.wint.batches import DROPS, Batches, Images, derive_seed, normalise, read_images
 from vitrail.wint.building import (
@@ -88,7 +88,7 @@ def train(recipe: Recipe, out: str | Path, *, progress: Progress | None = None) 
     Example:
         results = train(read_recipe("cifar10.toml"), "runs/cifar10")
     """
-    run, out = recipe.run, local_path(out)
+    run, out = recipe.run, local_folder(out)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=run.precision,
