@@ -62,13 +62,21 @@ export const layerAtDepth = (layer: number, from: number, to: number): number =>
 export const firstToken = (about: Study, layer: number): number =>
   about.prefixes[layer] ? 0 : chosenPatch(about, layer, -1);
 
+/** The token of a layer where a patch of another grid lies. */
+export const tokenOfPatch = (about: Study, layer: number, patch: number, grid: [number, number]): number =>
+  (about.prefixes[layer] ?? 0) + movedPatch(patch, grid, gridOf(about, layer));
+
+/** Where a layer's token lies on the grid that something is drawn on; -1 for a token before the patches. */
+export const drawnPatch = (about: Study, layer: number, token: number, grid: [number, number]): number =>
+  token < (about.prefixes[layer] ?? 0) ? -1 : movedPatch(chosenPatch(about, layer, token), gridOf(about, layer), grid);
+
 /** A token of one layer as it is counted in another: a patch where it lies, a token before the patches as it is. */
 export function tokenIn(about: Study, token: number, before: number, layer: number): number {
   const [from, to] = [gridOf(about, before), gridOf(about, layer)];
   const patch = token - (about.prefixes[before] ?? 0);
-  return patch < 0 || from.join() === to.join()
-    ? token
-    : (about.prefixes[layer] ?? 0) + movedPatch(chosenPatch(about, before, token), from, to);
+  if (patch < 0) return token;
+  if (from.join() === to.join()) return (about.prefixes[layer] ?? 0) + patch;
+  return tokenOfPatch(about, layer, chosenPatch(about, before, token), from);
 }
 
 /** The chosen patch as the server counts it: on the first layer's grid. */

@@ -5,7 +5,7 @@ import { stems } from "../src/charts/stems";
 import { mapLayout, numberLayout } from "../src/charts/cells";
 import { amongPatches, evenly, headPaint, MeanMaps, topOf } from "../src/headmaps.svelte";
 import { betweenPatches } from "../src/overlays/attention";
-import { layerAtDepth } from "../src/grids";
+import { drawnPatch, layerAtDepth, tokenIn, tokenOfPatch } from "../src/grids";
 import {
   coverage,
   directionColour,
@@ -125,6 +125,19 @@ test("a stored array is painted by its dimensions, layer by layer", () => {
   const sides = box.paint(2, false);
   expect(sides?.kind === "box" && sides.sides).toEqual([16, 17, 18, 19]);
   expect(box.strip!(0, 1)?.kind).toBe("box");
+});
+
+test("a patch is read and picked where it is drawn, also on another grid than its layer's", () => {
+  const merging = { ...study, grids: [[4, 4], [2, 2]], prefixes: [1, 1] } as unknown as Study; // prettier-ignore
+  const values = Float32Array.from([9, 10, 11, 12, 13, ...Array(12).fill(NaN), ...Array(17).fill(0)]);
+  const paint = stored(merging, study.measures.norm!, { dims: [], shape: [2, 17], values }, 0).paint(1, false)!;
+  expect(paint.grid).toEqual([2, 2]);
+  const drawn = drawnPatch(merging, 0, 1 + 8, paint.grid); // row 2, column 0 of 4 x 4
+  expect(paint.kind === "weights" && paint.values[drawn]).toBe(12);
+  expect(tokenOfPatch(merging, 0, drawn, paint.grid)).toBe(1 + 8);
+  expect(drawnPatch(merging, 0, 0, paint.grid)).toBe(-1);
+  expect(tokenIn(merging, 1 + 8, 0, 1)).toBe(1 + 2);
+  expect(tokenIn({ ...study, prefixes: [0, 1] }, 2, 0, 1)).toBe(1 + 2); // a class token that joins late
 });
 
 test("an overlay asked for is drawn, else the tab's first that needs no closed model", () => {
