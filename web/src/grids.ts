@@ -54,9 +54,13 @@ export function movedPatch(patch: number, from: [number, number], to: [number, n
   return row * to[1] + Math.floor(((patch % from[1]) * to[1]) / from[1]);
 }
 
-/** The layer of a model with `to` layers that is as deep as one of a model with `from`. */
+/** Where a depth lies among the layers of a model: 3.5 is between L3 and L4. Layers are counted at their middle, as in
+ * `vitrail.comparison.align.depths_of`. */
+export const positionAt = (depth: number, nLayers: number): number => depth * nLayers - 0.5;
+
+/** The layer of a model with `to` layers that is nearest in depth to one of a model with `from`. */
 export const layerAtDepth = (layer: number, from: number, to: number): number =>
-  from > 1 ? Math.round((layer * (to - 1)) / (from - 1)) : to - 1;
+  Math.max(0, Math.min(to - 1, Math.round(((layer + 0.5) * to) / from - 0.5)));
 
 /** The token that a page begins with: the first before the patches, or the middle patch of a model without any. */
 export const firstToken = (about: Study, layer: number): number =>

@@ -5,7 +5,7 @@ import { stems } from "../src/charts/stems";
 import { mapLayout, numberLayout } from "../src/charts/cells";
 import { amongPatches, evenly, headPaint, MeanMaps, topOf } from "../src/headmaps.svelte";
 import { betweenPatches } from "../src/overlays/attention";
-import { drawnPatch, layerAtDepth, tokenIn, tokenOfPatch } from "../src/grids";
+import { drawnPatch, layerAtDepth, positionAt, tokenIn, tokenOfPatch } from "../src/grids";
 import {
   coverage,
   directionColour,
@@ -247,9 +247,16 @@ test("two overlays of weights get one scale, other kinds and missing ones stay",
 });
 
 test("layers of two models stand side by side at the same depth", () => {
-  expect([0, 5, 11].map((layer) => layerAtDepth(layer, 12, 24))).toEqual([0, 10, 23]);
+  // The middle of L5 of 12 lies at 11/24, between L10 and L11 of 24; that of L6 of 24 at 13/48, in L0 of 3.
+  expect([0, 5, 11].map((layer) => layerAtDepth(layer, 12, 24))).toEqual([1, 11, 23]);
   expect([0, 2, 3].map((layer) => layerAtDepth(layer, 4, 2))).toEqual([0, 1, 1]);
-  expect(layerAtDepth(0, 1, 6)).toBe(5);
+  expect([layerAtDepth(6, 24, 3), layerAtDepth(0, 1, 6), layerAtDepth(5, 6, 1)]).toEqual([0, 3, 0]);
+  const depths = Array.from({ length: 6 }, (_, layer) => (layer + 0.5) / 6); // where 12 and 6 layers are compared
+  expect(depths.map((depth) => +positionAt(depth, 12).toFixed(6))).toEqual([0.5, 2.5, 4.5, 6.5, 8.5, 10.5]);
+  // A click on a point chooses a layer that is marked there.
+  for (const nLayers of [3, 6, 7, 12, 24])
+    for (let at = 0; at < Math.min(6, nLayers); at++)
+      expect(layerAtDepth(layerAtDepth(at, Math.min(6, nLayers), nLayers), nLayers, Math.min(6, nLayers))).toBe(at);
 });
 
 test("the sum of windows counts those that hold a patch, in part where they hold a part", () => {
