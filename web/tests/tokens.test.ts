@@ -5,7 +5,7 @@ import { meanOfPresent } from "../src/data";
 import { ofPatch, overPatches, pulls } from "../src/field";
 import { Arrivals } from "../src/arrivals";
 import { along, frameNames, readFrames } from "../src/frames";
-import { chosenPatch, firstPatch, firstToken, movedPatch, placeOfTokens, tokenIn } from "../src/grids";
+import { chosenPatch, firstPatch, firstToken, movedPatch, placeOfTokens, tokenIn, tokenOfPatch } from "../src/grids";
 import { greatest, laidOut, lengths, likeness, objectColour } from "../src/likeness";
 import { GROUPS, OTHERS } from "../src/palette";
 import { asColours, asSigns } from "../src/pictures";
@@ -189,6 +189,14 @@ test("who waits for an array goes on once it is there, and everybody once nothin
   arrivals.end();
   await waiting[1];
   expect(order).toEqual(["late", "never"]);
+});
+
+test("a patch of the first layer's grid is chosen where it lies on the chosen layer's", () => {
+  const swin = { prefixes: [0, 0, 0, 0], grids: [[14, 14], [14, 14], [7, 7], [7, 7]] } as unknown as Study; // prettier-ignore
+  const token = tokenOfPatch(swin, 3, 14 * 7 + 2, [14, 14]);
+  expect(token).toBe(7 * 3 + 1); // row 7, column 2 lies in row 3, column 1
+  expect(firstPatch(swin, 3, token)).toBe(14 * 6 + 2);
+  expect(tokenOfPatch(study, 0, 3, [2, 2])).toBe(1 + 3);
 });
 
 test("a hierarchy begins at its middle patch, and the patch stays where it lies as grids shrink", () => {
