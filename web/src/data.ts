@@ -131,29 +131,19 @@ export function overHeads(values: ArrayLike<number>, nHeads: number[]): Float32A
   });
 }
 
-/** The mean over the rows that have values, [row, step], and how many have any. */
-export function meanOfPresent(
-  values: ArrayLike<number>,
-  nSteps: number,
-  rows: Int32Array,
-): { mean: Float32Array; n: number } {
-  const [sum, counts] = [new Float64Array(nSteps), new Int32Array(nSteps)];
-  let n = 0;
-  for (const row of rows) {
-    let any = 0;
-    for (let step = 0; step < nSteps; step++) {
-      const value = values[row * nSteps + step]!;
-      if (Number.isNaN(value)) continue;
-      sum[step] = sum[step]! + value;
-      counts[step] = counts[step]! + 1;
-      any = 1;
-    }
-    n += any;
-  }
-  return { mean: Float32Array.from(sum, (total, step) => total / counts[step]!), n };
+/** A measure by layer: of the image at hand, or its mean over the selected images that have it in every layer. */
+export async function byLayer(
+  name: string,
+  scope: "image" | "set",
+  image: string,
+  selection: Selection,
+): Promise<{ values: Float32Array; n: number }> {
+  if (scope === "image") return { values: (await array(name, { image })).values as Float32Array, n: 1 };
+  const told = await summary(name, set(selection));
+  return { values: statistic(told, "mean"), n: told.n_images };
 }
 
-/** The same as a table, a row a step. */
+/** A measure along steps as a table, a row a step. */
 export const alongRows = (data: Along | undefined, step: string): Row[] =>
   Array.from(data?.mean ?? [], (mean, at) => ({
     [step]: at,

@@ -2,7 +2,7 @@ import { expect, test, vi } from "vitest";
 
 import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
 import { stepped as coloured } from "../src/colouring";
-import { binned, headValues, ordered, statistic, stepped } from "../src/data";
+import { binned, byLayer, headValues, ordered, statistic, stepped } from "../src/data";
 import { asCsv } from "../src/export";
 import { amountColours, colours, extent, inkOn, OTHERS, signedColours } from "../src/palette";
 import type { Images, Study, Summary } from "../src/types";
@@ -118,6 +118,25 @@ test("images without a value come last in an order, have a grey of their own and
   expect(bins.map(({ low, all }) => [low, all])).toEqual([
     [1, 2],
     [2, 2],
+  ]);
+});
+
+test("scores by layer of a selection are the means that the server gives, of as many images", async () => {
+  const means = Float32Array.from([0.25, 0.5, ...Array(10).fill(NaN)]);
+  const asked: [string, string | undefined][] = [];
+  vi.stubGlobal("fetch", async (path: string, init?: RequestInit) => {
+    asked.push([path, init?.body as string | undefined]);
+    const one = path.startsWith("/api/array");
+    const headers = { "X-Dims": one ? "layer" : "statistic,layer", "X-Shape": one ? "2" : "6,2", "X-Dtype": "float32" };
+    return new Response(one ? Float32Array.of(1, 2) : means, { headers: { ...headers, "X-Images": "2" } });
+  });
+  const selection = { key: "wrong", all: false, mask: new Uint8Array(4), indices: Int32Array.of(0, 1, 3) };
+  const { values, n } = await byLayer("silhouette", "set", "0", selection);
+  expect([...values, n]).toEqual([0.25, 0.5, 2]);
+  expect([...(await byLayer("silhouette", "image", "3", selection)).values]).toEqual([1, 2]);
+  expect(asked).toEqual([
+    ["/api/summary/silhouette", JSON.stringify({ images: [0, 1, 3] })],
+    ["/api/array/silhouette?image=3", undefined],
   ]);
 });
 

@@ -1,7 +1,6 @@
 import { expect, test } from "vitest";
 
 import { boundsOf, lastStep, spread } from "../src/charts/lines";
-import { meanOfPresent } from "../src/data";
 import { ofPatch, overPatches, pulls } from "../src/field";
 import { Arrivals } from "../src/arrivals";
 import { along, frameNames, readFrames } from "../src/frames";
@@ -129,11 +128,6 @@ test("places have the study's names or numbers, or count from 0, and curves begi
   expect(placeName(study, "rule", 0)).toBe("shift mass");
   expect(placeName(study, "hop", 2)).toBe("2");
   expect([...fromIntact(1, [0.5])]).toEqual([1, 0.5]);
-});
-
-test("a mean is over the images that have a value", () => {
-  const { mean, n } = meanOfPresent([1, NaN, NaN, NaN, 3, 4, 9, 9], 2, Int32Array.from([0, 1, 2]));
-  expect([...mean, n]).toEqual([2, 4, 2]);
 });
 
 test("tokens are laid out to fill a square in the layers that have a place for them, with the colour of their object", () => {
