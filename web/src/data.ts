@@ -191,7 +191,18 @@ export function ordered(images: Int32Array, value: (image: number) => number, is
   });
 }
 
-/** Bins of equal width from the least to the greatest value, counting all and those under `mask`. */
+/** Among the images that have a value: how many they are, and the share of them below one value, NaN without one. */
+export function standing(values: ArrayLike<number>, value: number | undefined): { n: number; below: number } {
+  let [n, lower] = [0, 0];
+  for (let i = 0; i < values.length; i++) {
+    if (Number.isNaN(values[i])) continue;
+    n++;
+    if (values[i]! < value!) lower++;
+  }
+  return { n, below: value === undefined || Number.isNaN(value) || !n ? NaN : lower / n };
+}
+
+/** Bins of equal width from the least to the greatest value, counting all and those under `mask`; none without a value. */
 export function binned(values: ArrayLike<number>, n: number, mask?: Uint8Array, domain?: [number, number]) {
   let [low, high] = domain ?? [Infinity, -Infinity];
   if (!domain) {
@@ -200,7 +211,8 @@ export function binned(values: ArrayLike<number>, n: number, mask?: Uint8Array, 
       if (values[i]! > high) high = values[i]!;
     }
   }
-  if (!(high > low)) [low, high] = [low - 0.5 || 0, high + 0.5 || 1];
+  if (low > high) return [];
+  if (low === high) [low, high] = [low - 0.5, high + 0.5];
   const width = (high - low) / n;
   const bins = Array.from({ length: n }, (_, i) => ({
     low: low + i * width,

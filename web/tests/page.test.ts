@@ -2,7 +2,7 @@ import { expect, test, vi } from "vitest";
 
 import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
 import { stepped as coloured } from "../src/colouring";
-import { binned, byLayer, headValues, ordered, statistic, stepped } from "../src/data";
+import { binned, byLayer, headValues, standing, ordered, statistic, stepped } from "../src/data";
 import { asCsv } from "../src/export";
 import { amountColours, colours, extent, inkOn, OTHERS, signedColours } from "../src/palette";
 import type { Images, Study, Summary } from "../src/types";
@@ -118,6 +118,19 @@ test("images without a value come last in an order, have a grey of their own and
   expect(bins.map(({ low, all }) => [low, all])).toEqual([
     [1, 2],
     [2, 2],
+  ]);
+});
+
+test("an image stands among those that have a value", () => {
+  const values = Float32Array.from({ length: 40 }, (_, i) => (i < 20 ? i : NaN));
+  expect(standing(values, 19)).toEqual({ n: 20, below: 0.95 });
+  expect(standing(values, NaN)).toEqual({ n: 20, below: NaN });
+  expect(standing(values, undefined).below).toBeNaN();
+  expect(standing([NaN, NaN], 1)).toEqual({ n: 0, below: NaN });
+  expect(binned([NaN, NaN], 5)).toEqual([]);
+  expect(binned([2, NaN, 2], 2).map(({ low, high, all }) => [low, high, all])).toEqual([
+    [1.5, 2, 0],
+    [2, 2.5, 2],
   ]);
 });
 
