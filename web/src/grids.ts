@@ -26,6 +26,16 @@ export function placeOfTokens(
   return undefined;
 }
 
+/** The values of the patches among the tokens that a layer returns, padding left out; undefined where none is known to
+ * be a patch: the class token alone, or among others that lie on no grid. */
+export function patchTokens(about: Study, layer: number, values: Float32Array) {
+  const place = placeOfTokens(about, layer, values);
+  const prefix = place?.prefix ?? about.prefixes[layer] ?? 0;
+  if (!place && about.class_token && !prefix) return undefined;
+  const patches = values.subarray(prefix, place && prefix + place.n).filter((value) => !Number.isNaN(value));
+  return { patches, prefix, grid: place?.grid };
+}
+
 /** Who looks in the maps of all heads: the class token, or patches in layers that do not have it among their tokens. */
 export function whoLooks(about: Study): string {
   const has = about.prefixes.map((prefix) => about.class_token && prefix > 0);
