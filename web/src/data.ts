@@ -171,6 +171,13 @@ export async function facts(image: string, images: Images, about: Study): Promis
   return { image, label: label ?? -1, prediction, probability, id: "your photograph" };
 }
 
+/** Whether the model takes an image for what its label says; undefined where there is no label of its own to tell by, as
+ * of a photograph of the visitor's own, which has the model's prediction for one. */
+export function isRight({ image, label, prediction }: Facts, about: Study): boolean | undefined {
+  if (!about.own_labels || image.startsWith("u") || prediction === undefined || label < 0) return undefined;
+  return prediction === label;
+}
+
 /** The image `steps` further among the selected ones, in their order; round at the ends. */
 export function stepped(image: string, steps: number, { indices }: Selection): string {
   if (!indices.length) return image;

@@ -2,7 +2,7 @@ import { expect, test, vi } from "vitest";
 
 import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
 import { stepped as coloured } from "../src/colouring";
-import { binned, byLayer, headValues, standing, ordered, statistic, stepped } from "../src/data";
+import { binned, byLayer, headValues, isRight, standing, ordered, statistic, stepped } from "../src/data";
 import { asCsv } from "../src/export";
 import { amountColours, colours, extent, inkOn, OTHERS, signedColours } from "../src/palette";
 import type { Images, Study, Summary } from "../src/types";
@@ -119,6 +119,17 @@ test("images without a value come last in an order, have a grey of their own and
     [1, 2],
     [2, 2],
   ]);
+});
+
+test("the model is right or wrong of images that have a label of their own", () => {
+  const about = { own_labels: true } as Study;
+  const facts = { image: "3", label: 1, prediction: 1, probability: 0.3, id: "" };
+  expect(isRight(facts, about)).toBe(true);
+  expect(isRight({ ...facts, label: 2 }, about)).toBe(false);
+  expect(isRight({ ...facts, label: -1 }, about)).toBeUndefined();
+  expect(isRight({ ...facts, prediction: undefined }, about)).toBeUndefined();
+  expect(isRight(facts, { own_labels: false } as Study)).toBeUndefined();
+  expect(isRight({ ...facts, image: "u3f" }, about)).toBeUndefined();
 });
 
 test("an image stands among those that have a value", () => {
