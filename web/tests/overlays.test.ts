@@ -79,6 +79,12 @@ test("a shared scale ends where all but a few values stay below", () => {
   const values = Float32Array.from({ length: 1000 }, (_, i) => i);
   expect(sharedTop(values)).toBe(995);
   expect(sharedTop([NaN, 3])).toBe(3);
+  expect(sharedTop([NaN, NaN])).toBe(1);
+  const mixed = Float32Array.from({ length: 2003 }, (_, i) => (i % 7 ? ((i * 7919) % 2003) / 2003 : NaN));
+  const sorted = mixed.filter((value) => !Number.isNaN(value)).sort();
+  expect(sharedTop(mixed)).toBe(sorted[Math.floor(0.995 * sorted.length)]);
+  expect(mixed.filter(Number.isNaN)).toHaveLength(287); // the map itself is not sorted
+  expect(mixed[1]).toBeCloseTo(7919 / 2003 - 3, 6);
 });
 
 test("a row is where a token looks, a column who looks at it, prefix tokens apart", () => {
