@@ -3,7 +3,8 @@ import { expect, test, vi } from "vitest";
 import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
 import { stepped as coloured } from "../src/colouring";
 import { binned, byLayer, headValues, isRight, standing, ordered, statistic, stepped } from "../src/data";
-import { asCsv } from "../src/export";
+import { copy } from "../src/clipboard";
+import { asCsv, formats } from "../src/export";
 import { amountColours, colours, extent, inkOn, OTHERS, signedColours } from "../src/palette";
 import type { Images, Study, Summary } from "../src/types";
 
@@ -101,6 +102,31 @@ test("a table quotes what it must, and no text in it is a formula", () => {
   expect(asCsv([{ name: 'a "b", c', value: -1.5 }])).toBe('name,value\r\n"a ""b"", c",-1.5\r\n');
   for (const text of ["=1+1", "+1", "-1", "@x", "\tx"]) expect(asCsv([{ name: text }])).toBe(`name\r\n'${text}\r\n`);
   expect(asCsv([{ name: '=HYPERLINK("x")' }])).toBe('name\r\n"\'=HYPERLINK(""x"")"\r\n');
+  expect(asCsv([{ layer: 0, "vit, small": 0.5, "=x": 1 }])).toBe('layer,"vit, small",\'=x\r\n0,0.5,1\r\n');
+});
+
+test("a view without a chart offers no drawing, one without numbers no table", () => {
+  expect(formats(2, true)).toEqual(["svg", "png", "csv"]);
+  expect(formats(0, true)).toEqual(["csv"]);
+  expect(formats(1, false)).toEqual(["svg", "png"]);
+});
+
+test("a text is copied where a page has no clipboard, and why not is said", async () => {
+  const field = { value: "", select: vi.fn(), remove: vi.fn() };
+  const execCommand = vi.fn(() => true);
+  const body = { append: vi.fn() };
+  vi.stubGlobal("document", { createElement: () => field, execCommand, body, activeElement: null });
+  vi.stubGlobal("navigator", {});
+  expect([await copy("vitrail open study"), field.value]).toEqual(["", "vitrail open study"]);
+  expect([body.append, field.select, field.remove].map((each) => each.mock.calls.length)).toEqual([1, 1, 1]);
+  execCommand.mockReturnValue(false);
+  expect(await copy("x")).toContain("over http");
+  const writeText = vi.fn(async () => {});
+  vi.stubGlobal("navigator", { clipboard: { writeText } });
+  expect(await copy("x")).toBe("");
+  writeText.mockRejectedValue(new Error("not allowed"));
+  expect(await copy("x")).toBe("Not copied: not allowed");
+  vi.unstubAllGlobals();
 });
 
 test("images without a value come last in an order, have a grey of their own and no bin", () => {
