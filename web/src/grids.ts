@@ -43,10 +43,11 @@ export function whoLooks(about: Study): string {
   return has.some(Boolean) ? "the class token looks, or patches in layers without it" : "patches look";
 }
 
-/** The tokens before the patches: the class token, then registers or others. */
+/** The tokens before the patches: the class token, then others, of which a study does not say whether they are registers or
+ * made for distillation. */
 export const prefixNames = (about: Study, prefix: number): string[] =>
   Array.from({ length: prefix }, (_, i) =>
-    about.class_token && i === 0 ? "class token" : `register ${about.class_token ? i : i + 1}`,
+    about.class_token && i === 0 ? "class token" : `prefix token ${about.class_token ? i : i + 1}`,
   );
 
 /** The chosen patch on a layer's grid: the middle one where a token before the patches is chosen. */

@@ -4,7 +4,16 @@ import { boundsOf, lastStep, spread } from "../src/charts/lines";
 import { ofPatch, overPatches, pulls } from "../src/field";
 import { Arrivals } from "../src/arrivals";
 import { along, frameNames, readFrames } from "../src/frames";
-import { chosenPatch, firstPatch, firstToken, movedPatch, placeOfTokens, tokenIn, tokenOfPatch } from "../src/grids";
+import {
+  chosenPatch,
+  firstPatch,
+  firstToken,
+  movedPatch,
+  placeOfTokens,
+  prefixNames,
+  tokenIn,
+  tokenOfPatch,
+} from "../src/grids";
 import { greatest, laidOut, lengths, likeness, objectColour } from "../src/likeness";
 import { GROUPS, OTHERS } from "../src/palette";
 import { asColours, asSigns } from "../src/pictures";
@@ -191,6 +200,11 @@ test("a patch of the first layer's grid is chosen where it lies on the chosen la
   expect(token).toBe(7 * 3 + 1); // row 7, column 2 lies in row 3, column 1
   expect(firstPatch(swin, 3, token)).toBe(14 * 6 + 2);
   expect(tokenOfPatch(study, 0, 3, [2, 2])).toBe(1 + 3);
+});
+
+test("tokens before the patches are named by what a study knows of them", () => {
+  expect(prefixNames(study, 2)).toEqual(["class token", "prefix token 1"]); // DeiT's is made for distillation
+  expect(prefixNames({ ...study, class_token: false }, 1)).toEqual(["prefix token 1"]);
 });
 
 test("a hierarchy begins at its middle patch, and the patch stays where it lies as grids shrink", () => {
