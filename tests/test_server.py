@@ -609,6 +609,20 @@ def test_with_a_token_nothing_is_answered_without_it(study: Path) -> None:
         assert client.get("/api/study").status_code == 200  # the cookie
 
 
+def test_two_servers_on_one_machine_keep_their_visitors(study: Path) -> None:
+    cookies: dict[str, str] = {}  # of one browser: by the machine's name, whatever the port
+    hosts = ["127.0.0.1:8765", "127.0.0.1:8766"]
+    apps = [create_app(study, None, f"secret-of-{host}") for host in hosts]
+    for app, host in zip(apps, hosts, strict=True):
+        with TestClient(app, base_url=f"http://{host}", follow_redirects=False) as client:
+            assert client.get(f"/?token=secret-of-{host}").status_code == 303
+            cookies |= dict(client.cookies)
+    assert len(cookies) == 2
+    for app, host in zip(apps, hosts, strict=True):
+        with TestClient(app, base_url=f"http://{host}", cookies=cookies) as client:
+            assert client.get("/api/study").status_code == 200
+
+
 @pytest.mark.parametrize("listening", ["0.0.0.0", "::"])
 def test_on_all_addresses_a_visitor_comes_by_any_of_them_and_by_no_other_name(study: Path, listening: str) -> None:
     app = create_app(study, None, "secret", allowed_hosts=("localhost", "vm", listening))

@@ -37,7 +37,7 @@ def write(folder: Path, arrays: dict[str, np.ndarray], names: list[str], **chang
         manifest.digest,
         n_layers=layers,
         n_heads=counts,
-        grids=[[14, 14]] * layers,
+        grids=changes.pop("grids", [[14, 14]] * layers),
         prefixes=[1] * layers,
         weight_digest=hashlib.sha256(folder.name.encode()).hexdigest(),
         measures={name: declaration(name).version for name in measures() if name in arrays},
@@ -188,6 +188,19 @@ def test_padding_of_flags_is_no_value(folders, tmp_path):
     folder = write(tmp_path / "pruned", pruned, NAMES, n_heads=[3, 3, 1, 3])
     compared = vitrail.compare(folders[0], folder)
     assert_allclose(compared["head_flip_b"], 1)
+
+
+def test_patches_beyond_the_grid_of_a_layer_are_no_value(folders, tmp_path):
+    merged = numbers(0)
+    merged["sink"] = np.zeros((N, 4, 16), dtype=bool)
+    merged["sink"][:, 1, :4] = True  # every patch of a grid of 2 x 2; the others are padding
+    merged["sink"][:, 0, :4] = True  # a quarter of 4 x 4
+    even = numbers(1) | {"sink": np.ones((N, 4, 16), dtype=bool)}
+    grids = [[4, 4], [2, 2], [2, 2], None]
+    first = write(tmp_path / "merged", merged, NAMES, grids=grids)
+    compared = vitrail.compare(first, write(tmp_path / "even", even, NAMES, grids=[[4, 4]] * 4), measures="sink")
+    assert_allclose(compared["sink_a"], [0.25, 1, 0, np.nan])
+    assert_allclose(compared["sink_b"], [1, 1, 1, np.nan])
 
 
 def test_measures_that_mean_something_else_are_left_out_or_refused(folders, tmp_path):

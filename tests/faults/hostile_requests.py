@@ -286,7 +286,7 @@ def _upload(chance: random.Random) -> bytes:
 
 
 def _token(chance: random.Random) -> bytes:
-    cookie = chance.choice(["vitrail_token=\x80", "vitrail_token=" + "a" * 9000, "; ; =", "vitrail_token"])
+    cookie = chance.choice(["vitrail_token_80=\x80", "vitrail_token_80=" + "a" * 9000, "; ; =", "vitrail_token_80"])
     bearer = chance.choice(["Bearer ", "Bearer \x7f", "Basic !!!", "a" * 9000])
     return _http(chance.choice(ROUTES), Cookie=cookie, Authorization=bearer)
 

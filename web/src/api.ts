@@ -2,6 +2,7 @@
 
 import { Arrivals } from "./arrivals";
 import { frameNames, KINDS, readFrames, type Looked } from "./frames";
+import { Kept } from "./kept";
 import type { Landscape, NamedHead, Patterns } from "./patterns";
 import { Gate, OVER_IMAGES, Questions } from "./questions";
 import { recordedAnswer, recording } from "./recorded";
@@ -32,25 +33,13 @@ export class Refusal extends Error {
   }
 }
 
-const KEPT = 160;
-const kept = new Map<string, Promise<unknown>>();
+/** Of answers: some maps of a head of thousands of tokens, which have 40 MB each, or all that a study of a ViT has. */
+const ANSWERS_BYTES = 256 * 2 ** 20;
+/** Of photographs beside them, so that no map takes the one away that is looked at. */
+const PHOTOGRAPHS_BYTES = 64 * 2 ** 20;
 
-function once<T>(key: string, ask: () => Promise<T>): Promise<T> {
-  const known = kept.get(key) as Promise<T> | undefined;
-  if (known) {
-    kept.delete(key);
-    kept.set(key, known);
-    return known;
-  }
-  const asked = ask();
-  kept.set(key, asked);
-  asked.catch(() => kept.delete(key));
-  for (const oldest of kept.keys()) {
-    if (kept.size <= KEPT) break;
-    kept.delete(oldest);
-  }
-  return asked;
-}
+const answers = new Kept<unknown>(ANSWERS_BYTES);
+const once = <T>(key: string, ask: () => Promise<T>): Promise<T> => answers.once(key, ask);
 
 async function ask(path: string, init?: RequestInit): Promise<Response> {
   let answer: Response;
@@ -219,7 +208,7 @@ async function computed<T>(
   body?: string,
 ): Promise<T> {
   const key = body === undefined ? path : `${path} ${body}`;
-  const known = kept.get(key) as Promise<T> | undefined;
+  const known = answers.get<T>(key);
   if (known) return known;
   const found = await questions.ask(key, signal, async (leaving) =>
     read(await ask(path, body === undefined ? { signal: leaving } : { method: "POST", body, signal: leaving })),
@@ -312,10 +301,19 @@ export function thumbnail(image: string | number): string {
   const sprite = recording.thumbnails[Number(image)];
   return sprite ? `data:image/jpeg;base64,${sprite}` : "data:,";
 }
-export const photograph = (image: string | number): string => `/photo/${image}`;
+
+const photographs = new Kept<{ address: string; bytes: number }>(
+  PHOTOGRAPHS_BYTES,
+  ({ bytes }) => bytes,
+  ({ address }) => URL.revokeObjectURL(address),
+);
 
 /** Whether the photograph can be shown; throws the server's sentence if not. */
 export async function photographAt(image: string, signal: AbortSignal): Promise<string> {
-  const path = photograph(image);
-  return once(path, async () => URL.createObjectURL(await (await ask(path, { signal })).blob()));
+  const path = `/photo/${image}`;
+  const { address } = await photographs.once(path, async () => {
+    const file = await (await ask(path, { signal })).blob();
+    return { address: URL.createObjectURL(file), bytes: file.size };
+  });
+  return address;
 }

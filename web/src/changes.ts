@@ -119,6 +119,10 @@ export function toggleHead(changes: Changes, layer: number, head: number): Chang
 export const windowAt = ({ windows }: Changes, layer: number, head: number, patch: number): Window | undefined =>
   windows.findLast((each) => each.layer === layer && (each.head ?? head) === head && (each.patch ?? patch) === patch);
 
+/** Whether these are sides of a window: whole patches, none of them left empty. */
+export const areSides = (sides: (number | null | undefined)[]): sides is Window["sides"] =>
+  sides.length === 4 && sides.every((side) => Number.isInteger(side) && side! >= 0);
+
 /** With other sides of a window. */
 export const withSides = (changes: Changes, window: Window, sides: Window["sides"]): Changes => ({
   ...changes,
@@ -143,13 +147,21 @@ export interface Named {
 export function inWords(changes: Changes, about: Study, modeWords: (mode: number) => string): Named[] {
   const { heads, modes, patches, how, windows } = changes;
   const rest = <T>(list: T[], at: number) => list.filter((_, i) => i !== at);
-  // In the order in which the model meets them, as the answer's table has them.
+  // In the order of the answer's table: patches, windows, heads, parts of heads.
   const named: Named[] = [];
   if (patches.length)
     named.push({
       words: `${patches.length} ${patches.length === 1 ? "patch" : "patches"} ${HOW_WORDS[how]}`,
       without: { ...changes, patches: [] },
     });
+  windows.forEach(({ layer, head, patch, sides }, at) =>
+    named.push({
+      words: `${head === null ? `all heads of L${layer}` : headName(layer, head)} of ${
+        patch === null ? "every patch" : tokenName(about, layer, patch + (about.prefixes[layer] ?? 0))
+      } within ${sides.map((side, at) => `${side} ${SIDES[at]}`).join(", ")}`,
+      without: { ...changes, windows: rest(windows, at) },
+    }),
+  );
   heads.forEach(([layer, head], at) =>
     named.push({ words: `${headName(layer, head)} off`, without: { ...changes, heads: rest(heads, at) } }),
   );
@@ -157,14 +169,6 @@ export function inWords(changes: Changes, about: Study, modeWords: (mode: number
     named.push({
       words: `${headName(layer, head)} without ${modeWords(mode)}`,
       without: { ...changes, modes: rest(modes, at) },
-    }),
-  );
-  windows.forEach(({ layer, head, patch, sides }, at) =>
-    named.push({
-      words: `${head === null ? `all heads of L${layer}` : headName(layer, head)} of ${
-        patch === null ? "every patch" : tokenName(about, layer, patch + (about.prefixes[layer] ?? 0))
-      } within ${sides.map((side, at) => `${side} ${SIDES[at]}`).join(", ")}`,
-      without: { ...changes, windows: rest(windows, at) },
     }),
   );
   return named;

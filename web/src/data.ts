@@ -131,29 +131,19 @@ export function overHeads(values: ArrayLike<number>, nHeads: number[]): Float32A
   });
 }
 
-/** The mean over the rows that have values, [row, step], and how many have any. */
-export function meanOfPresent(
-  values: ArrayLike<number>,
-  nSteps: number,
-  rows: Int32Array,
-): { mean: Float32Array; n: number } {
-  const [sum, counts] = [new Float64Array(nSteps), new Int32Array(nSteps)];
-  let n = 0;
-  for (const row of rows) {
-    let any = 0;
-    for (let step = 0; step < nSteps; step++) {
-      const value = values[row * nSteps + step]!;
-      if (Number.isNaN(value)) continue;
-      sum[step] = sum[step]! + value;
-      counts[step] = counts[step]! + 1;
-      any = 1;
-    }
-    n += any;
-  }
-  return { mean: Float32Array.from(sum, (total, step) => total / counts[step]!), n };
+/** A measure by layer: of the image at hand, or its mean over the selected images that have it in every layer. */
+export async function byLayer(
+  name: string,
+  scope: "image" | "set",
+  image: string,
+  selection: Selection,
+): Promise<{ values: Float32Array; n: number }> {
+  if (scope === "image") return { values: (await array(name, { image })).values as Float32Array, n: 1 };
+  const told = await summary(name, set(selection));
+  return { values: statistic(told, "mean"), n: told.n_images };
 }
 
-/** The same as a table, a row a step. */
+/** A measure along steps as a table, a row a step. */
 export const alongRows = (data: Along | undefined, step: string): Row[] =>
   Array.from(data?.mean ?? [], (mean, at) => ({
     [step]: at,
@@ -181,6 +171,13 @@ export async function facts(image: string, images: Images, about: Study): Promis
   return { image, label: label ?? -1, prediction, probability, id: "your photograph" };
 }
 
+/** Whether the model takes an image for what its label says; undefined where there is no label of its own to tell by, as
+ * of a photograph of the visitor's own, which has the model's prediction for one. */
+export function isRight({ image, label, prediction }: Facts, about: Study): boolean | undefined {
+  if (!about.own_labels || image.startsWith("u") || prediction === undefined || label < 0) return undefined;
+  return prediction === label;
+}
+
 /** The image `steps` further among the selected ones, in their order; round at the ends. */
 export function stepped(image: string, steps: number, { indices }: Selection): string {
   if (!indices.length) return image;
@@ -201,7 +198,18 @@ export function ordered(images: Int32Array, value: (image: number) => number, is
   });
 }
 
-/** Bins of equal width from the least to the greatest value, counting all and those under `mask`. */
+/** Among the images that have a value: how many they are, and the share of them below one value, NaN without one. */
+export function standing(values: ArrayLike<number>, value: number | undefined): { n: number; below: number } {
+  let [n, lower] = [0, 0];
+  for (let i = 0; i < values.length; i++) {
+    if (Number.isNaN(values[i])) continue;
+    n++;
+    if (values[i]! < value!) lower++;
+  }
+  return { n, below: value === undefined || Number.isNaN(value) || !n ? NaN : lower / n };
+}
+
+/** Bins of equal width from the least to the greatest value, counting all and those under `mask`; none without a value. */
 export function binned(values: ArrayLike<number>, n: number, mask?: Uint8Array, domain?: [number, number]) {
   let [low, high] = domain ?? [Infinity, -Infinity];
   if (!domain) {
@@ -210,7 +218,8 @@ export function binned(values: ArrayLike<number>, n: number, mask?: Uint8Array, 
       if (values[i]! > high) high = values[i]!;
     }
   }
-  if (!(high > low)) [low, high] = [low - 0.5 || 0, high + 0.5 || 1];
+  if (low > high) return [];
+  if (low === high) [low, high] = [low - 0.5, high + 0.5];
   const width = (high - low) / n;
   const bins = Array.from({ length: n }, (_, i) => ({
     low: low + i * width,

@@ -15,6 +15,14 @@ const WRITTEN = [
   "vector-effect",
 ];
 
+export type Format = "svg" | "png" | "csv";
+
+/** What a view can be saved as: its charts as a drawing, its numbers as a table. Pictures on a canvas are neither. */
+export const formats = (nCharts: number, hasRows: boolean): Format[] => [
+  ...(nCharts ? (["svg", "png"] as const) : []),
+  ...(hasRows ? (["csv"] as const) : []),
+];
+
 /** The chart's SVG as a document of its own: what the stylesheet gave is written on every element. */
 export function standalone(charts: SVGSVGElement[], title: string): string {
   const sizes = charts.map((chart) => chart.getBoundingClientRect());
@@ -143,8 +151,9 @@ export function asCsv(rows: Row[]): string {
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   return (
-    [columns.join(","), ...rows.map((row) => columns.map((column) => cell(row[column])).join(","))].join("\r\n") +
-    "\r\n"
+    [columns.map(cell).join(","), ...rows.map((row) => columns.map((column) => cell(row[column])).join(","))].join(
+      "\r\n",
+    ) + "\r\n"
   );
 }
 

@@ -26,6 +26,16 @@ export function placeOfTokens(
   return undefined;
 }
 
+/** The values of the patches among the tokens that a layer returns, padding left out; undefined where none is known to
+ * be a patch: the class token alone, or among others that lie on no grid. */
+export function patchTokens(about: Study, layer: number, values: Float32Array) {
+  const place = placeOfTokens(about, layer, values);
+  const prefix = place?.prefix ?? about.prefixes[layer] ?? 0;
+  if (!place && about.class_token && !prefix) return undefined;
+  const patches = values.subarray(prefix, place && prefix + place.n).filter((value) => !Number.isNaN(value));
+  return { patches, prefix, grid: place?.grid };
+}
+
 /** Who looks in the maps of all heads: the class token, or patches in layers that do not have it among their tokens. */
 export function whoLooks(about: Study): string {
   const has = about.prefixes.map((prefix) => about.class_token && prefix > 0);
@@ -33,10 +43,11 @@ export function whoLooks(about: Study): string {
   return has.some(Boolean) ? "the class token looks, or patches in layers without it" : "patches look";
 }
 
-/** The tokens before the patches: the class token, then registers or others. */
+/** The tokens before the patches: the class token, then others, of which a study does not say whether they are registers or
+ * made for distillation. */
 export const prefixNames = (about: Study, prefix: number): string[] =>
   Array.from({ length: prefix }, (_, i) =>
-    about.class_token && i === 0 ? "class token" : `register ${about.class_token ? i : i + 1}`,
+    about.class_token && i === 0 ? "class token" : `prefix token ${about.class_token ? i : i + 1}`,
   );
 
 /** The chosen patch on a layer's grid: the middle one where a token before the patches is chosen. */
@@ -54,21 +65,33 @@ export function movedPatch(patch: number, from: [number, number], to: [number, n
   return row * to[1] + Math.floor(((patch % from[1]) * to[1]) / from[1]);
 }
 
-/** The layer of a model with `to` layers that is as deep as one of a model with `from`. */
+/** Where a depth lies among the layers of a model: 3.5 is between L3 and L4. Layers are counted at their middle, as in
+ * `vitrail.comparison.align.depths_of`. */
+export const positionAt = (depth: number, nLayers: number): number => depth * nLayers - 0.5;
+
+/** The layer of a model with `to` layers that is nearest in depth to one of a model with `from`. */
 export const layerAtDepth = (layer: number, from: number, to: number): number =>
-  from > 1 ? Math.round((layer * (to - 1)) / (from - 1)) : to - 1;
+  Math.max(0, Math.min(to - 1, Math.round(((layer + 0.5) * to) / from - 0.5)));
 
 /** The token that a page begins with: the first before the patches, or the middle patch of a model without any. */
 export const firstToken = (about: Study, layer: number): number =>
   about.prefixes[layer] ? 0 : chosenPatch(about, layer, -1);
 
+/** The token of a layer where a patch of another grid lies. */
+export const tokenOfPatch = (about: Study, layer: number, patch: number, grid: [number, number]): number =>
+  (about.prefixes[layer] ?? 0) + movedPatch(patch, grid, gridOf(about, layer));
+
+/** Where a layer's token lies on the grid that something is drawn on; -1 for a token before the patches. */
+export const drawnPatch = (about: Study, layer: number, token: number, grid: [number, number]): number =>
+  token < (about.prefixes[layer] ?? 0) ? -1 : movedPatch(chosenPatch(about, layer, token), gridOf(about, layer), grid);
+
 /** A token of one layer as it is counted in another: a patch where it lies, a token before the patches as it is. */
 export function tokenIn(about: Study, token: number, before: number, layer: number): number {
   const [from, to] = [gridOf(about, before), gridOf(about, layer)];
   const patch = token - (about.prefixes[before] ?? 0);
-  return patch < 0 || from.join() === to.join()
-    ? token
-    : (about.prefixes[layer] ?? 0) + movedPatch(chosenPatch(about, before, token), from, to);
+  if (patch < 0) return token;
+  if (from.join() === to.join()) return (about.prefixes[layer] ?? 0) + patch;
+  return tokenOfPatch(about, layer, chosenPatch(about, before, token), from);
 }
 
 /** The chosen patch as the server counts it: on the first layer's grid. */

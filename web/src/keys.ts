@@ -28,13 +28,17 @@ export interface Moves {
 }
 
 const TYPING = "input:not([type=checkbox], [type=range]), select, textarea, [contenteditable]";
+/** Moved by the arrows themselves. */
+const SLIDER = "input[type=range]";
 let lastOverlay = "";
 let lastPatch = 0;
 
 /** Act on a key pressed anywhere but in a field; answers whether it meant something. */
 export function pressed(event: KeyboardEvent, moves: Moves): boolean {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return false;
-  if ((event.target as Element).matches?.(TYPING) || document.querySelector("dialog[open]")) return false;
+  const within = event.target as Element;
+  if (within.matches?.(TYPING) || document.querySelector("dialog[open]")) return false;
+  if (event.key.startsWith("Arrow") && within.matches?.(SLIDER)) return false;
   const { layer, head } = shared;
   const heads = moves.study.n_heads;
   const write = (change: Parameters<typeof shared.write>[0]) => (shared.write(change, "keyboard"), true);

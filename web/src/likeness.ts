@@ -1,6 +1,6 @@
 // How alike the tokens of a layer are to that of one patch and to each other, and how long tokens are. Pure.
 
-import { gridOf, movedPatch, placeOfTokens } from "./grids";
+import { gridOf, movedPatch, patchTokens } from "./grids";
 import { GROUPS, OTHERS } from "./palette";
 import type { NamedArray, Study } from "./types";
 
@@ -69,17 +69,15 @@ export function lengths({ shape, values }: NamedArray, study: Study, patch: numb
   const first = study.class_token ? nothing() : undefined;
   for (let layer = 0; layer < nLayers; layer++) {
     const row = values.subarray(layer * size, (layer + 1) * size) as Float32Array;
-    const place = placeOfTokens(study, layer, row);
-    const prefix = place?.prefix ?? study.prefixes[layer] ?? 0;
-    if (!place && study.class_token && !prefix) {
-      // the class token alone, or among others that lie on no grid, of which none is known to be a patch
-      if (first && Number.isNaN(row[1] ?? NaN)) first[layer] = row[0]!;
+    const found = patchTokens(study, layer, row);
+    if (!found) {
+      if (first && Number.isNaN(row[1] ?? NaN)) first[layer] = row[0]!; // the class token alone
       continue;
     }
-    const patches = row.subarray(prefix, place && prefix + place.n).filter((value) => !Number.isNaN(value));
+    const { patches, prefix, grid } = found;
     if (!patches.length) continue;
     const sorted = Float32Array.from(patches).sort();
-    if (place) result.chosen[layer] = patches[movedPatch(patch, gridOf(study, 0), place.grid)]!;
+    if (grid) result.chosen[layer] = patches[movedPatch(patch, gridOf(study, 0), grid)]!;
     result.low[layer] = quantile(sorted, 0.05);
     result.median[layer] = quantile(sorted, 0.5);
     result.high[layer] = quantile(sorted, 0.95);

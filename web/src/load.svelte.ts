@@ -2,6 +2,8 @@
 
 import { untrack } from "svelte";
 
+type Question<T> = (signal: AbortSignal) => Promise<T> | undefined;
+
 /** The answer to the latest question; the one before stays until it comes. */
 export class Loaded<T> {
   value = $state.raw<T | undefined>(undefined);
@@ -10,30 +12,34 @@ export class Loaded<T> {
   slow = $state(false);
   /** True after `stop`, until something else is asked. */
   stopped = $state(false);
-  /** Gives up the answer that is awaited; the server stops working on it. */
+  #isCurrent = $state(false);
+  /** Gives up the answer that is awaited, and the one before; the server stops working on it. */
   stop: () => void = () => {};
   /** Asks the same again. */
   again: () => void = () => {};
-}
 
-/** Ask whenever something that `question` reads changes; an overtaken question is aborted. Call it as a component starts. */
-export function load<T>(question: (signal: AbortSignal) => Promise<T> | undefined): Loaded<T> {
-  const loaded = new Loaded<T>();
-  let asked = $state(0);
-  loaded.again = () => asked++;
-  $effect(() => {
-    void asked;
+  /** The answer to what is asked now, never the one before: what stands beside the name of what is asked. */
+  get current(): T | undefined {
+    return this.#isCurrent ? this.value : undefined;
+  }
+
+  /** Ask; the answer gives the question up. */
+  ask(question: Question<T>): () => void {
     const leaving = new AbortController();
-    untrack(() => (loaded.stopped = false));
-    const timer = setTimeout(() => (loaded.slow = true), 300);
+    untrack(() => {
+      this.stopped = false;
+      this.#isCurrent = false;
+    });
+    const timer = setTimeout(() => (this.slow = true), 300);
     const done = () => {
       clearTimeout(timer);
-      loaded.slow = false;
+      this.slow = false;
     };
-    loaded.stop = () => {
+    this.stop = () => {
       leaving.abort();
       done();
-      loaded.stopped = true;
+      this.value = undefined;
+      this.stopped = true;
     };
     const answer = question(leaving.signal);
     if (!answer) done();
@@ -41,20 +47,32 @@ export function load<T>(question: (signal: AbortSignal) => Promise<T> | undefine
       (value) => {
         if (leaving.signal.aborted) return;
         done();
-        loaded.error = undefined;
-        loaded.value = value;
+        this.error = undefined;
+        this.value = value;
+        this.#isCurrent = true;
       },
       (failure: unknown) => {
         if (leaving.signal.aborted) return;
         done();
-        loaded.value = undefined;
-        loaded.error = failure instanceof Error ? failure.message : String(failure);
+        this.value = undefined;
+        this.error = failure instanceof Error ? failure.message : String(failure);
       },
     );
     return () => {
       leaving.abort();
       clearTimeout(timer);
     };
+  }
+}
+
+/** Ask whenever something that `question` reads changes; an overtaken question is aborted. Call it as a component starts. */
+export function load<T>(question: Question<T>): Loaded<T> {
+  const loaded = new Loaded<T>();
+  let asked = $state(0);
+  loaded.again = () => asked++;
+  $effect(() => {
+    void asked;
+    return loaded.ask(question);
   });
   return loaded;
 }

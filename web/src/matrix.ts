@@ -22,12 +22,15 @@ export const scaleTop = (weights: ArrayLike<number>, n: number, top = greatest(w
 /** Weights as pixels: one hue, opacity is the square root, so that weak cells can be told apart. */
 export function matrixPixels(weights: ArrayLike<number>, n: number, places: number[], top: number): Uint8ClampedArray {
   const data = new Uint8ClampedArray(4 * places.length ** 2);
+  const [red, green, blue] = HUE;
   let at = 0;
   for (const query of places)
     for (const key of places) {
       const share = Math.min(1, Math.max(0, weights[query * n + key]! / top)) || 0;
-      data.set([...HUE, 255 * Math.sqrt(share)], at);
-      at += 4;
+      data[at++] = red;
+      data[at++] = green;
+      data[at++] = blue;
+      data[at++] = 255 * Math.sqrt(share);
     }
   return data;
 }

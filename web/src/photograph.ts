@@ -9,13 +9,16 @@ export interface Photograph {
   missing: string;
 }
 
+/** What is shown until the photograph is there, or instead of it. */
+export const standIn = (image: string, study: Study): string | undefined =>
+  study.has_thumbnails ? thumbnail(image) : undefined;
+
 /** The photograph's address. A photograph that has gone is no error of a view: the sentence comes along. */
 export async function photographOrThumbnail(image: string, study: Study, signal: AbortSignal): Promise<Photograph> {
   try {
     return { source: await photographAt(image, signal), missing: "" };
   } catch (failure) {
     if (signal.aborted) throw failure;
-    const source = study.has_thumbnails ? thumbnail(image) : undefined;
-    return { source, missing: failure instanceof Error ? failure.message : String(failure) };
+    return { source: standIn(image, study), missing: failure instanceof Error ? failure.message : String(failure) };
   }
 }

@@ -1,5 +1,6 @@
 // Any array of a study as something that can be drawn: which of its dimensions the picture shows, which are chosen.
 
+import { patchTokens } from "./grids";
 import type { Measure, NamedArray, Study } from "./types";
 
 /** How a measure is drawn, by the dimensions that it has. */
@@ -55,7 +56,7 @@ export function slice(array: NamedArray, shown: string[], chosen: Record<string,
 }
 
 /** The mean over a photograph's patches by layer, of one image; of vectors along `xy` the mean length, prefix tokens and
- * padding left out. */
+ * padding left out; NaN for a layer that returns no patch. */
 export function layerMeans(array: NamedArray, study: Study, chosen: Record<string, number>): Float32Array {
   const nLayers = array.shape[array.dims.indexOf("layer")] ?? 1;
   const over = OVER_PHOTOGRAPH.find((dim) => array.dims.includes(dim))!;
@@ -63,16 +64,10 @@ export function layerMeans(array: NamedArray, study: Study, chosen: Record<strin
   return Float32Array.from({ length: nLayers }, (_, layer) => {
     const shown = vectors ? [over, "xy"] : [over];
     const row = slice(array, shown, { ...chosen, layer });
-    const size = vectors ? 2 : 1;
-    const prefix = over === "token" ? (study.prefixes[layer] ?? 0) : 0;
-    const [rows, columns] = study.grids[layer] ?? [1, row.length / size - prefix];
-    let [sum, n] = [0, 0];
-    for (let at = prefix; at < prefix + rows * columns; at++) {
-      const value = vectors ? Math.hypot(row[2 * at]!, row[2 * at + 1]!) : row[at]!;
-      if (Number.isNaN(value) || value === undefined) continue;
-      sum += value;
-      n++;
-    }
-    return n ? sum / n : NaN;
+    const values = vectors ? row.filter((_, at) => at % 2 === 0).map((x, at) => Math.hypot(x, row[2 * at + 1]!)) : row;
+    const [rows, columns] = study.grids[layer] ?? [1, values.length];
+    const patches = over === "token" ? patchTokens(study, layer, values)?.patches : values.subarray(0, rows * columns);
+    const present = (patches ?? values.subarray(0, 0)).filter((value) => !Number.isNaN(value));
+    return present.length ? present.reduce((sum, value) => sum + value, 0) / present.length : NaN;
   });
 }

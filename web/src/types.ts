@@ -188,6 +188,7 @@ export interface Comparison {
   left_out: Record<string, string>;
   /** Where the tokens of the other study lie, and the measures that it holds of each image. */
   other: Pick<Study, "grids" | "prefixes" | "class_token" | "n_heads"> & { measures: string[] };
+  /** Where layers are compared, 0 to 1 from input to output. */
   depth: number[];
   findings: Sentence[];
   measures: ComparedMeasure[];

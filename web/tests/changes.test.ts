@@ -1,6 +1,7 @@
 import { expect, test } from "vitest";
 
 import {
+  areSides,
   changesBody,
   changesText,
   inWords,
@@ -54,9 +55,9 @@ test("each change is said in words and can be taken back alone", () => {
   const named = inWords(parseChanges("L0H1~L1H0:4~patches:2~removed~window:L1H1:4:1,0,2,0", about), about, () => "it");
   expect(named.map(({ words }) => words)).toEqual([
     "1 patch taken out",
+    "L1H1 of row 1, column 1 within 1 left, 0 up, 2 right, 0 down",
     "L0H1 off",
     "L1H0 without it",
-    "L1H1 of row 1, column 1 within 1 left, 0 up, 2 right, 0 down",
   ]);
   expect(changesText(named[0]!.without)).toBe("L0H1~L1H0:4~removed~window:L1H1:4:1,0,2,0");
 });
@@ -68,4 +69,10 @@ test("the window around a patch is the last that is written for it, and gets oth
   expect(windowAt(changes, 0, 1, 2)?.head).toBeNull();
   const moved = withSides(changes, windowAt(changes, 1, 1, 4)!, [0, 1, 0, 1]);
   expect(changesText(moved)).toBe("window:L1H0:all:1,1,1,1~window:L1H1:4:0,1,0,1~window:L0all:all:0,0,0,0");
+});
+
+test("sides of a window are whole patches, none of them empty", () => {
+  expect(areSides([0, 2, 64, 2])).toBe(true);
+  for (const side of [null, undefined, NaN, 2.5, -1]) expect(areSides([2, side, 2, 2])).toBe(false);
+  expect(areSides([2, 2, 2])).toBe(false);
 });

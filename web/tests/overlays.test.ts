@@ -5,7 +5,7 @@ import { stems } from "../src/charts/stems";
 import { mapLayout, numberLayout } from "../src/charts/cells";
 import { amongPatches, evenly, headPaint, MeanMaps, topOf } from "../src/headmaps.svelte";
 import { betweenPatches } from "../src/overlays/attention";
-import { layerAtDepth } from "../src/grids";
+import { drawnPatch, layerAtDepth, positionAt, tokenIn, tokenOfPatch } from "../src/grids";
 import {
   coverage,
   directionColour,
@@ -79,6 +79,12 @@ test("a shared scale ends where all but a few values stay below", () => {
   const values = Float32Array.from({ length: 1000 }, (_, i) => i);
   expect(sharedTop(values)).toBe(995);
   expect(sharedTop([NaN, 3])).toBe(3);
+  expect(sharedTop([NaN, NaN])).toBe(1);
+  const mixed = Float32Array.from({ length: 2003 }, (_, i) => (i % 7 ? ((i * 7919) % 2003) / 2003 : NaN));
+  const sorted = mixed.filter((value) => !Number.isNaN(value)).sort();
+  expect(sharedTop(mixed)).toBe(sorted[Math.floor(0.995 * sorted.length)]);
+  expect(mixed.filter(Number.isNaN)).toHaveLength(287); // the map itself is not sorted
+  expect(mixed[1]).toBeCloseTo(7919 / 2003 - 3, 6);
 });
 
 test("a row is where a token looks, a column who looks at it, prefix tokens apart", () => {
@@ -125,6 +131,19 @@ test("a stored array is painted by its dimensions, layer by layer", () => {
   const sides = box.paint(2, false);
   expect(sides?.kind === "box" && sides.sides).toEqual([16, 17, 18, 19]);
   expect(box.strip!(0, 1)?.kind).toBe("box");
+});
+
+test("a patch is read and picked where it is drawn, also on another grid than its layer's", () => {
+  const merging = { ...study, grids: [[4, 4], [2, 2]], prefixes: [1, 1] } as unknown as Study; // prettier-ignore
+  const values = Float32Array.from([9, 10, 11, 12, 13, ...Array(12).fill(NaN), ...Array(17).fill(0)]);
+  const paint = stored(merging, study.measures.norm!, { dims: [], shape: [2, 17], values }, 0).paint(1, false)!;
+  expect(paint.grid).toEqual([2, 2]);
+  const drawn = drawnPatch(merging, 0, 1 + 8, paint.grid); // row 2, column 0 of 4 x 4
+  expect(paint.kind === "weights" && paint.values[drawn]).toBe(12);
+  expect(tokenOfPatch(merging, 0, drawn, paint.grid)).toBe(1 + 8);
+  expect(drawnPatch(merging, 0, 0, paint.grid)).toBe(-1);
+  expect(tokenIn(merging, 1 + 8, 0, 1)).toBe(1 + 2);
+  expect(tokenIn({ ...study, prefixes: [0, 1] }, 2, 0, 1)).toBe(1 + 2); // a class token that joins late
 });
 
 test("an overlay asked for is drawn, else the tab's first that needs no closed model", () => {
@@ -234,9 +253,16 @@ test("two overlays of weights get one scale, other kinds and missing ones stay",
 });
 
 test("layers of two models stand side by side at the same depth", () => {
-  expect([0, 5, 11].map((layer) => layerAtDepth(layer, 12, 24))).toEqual([0, 10, 23]);
+  // The middle of L5 of 12 lies at 11/24, between L10 and L11 of 24; that of L6 of 24 at 13/48, in L0 of 3.
+  expect([0, 5, 11].map((layer) => layerAtDepth(layer, 12, 24))).toEqual([1, 11, 23]);
   expect([0, 2, 3].map((layer) => layerAtDepth(layer, 4, 2))).toEqual([0, 1, 1]);
-  expect(layerAtDepth(0, 1, 6)).toBe(5);
+  expect([layerAtDepth(6, 24, 3), layerAtDepth(0, 1, 6), layerAtDepth(5, 6, 1)]).toEqual([0, 3, 0]);
+  const depths = Array.from({ length: 6 }, (_, layer) => (layer + 0.5) / 6); // where 12 and 6 layers are compared
+  expect(depths.map((depth) => +positionAt(depth, 12).toFixed(6))).toEqual([0.5, 2.5, 4.5, 6.5, 8.5, 10.5]);
+  // A click on a point chooses a layer that is marked there.
+  for (const nLayers of [3, 6, 7, 12, 24])
+    for (let at = 0; at < Math.min(6, nLayers); at++)
+      expect(layerAtDepth(layerAtDepth(at, Math.min(6, nLayers), nLayers), nLayers, Math.min(6, nLayers))).toBe(at);
 });
 
 test("the sum of windows counts those that hold a patch, in part where they hold a part", () => {

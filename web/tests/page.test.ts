@@ -2,8 +2,9 @@ import { expect, test, vi } from "vitest";
 
 import { lassoOf, lassoPart, parts, partOf, selected, withPart } from "../src/brush";
 import { stepped as coloured } from "../src/colouring";
-import { binned, headValues, ordered, statistic, stepped } from "../src/data";
-import { asCsv } from "../src/export";
+import { binned, byLayer, headValues, isRight, standing, ordered, statistic, stepped } from "../src/data";
+import { copy } from "../src/clipboard";
+import { asCsv, formats } from "../src/export";
 import { amountColours, colours, extent, inkOn, OTHERS, signedColours } from "../src/palette";
 import type { Images, Study, Summary } from "../src/types";
 
@@ -101,6 +102,31 @@ test("a table quotes what it must, and no text in it is a formula", () => {
   expect(asCsv([{ name: 'a "b", c', value: -1.5 }])).toBe('name,value\r\n"a ""b"", c",-1.5\r\n');
   for (const text of ["=1+1", "+1", "-1", "@x", "\tx"]) expect(asCsv([{ name: text }])).toBe(`name\r\n'${text}\r\n`);
   expect(asCsv([{ name: '=HYPERLINK("x")' }])).toBe('name\r\n"\'=HYPERLINK(""x"")"\r\n');
+  expect(asCsv([{ layer: 0, "vit, small": 0.5, "=x": 1 }])).toBe('layer,"vit, small",\'=x\r\n0,0.5,1\r\n');
+});
+
+test("a view without a chart offers no drawing, one without numbers no table", () => {
+  expect(formats(2, true)).toEqual(["svg", "png", "csv"]);
+  expect(formats(0, true)).toEqual(["csv"]);
+  expect(formats(1, false)).toEqual(["svg", "png"]);
+});
+
+test("a text is copied where a page has no clipboard, and why not is said", async () => {
+  const field = { value: "", select: vi.fn(), remove: vi.fn() };
+  const execCommand = vi.fn(() => true);
+  const body = { append: vi.fn() };
+  vi.stubGlobal("document", { createElement: () => field, execCommand, body, activeElement: null });
+  vi.stubGlobal("navigator", {});
+  expect([await copy("vitrail open study"), field.value]).toEqual(["", "vitrail open study"]);
+  expect([body.append, field.select, field.remove].map((each) => each.mock.calls.length)).toEqual([1, 1, 1]);
+  execCommand.mockReturnValue(false);
+  expect(await copy("x")).toContain("over http");
+  const writeText = vi.fn(async () => {});
+  vi.stubGlobal("navigator", { clipboard: { writeText } });
+  expect(await copy("x")).toBe("");
+  writeText.mockRejectedValue(new Error("not allowed"));
+  expect(await copy("x")).toBe("Not copied: not allowed");
+  vi.unstubAllGlobals();
 });
 
 test("images without a value come last in an order, have a grey of their own and no bin", () => {
@@ -118,6 +144,49 @@ test("images without a value come last in an order, have a grey of their own and
   expect(bins.map(({ low, all }) => [low, all])).toEqual([
     [1, 2],
     [2, 2],
+  ]);
+});
+
+test("the model is right or wrong of images that have a label of their own", () => {
+  const about = { own_labels: true } as Study;
+  const facts = { image: "3", label: 1, prediction: 1, probability: 0.3, id: "" };
+  expect(isRight(facts, about)).toBe(true);
+  expect(isRight({ ...facts, label: 2 }, about)).toBe(false);
+  expect(isRight({ ...facts, label: -1 }, about)).toBeUndefined();
+  expect(isRight({ ...facts, prediction: undefined }, about)).toBeUndefined();
+  expect(isRight(facts, { own_labels: false } as Study)).toBeUndefined();
+  expect(isRight({ ...facts, image: "u3f" }, about)).toBeUndefined();
+});
+
+test("an image stands among those that have a value", () => {
+  const values = Float32Array.from({ length: 40 }, (_, i) => (i < 20 ? i : NaN));
+  expect(standing(values, 19)).toEqual({ n: 20, below: 0.95 });
+  expect(standing(values, NaN)).toEqual({ n: 20, below: NaN });
+  expect(standing(values, undefined).below).toBeNaN();
+  expect(standing([NaN, NaN], 1)).toEqual({ n: 0, below: NaN });
+  expect(binned([NaN, NaN], 5)).toEqual([]);
+  expect(binned([2, NaN, 2], 2).map(({ low, high, all }) => [low, high, all])).toEqual([
+    [1.5, 2, 0],
+    [2, 2.5, 2],
+  ]);
+});
+
+test("scores by layer of a selection are the means that the server gives, of as many images", async () => {
+  const means = Float32Array.from([0.25, 0.5, ...Array(10).fill(NaN)]);
+  const asked: [string, string | undefined][] = [];
+  vi.stubGlobal("fetch", async (path: string, init?: RequestInit) => {
+    asked.push([path, init?.body as string | undefined]);
+    const one = path.startsWith("/api/array");
+    const headers = { "X-Dims": one ? "layer" : "statistic,layer", "X-Shape": one ? "2" : "6,2", "X-Dtype": "float32" };
+    return new Response(one ? Float32Array.of(1, 2) : means, { headers: { ...headers, "X-Images": "2" } });
+  });
+  const selection = { key: "wrong", all: false, mask: new Uint8Array(4), indices: Int32Array.of(0, 1, 3) };
+  const { values, n } = await byLayer("silhouette", "set", "0", selection);
+  expect([...values, n]).toEqual([0.25, 0.5, 2]);
+  expect([...(await byLayer("silhouette", "image", "3", selection)).values]).toEqual([1, 2]);
+  expect(asked).toEqual([
+    ["/api/summary/silhouette", JSON.stringify({ images: [0, 1, 3] })],
+    ["/api/array/silhouette?image=3", undefined],
   ]);
 });
 

@@ -64,6 +64,25 @@ test("means over a photograph's patches leave prefix tokens and padding out, and
   expect([...layerMeans(vectors, study, {})]).toEqual([2]);
 });
 
+test("a class token that a layer returns alone, or beside merged patches, is no patch", () => {
+  const late = {
+    class_token: true,
+    prefixes: [0, 0, 0],
+    grids: [
+      [2, 2],
+      [2, 2],
+      [1, 2],
+    ],
+  } as unknown as Study;
+  const tokens: NamedArray = {
+    dims: ["layer", "token"],
+    shape: [3, 4],
+    // Four patches; two of the next layer's grid; the class token alone.
+    values: Float32Array.from([1, 2, 3, 6, 4, 5, NaN, NaN, 16, NaN, NaN, NaN]),
+  };
+  expect([...layerMeans(tokens, late, {})]).toEqual([3, 4.5, NaN]);
+});
+
 test("a class has no mean, and neither has what is not of images", () => {
   const measure = (is_quantity: boolean, dims = ["image", "layer"]) => ({ is_quantity, dims }) as Measure;
   expect(hasMean(measure(true))).toBe(true);

@@ -1,11 +1,19 @@
 import { expect, test } from "vitest";
 
 import { boundsOf, lastStep, spread } from "../src/charts/lines";
-import { meanOfPresent } from "../src/data";
 import { ofPatch, overPatches, pulls } from "../src/field";
 import { Arrivals } from "../src/arrivals";
 import { along, frameNames, readFrames } from "../src/frames";
-import { chosenPatch, firstPatch, firstToken, movedPatch, placeOfTokens, tokenIn } from "../src/grids";
+import {
+  chosenPatch,
+  firstPatch,
+  firstToken,
+  movedPatch,
+  placeOfTokens,
+  prefixNames,
+  tokenIn,
+  tokenOfPatch,
+} from "../src/grids";
 import { greatest, laidOut, lengths, likeness, objectColour } from "../src/likeness";
 import { GROUPS, OTHERS } from "../src/palette";
 import { asColours, asSigns } from "../src/pictures";
@@ -131,11 +139,6 @@ test("places have the study's names or numbers, or count from 0, and curves begi
   expect([...fromIntact(1, [0.5])]).toEqual([1, 0.5]);
 });
 
-test("a mean is over the images that have a value", () => {
-  const { mean, n } = meanOfPresent([1, NaN, NaN, NaN, 3, 4, 9, 9], 2, Int32Array.from([0, 1, 2]));
-  expect([...mean, n]).toEqual([2, 4, 2]);
-});
-
 test("tokens are laid out to fill a square in the layers that have a place for them, with the colour of their object", () => {
   const values = Float32Array.from([NaN, NaN, NaN, NaN, 2, 10, 4, 30]);
   const [only, ...rest] = laidOut({ dims: [], shape: [2, 2, 2], values }, [0, 5]);
@@ -189,6 +192,19 @@ test("who waits for an array goes on once it is there, and everybody once nothin
   arrivals.end();
   await waiting[1];
   expect(order).toEqual(["late", "never"]);
+});
+
+test("a patch of the first layer's grid is chosen where it lies on the chosen layer's", () => {
+  const swin = { prefixes: [0, 0, 0, 0], grids: [[14, 14], [14, 14], [7, 7], [7, 7]] } as unknown as Study; // prettier-ignore
+  const token = tokenOfPatch(swin, 3, 14 * 7 + 2, [14, 14]);
+  expect(token).toBe(7 * 3 + 1); // row 7, column 2 lies in row 3, column 1
+  expect(firstPatch(swin, 3, token)).toBe(14 * 6 + 2);
+  expect(tokenOfPatch(study, 0, 3, [2, 2])).toBe(1 + 3);
+});
+
+test("tokens before the patches are named by what a study knows of them", () => {
+  expect(prefixNames(study, 2)).toEqual(["class token", "prefix token 1"]); // DeiT's is made for distillation
+  expect(prefixNames({ ...study, class_token: false }, 1)).toEqual(["prefix token 1"]);
 });
 
 test("a hierarchy begins at its middle patch, and the patch stays where it lies as grids shrink", () => {

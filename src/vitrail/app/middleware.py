@@ -23,7 +23,8 @@ ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104
 """Hosts that stand for every address of a machine."""
 
 FROM_STUDY = ("/api/", "/thumb/", "/photo/")
-COOKIE = "vitrail_token"
+COOKIE = "vitrail_token_{port}"
+"""With the port that a visitor asks: a browser sends a machine's cookies to all of its ports."""
 POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -104,7 +105,7 @@ class AccessMiddleware:
         if from_address and secrets.compare_digest(from_address.encode(), self.token.encode()):
             return self._move_token_to_cookie(request) if request.url.path == "/" else None
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        token = request.cookies.get(COOKIE, "") or bearer
+        token = request.cookies.get(_cookie_name(request), "") or bearer
         if secrets.compare_digest(token.encode(), self.token.encode()):
             return None
         return refusal(401, "The token is missing or wrong. Open the whole address that `vitrail open` printed.")
@@ -113,7 +114,7 @@ class AccessMiddleware:
         """Take the token out of the address bar, where it would be shared with a copied link."""
         rest = [(key, value) for key, value in request.query_params.multi_items() if key != "token"]
         response = RedirectResponse("/?" + urlencode(rest) if rest else "/", status_code=303)
-        response.set_cookie(COOKIE, self.token or "", httponly=True, samesite="strict")
+        response.set_cookie(_cookie_name(request), self.token or "", httponly=True, samesite="strict")
         return response
 
 
@@ -156,6 +157,15 @@ def _host_name(header: str) -> str:
         return (urlsplit(f"//{header}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _cookie_name(request: Request) -> str:
+    """The cookie of this server among all of its machine; of an address without a port that of port 80 or 443."""
+    try:
+        port = urlsplit(f"//{request.headers.get('host', '')}").port
+    except ValueError:
+        port = None
+    return COOKIE.format(port=port or {"https": 443}.get(request.url.scheme, 80))
 
 
 def _same_origin(request: Request) -> bool:

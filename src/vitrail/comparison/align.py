@@ -166,11 +166,14 @@ def _read(side: StudySide, measure: Measure, *, reduce: bool) -> Float[np.ndarra
 
 def _block(side: StudySide, block: xr.DataArray, axes: tuple[int, ...]) -> Float[np.ndarray, "image *cells"]:
     values = np.asarray(block.values, dtype=np.float64)
-    if {"layer", "head"} <= set(block.dims) and block.dtype.kind in "bui":
-        present = np.arange(block.sizes["head"]) < np.asarray(side.plan.n_heads)[:, None]
-        order = [block.dims.index(name) for name in ("layer", "head")]
-        shape = [size if axis in order else 1 for axis, size in enumerate(values.shape)]
-        values = np.where(present.reshape(shape), values, np.nan)  # padding of such measures looks like a value
+    if "layer" in block.dims and block.dtype.kind in "bui":  # padding of such measures looks like a value
+        n_patches = [grid[0] * grid[1] if grid else 0 for grid in side.plan.grids]
+        for dimension, counts in (("head", side.plan.n_heads), ("patch", n_patches)):
+            if dimension in block.dims:
+                present = np.arange(block.sizes[dimension]) < np.asarray(counts)[:, None]
+                order = [block.dims.index(name) for name in ("layer", dimension)]
+                shape = [size if axis in order else 1 for axis, size in enumerate(values.shape)]
+                values = np.where(present.reshape(shape), values, np.nan)
     return mean_of_present(values, axes) if axes else values
 
 

@@ -1,5 +1,7 @@
 // What lies over the photograph, as numbers: one system for every overlay. Pure functions, drawn by Photograph.svelte.
 
+import { quickselect } from "d3-array";
+
 export interface Prefix {
   name: string;
   value: number;
@@ -155,10 +157,13 @@ const WITHIN = 0.995;
 
 /** The ends of a scale that all patches of a layer share: its lower end, and the value that all but a few stay below. */
 export function sharedTop(values: ArrayLike<number>): number {
-  const sorted = Float32Array.from(values)
-    .filter((value) => !Number.isNaN(value))
-    .sort();
-  return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(WITHIN * sorted.length))]! : 1;
+  const present = new Float32Array(values.length);
+  let n = 0;
+  for (let i = 0; i < values.length; i++) if (!Number.isNaN(values[i])) present[n++] = values[i]!;
+  if (!n) return 1;
+  const at = Math.min(n - 1, Math.floor(WITHIN * n));
+  quickselect(present as unknown as number[], at, 0, n - 1); // a map has up to ten million cells
+  return present[at]!;
 }
 
 /** Least and greatest of some values, 0 and 1 where there are none. */
