@@ -87,11 +87,11 @@ def require_savable(vit: Vit) -> None:
     except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {str(error)[:120]}"
         raise Unsupported(f"{vit.name} cannot be made by its library ({reason}): {advice}") from error
-    made = {name: list(tensor.shape) for name, tensor in again.state_dict().items()}
+    remade = {name: list(tensor.shape) for name, tensor in again.state_dict().items()}
     own = {name: list(tensor.shape) for name, tensor in expected.items()}
-    other = next((name for name in {**own, **made} if own.get(name) != made.get(name)), None)
+    other = next((name for name in {**own, **remade} if own.get(name) != remade.get(name)), None)
     if other is not None:
-        sizes = (str(shapes.get(other, "not there")) for shapes in (own, made))
+        sizes = (str(shapes.get(other, "not there")) for shapes in (own, remade))
         raise Unsupported(
             f"{vit.name} was changed in Python since its library made it ({other} is {next(sizes)}, and {next(sizes)} "
             f"where it is made again): {advice}"
@@ -99,7 +99,14 @@ def require_savable(vit: Vit) -> None:
 
 
 def refuse_full_folder(folder: Path) -> None:
-    """Raises `UsageError` unless the folder is new or empty."""
+    """Raises unless a folder is new or empty.
+
+    Args:
+        folder: Where a model is to be written.
+
+    Raises:
+        UsageError: It holds files, or is a file.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"The smaller model was to be written to {folder}, which holds other files; name a new folder."

@@ -134,11 +134,11 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
     worst, n_images = int(trial.attrs["worst_layer"]), trial.sizes["image"]
     written, length = trial["written"].to_numpy(), float(trial.attrs["outlier_length"])
     layer, part = np.unravel_index(int(written.argmax()), written.shape)
-    given = length - float(written.sum())  # what the token holds before L0: layers add the rest
+    before = length - float(written.sum())  # what the token holds before L0: layers add the rest
     largest = (
         "They have the largest part of their length before L0, from patch embedding and position: "
-        f"{percent(given / length)}."
-        if given > written[layer, part]
+        f"{percent(before / length)}."
+        if before > written[layer, part]
         else f"The {('attention', 'MLP')[part]} of L{layer} writes the largest part of their length: "
         f"{percent(written[layer, part] / length)}."
     )
