@@ -11,6 +11,7 @@ import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+import vitrail
 from vitrail.contract.tiny_models import FAMILIES
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.regions import Mode, region_mask
@@ -18,7 +19,7 @@ from vitrail.models.open import open_vit
 from vitrail.tap.edits import Edit
 from vitrail.tap.tap import Readers
 from vitrail.tokens.robustness import why_not_removable
-from vitrail.what_if import ARRAYS, HeadOff, WindowMove
+from vitrail.what_if import ARRAYS, HeadOff, WindowMove, steps
 from vitrail.windows.collect import predict_windows
 from vitrail.wint.model import Shape, WinT, hard_mask, record_sides, window_heads
 
@@ -213,6 +214,37 @@ def test_a_window_on_a_head_of_any_vit_is_a_mask_of_its_scores(vit):
     for step in (1, 2):
         check_step(changed, step, *by_hand(vit, pixels, edits[:step])[:2], *plain[:2])
     assert "what_if(image, windows=[(1, (1, 0, 1, 2), 1, None)" in changed.attrs["use_this"]
+    numbers = [(np.int64(1), np.array([1, 0, 1, 2]), np.int64(1)), (2, (0.0,) * 4, None, (2, np.int64(1)))]
+    again = vit.what_if(photo(), windows=numbers)
+    assert_array_equal(again["probability"], changed["probability"])
+    assert again.attrs["use_this"] == changed.attrs["use_this"]
+
+
+def test_the_lines_that_do_the_same_open_the_model_as_it_was_opened(vit, tmp_path):
+    named = open_vit("timm:vit_tiny_patch16_224", weights="random", image_size=64, mean=0.4)
+    lines = named.what_if(photo(), patches=[1]).attrs["use_this"].splitlines()
+    assert lines[2].startswith("vit = vitrail.open_vit('timm:vit_tiny_patch16_224', image_size=64, weights='random', ")
+    again = eval(lines[2].removeprefix("vit = "), {"vitrail": vitrail})
+    assert again.preprocessing == named.preprocessing
+    assert again.opened_with == named.opened_with
+    own = vit.what_if(photo(), patches=[1]).attrs["use_this"].splitlines()
+    assert own[2] == "vit = ...  # your own model, opened as it was here"
+    named.opened_with |= {"prompts": {"cat": [0.1] * 200}, "precision": "bfloat16"}
+    lines = named.what_if(photo(), patches=[1]).attrs["use_this"].splitlines()
+    assert lines[2].startswith("prompts = ...")
+    assert "precision='bfloat16', prompts=prompts, " in lines[3]
+
+
+def test_the_last_step_alone_of_a_wint_is_one_pass_for_all_its_windows(monkeypatch):
+    windows, words = [(layer, (0, 0, 1, 1), None, patch) for layer in range(2) for patch in range(3)], []
+    real = steps._record
+    monkeypatch.setattr(steps, "_record", lambda tap, pixels, word: words.append(word) or real(tap, pixels, word))
+    vit = wint()
+    at_once = vit.what_if(photo(), windows=windows, heads_off="L1H0", cumulative=False)
+    assert len(words) == 2
+    assert_array_equal(
+        at_once["probability"], vit.what_if(photo(), windows=windows, heads_off="L1H0")["probability"][[0, -1]]
+    )
 
 
 def test_the_windows_of_a_wint_shrink_and_grow():
@@ -311,6 +343,12 @@ def test_tokens_that_are_merged_are_not_compared_with_others_of_the_same_number(
         ({"windows": [(0, (1, 1, 1, 0.5))]}, "whole numbers"),
         ({"windows": [(0, 3)]}, "is no window"),
         ({"windows": [(0, (1, 1, 1, 1), 0, 16)]}, "Patch 16"),
+        ({"windows": [(0, (1, 1, 1, 1), 0, (2, 4))]}, r"Patch \(2, 4\)"),
+        ({"windows": [(0, (1, 1, 1, 1), 0, 3.5)]}, "is no window"),
+        ({"windows": [(0, (1, 1, 1, 1), 0, (1, 2, 3))]}, "is no window"),
+        ({"windows": [(0, (1, 1, 1, 1), "H0")]}, "is no window"),
+        ({"windows": [("1", (1, 1, 1, 1))]}, "is no window"),
+        ({"windows": [(0, (1, 1, 1, float("inf")))]}, "is no window"),
         ({"windows": [(9, (1, 1, 1, 1))]}, "L0 to L2"),
         ({"heads_off": "L0H0", "attention_layer": 3}, "L0 to L2"),
     ],

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from tiny_studies import BATCH_SIZE, tiny_vit, write_photos
+from tiny_studies import BATCH_SIZE, tiny_vit, write_model, write_photos
 
 from vitrail.data import stored_image
 from vitrail.errors import DamagedStudy, DataError, UnknownModel, Unsupported, UsageError
 from vitrail.models.open import open_vit
+from vitrail.models.pruned import load
 from vitrail.pruning import prune as pruning
+from vitrail.pruning import saving
 from vitrail.pruning.masked import logits_without
 from vitrail.pruning.prune import prune_study
 from vitrail.pruning.ranking import halves
@@ -232,6 +234,52 @@ def test_images_that_changed_are_refused_and_no_folder_stays(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"class 1/1\.png"):
         prune_study(tmp_path / "study", tmp_path / "out", heads=[(0, 0)])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("step", "error"), [("write_tensors", OSError), ("_with_accuracy", KeyboardInterrupt)])
+def test_what_is_stopped_leaves_nothing_and_can_be_run_again(
+    study: Path, tmp_path: Path, monkeypatch, step: str, error: type[BaseException]
+) -> None:
+    def stop(*_: object) -> None:
+        raise error(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving if step == "write_tensors" else pruning, step, stop)
+        with pytest.raises(error):
+            prune_study(study, tmp_path / "out", heads=[(0, 0)])
+    assert not (tmp_path / "out").exists()
+    prune_study(study, tmp_path / "out", heads=[(0, 0)])
+    assert (tmp_path / "out" / "pruning.json").is_file()
+
+
+def test_a_model_that_could_not_be_saved_is_refused_before_heads_are_chosen(
+    photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(pruning, "_choose_heads", lambda *_: calls.append(1))
+    write_model(tmp_path / "model")
+    run_study(open_vit(tmp_path / "model"), photos, out=tmp_path / "whole", measures="head_divergence", limit=2)
+    prune_study(tmp_path / "whole", tmp_path / "smaller", heads=[(0, 0)])
+    shrunk = load(tmp_path / "smaller")
+    kept = open_vit(tmp_path / "model").model
+    kept.head = torch.nn.Linear(24, 3)
+    for number, (module, reason) in enumerate(
+        (
+            (torch.nn.Sequential(kept), "neither timm nor transformers"),
+            (shrunk, r"was changed in Python .*blocks\.0\.attn\.qkv\.weight is \[36, 24\], and \[72, 24\] where"),
+            (kept, r"head\.weight is \[3, 24\], and \[10, 24\] where"),
+        )
+    ):
+        vit = open_vit(module, image_size=32, mean=0.5, std=0.5)
+        study = tmp_path / f"study {number}"
+        run_study(vit, photos, out=study, measures="head_divergence", limit=2)
+        with pytest.raises(Unsupported, match=reason):
+            prune_study(study, tmp_path / "out", keep_accuracy=0.5, model=vit)
+    assert not calls
+    assert not (tmp_path / "out").exists()
+    again = open_vit(tmp_path / "smaller")
+    run_study(again, photos, out=tmp_path / "again", measures="head_divergence", limit=2)
+    assert prune_study(tmp_path / "again", tmp_path / "smallest", heads=[(1, 0)]).error < 1e-5
 
 
 # --- a study by the mean output --------------------------------------------------------------------------------------

@@ -94,8 +94,11 @@ def test_the_command_says_how_many_can_go(study: Path) -> None:
 
 
 def test_what_has_no_curves_says_so(study: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has no ranking loudness; it has"):
-        measure_curves(study, rankings=["loudness"])
+    for loudness in (["loudness"], "loudness"):
+        with pytest.raises(UsageError, match="has no ranking loudness; it has"):
+            measure_curves(study, rankings=loudness)
+    with pytest.raises(UsageError, match="n_test=0 leaves no image to ask"):
+        measure_curves(study, n_test=0)
     features = tmp_path / "features"
     vit = open_vit("vitrail:photos", task="embedding")
     run_study(vit, "photos", out=features, measures="head_output_shift", limit=2)

@@ -17,6 +17,7 @@ from vitrail.cli.entry import app
 from vitrail.errors import Unsupported, UsageError
 from vitrail.figures.artefacts import artefact_trial
 from vitrail.models.open import Vit
+from vitrail.pruning.removal import remove_heads
 from vitrail.tap.tap import Readers
 from vitrail.tokens.artefact_trial import artefact_findings, try_registers
 from vitrail.tokens.artefacts import artefact_neurons, outlying_patches, with_registers, written_by_layers
@@ -168,6 +169,137 @@ def test_what_has_no_artefacts_or_no_registers_says_so(vit: Vit, images: Tensor)
         with_registers(vit, [])
     with pytest.raises(Unsupported, match="one grid of patches"):
         with_registers(open_vit(timm_swin(), image_size=(64, 64)), [(0, 0)])
+
+
+@torch.no_grad()
+def test_a_block_without_attention_is_credited_to_no_layer(vit: Vit, images: Tensor) -> None:
+    pruned = open_vit(remove_heads(vit, [(LAYER, 0), (LAYER, 1)]).module, mean=0.5, std=0.5)
+    assert [block.path for block in pruned.anatomy.blocks] == ["blocks.0", "blocks.2"]
+    outlying = outlying_patches(pruned, images)[1]  # the MLP of blocks.1 writes them
+    assert outlying[:, list(PATCHES)].all()
+    for answer in (lambda: written_by_layers(pruned, images, 1, outlying), lambda: artefact_neurons(pruned, images)):
+        with pytest.raises(Unsupported, match="changes its tokens between L0 and L1, as blocks without attention do"):
+            answer()
+
+
+def test_length_that_tokens_have_before_the_first_layer_is_said_to_be_theirs(vit: Vit) -> None:
+    model = copy.deepcopy(vit.model)
+    with torch.no_grad():
+        model.pos_embed[0, [1 + patch for patch in PATCHES]] += 40
+        model.blocks[LAYER].mlp.fc2.weight[:, NEURON] = 0
+    views = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue", "grey")]
+    said = artefact_findings(try_registers(open_vit(model), views, n_neurons=2))[1]
+    before = "They have the largest part of their length before L0, from patch embedding and position: above 99 %."
+    assert said.startswith(before)
+
+
+class TwoOutputs(nn.Module):
+    """The planted model with a second output beside its logits."""
+
+    def __init__(self, n_values: int) -> None:
+        super().__init__()
+        self.model, self.aux = planted(), nn.Linear(32, n_values)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        tokens = self.model.forward_features(images)
+        return {"logits": self.model.forward_head(tokens), "aux": self.aux(tokens[:, 0])}
+
+
+@pytest.mark.parametrize("n_values", [5, 3])
+def test_registers_leave_the_output_and_the_target_as_they_were_chosen(n_values: int, images: Tensor) -> None:
+    opened = open_vit(
+        TwoOutputs(n_values).eval(), image_size=64, output="aux", mean=0.5, std=0.5, target=lambda output: output[:, 1]
+    )
+    cured = with_registers(opened, [(LAYER, NEURON)])
+    with torch.no_grad():
+        assert_allclose(cured.logits(images), cured.model(images)["aux"], rtol=1e-6)
+    assert cured.read_output.output == "aux"
+    assert cured.task.has_value
+    assert cured.task.kind == opened.task.kind
+
+
+class Prompted(nn.Module):
+    """The planted model with two prompts behind its patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.prompts = planted(), nn.Parameter(0.02 * torch.randn(1, 2, 32))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, images: Tensor, registers: int = 0) -> Tensor:
+        """With registers: what `with_registers` is to make of it, by hand."""
+        x = self.model._pos_embed(self.model.patch_embed(images))
+        empty = torch.zeros(len(x), registers, 32)
+        x = torch.cat([x[:, :1], empty, x[:, 1:], self.prompts.expand(len(x), -1, -1)], 1)
+        for layer, block in enumerate(self.model.blocks):
+            if not registers:
+                x = block(x)
+                continue
+            x = x + block.ls1(block.attn(block.norm1(x)))
+            hidden = block.mlp.act(block.mlp.fc1(block.norm2(x)))
+            if layer == LAYER:
+                own = hidden[:, 1 + registers : -2, NEURON].clone()
+                hidden[:, 1 + registers : -2, NEURON] = 0
+                hidden[:, 1 : 1 + registers, NEURON] = own.gather(1, own.abs().argmax(1, keepdim=True))
+            x = x + block.ls2(block.mlp.fc2(hidden))
+        return self.head(self.model.norm(x)[:, 0])
+
+
+@torch.no_grad()
+def test_registers_and_neurons_of_a_model_with_prompts_behind_its_patches(images: Tensor) -> None:
+    model = Prompted().eval()
+    vit = open_vit(model, image_size=64, mean=0.5, std=0.5)
+    assert (vit.anatomy.blocks[0].prefix, vit.anatomy.blocks[0].behind) == (3, 2)
+    best = artefact_neurons(vit, images, 1)[0]
+    assert (best.layer, best.neuron) == (LAYER, NEURON)
+    assert 0.8 < best.share < 1.2
+    cured = with_registers(vit, [(LAYER, NEURON)], 2)
+    assert_allclose(cured.logits(images), model(images, registers=2), atol=1e-5)
+    assert [(each.prefix, each.behind, each.grid) for each in cured.anatomy.blocks] == [(5, 2, (4, 4))] * 3
+
+
+def test_the_model_in_training_is_neither_run_nor_changed(vit: Vit, images: Tensor) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), planted())
+    model[1].blocks[LAYER].mlp.drop1.p = 0.5
+    opened = open_vit(model, image_size=64, mean=0.5, std=0.5)
+    expected = artefact_neurons(opened, images, 3)
+    model.train()
+    opened = open_vit(model, image_size=64, mean=0.5, std=0.5)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    random, called = torch.get_rng_state(), []
+    model[1].register_forward_hook(lambda *_: called.append(torch.is_grad_enabled()))
+    assert artefact_neurons(opened, images, 3) == expected
+    with_registers(opened, expected)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(model.state_dict()[name], each) for name, each in before.items())
+    assert model.training
+    assert not any(module._forward_hooks for module in model[1].modules() if module is not model[1])
+
+
+def test_a_model_of_one_channel(vit: Vit) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=2, num_classes=5, in_chans=1
+    ).eval()
+    with torch.no_grad():
+        model.pos_embed[0, [1, 6]] += 40
+    opened = open_vit(model, mean=0.5, std=0.5)
+    views = [opened.view(Image.new("RGB", (70, 80), colour)) for colour in ("red", "green", "blue", "grey")]
+    assert try_registers(opened, views, n_neurons=2).sizes["image"] == 2
+
+
+def test_more_neurons_than_leave_a_null_and_positions_by_number_are_refused_with_the_reason(vit: Vit) -> None:
+    views = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue", "grey")]
+    with pytest.raises(UsageError, match=r"L\d of .* has 128 neurons. Take \d+ at most \(--neurons\)") as refused:
+        try_registers(vit, views, n_neurons=250)
+    most = int(str(refused.value).split("Take ")[1].split()[0])
+    assert 64 <= most < 250
+    assert try_registers(vit, views, n_neurons=most).sizes["neuron"] == most
+    with pytest.raises(UsageError, match="neurons 0 to 127, no -1"):
+        with_registers(vit, [(0, -1)])
+    relative = timm.create_model("vit_relpos_small_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=2).eval()
+    with pytest.raises(Unsupported, match="does not run with registers among its tokens"):
+        with_registers(open_vit(relative), [(0, 0)])
 
 
 def test_the_command_prints_findings_and_draws(tmp_path) -> None:

@@ -1,5 +1,7 @@
 """Evaluation, comparison with measured windows, block-sparse attention, the commands, and studies of a WinT."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,33 @@ def test_an_evaluation_says_what_the_model_itself_says():
     assert_allclose(found.area, areas, rtol=1e-5)
     assert found.overlap_teacher == ()
     assert found.images_per_s > 0
+
+
+def test_the_first_pass_of_a_size_of_batch_is_not_timed():
+    model, sizes = small(), []
+
+    def slow_at_first(_, images):
+        if len(images[0]) not in sizes:
+            sizes.append(len(images[0]))
+            time.sleep(0.5)
+
+    vit = open_small(model)
+    model.register_forward_pre_hook(slow_at_first)
+    assert evaluate(vit, pictures(), batch_size=4).images_per_s > 6 / 0.5
+    assert sizes == [4, 2]
+
+
+def test_each_way_to_attend_is_measured_whatever_was_run_before_and_stays_in_the_evaluation(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sparse, "attend", lambda *given, attend=sparse.attend: calls.append(1) or attend(*given))
+    vit, images = open_small(small().train()), pictures()
+    pixels = vit.prepare([images.image(0)])
+    plain = vit.logits(pixels)
+    evaluate(vit, images, windows="sparse")
+    assert len(calls) == 4
+    assert torch.equal(vit.logits(pixels), plain)
+    assert len(calls) == 4
+    assert vit.model.training
 
 
 def test_labels_are_those_of_the_model_by_name():
@@ -224,7 +253,7 @@ def test_the_command_evaluates_through_blocks_and_at_another_size(tmp_path):
 def test_blocks_are_used_where_they_are_asked_for_and_a_vit_without_windows_is_refused(monkeypatch):
     calls = []
     monkeypatch.setattr(sparse, "attend", lambda *given, attend=sparse.attend: calls.append(1) or attend(*given))
-    for mode, n_calls in (("model", 0), ("hard", 0), ("sparse", 2), ("tiles", 2)):
+    for mode, n_calls in (("model", 0), ("hard", 0), ("sparse", 4), ("tiles", 4)):  # of two layers, once untimed
         calls.clear()
         evaluate(open_small(small()), pictures(), windows=mode)
         assert len(calls) == n_calls

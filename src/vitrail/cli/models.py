@@ -264,7 +264,7 @@ def curves(
     device: Device = "cpu",
     seed: Annotated[int, seed_option("Of the two halves of the images.")] = 0,
 ) -> None:
-    """Prune heads one after the other by every ranking of a study: how many can go, and which ranking knows it."""
+    """Prune heads one after the other by rankings of a study: how many can go, and how much the best ranking knows."""
     from vitrail.pruning.curves import measure_curves
     from vitrail.report.heads import curve_findings
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["NoHeads", "load", "shrink"]
+__all__ = ["NoHeads", "load", "shrink", "whole_model"]
 
 
 class NoHeads(nn.Module):
@@ -59,14 +59,23 @@ def load(folder: str | Path | None = None, *, weights: bool = True) -> nn.Module
     folder = Path(folder) if folder is not None else Path(__file__).parent
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     state = load_file(folder / "model.safetensors")
-    model = _whole_model(folder, config)
+    model = whole_model(folder, config)
     shrink(model, config["pruned"], state)
     if weights:
         model.load_state_dict(state)
     return model.eval()
 
 
-def _whole_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+def whole_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The model with all its heads, as the library makes it of a configuration; untrained.
+
+    Args:
+        folder: Folder with the configuration.
+        config: What its config.json says.
+
+    Returns:
+        The model.
+    """
     model: nn.Module
     if "model_type" in config:
         import transformers

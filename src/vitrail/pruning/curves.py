@@ -30,7 +30,7 @@ SHARES = (0, 1 / 18, 1 / 9, 7 / 36, 5 / 18, 7 / 18, 19 / 36, 13 / 18, 1)
 def measure_curves(
     study: str | Path,
     *,
-    rankings: Sequence[str] | None = None,
+    rankings: str | Sequence[str] | None = None,
     n_test: int = 200,
     n_random: int = 5,
     model: str | Path | Vit | None = None,
@@ -39,15 +39,15 @@ def measure_curves(
     seed: int = 0,
     progress: bool = False,
 ) -> Curves:
-    """Prunes heads one after the other by every ranking that a study has, and writes the curves into the study.
+    """Prunes heads one after the other by several rankings of a study, and writes the curves into the study.
 
     Heads are ranked on one half of the images and pruned on images of the other half. The report then shows the curves.
 
     Args:
         study: The folder of a study of heads, of a classifier.
-        rankings: Names of rankings (`vitrail.pruning.ranking.scores`); None: six of them, as far as the study has them
-            for every head.
-        n_test: Images of the other half that are asked, at most; drawn at random.
+        rankings: Names of rankings (`vitrail.pruning.ranking.scores`), or one name; None: six of them, as far as the
+            study has them for every head.
+        n_test: Images of the other half that are asked, at most, 1 or more; drawn at random.
         n_random: Orders at random beside the rankings.
         model: Where the model is now, if not where it was, or the opened model: as for `reopen`.
         weights: The weights file, where it has moved.
@@ -59,7 +59,7 @@ def measure_curves(
         The curves, as `vitrail.pruning.ranking.read_curves` reads them again.
 
     Raises:
-        UsageError: A ranking that the study does not have, or not for every head; or too few images.
+        UsageError: A ranking that the study does not have, or not for every head; or no images to ask.
         Unsupported: The model is no classifier.
         DataError: The images have moved or changed.
 
@@ -67,6 +67,9 @@ def measure_curves(
         >>> from vitrail.pruning.curves import measure_curves
         >>> measure_curves("study").accuracy("least", "flips")  # doctest: +SKIP
     """
+    if n_test < 1:
+        raise UsageError(f"n_test={n_test} leaves no image to ask; give 1 or more (--test).")
+    rankings = [rankings] if isinstance(rankings, str) else rankings
     dataset = open_study(study)
     vit = reopen(study, model=model, weights=weights, device=device)
     if vit.n_classes is None:

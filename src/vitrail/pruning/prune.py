@@ -25,11 +25,11 @@ from vitrail.outputs import local_folder
 from vitrail.pruning.masked import logits_without, predictions_without
 from vitrail.pruning.ranking import Order, as_heads, halves, orders, scores
 from vitrail.pruning.removal import remove_heads, why_not_removable
-from vitrail.pruning.saving import refuse_full_folder, save_pruned
+from vitrail.pruning.saving import refuse_full_folder, require_savable, save_pruned
 from vitrail.pruning.study_images import StudyImages
 from vitrail.sentence import percent
 from vitrail.stats import mean_interval
-from vitrail.study.ownership import write_atomic
+from vitrail.study.ownership import UNFINISHED, write_atomic
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import reopen
 from vitrail.study.store import open_study, read_manifest, read_plan
@@ -49,8 +49,8 @@ HOPELESS_AFTER, HOPELESS_ERRORS = 64, 4
 SPEED_IMAGES, SPEED_REPEATS = 16, 25
 RECORD = "pruning.json"
 
-MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "load.py")
-"""What `save_pruned` writes."""
+FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "load.py", RECORD, RECORD + UNFINISHED)
+"""What `save_pruned` writes, and the record."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,9 @@ def prune_study(
     Raises:
         UsageError: Heads that are not there, all heads, neither or both of `heads` and `keep_accuracy`, or a folder
             that holds files.
-        Unsupported: Heads of this attention cannot be removed, there is no classifier whose accuracy could be kept, or
-            a model that was handed over has its weights rounded to another precision than float32.
+        Unsupported: Heads of this attention cannot be removed, no folder could hold the smaller model (it comes from
+            neither library, or its configuration does not make it again), there is no classifier whose accuracy could
+            be kept, or a model that was handed over has its weights rounded to another precision than float32.
         DataError: The images have moved or changed.
         UnknownModel, WeightsMismatch: The model cannot be opened again, as for `reopen`.
         ModelError: The smaller model does not give what the masked one gives; it is not written.
@@ -169,6 +170,7 @@ def prune_study(
             f"{vit.name} was handed over in {vit.precision}, and a smaller model is made of the weights before they "
             "were rounded. Hand it over opened in float32."
         )
+    require_savable(vit)
     images = StudyImages(vit, read_manifest(study), dataset["label"].to_numpy())
     with Progress(progress) as bars:
         if named is None:
@@ -177,11 +179,16 @@ def prune_study(
         else:
             ranking, selected, positions = None, named, np.arange(dataset.sizes["image"])
         _refuse_all(vit, selected)
-        done = _write_model(vit, selected, images, positions[:SPEED_IMAGES], out, ranking)
-        if vit.n_classes is not None:
-            labels = LabelSource(read_plan(study).labels)
-            done = _with_accuracy(done, images, positions, keep_accuracy, labels, bars)
-    write_atomic(out / RECORD, json.dumps(_without_nan(asdict(done)), indent=1, allow_nan=False) + "\n")
+        refuse_full_folder(out)  # choosing may have taken hours
+        try:
+            done = _write_model(vit, selected, images, positions[:SPEED_IMAGES], out, ranking)
+            if vit.n_classes is not None:
+                labels = LabelSource(read_plan(study).labels)
+                done = _with_accuracy(done, images, positions, keep_accuracy, labels, bars)
+            write_atomic(out / RECORD, json.dumps(_without_nan(asdict(done)), indent=1, allow_nan=False) + "\n")
+        except BaseException:
+            _remove_model(out)  # nothing that was not tried and measured to its end stays
+            raise
     return done
 
 
@@ -277,13 +284,9 @@ def _write_model(
     """The folder, tried on a few images: it gives what the masked model gives, and how fast."""
     original = _in_float32(vit)
     save_pruned(original, remove_heads(original, selected), out)
-    try:
-        smaller = _open_smaller(out, vit)
-        tried = images.prepare(positions.tolist(), original)
-        error = _error(original, smaller, tried, selected)
-    except BaseException:
-        _remove_model(out)  # a model that was not found to be right does not stay
-        raise
+    smaller = _open_smaller(out, vit)
+    tried = images.prepare(positions.tolist(), original)
+    error = _error(original, smaller, tried, selected)
     heads = sum(vit.n_heads)
     lost = [layer for layer, n_heads in enumerate(vit.n_heads) if sum(at == layer for at, _ in selected) == n_heads]
     sizes = [sum(weight.numel() for weight in each.model.parameters()) for each in (original, smaller)]
@@ -299,10 +302,10 @@ def _open_smaller(folder: str | Path, vit: Vit) -> Vit:
 
 
 def _remove_model(folder: Path) -> None:
-    """Removes the files that `save_pruned` writes, and the folder if nothing else is in it."""
-    for name in MODEL_FILES:
+    """Removes what was written, and the folder if nothing else is in it."""
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
+    if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 

@@ -1,9 +1,11 @@
 """Writing a model from which heads were removed as a folder: config.json, model.safetensors, load.py."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -16,8 +18,9 @@ from vitrail.models.checkpoint import write_tensors
 from vitrail.models.open import Vit
 from vitrail.models.sources import ModelWithOptions
 from vitrail.pruning.removal import PrunedModel
+from vitrail.tap.clone import CANNOT_RUN, clone_sharing
 
-__all__ = ["save_pruned"]
+__all__ = ["refuse_full_folder", "require_savable", "save_pruned"]
 
 CONFIG, LOADER = "config.json", "load.py"
 
@@ -54,8 +57,56 @@ def save_pruned(vit: Vit, pruned_model: PrunedModel, folder: str | Path) -> None
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def require_savable(vit: Vit) -> None:
+    """Raises where `save_pruned` could not write a folder that opens as the model without some heads.
+
+    Tried: the library makes a model of the configuration, without weights, and its tensors are as large as the model's.
+
+    Args:
+        vit: The model with all its heads.
+
+    Raises:
+        UsageError: The preprocessing of the model is not known.
+        Unsupported: The model comes from neither library, or its configuration does not make it again.
+    """
+    write_configuration = _library(vit)
+    _ = vit.preprocessing
+    module = clone_sharing(vit.model)
+    expected = module.state_dict()
+    advice = (
+        "its configuration does not make it again, so a folder with it would not open. Open it by its name or folder, "
+        "or make it by its library's arguments. In Python, `vitrail.pruning.removal.remove_heads` gives the smaller "
+        "module."
+    )
+    try:
+        with TemporaryDirectory() as folder:
+            write_configuration(vit, module, Path(folder))
+            config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+            again = pruned.whole_model(Path(folder), config)
+        pruned.shrink(again, _earlier_changes(vit), expected)
+    except CANNOT_RUN as error:
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+        raise Unsupported(f"{vit.name} cannot be made by its library ({reason}): {advice}") from error
+    remade = {name: list(tensor.shape) for name, tensor in again.state_dict().items()}
+    own = {name: list(tensor.shape) for name, tensor in expected.items()}
+    other = next((name for name in {**own, **remade} if own.get(name) != remade.get(name)), None)
+    if other is not None:
+        sizes = (str(shapes.get(other, "not there")) for shapes in (own, remade))
+        raise Unsupported(
+            f"{vit.name} was changed in Python since its library made it ({other} is {next(sizes)}, and {next(sizes)} "
+            f"where it is made again): {advice}"
+        )
+
+
 def refuse_full_folder(folder: Path) -> None:
-    """Raises `UsageError` unless the folder is new or empty."""
+    """Raises unless a folder is new or empty.
+
+    Args:
+        folder: Where a model is to be written.
+
+    Raises:
+        UsageError: It holds files, or is a file.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"The smaller model was to be written to {folder}, which holds other files; name a new folder."
@@ -93,7 +144,9 @@ def _timm_configuration(vit: Vit, smaller: nn.Module, folder: Path) -> None:
         "crop_mode": preprocessing.crop_mode,
     }
     extra = {"label_names": list(vit.class_names)} if vit.class_names else {}
-    save_for_hf(smaller, str(folder), model_config=extra, data_config=data, safe_serialization=True)
+    bare = copy.copy(smaller)
+    vars(bare)["state_dict"] = dict  # the configuration alone: weights are written for both libraries alike
+    save_for_hf(bare, str(folder), model_config=extra, data_config=data, safe_serialization=True)
 
 
 def _transformers_configuration(vit: Vit, smaller: nn.Module, folder: Path) -> None:

@@ -4,6 +4,7 @@ Neurons are found on the first half of the images and tried on the second. The n
 other neurons of the same layers, drawn at random.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -61,8 +62,10 @@ def try_registers(
         a few images `photo`, `token_norm` and `class_attention` [model example patch] of layer `worst_layer`.
 
     Raises:
-        UsageError: Fewer than 2 images, or the seed is out of range.
-        Unsupported: No token is outlying, or the model has no MLPs that can be read.
+        UsageError: Fewer than 2 images, the seed is out of range, or a layer has fewer other neurons than were found in
+            it, so that there is no null.
+        Unsupported: No token is outlying, the model has no MLPs that can be read, or it takes no registers, as for
+            `with_registers`.
 
     Example:
         >>> trial = try_registers(vit, [vit.view(photo) for photo in photographs])  # doctest: +SKIP
@@ -129,8 +132,16 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
         Sentences with numbers.
     """
     worst, n_images = int(trial.attrs["worst_layer"]), trial.sizes["image"]
-    written = trial["written"].to_numpy()
+    written, length = trial["written"].to_numpy(), float(trial.attrs["outlier_length"])
     layer, part = np.unravel_index(int(written.argmax()), written.shape)
+    before = length - float(written.sum())  # what the token holds before L0: layers add the rest
+    largest = (
+        "They have the largest part of their length before L0, from patch embedding and position: "
+        f"{percent(before / length)}."
+        if before > written[layer, part]
+        else f"The {('attention', 'MLP')[part]} of L{layer} writes the largest part of their length: "
+        f"{percent(written[layer, part] / length)}."
+    )
     layers, indices = trial["neuron_layer"].to_numpy(), trial["neuron_index"].to_numpy()
     shares = trial["neuron_share"].to_numpy()
     counts = {model: trial["outlier_share"].sel(model=model).to_numpy()[:, worst] for model in MODELS}
@@ -139,9 +150,8 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
     sentences = [
         f"After L{worst}, the layer with the most tokens of outlying length, {n_outliers:.1f} of {n_patches} patches "
         f"have one, mean over {n_images} images.",
-        f"The {('attention', 'MLP')[part]} of L{layer} writes the largest part of their length: "
-        f"{percent(written[layer, part] / trial.attrs['outlier_length'])}. Neuron {indices[0]} of L{layers[0]} alone "
-        f"writes {percent(shares[0])} of it, the {len(shares)} strongest {percent(shares.sum())}.",
+        f"{largest} Neuron {indices[0]} of L{layers[0]} alone writes {percent(shares[0])} of it, the {len(shares)} "
+        f"strongest {percent(shares.sum())}.",
     ]
     left, null = (n_patches * counts[model].mean() for model in MODELS[1:])
     n_registers = int(trial.attrs["n_registers"])
@@ -218,6 +228,15 @@ def _class_attention(vit: Vit, attention: LayerAttention) -> Float[Tensor, "imag
 def _other_neurons(vit: Vit, neurons: Sequence[ArtefactNeuron], seed: int) -> list[tuple[int, int]]:
     """As many of the same layers, none of them among the given ones."""
     generator, widths = np.random.default_rng(seed), mlp_widths(vit)
+    chosen, most = Counter(each.layer for each in neurons), len(neurons)
+    while any(2 * count > widths[layer] for layer, count in chosen.items()):  # fewer are the first of these
+        most -= 1
+        chosen[neurons[most].layer] -= 1
+    if most < len(neurons):
+        raise UsageError(
+            f"Registers are compared with as many other neurons of the same layers, and L{neurons[most].layer} of "
+            f"{vit.name} has {widths[neurons[most].layer]} neurons. Take {most} at most (--neurons)."
+        )
     own = {(each.layer, each.neuron) for each in neurons}
     others: list[tuple[int, int]] = []
     for layer in sorted({each.layer for each in neurons}):

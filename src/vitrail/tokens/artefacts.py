@@ -8,7 +8,6 @@ strongest activation among the patches, and none to the patches themselves: test
 (arXiv 2506.08010); that such tokens hold what trained registers hold is of Darcet et al. 2023 (arXiv 2309.16588).
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,11 +18,12 @@ from torch.utils import _pytree as pytree
 
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import Vit, open_vit
+from vitrail.models.task import TASKS
 from vitrail.sentence import percent
 from vitrail.tap.anatomy import Block
 from vitrail.tap.attention import Readers
-from vitrail.tap.clone import first_weight
-from vitrail.tokens.levels import level_zero
+from vitrail.tap.clone import CANNOT_RUN, clone_sharing, first_weight
+from vitrail.tokens.levels import tokens_given
 from vitrail.tokens.outliers import norm_outliers
 
 __all__ = [
@@ -95,7 +95,8 @@ def written_by_layers(
         token holds before the first layer they sum to its length.
 
     Raises:
-        Unsupported: A block does not add its attention to its input first.
+        Unsupported: A block does not add its attention to its input first, or the model changes its tokens between two
+            blocks with attention, as a block without any does.
     """
     inputs, sums, outputs = _tokens_of_layers(vit, images, layer, outliers)
     direction = outputs[layer] / outputs[layer].norm(dim=-1, keepdim=True)
@@ -121,7 +122,8 @@ def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"]
         Those that add most first; empty where no token is outlying.
 
     Raises:
-        Unsupported: The blocks do not add what an MLP gives as its last layer gives it, times a factor a channel.
+        Unsupported: As for `written_by_layers`, or the blocks do not add what an MLP gives as its last layer gives it,
+            times a factor a channel.
     """
     by_layer = outlying_patches(vit, images)
     counts = [int(each.sum()) for each in by_layer]
@@ -129,16 +131,14 @@ def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"]
         return []
     layer = max(range(len(counts)), key=counts.__getitem__)
     outliers = by_layer[layer]
-    hidden: dict[int, tuple[nn.Linear, Tensor]] = {}
-    with _MlpInputs(vit, lambda at, linear, h: hidden.__setitem__(at, (linear, h))), torch.no_grad():
-        vit.model(images)
+    mlps = _last_linears(vit, clone_sharing(vit.model), images)
     _, sums, outputs = _tokens_of_layers(vit, images, layer, outliers)
     lengths = outputs[layer].norm(dim=-1)
     direction = outputs[layer] / lengths[:, None]
     ranked: list[ArtefactNeuron] = []
     for at in range(layer + 1):
-        linear, h = hidden[at]
-        h = h[:, _prefix(vit, at) :][outliers.to(h.device)].float()
+        linear, h = mlps[at].linear, _patches_in_mlp(vit, at, mlps[at].hidden)
+        h = h[outliers.to(h.device)].float()
         scale = _channel_scale(vit, at, outputs[at] - sums[at], linear, h)
         added = (h * ((direction * scale) @ linear.weight.detach().float())).mean(0)
         top = added.topk(min(n, len(added)))
@@ -160,15 +160,23 @@ def with_registers(vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron]
 
     Returns:
         A model that shares the weights. Its layers have as many prefix tokens more, and every analysis reads it as any
-        other; its output is made of the tokens of the model itself.
+        other; its output, the one that the model was opened for, is made of the tokens of the model itself.
 
     Raises:
         UsageError: There are no neurons or no registers, or a neuron does not exist.
-        Unsupported: The model uses the tokens of its last block in no module that is given them all.
+        Unsupported: The model uses the tokens of its last block in no module that is given them all, or it does not run
+            with more tokens than it has.
     """
     if not neurons or n_registers < 1:
         raise UsageError("Registers need at least one neuron to listen to and one token; neither can be none.")
     module = RegisterModel(vit, [(each[0], each[1]) for each in neurons], n_registers)
+    try:
+        _run(module, _blank_images(vit))
+    except CANNOT_RUN as error:
+        raise Unsupported(
+            f"{vit.name} does not run with registers among its tokens ({type(error).__name__}: {str(error)[:120]}): "
+            "its attention or its positions count on the number of tokens that it has."
+        ) from error
     opened = open_vit(
         module,
         image_size=vit.image_size,
@@ -176,7 +184,9 @@ def with_registers(vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron]
         precision=vit.precision,
         n_classes=vit.n_classes,
         class_names=vit.class_names,
-        task=vit.task.kind,
+        task=vit.task.kind if vit.task.kind in TASKS else None,
+        output=vit.read_output.output,
+        target=vit.task.target,
         preprocessing=vit.preprocessing,
     )
     opened.name = f"{vit.name} with {n_registers} register{'s' if n_registers > 1 else ''}"
@@ -192,8 +202,8 @@ def mlp_widths(vit: Vit) -> list[int]:
     Returns:
         Inputs of the MLP's last linear layer, by layer.
     """
-    linears = [vit.model.get_submodule(path) for _, path in sorted(_last_linears(vit).items())]
-    return [each.in_features for each in linears if isinstance(each, nn.Linear)]
+    mlps = _last_linears(vit, clone_sharing(vit.model), _blank_images(vit))
+    return [mlps[layer].linear.in_features for layer in range(vit.n_layers)]
 
 
 class RegisterModel(nn.Module):
@@ -207,23 +217,23 @@ class RegisterModel(nn.Module):
 
     def __init__(self, vit: Vit, neurons: Sequence[tuple[int, int]], n_registers: int) -> None:
         super().__init__()
-        shared = {id(each): each for each in (*vit.model.parameters(), *vit.model.buffers())}
-        self.model: nn.Module = copy.deepcopy(vit.model, shared)
-        self._n_registers, self._at = n_registers, vit.anatomy.blocks[0].prefix
+        self.model = clone_sharing(vit.model)
         blocks = vit.anatomy.blocks
-        layouts = {(block.layout.order, block.tokens, block.prefix, block.grid) for block in blocks}
+        layouts = {(block.layout, block.tokens, block.prefix, block.grid) for block in blocks}
         if len(layouts) > 1 or blocks[0].layout.order != "NLC" or blocks[0].grid is None:
             raise Unsupported("Registers need one grid of patches and tokens [image, token, channel] in all layers.")
+        self._behind = blocks[0].behind
+        self._at, self._n_registers = blocks[0].prefix - self._behind, n_registers
         after = _module_after_blocks(vit)
-        linears = _last_linears(vit)
+        mlps = _last_linears(vit, self.model, _blank_images(vit))
         for layer in sorted({layer for layer, _ in neurons}):
             if layer not in range(vit.n_layers):
                 raise UsageError(f"There is no layer {layer}; this model has L0 to L{vit.n_layers - 1}.")
-            linear = self.model.get_submodule(linears[layer])
-            assert isinstance(linear, nn.Linear)
+            linear = mlps[layer].linear
             chosen = torch.tensor(sorted(neuron for at, neuron in neurons if at == layer))
-            if int(chosen.max()) >= linear.in_features:
-                raise UsageError(f"L{layer} has neurons 0 to {linear.in_features - 1}, no {int(chosen.max())}.")
+            for end in (int(chosen[0]), int(chosen[-1])):
+                if not 0 <= end < linear.in_features:
+                    raise UsageError(f"L{layer} has neurons 0 to {linear.in_features - 1}, no {end}.")
             linear.register_forward_pre_hook(lambda _, args, own=chosen: (self._move(args[0], own), *args[1:]))
         first = self.model.get_submodule(blocks[0].path)
         first.register_forward_pre_hook(_on_leaf(blocks[0], self._insert), with_kwargs=True)
@@ -250,12 +260,12 @@ class RegisterModel(nn.Module):
 
     def _move(self, hidden: Tensor, neurons: Tensor) -> Tensor:
         """The registers get the strongest activation that a patch has; patches get none."""
-        patches = self._at + self._n_registers
-        own = hidden[:, patches:, neurons]
+        first, end = self._at + self._n_registers, hidden.shape[1] - self._behind
+        own = hidden[:, first:end, neurons]
         strongest = own.gather(1, own.abs().argmax(1, keepdim=True))
         moved = hidden.clone()
-        moved[:, patches:, neurons] = 0
-        moved[:, self._at : patches, neurons] = strongest.expand(-1, self._n_registers, -1)
+        moved[:, first:end, neurons] = 0
+        moved[:, self._at : first, neurons] = strongest.expand(-1, self._n_registers, -1)
         return moved
 
 
@@ -288,64 +298,66 @@ def _tokens_of_layers(
     missing = [at for at in range(layer + 1) if at not in sums]
     if missing:
         raise Unsupported(f"L{missing[0]} does not add its attention to its input alone; what either adds is not told.")
-    first = rows(0, level_zero(vit.anatomy, replay))
     steps = range(layer + 1)
-    return [first, *(outputs[at] for at in steps[:-1])], [sums[at] for at in steps], [outputs[at] for at in steps]
+    inputs = [rows(at, tokens_given(vit.anatomy, replay, at)) for at in steps]
+    changed = [at for at in steps[1:] if not torch.equal(inputs[at], outputs[at - 1])]
+    if changed:
+        raise Unsupported(
+            f"{vit.name} changes its tokens between L{changed[0] - 1} and L{changed[0]}, as blocks without attention "
+            "do (a layer that lost all its heads is one): which part of their length is whose is not told."
+        )
+    return inputs, [sums[at] for at in steps], [outputs[at] for at in steps]
 
 
-class _MlpInputs:
-    """While entered, hands what the last linear layer of each block's MLP is given to a function."""
+class _Mlp(NamedTuple):
+    """The linear layer that ends the MLP of a block, its path, and what it was given."""
 
-    def __init__(self, vit: Vit, read: Callable[[int, nn.Linear, Tensor], None]) -> None:
-        self._linears = _last_linears(vit)
-        self._vit, self._read = vit, read
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for layer, path in self._linears.items():
-            linear = self._vit.model.get_submodule(path)
-            self._handles.append(
-                linear.register_forward_pre_hook(
-                    lambda module, args, at=layer: self._read(at, module, args[0].detach())
-                )
-            )
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    path: str
+    linear: nn.Linear
+    hidden: Tensor
 
 
-def _last_linears(vit: Vit) -> dict[int, str]:
-    """Path of the linear layer that each block calls last, by layer: the one that ends its MLP."""
-    paths = {module: path for path, module in vit.model.named_modules()}
-    last: dict[int, str] = {}
+def _last_linears(vit: Vit, clone: nn.Module, images: Tensor) -> dict[int, _Mlp]:
+    """The linear layer that each block calls last, by layer; a clone of the model is run, never the model itself."""
+    paths = {module: path for path, module in clone.named_modules()}
+    last: dict[int, _Mlp] = {}
     handles = []
     for layer, block in enumerate(vit.anatomy.blocks):
-        for module in vit.model.get_submodule(block.path).modules():
+        for module in clone.get_submodule(block.path).modules():
             if isinstance(module, nn.Linear):
                 handles.append(
-                    module.register_forward_hook(lambda module, *_, at=layer: last.__setitem__(at, paths[module]))
+                    module.register_forward_hook(
+                        lambda module, args, _, at=layer: last.__setitem__(at, _Mlp(paths[module], module, args[0]))
+                    )
                 )
-    try:
-        _run_once(vit)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(last) < vit.n_layers or len(set(last.values())) < vit.n_layers:
+    _run(clone, images)
+    for handle in handles:
+        handle.remove()
+    if len(last) < vit.n_layers or len({each.path for each in last.values()}) < vit.n_layers:
         raise Unsupported(
             f"{vit.name} has blocks without a linear layer of their own at their end: no MLP to look into."
         )
     return last
 
 
+def _patches_in_mlp(vit: Vit, layer: int, hidden: Tensor) -> Float[Tensor, "image patch neuron"]:
+    """What the MLP of a layer gives its last linear layer, of the patches."""
+    block = vit.anatomy.blocks[layer]
+    tokens = block.layout.canonical(hidden) if hidden.ndim == block.layout.n_axes else hidden
+    if tokens.ndim != 3 or tokens.shape[1] != block.tokens:
+        raise Unsupported(
+            f"The MLP of L{layer} is given {list(hidden.shape)}, not the {block.tokens} tokens of its block each on "
+            "its own: which of them are patches is not known."
+        )
+    return tokens[:, _prefix(vit, layer) :]
+
+
 def _module_after_blocks(vit: Vit) -> str:
     """Path of the first module that is given all tokens of the last block after it has ended."""
-    block = vit.anatomy.blocks[-1]
-    inside = set(vit.model.get_submodule(block.path).modules())
+    clone, block = clone_sharing(vit.model), vit.anatomy.blocks[-1]
+    inside = set(clone.get_submodule(block.path).modules())
     state: dict[str, Any] = {"ended": False, "path": ""}
-    handles = [
-        vit.model.get_submodule(block.path).register_forward_hook(lambda *_: state.__setitem__("ended", True)),
-    ]
+    clone.get_submodule(block.path).register_forward_hook(lambda *_: state.__setitem__("ended", True))
 
     def watch(path: str) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -355,14 +367,10 @@ def _module_after_blocks(vit: Vit) -> str:
 
         return look
 
-    for path, module in vit.model.named_modules():
+    for path, module in clone.named_modules():
         if path and module not in inside:
-            handles.append(module.register_forward_pre_hook(watch(path)))
-    try:
-        _run_once(vit)
-    finally:
-        for handle in handles:
-            handle.remove()
+            module.register_forward_pre_hook(watch(path))
+    _run(clone, _blank_images(vit))
     if state["path"] in ("", "?"):
         raise Unsupported(
             f"{vit.name} hands the tokens of its last block to no module of its own (such as a norm) as they are; a "
@@ -371,10 +379,14 @@ def _module_after_blocks(vit: Vit) -> str:
     return str(state["path"])
 
 
-def _run_once(vit: Vit) -> None:
+@torch.no_grad()
+def _run(clone: nn.Module, images: Tensor) -> None:
+    clone(images)
+
+
+def _blank_images(vit: Vit) -> Float[Tensor, "image channel row column"]:
     weight = first_weight(vit.model)
-    with torch.no_grad():
-        vit.model(torch.zeros((2, 3, *vit.image_size), dtype=weight.dtype, device=weight.device))
+    return torch.zeros((2, *vit.anatomy.image_shape), dtype=weight.dtype, device=weight.device)
 
 
 def _channel_scale(

@@ -23,6 +23,7 @@ __all__ = [
     "level_zero",
     "read_levels",
     "require_one_grid",
+    "tokens_given",
 ]
 
 
@@ -71,8 +72,21 @@ def level_zero(anatomy: Anatomy, replay: Replay) -> Float[Tensor, "image token c
     Returns:
         The tokens of level 0.
     """
-    block = anatomy.blocks[0]
-    recorded = replay.blocks[0]
+    return tokens_given(anatomy, replay, 0)
+
+
+def tokens_given(anatomy: Anatomy, replay: Replay, layer: int) -> Float[Tensor, "image token channel"]:
+    """What enters a block.
+
+    Args:
+        anatomy: Of the model.
+        replay: Of a recorded pass.
+        layer: Zero-based index of the block.
+
+    Returns:
+        The tokens that the block was given, in canonical order.
+    """
+    block, recorded = anatomy.blocks[layer], replay.blocks[layer]
     leaf = tree_flatten((recorded.args, recorded.kwargs))[0][block.main_input]
     assert isinstance(leaf, torch.Tensor)
     return block.layout.canonical(leaf)

@@ -19,6 +19,9 @@ HOW = ("mean", "black", "removed", "shuffled")
 """What happens to patches: painted in the image's mean colour or in black, taken out of the sequence, or put in each
 other's places."""
 
+MAX_PROMPTS = 300
+"""Characters of prompts that are written into the lines that do the same elsewhere; features have thousands."""
+
 HOW_PATCHES = "Patches are given as indices, as (row, column) or as a mask of the grid."
 
 
@@ -131,29 +134,44 @@ def parse_window(vit: Vit, window: WindowMove | Sequence[Any]) -> WindowMove:
 
     Args:
         vit: the model.
-        window: a `WindowMove`, or its fields in order.
+        window: a `WindowMove`, or its fields in order; its patch may be (row, column).
 
     Returns:
-        The window.
+        The window, in plain integers.
 
     Raises:
         UsageError: it is no window, or its layer, head or patch is not there.
     """
     try:
         move = WindowMove(*window)
+        layer, head = index(move.layer), None if move.head is None else index(move.head)
         sides = tuple(int(side) for side in move.sides)
         fits = len(sides) == 4 and all(
             side >= 0 and side == value for side, value in zip(sides, move.sides, strict=True)
         )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{window!r} is no window; give (layer, (left, top, right, bottom), head, patch).") from error
+        patch = _parse_patch(move.patch)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{window!r} is no window; give (layer, (left, top, right, bottom), head, patch), the patch as an index or "
+            "as (row, column)."
+        ) from error
     if not fits:
         raise UsageError(f"Sides {move.sides} were asked for; give left, top, right, bottom as whole numbers from 0.")
-    _check_head(vit, move.layer, 0 if move.head is None else move.head)
-    grid = grid_of(vit, move.layer)
-    if move.patch is not None and not 0 <= move.patch < grid[0] * grid[1]:
-        raise UsageError(f"Patch {move.patch} was asked for; the grid of L{move.layer} is {grid[0]} x {grid[1]}.")
-    return move
+    _check_head(vit, layer, 0 if head is None else head)
+    grid = grid_of(vit, layer)
+    row, column = patch if isinstance(patch, tuple) else divmod(patch or 0, grid[1])
+    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+        raise UsageError(f"Patch {move.patch} was asked for; the grid of L{layer} is {grid[0]} x {grid[1]}.")
+    left, top, right, bottom = sides
+    return WindowMove(layer, (left, top, right, bottom), head, None if patch is None else row * grid[1] + column)
+
+
+def _parse_patch(patch: Any) -> int | tuple[int, int] | None:
+    """A patch as an index or (row, column), whatever numbers say it."""
+    if patch is None or np.ndim(patch) == 0:
+        return None if patch is None else index(patch)
+    row, column = patch
+    return index(row), index(column)
 
 
 def grid_of(vit: Vit, layer: int) -> Grid:
@@ -212,8 +230,27 @@ def use_this(
         [
             "import vitrail",
             "",
-            f"vit = vitrail.open_vit({vit.name!r})",
+            *_opening(vit),
             'image = vitrail.decode_image("photo.jpg")',
             f"changed = vit.what_if(image, {', '.join(arguments)})",
         ]
     )
+
+
+def _opening(vit: Vit) -> list[str]:
+    """Python lines that open the model as it was opened, as far as they can be written."""
+    if vit.opened_with is None:
+        return ["vit = ...  # your own model, opened as it was here"]
+    options = {name: value for name, value in vit.opened_with.items() if value is not None}
+    if options.get("precision") == "float32":
+        del options["precision"]
+    if vit.preprocessing_source.startswith("given"):
+        options["preprocessing"] = vit.preprocessing.as_dict()
+    model, texts = options.pop("model"), {name: repr(value) for name, value in options.items()}
+    lines = []
+    if len(texts.get("prompts", "")) > MAX_PROMPTS:
+        texts["prompts"] = "prompts"
+        lines.append("prompts = ...  # those that it was opened with")
+    arguments = "".join(f", {name}={text}" for name, text in texts.items())
+    target = "" if vit.task.target is None else "  # and its target="
+    return [*lines, f"vit = vitrail.open_vit({model!r}{arguments}){target}"]

@@ -94,8 +94,9 @@ def what_if(
         heads_off: heads to switch off, as "L2H0,L3H1" or (layer, head); (layer, head, mode) for a part of its map.
         patches: which patches change, as indices row by row, as (row, column), or as a mask of the grid.
         how: what happens to them, one of `HOW`.
-        windows: `WindowMove`s, or their fields in order. In a WinT they take the tokens of predicted windows, which may
-            shrink or grow; in any other ViT a head sees nothing outside of them.
+        windows: `WindowMove`s, or their fields in order, the patch as an index or as (row, column). In a WinT they take
+            the tokens of predicted windows, which may shrink or grow; in any other ViT a head sees nothing outside of
+            them.
         attention_layer: the layer whose maps are returned; None for the last.
         cumulative: a step for each change; otherwise one step with all of them.
         seed: of the places that shuffled patches take.
@@ -131,7 +132,7 @@ def what_if(
     left_out: dict[str, str] = {}
     pixels = vit.prepare([image])
     intact = _record(vit.tap(), pixels, "unchanged")
-    states = list(_states(vit, intact, pixels, mask, how, moves, off, seed))
+    states = list(_states(vit, intact, pixels, mask, how, moves, off, seed, cumulative=cumulative))
     if not cumulative:
         states = [states[0], replace(states[-1], words="all changes")]
     outcomes = [_run(state, layer if state in (states[0], states[-1]) else None, left_out) for state in states]
@@ -178,13 +179,20 @@ def _states(
     moves: Sequence[WindowMove],
     off: Sequence[HeadOff],
     seed: int,
+    *,
+    cumulative: bool,
 ) -> Iterable[_State]:
+    """The intact model and the one after each change; without `cumulative` not after each window of a WinT."""
     yield state
     if mask is not None:
         state = _change_patches(vit, state, pixels, mask, how, seed)
         yield state
     has_windows = bool(window_heads(vit.model))
-    for number, move in enumerate(moves):
+    numbers = range(len(moves))
+    if has_windows and not cumulative:
+        numbers = numbers[-1:]  # each is a pass of its own, and the last has them all
+    for number in numbers:
+        move = moves[number]
         if has_windows:
             model = moved_windows(
                 vit.model, [(each.layer, each.sides, each.head, each.patch) for each in moves[: number + 1]]
