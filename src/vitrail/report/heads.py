@@ -27,6 +27,9 @@ N_PHOTOGRAPHS = 8
 ONE_POINT = 0.01
 """Accuracy that may be lost where heads are said to go."""
 
+MANY_ORDERS = 20
+"""Orders at random of which more would hardly narrow what chance gives."""
+
 N_SHOWN = 4
 """Images that a sentence names."""
 
@@ -270,29 +273,48 @@ def curve_findings(curves: Curves) -> list[Sentence]:
         Sentences with numbers.
     """
     areas, counts = area_table(curves), curves.counts
-    best = next(iter(areas))
+    best, area = next(iter(areas.items()))
     accuracy = curves.accuracy("least", best)
-    n_images = curves.least[best].shape[1]
+    n_images, n_orders = curves.least[best].shape[1], len(curves.random)
     keeps = accuracy >= accuracy[0] - ONE_POINT - 1e-9  # shares of images are not exact in binary
     n_spared = int(counts[-1] if keeps.all() else counts[int((~keeps).argmax()) - 1])
-    between, low, high = areas[best].between
-    interval = f" (95 % interval {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
+    several = f", the best of {len(areas)} rankings on these images" if len(areas) > 1 else ""
+    between, low, high = area.between
+    interval = f" (95 % interval over images {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
     sentences = [
         Sentence(
             f"Of {int(counts[-1])} heads {n_spared} can go together for at most one point of "
-            f"{curves.labels.correctness}, least important first by {best}: {percent(float(accuracy[0]))} with all, "
-            f"{n_images:,} images that ranked nothing."
-        ),
-        Sentence(
-            f"By {best} the area between pruning the least and the most important first is {between:z.2f}{interval}; 0 "
-            "is a ranking that knows nothing."
+            f"{curves.labels.correctness} on these images, least important first by {best}{several}: "
+            f"{percent(float(accuracy[0]))} with all, {n_images:,} images that ranked nothing."
         ),
     ]
-    over, low, high = areas[best].over_random
-    if np.isfinite(low + high):
-        verdict = "more than" if low > 0 else "not shown to be more than"
-        interval = f"({low:+z.3f} to {high:+z.3f})"
-        sentences.append(Sentence(f"It keeps {verdict} orders at random do: {over:+z.3f} of it on average {interval}."))
+    text = (
+        f"By {best} the area between pruning the least and the most important first is {between:z.2f}{interval}; 0 is "
+        "the mean of rankings that know nothing"
+    )
+    over, low, high = area.over_random
+    if np.isnan(area.chance + low + high):
+        return [*sentences, Sentence(f"{text}.")]
+    of_them = f"the best of {len(areas)} of them" if len(areas) > 1 else "one of them"
+    if between - float(np.hypot(between - area.between[1], area.chance)) > 0:
+        known = "is shown"
+    else:
+        known = "is not shown" + "; more orders at random may tell (--random-orders)" * (n_orders < MANY_ORDERS)
+    sentences.append(
+        Sentence(
+            f"{text}, and {of_them} may reach {area.chance:.2f} (95 %, by {n_orders} orders at random): that {best} "
+            f"knows which heads matter {known}."
+        )
+    )
+    keeps_more = "keeps" if low > 0 and area.beaten == 1 else "is not shown to keep"
+    n_beaten = round(area.beaten * n_orders)
+    sentences.append(
+        Sentence(
+            f"With its least important heads pruned first it {keeps_more} more than an order at random does: "
+            f"{over:+z.3f} on average ({low:+z.3f} to {high:+z.3f} over images and orders, 95 %), beating {n_beaten} "
+            f"of {n_orders}."
+        )
+    )
     return sentences
 
 
