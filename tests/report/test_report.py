@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,12 +15,14 @@ from PIL import Image
 from tiny_reports import ANALYSES, photographs, planted_study, small_vit
 
 from vitrail.analysis import Analysis, analyses, measures, register, unregister
+from vitrail.data.sources import PHOTOS
 from vitrail.errors import StudyError, UsageError
 from vitrail.heads.why import why_sentences
 from vitrail.models.open import open_vit
 from vitrail.patterns.tables import all_patterns
 from vitrail.report import write_report
 from vitrail.report.heads import heads
+from vitrail.report.opening import studied
 from vitrail.report.page import page
 from vitrail.report.parts import ReportData, Section, Table, Text
 from vitrail.sentence import Sentence
@@ -108,6 +111,14 @@ def test_a_report_of_every_room_is_one_small_file_that_loads_nothing(whole, read
     assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+def test_intervals_of_the_built_in_photographs_are_said_to_be_of_crops_of_thirteen():
+    study = drops(10, 0.3)
+    said = lambda study: [part.text for part in studied(study).parts if isinstance(part, Text)]  # noqa: E731
+    assert not any("thirteen" in text for text in said(study))
+    built_in = replace(study, manifest=replace(study.manifest, source=PHOTOS))
+    assert any("hold for such crops of these thirteen" in text for text in said(built_in))
+
+
 def test_links_of_the_page_lead_to_its_sections(read):
     assert [attrs["href"] for tag, attrs in read.tags if tag == "a"] == [f"#{key}" for key in read.sections]
 
@@ -134,7 +145,8 @@ def drops(n_images, first):
     lost = np.random.default_rng(0).exponential(0.1, (n_images, 2, 4)).clip(0, 0.6)
     lost[:, 1, 3] += first - 0.1
     arrays = {"probability": np.full(n_images, 0.9), "head_probability": 0.9 - lost.clip(-0.1, 0.9)}
-    return planted_study(arrays, [[4, 4]] * 2, n_classes=5, n_heads=[4, 4])
+    view = {"size": [64, 64], "interpolation": "bicubic", "mean": [0.5], "std": [0.5]}
+    return planted_study(arrays, [[4, 4]] * 2, n_classes=5, n_heads=[4, 4], preprocessing=view)
 
 
 def test_the_interval_of_the_head_that_costs_most_is_of_all_heads_where_others_may_cost_as_much():
