@@ -210,7 +210,7 @@ def quantile_interval(
             low[which], high[which] = ordered[below], ordered[min(above, n_images + 1)]
         elif below >= 1 and above <= n_images:
             low[which], high[which] = ordered[below - 1], ordered[above - 1]
-    reason, (_, n_images) = _reason(columns, low), _lacking(columns, low)
+    reason, (_, n_images) = _reason(columns, low), _without_interval(columns, low)
     if n_images > 1:
         reason = f"too few images ({n_images}) for the {100 * quantile:.0f} % quantile"
     return Interval(low.reshape(shape), high.reshape(shape), reason)
@@ -689,7 +689,7 @@ def _check_limits(columns: np.ndarray, limits: tuple[float, float] | None) -> No
 
 def _reason(columns: np.ndarray, low: np.ndarray, *, needs_all: bool = False) -> str:
     """Why columns with values have no interval, and how many where others have one; `needs_all`: of all images."""
-    lacking, n_images = _lacking(columns, low)
+    lacking, n_images = _without_interval(columns, low)
     if not lacking.any():
         return ""
     spread = np.nanstd(columns[:, lacking], axis=0)
@@ -707,7 +707,7 @@ def _reason(columns: np.ndarray, low: np.ndarray, *, needs_all: bool = False) ->
     return why if lacking.sum() == n_columns else f"{why}, for {lacking.sum()} of {n_columns} columns"
 
 
-def _lacking(columns: np.ndarray, low: np.ndarray) -> tuple[Bool[np.ndarray, "column"], int]:
+def _without_interval(columns: np.ndarray, low: np.ndarray) -> tuple[Bool[np.ndarray, "column"], int]:
     """Columns that have values and no interval, and the images with a value, of that which has most."""
     n_present = (~np.isnan(columns)).sum(0)
     lacking = np.isnan(low) & (n_present > 0)

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import vitrail
 from synthetic_study import plan_of
 from vitrail.analysis import declaration, measures
-from vitrail.comparison.compare import _correspondence, _standardised
+from vitrail.comparison.compare import _correspondence, _effect_sizes
 from vitrail.comparison.findings import describe_difference, measures_by_effect
 from vitrail.data import ImageEntry, Manifest
 from vitrail.errors import StudyError, UsageError
@@ -205,7 +205,7 @@ def test_a_difference_that_is_the_same_in_every_image_is_the_surest(constant):
     told = describe_difference(constant, "sink_share")
     assert f"no 95 % interval: {constant.attrs['no_interval']['sink_share']}; p 0.001" in told
     assert "the same value in all images (40)" in told
-    equal = _standardised(np.array([0.0, 1e-17]), np.array([0.0, 1e-17]), np.array([0.5, 0.5]))
+    equal = _effect_sizes(np.array([0.0, 1e-17]), np.array([0.0, 1e-17]), np.array([0.5, 0.5]))
     assert np.isnan(equal).all()
 
 

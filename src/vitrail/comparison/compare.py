@@ -196,14 +196,14 @@ def _table(
         "low_all": together.low,
         "high_all": together.high,
         "p": sign_flip_p_values(difference, seed=seed),
-        "standardised": _standardised(mean, spread, np.maximum(*np.abs(means))),
+        "standardised": _effect_sizes(mean, spread, np.maximum(*np.abs(means))),
     }
     table = {name: (("measure",), np.asarray(values)) for name, values in columns.items()}
     reasons = {name: each.reason for name, each in zip(by_image, alone, strict=True) if each.reason}
     return {**table, "difference": (("image", "measure"), difference)}, reasons
 
 
-def _standardised(
+def _effect_sizes(
     mean: Float[np.ndarray, "measure"], spread: Float[np.ndarray, "measure"], size: Float[np.ndarray, "measure"]
 ) -> Float[np.ndarray, "measure"]:
     """Mean differences over their standard deviations, where rounding of numbers of this size counts as none."""
