@@ -53,6 +53,8 @@ def test_curves_are_accuracies_by_ranking_the_largest_area_first(study: Path) ->
     # Between the curves lies 0.5 of accuracy at a quarter of the heads: a triangle over all of them.
     assert_allclose(good["area"]["value"], 0.25)
     assert good["area"]["low"] < 0.25 < good["area"]["high"]
+    assert good["area"]["chance"] > 0.25  # two orders at random show next to nothing
+    assert good["area"]["beaten"] == 0.5
     assert curves["random"]["orders"] == 2
     assert_allclose(curves["random"]["mean"], [1, np.mean([0.25 * 8 / 4, 1]), 0.5])
 

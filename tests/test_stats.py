@@ -154,13 +154,29 @@ def test_images_without_a_value_are_left_out_of_their_column_alone():
         assert found.reason == ""  # the absent column is no lack of images
 
 
+def test_a_reason_is_of_the_columns_that_lack_an_interval_and_of_the_images_that_have_a_value():
+    values = np.random.default_rng(0).random((60, 12))
+    values[:, 3] = 0.5
+    for found in (simultaneous_intervals(values, limits=(0.0, 1.0)), mean_interval(values)):
+        assert np.isnan(found.low).sum() == 1
+        assert found.reason == "the same value in all images (60), for 1 of 12 columns"
+    values[5:] = np.nan
+    assert mean_interval(values[:, :3]).reason == "too few images (5; 8 are needed)"
+    assert quantile_interval(values[:, :3], 0.5).reason == "too few images (5) for the 50 % quantile"
+    values = np.random.default_rng(0).random((60, 2))
+    values[:20, 0] = np.nan
+    assert simultaneous_intervals(values).reason == "20 of 60 images without a value, for 1 of 2 columns"
+
+
 def test_where_no_interval_can_be_trusted_the_ends_are_nan_and_the_reason_is_said():
     rng = np.random.default_rng(0)
     assert mean_interval(rng.normal(size=(1, 2))).reason == "a single image says nothing of others"
     few = mean_interval(rng.normal(size=(5, 2)))
     assert np.isnan(few.low).all()
     assert "too few images (5; 8 are needed)" in few.reason
-    assert np.isnan(mean_interval(np.full(50, 0.1)).low)
+    same = mean_interval(np.full(50, 0.1))
+    assert np.isnan(same.low)
+    assert same.reason == "the same value in all images (50)"
     assert_allclose(mean_interval(np.zeros(50), limits=(0.0, 1.0)).high, 1 - 0.025 ** (1 / 50), atol=0.01)
     with pytest.raises(UsageError, match="found 0 to 2"):
         mean_interval(np.array([0.0, 2.0]), limits=(0.0, 1.0))

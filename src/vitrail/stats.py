@@ -210,9 +210,9 @@ def quantile_interval(
             low[which], high[which] = ordered[below], ordered[min(above, n_images + 1)]
         elif below >= 1 and above <= n_images:
             low[which], high[which] = ordered[below - 1], ordered[above - 1]
-    reason = _reason(columns, low)
-    if reason and len(columns) > 1:
-        reason = f"too few images ({len(columns)}) for the {100 * quantile:.0f} % quantile"
+    reason, (_, n_images) = _reason(columns, low), _without_interval(columns, low)
+    if n_images > 1:
+        reason = f"too few images ({n_images}) for the {100 * quantile:.0f} % quantile"
     return Interval(low.reshape(shape), high.reshape(shape), reason)
 
 
@@ -361,7 +361,7 @@ def simultaneous_intervals(
             low[alone], high[alone] = mean - ends[1] * error, mean - ends[0] * error
     if limits is not None:
         low, high = np.clip(low, *limits), np.clip(high, *limits)
-    return Interval(low.reshape(shape), high.reshape(shape), _reason(columns, low))
+    return Interval(low.reshape(shape), high.reshape(shape), _reason(columns, low, needs_all=True))
 
 
 def candidates_for_largest(values: Num[np.ndarray, "image *rest"], *, seed: int = 0) -> Bool[np.ndarray, "*rest"]:
@@ -687,14 +687,28 @@ def _check_limits(columns: np.ndarray, limits: tuple[float, float] | None) -> No
         raise UsageError(f"Values were said to lie in {limits[0]} to {limits[1]}; found {least:.4g} to {most:.4g}.")
 
 
-def _reason(columns: np.ndarray, low: np.ndarray) -> str:
-    """Why some columns have no interval."""
-    n_images = len(columns)
-    absent = np.isnan(columns).all(0)
-    if not np.isnan(low[~absent]).any():
+def _reason(columns: np.ndarray, low: np.ndarray, *, needs_all: bool = False) -> str:
+    """Why columns with values have no interval, and how many where others have one; `needs_all`: of all images."""
+    lacking, n_images = _without_interval(columns, low)
+    if not lacking.any():
         return ""
+    spread = np.nanstd(columns[:, lacking], axis=0)
     if n_images < 2:
-        return "a single image says nothing of others"
-    if n_images < FEWEST_IMAGES:
-        return f"too few images ({n_images}; {FEWEST_IMAGES} are needed)"
-    return f"too few images ({n_images}) with values that differ from the rest"
+        why = "a single image says nothing of others"
+    elif n_images < FEWEST_IMAGES:
+        why = f"too few images ({n_images}; {FEWEST_IMAGES} are needed)"
+    elif needs_all and n_images < len(columns):
+        why = f"{len(columns) - n_images} of {len(columns)} images without a value"
+    elif not _vary(np.nanmean(columns[:, lacking], axis=0), spread).any():
+        why = f"the same value in all images ({n_images})"
+    else:
+        why = f"too few images ({n_images}) with values that differ from the rest"
+    n_columns = int((~np.isnan(columns).all(0)).sum())
+    return why if lacking.sum() == n_columns else f"{why}, for {lacking.sum()} of {n_columns} columns"
+
+
+def _without_interval(columns: np.ndarray, low: np.ndarray) -> tuple[Bool[np.ndarray, "column"], int]:
+    """Columns that have values and no interval, and the images with a value, of that which has most."""
+    n_present = (~np.isnan(columns)).sum(0)
+    lacking = np.isnan(low) & (n_present > 0)
+    return lacking, int(n_present[lacking].max(initial=0))

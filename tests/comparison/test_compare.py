@@ -12,8 +12,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 import vitrail
 from synthetic_study import plan_of
 from vitrail.analysis import declaration, measures
+from vitrail.comparison.compare import _correspondence, _effect_sizes
+from vitrail.comparison.findings import describe_difference, measures_by_effect
 from vitrail.data import ImageEntry, Manifest
 from vitrail.errors import StudyError, UsageError
+from vitrail.figures.comparison import measures_that_differ
 from vitrail.stats import sign_flip_p_values
 from vitrail.study.writing import StudyFolder
 
@@ -162,6 +165,63 @@ def test_heads_of_the_same_index_correspond_where_they_share_what_they_do(compar
     strangers["attention_distance"] = np.random.default_rng(8).normal(4, 1, (1, 4, 3)) + np.zeros((N, 1, 1))
     told = vitrail.compare(folders[0], write(tmp_path / "other", strangers, NAMES)).attrs["heads_correspond"]
     assert told["p"] > 0.05
+
+
+def test_a_measure_of_one_layer_does_not_hide_that_heads_correspond():
+    """Over the six heads of one layer correlations are large by chance, over 72 they are not."""
+    rng = np.random.default_rng(0)
+    profile = rng.normal(size=(12, 6))
+    alike = np.stack([profile, profile + rng.normal(0, 1, (12, 6))])
+    late = np.full((2, 12, 6), np.nan)
+    late[:, -1] = rng.normal(size=(2, 6))
+    for heads in ([alike], [late, alike], [alike, late]):
+        told = _correspondence(heads, 0)
+        assert_allclose(told["correlation"], _correspondence([alike], 0)["correlation"])
+        assert told["p"] <= 0.002
+    strangers = np.stack([profile, rng.normal(size=(12, 6))])
+    assert _correspondence([late, strangers], 0)["p"] > 0.05
+
+
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    """Two differences that are the same in every image, one of them but for rounding, and one that varies."""
+    tmp = tmp_path_factory.mktemp("constant")
+    a, b = numbers(0), numbers(1)
+    a["sink_share"][:], b["sink_share"][:] = 0.25, 0.5
+    a["attention_distance"][:], b["attention_distance"][:] = 0.2, 0.1
+    a["probability"], b["probability"] = np.full(N, 0.5), 0.6 + 0.1 * np.sin(np.arange(N))
+    for arrays in (a, b):
+        arrays["head_cls_shift"] = arrays["head_cls_shift_l2"] = arrays["attention_distance"]
+    names = ["sink_share", "attention_distance", "probability", "head_cls_shift", "head_cls_shift_l2"]
+    return vitrail.compare(write(tmp / "a", a, NAMES), write(tmp / "b", b, NAMES), measures=names)
+
+
+def test_a_difference_that_is_the_same_in_every_image_is_the_surest(constant):
+    standardised = constant["standardised"]
+    assert standardised.sel(measure="sink_share") == np.inf
+    assert standardised.sel(measure="attention_distance") == -np.inf  # 0.1 and 0.2 are rounded
+    assert 1 < standardised.sel(measure="probability") < 2
+    assert measures_by_effect(constant)[-1] == "probability"
+    told = describe_difference(constant, "sink_share")
+    assert f"no 95 % interval: {constant.attrs['no_interval']['sink_share']}; p 0.001" in told
+    assert "the same value in all images (40)" in told
+    equal = _effect_sizes(np.array([0.0, 1e-17]), np.array([0.0, 1e-17]), np.array([0.5, 0.5]))
+    assert np.isnan(equal).all()
+
+
+def test_a_difference_that_no_axis_reaches_stands_at_its_end(constant):
+    (axes,) = measures_that_differ(constant).axes
+    ends = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "<>"]
+    assert len(ends) == 4
+    assert max(map(abs, axes.get_xlim())) < 5
+    assert [text.get_text() for text in axes.texts] == ["in every image alike"] * 4
+
+
+def test_a_measure_whose_name_begins_with_that_of_another_has_its_own_title_and_unit(constant):
+    for name in ("head_cls_shift", "head_cls_shift_l2"):
+        for variable in (f"{name}_difference", f"{name}_head_a"):
+            assert constant[variable].attrs == {"title": declaration(name).title, "unit": declaration(name).unit}
+        assert not constant[f"{name}_p"].attrs
 
 
 def test_models_of_another_shape_are_compared_at_the_same_depth(folders, tmp_path):

@@ -80,6 +80,49 @@ def test_the_interval_over_random_counts_the_spread_of_the_orders_too():
     assert width(np.repeat(spread, 4, 1)) > 1.5 * width(alike)
 
 
+def by_chance(rng, n_rankings, n_orders=8, n_images=40, n_heads=12):
+    """Curves of rankings that know nothing of the heads, each of which gives every image something else."""
+    gives = rng.lognormal(-1, 1, n_heads) * (1 + 0.5 * rng.normal(size=(n_images, n_heads)))
+    needs = rng.uniform(0, 2, (n_images, 1))
+    right = lambda order: (needs - gives[:, order].cumsum(1) > 0).T  # noqa: E731
+    drawn = {f"r{at}": rng.permutation(n_heads) for at in range(n_rankings)}
+    return Curves(
+        np.arange(n_heads),
+        {name: right(order) for name, order in drawn.items()},
+        {name: right(order[::-1]) for name, order in drawn.items()},
+        np.stack([right(rng.permutation(n_heads)) for _ in range(n_orders)]),
+    )
+
+
+def test_rankings_that_know_nothing_lie_within_what_chance_gives_the_best_of_them():
+    """The interval over images leaves 0 out in most of these studies; what one more order may do, in none."""
+    rng = np.random.default_rng(0)
+    best = [next(iter(area_table(by_chance(rng, 6)).values())) for _ in range(8)]
+    assert sum(area.between[1] > 0 for area in best) > 4
+    assert all(area.between[0] < area.chance for area in best)
+    assert all(area.over_random[1] < 0 for area in best)
+
+
+def test_chance_counts_the_rankings_and_one_random_order_says_nothing_of_others():
+    one = by_chance(np.random.default_rng(0), 1)
+    accuracy = one.random.mean(-1)
+    areas = ((accuracy[:, 1:] + accuracy[:, :-1]) / 2).mean(1)
+    assert_allclose(area_table(one)["r0"].chance, 2 * 2.3646 * areas.std(ddof=1), rtol=1e-3)  # t of 7 degrees
+    least, most = (dict.fromkeys("abcdef", ends["r0"]) for ends in (one.least, one.most))
+    six = Curves(one.counts, least, most, one.random)
+    assert area_table(six)["a"].chance > 1.3 * area_table(one)["r0"].chance
+    alone = area_table(Curves(one.counts, one.least, one.most, one.random[:1]))["r0"]
+    assert np.isnan([alone.chance, *alone.over_random[1:]]).all()
+
+
+def test_an_area_under_one_curve_is_no_less_than_nothing():
+    right = np.ones((3, 5), bool)
+    right[2] = False
+    area = area_table(Curves(np.array([0, 4, 8]), {"any": right}, {"any": right}, np.stack([right] * 3)))["any"]
+    assert_allclose(area.least[0], 0.75)
+    assert 0.2 < area.least[1] < 0.75 < area.least[2] <= 1
+
+
 def test_the_planted_head_destroys_the_accuracy_when_pruned_first_and_keeps_it_when_pruned_last():
     vit, images, study = planted_study()
     labels = study["label"].to_numpy()

@@ -46,6 +46,17 @@ def test_a_class_that_needs_a_head_is_named_and_the_head_starred():
     assert starred == [["dog", "12", "L1H0 *"]]
 
 
+def test_a_head_of_a_class_is_named_also_where_others_matter_more_to_every_class():
+    study = study_of([0] * 20 + [1] * 20, planted=0.1)
+    study.data["head_probability"][:, 0] -= 0.3  # the three heads of the first layer come first in both classes
+    section = classes(study)
+    assert section.findings[0].startswith("1 of 2 classes with several images need a head more")
+    assert "without L1H0" in section.findings[0]
+    rows = [row[2] for row in section.parts[0].rows]
+    assert rows[-1] == "L1H0 *" or rows[3] == "L1H0 *"
+    assert len(rows) == 7
+
+
 def test_without_a_difference_between_classes_no_head_is_starred():
     section = classes(study_of([0] * 12 + [1] * 12))
     assert section.findings[0].startswith("No head is shown to matter more")

@@ -1,5 +1,6 @@
 """What the report says of heads and objects: the planted head is named with its null, and chance is called chance."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +70,16 @@ def test_sentences_of_objects_name_the_head_that_they_lead_to() -> None:
         "object_patch_auroc",
         "object_layer_auroc",
     }
+
+
+def test_a_head_whose_maps_score_the_same_of_all_images_silences_no_other() -> None:
+    study = planted(0.9)
+    study.data["object_auroc"][:, 0, 0] = 0.5
+    section = objects(study)
+    assert any("is the best head beyond these images, too" in sentence for sentence in section.findings)
+    assert re.match(
+        r"Some heads have no interval: the same value in all images \(\d+\), for 1 of 6", section.all_parts()[0].text
+    )
 
 
 def test_few_images_have_no_intervals_and_the_reason_stands_there() -> None:

@@ -5,25 +5,30 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from PIL import Image
-from tiny_reports import ANALYSES, photographs, small_vit
+from tiny_reports import ANALYSES, photographs, planted_study, small_vit
 
 from vitrail.analysis import Analysis, analyses, measures, register, unregister
+from vitrail.data.sources import PHOTOS
 from vitrail.errors import StudyError, UsageError
 from vitrail.heads.why import why_sentences
 from vitrail.models.open import open_vit
 from vitrail.patterns.tables import all_patterns
 from vitrail.report import write_report
+from vitrail.report.heads import heads
+from vitrail.report.opening import studied
 from vitrail.report.page import page
 from vitrail.report.parts import ReportData, Section, Table, Text
 from vitrail.sentence import Sentence
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study
+from vitrail.study.table import _most_important
 
 HOSTILE = '</title><script>alert(1)</script><img src="http://x.test/y" onerror="alert(1)">&amp;"\''
 
@@ -106,6 +111,14 @@ def test_a_report_of_every_room_is_one_small_file_that_loads_nothing(whole, read
     assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+def test_intervals_of_the_built_in_photographs_are_said_to_be_of_crops_of_thirteen():
+    study = drops(10, 0.3)
+    said = lambda study: [part.text for part in studied(study).parts if isinstance(part, Text)]  # noqa: E731
+    assert not any("thirteen" in text for text in said(study))
+    built_in = replace(study, manifest=replace(study.manifest, source=PHOTOS))
+    assert any("hold for such crops of these thirteen" in text for text in said(built_in))
+
+
 def test_links_of_the_page_lead_to_its_sections(read):
     assert [attrs["href"] for tag, attrs in read.tags if tag == "a"] == [f"#{key}" for key in read.sections]
 
@@ -125,6 +138,35 @@ def test_the_first_finding_on_heads_is_what_the_study_says(crops, read):
     sentence = re.search(r"Without (L\d+H\d+) the label loses ([\d.]+) of its", read.text)
     assert sentence[1] == f"L{layer}H{head}"
     assert_allclose(float(sentence[2]), means.max(), atol=6e-4)
+
+
+def drops(n_images, first):
+    """Seven heads that cost 0.1 on average, in a skewed way, and one that costs `first`."""
+    lost = np.random.default_rng(0).exponential(0.1, (n_images, 2, 4)).clip(0, 0.6)
+    lost[:, 1, 3] += first - 0.1
+    arrays = {"probability": np.full(n_images, 0.9), "head_probability": 0.9 - lost.clip(-0.1, 0.9)}
+    view = {"size": [64, 64], "interpolation": "bicubic", "mean": [0.5], "std": [0.5]}
+    return planted_study(arrays, [[4, 4]] * 2, n_classes=5, n_heads=[4, 4], preprocessing=view)
+
+
+def test_the_interval_of_the_head_that_costs_most_is_of_all_heads_where_others_may_cost_as_much():
+    alike, ahead = (heads(drops(60, first)).findings[0] for first in (0.1, 0.3))
+    width = lambda text: -np.subtract(*map(float, re.search(r"([\d.]+) to ([\d.]+)\)", text).groups()))  # noqa: E731
+    assert "(95 % interval of all heads at once 0." in alike
+    assert "(95 % interval 0." in ahead
+    assert width(alike) > 1.3 * width(ahead)
+    tables = [_most_important(drops(60, first).data)[0] for first in (0.1, 0.3)]
+    assert "95 %: of each head alone; on other images any of" in tables[0].caption
+    assert tables[1].caption is None
+
+
+def test_heads_that_can_go_are_said_to_do_so_each_by_itself():
+    study = drops(400, 0.3)
+    study.data["head_probability"][:, 0] = 0.9
+    sentence = next(each for each in heads(study).findings if "can go, one at a time" in each)
+    assert sentence.startswith("4 of 8 heads can go")
+    assert "by itself at 95 %" in sentence
+    assert "one in twenty is named by chance" in sentence
 
 
 def test_a_head_is_explained_with_the_photographs_that_need_it_most(crops, whole):

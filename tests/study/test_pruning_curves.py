@@ -87,6 +87,25 @@ def test_a_loss_of_exactly_one_point_is_at_most_one_point() -> None:
     assert "Of 10 heads 5 can go together for at most one point" in finding
 
 
+def test_the_best_of_several_rankings_is_said_to_know_no_more_than_chance_gives_it() -> None:
+    counts = np.array([0, 5, 10])
+    answers = lambda *right: np.arange(100)[None] < np.array(right)[:, None]  # noqa: E731
+    spread = np.stack([answers(90, middle, 0) for middle in (20, 40, 60, 80)])
+    least, most = answers(90, 70, 0), answers(90, 30, 0)
+    several = Curves(counts, {"a": least, "b": most}, {"a": most, "b": least}, spread)
+    spared, area, over = curve_findings(several)
+    assert "on these images, least important first by a, the best of 2 rankings on these images" in spared
+    assert "0 is the mean of rankings that know nothing, and the best of 2 of them may reach" in area
+    assert "that a knows which heads matter is not shown; more orders at random may tell" in area
+    assert "is not shown to keep more than an order at random does" in over
+    assert over.endswith("beating 3 of 4.")
+    alike = np.stack([answers(90, middle, 0) for middle in (40, 41, 42, 43)])
+    _, area, over = curve_findings(Curves(counts, several.least, several.most, alike))
+    assert area.endswith("that a knows which heads matter is shown.")
+    assert "it keeps more than an order at random does" in over
+    assert len(curve_findings(Curves(counts, several.least, several.most, alike[:1]))) == 2
+
+
 def test_the_command_says_how_many_can_go(study: Path) -> None:
     result = CliRunner().invoke(app, ["curves", str(study), "--test", "2", "--random-orders", "2"])
     assert result.exit_code == 0, result.output

@@ -48,7 +48,15 @@ export interface Curves {
     name: string;
     least: number[];
     most: number[];
-    area: { value: number | null; low: number | null; high: number | null };
+    /** Between its two curves, with an interval over images, and how far from 0 the best of as many orders at random may lie. */
+    area: {
+      value: number | null;
+      low: number | null;
+      high: number | null;
+      chance: number | null;
+      /** Share of the random orders that keep less with the least important first. */
+      beaten: number | null;
+    };
   }[];
   random: { low: number[]; mean: number[]; high: number[]; orders: number; images: number };
   /** What the shares of right answers are: accuracy, or agreement with the model's own answers. */
@@ -172,7 +180,8 @@ export interface ComparedMeasure {
   high: number | null;
   /** Of random signs, corrected for all measures. */
   p: number | null;
-  /** The mean difference in standard deviations of the difference over images. */
+  /** The mean difference in standard deviations of the difference over images; null where every image differs by the
+   * same (that is infinite), or none. */
   standardised: number | null;
 }
 

@@ -84,5 +84,7 @@ def _describe(curves: Curves | None) -> dict[str, Any]:
 
 
 def _area(area: Area) -> dict[str, float | None]:
-    """The area between a ranking's two curves, with its interval where one image or more decides it."""
-    return {key: number_or_none(value) for key, value in zip(("value", "low", "high"), area.between, strict=True)}
+    """The area between a ranking's two curves, with its interval over images and how far chance may reach."""
+    value, low, high = area.between
+    numbers = {"value": value, "low": low, "high": high, "chance": area.chance, "beaten": area.beaten}
+    return {key: number_or_none(number) for key, number in numbers.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vitrail.analysis import split_names
 from vitrail.comparison.align import AlignedMeasure, align, comparable_measures, depths_of, mean_of_present
@@ -33,6 +33,9 @@ CORRECT = Measure(
 N_ORDERS = 999
 """Random orders of heads that the correspondence of heads is compared with."""
 
+ROUNDING = 1e-12
+"""Differences below this share of the values are those of sums in another order."""
+
 SUFFIXES = ("a", "b", "difference", "low", "high", "low_all", "high_all", "p")
 """What is said of every cell of a measure."""
 
@@ -54,7 +57,8 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
 
         - `mean_a`, `mean_b`, `mean_difference` over images and all cells, with `low`, `high` (95 %, each alone),
           `low_all`, `high_all` (95 %, all measures together) and `p` (random signs, corrected for all measures);
-          `standardised`: the mean difference in standard deviations of the difference over images;
+          `standardised`: the mean difference in standard deviations of the difference over images, infinite where it is
+          the same in every image and NaN where no image differs;
         - `difference` [image measure];
         - `NAME_a`, `NAME_b`, `NAME_difference`, `NAME_low`, `NAME_high`, `NAME_low_all`, `NAME_high_all`, `NAME_p` by
           layer (coordinate `depth`) and whatever else the measure has, corrected for all cells of the measure; and
@@ -62,8 +66,8 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
 
         Of every image: `change`, how much it changed in all measures together (1: as much as the root mean square over
         images), and with classifiers `same_prediction`. `attrs`: models, folders, numbers of images, `left_out` (the
-        reason by measure), `labels`, and `heads_correspond`, the correlation of heads of the same index with its
-        p-value, against heads of a layer in random order.
+        reason by measure), `no_interval` (why `low` and `high` are NaN, by measure), `labels`, and `heads_correspond`,
+        the correlation of heads of the same index with its p-value, against heads of a layer in random order.
 
     Raises:
         StudyError: One of them is no finished study.
@@ -80,6 +84,7 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
     names = None if measures is None else split_names(measures)
     usable, left_out = comparable_measures(pair, names)
     result: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    cells: dict[str, Measure] = {}
     by_image: dict[str, AlignedMeasure] = {}
     moved, heads = [], list[Float[np.ndarray, "side layer head"]]()
     for measure in usable:
@@ -87,17 +92,21 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
         if np.isnan(aligned.b - aligned.a).all():
             left_out[measure.name] = "no image has a value in both studies"
             continue
+        of_measure: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         if aligned.dims:
-            result |= _cells(measure.name, aligned.dims, aligned.a, aligned.b, aligned.limits, seed)
+            of_measure |= _cells(measure.name, aligned.dims, aligned.a, aligned.b, aligned.limits, seed)
         if aligned.by_head is not None:
             dims = ("all_layer", "head")
-            result |= _cells(f"{measure.name}_head", dims, *aligned.by_head, aligned.limits, seed)
+            of_measure |= _cells(f"{measure.name}_head", dims, *aligned.by_head, aligned.limits, seed)
             heads.append(np.stack([mean_of_present(values, (0,)) for values in aligned.by_head]))
+        result |= of_measure
+        cells |= dict.fromkeys(of_measure, measure)
         moved.append(_distance(aligned.b - aligned.a))
         by_image[measure.name] = _over_cells(aligned)
     if names is None and (correct := _correctness(pair)) is not None:
         by_image["correct"] = correct
-    result |= _table(by_image, seed)
+    table, no_interval = _table(by_image, seed)
+    result |= table
     result["change"] = (("image",), _change(moved))
     if not pair.label_reason and all("prediction" in side.data for side in (pair.a, pair.b)):
         predictions = [np.asarray(side.data["prediction"].values)[side.rows] for side in (pair.a, pair.b)]
@@ -109,7 +118,7 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
     if "layer" in dataset.dims:
         dataset = dataset.assign_coords(depth=("layer", depths_of(n_layers)))
     attributes = _attributes(pair, left_out, _correspondence(heads, seed))
-    return _with_words(dataset, by_image).assign_attrs(attributes)
+    return _with_words(dataset, by_image, cells).assign_attrs(attributes, no_interval=no_interval)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -166,7 +175,10 @@ def _correctness(pair: Pair) -> AlignedMeasure | None:
     return AlignedMeasure(CORRECT, (), values[0], values[1], None)
 
 
-def _table(by_image: Mapping[str, AlignedMeasure], seed: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+def _table(
+    by_image: Mapping[str, AlignedMeasure], seed: int
+) -> tuple[dict[str, tuple[tuple[str, ...], np.ndarray]], dict[str, str]]:
+    """The statistics of every measure over its cells, and why some have no interval."""
     difference = np.stack([each.b - each.a for each in by_image.values()], axis=1)
     alone = [mean_interval(each.b - each.a, limits=each.limits, seed=seed) for each in by_image.values()]
     together = simultaneous_intervals(difference, seed=seed)
@@ -184,10 +196,20 @@ def _table(by_image: Mapping[str, AlignedMeasure], seed: int) -> dict[str, tuple
         "low_all": together.low,
         "high_all": together.high,
         "p": sign_flip_p_values(difference, seed=seed),
-        "standardised": np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 0),
+        "standardised": _effect_sizes(mean, spread, np.maximum(*np.abs(means))),
     }
     table = {name: (("measure",), np.asarray(values)) for name, values in columns.items()}
-    return {**table, "difference": (("image", "measure"), difference)}
+    reasons = {name: each.reason for name, each in zip(by_image, alone, strict=True) if each.reason}
+    return {**table, "difference": (("image", "measure"), difference)}, reasons
+
+
+def _effect_sizes(
+    mean: Float[np.ndarray, "measure"], spread: Float[np.ndarray, "measure"], size: Float[np.ndarray, "measure"]
+) -> Float[np.ndarray, "measure"]:
+    """Mean differences over their standard deviations, where rounding of numbers of this size counts as none."""
+    mean, spread = (np.where(np.abs(values) > ROUNDING * size, values, 0.0) for values in (mean, spread))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(mean / spread)
 
 
 def _distance(difference: Float[np.ndarray, "image *cells"]) -> Float[np.ndarray, "image"]:
@@ -205,47 +227,54 @@ def _change(distances: Sequence[Float[np.ndarray, "image"]]) -> Float[np.ndarray
 def _correspondence(heads: Sequence[Float[np.ndarray, "side layer head"]], seed: int) -> dict[str, float] | None:
     """Whether heads of the same index do the same: our construction.
 
-    The correlation, over heads, of a measure in both models once the mean of each layer is taken off, of the measure
-    that agrees most; against heads of one side dealt out anew within their layers, the largest of all measures again.
+    The correlation, over heads, of a measure in both models once the mean of each layer is taken off; against heads of
+    one side dealt out anew within their layers. Measures of few layers correlate by chance, so each correlation (its
+    Fisher transform, whose null is nearly normal) is taken in standard deviations of its own null; that which stands
+    out most counts, there and here.
     """
     if not heads or heads[0].shape[-1] < 2:
         return None
-    centred = [each - np.nanmean(each, axis=-1, keepdims=True) for each in heads]
+    centred = [each - mean_of_present(each, (-1,))[..., None] for each in heads]
     rng = np.random.default_rng(seed)
-    present = ~np.isnan(heads[0][0])
-    observed = _largest_correlation(centred, None)
-    reached = 1
+    present = np.any([~np.isnan(each[0]) for each in heads], axis=0)
+    order = np.tile(np.arange(present.shape[1]), (len(present), 1))
+    dealt = [_correlations(centred, order)]
     for _ in range(N_ORDERS):
-        order = np.tile(np.arange(present.shape[1]), (len(present), 1))
         for layer, is_present in enumerate(present):
             at = np.flatnonzero(is_present)
             order[layer, at] = rng.permutation(at)
-        reached += _largest_correlation(centred, order) >= observed
-    return {"correlation": observed, "p": reached / (N_ORDERS + 1)}
+        dealt.append(_correlations(centred, order))
+    transformed = np.arctanh(np.clip(dealt, ROUNDING - 1, 1 - ROUNDING))
+    spread = transformed.std(0)
+    standard = (transformed - transformed.mean(0)) / np.where(spread > 0, spread, np.inf)
+    reached = int((standard.max(1) >= standard[0].max()).sum())
+    return {"correlation": dealt[0][int(standard[0].argmax())], "p": reached / len(dealt)}
 
 
-def _largest_correlation(centred: Sequence[Float[np.ndarray, "side layer head"]], order: np.ndarray | None) -> float:
+def _correlations(
+    centred: Sequence[Float[np.ndarray, "side layer head"]], order: Int[np.ndarray, "layer head"]
+) -> list[float]:
+    """Of each measure, with the heads of its second side in an order; 0 for one that is constant."""
     correlations = []
     for a, b in centred:
-        other = b if order is None else np.take_along_axis(b, order, axis=1)
+        other = np.take_along_axis(b, order, axis=1)
         both = ~np.isnan(a + other)
         scale = np.sqrt((a[both] ** 2).sum() * (other[both] ** 2).sum())
-        if scale > 0:
-            correlations.append(float((a[both] * other[both]).sum() / scale))
-    return max(correlations, default=0.0)
+        correlations.append(float((a[both] * other[both]).sum() / scale) if scale > 0 else 0.0)
+    return correlations
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def _with_words(dataset: xr.Dataset, by_image: Mapping[str, AlignedMeasure]) -> xr.Dataset:
+def _with_words(
+    dataset: xr.Dataset, by_image: Mapping[str, AlignedMeasure], cells: Mapping[str, Measure]
+) -> xr.Dataset:
     """Title and unit beside every number."""
-    words = {name: each.measure for name, each in by_image.items()}
-    titles = [words[name].title for name in by_image]
-    units = [words[name].unit for name in by_image]
-    for name in dataset.data_vars:
-        measure = next((words[each] for each in words if str(name).startswith(f"{each}_")), None)
-        if measure is not None and str(name).rpartition("_")[2] != "p":
+    titles = [each.measure.title for each in by_image.values()]
+    units = [each.measure.unit for each in by_image.values()]
+    for name, measure in cells.items():
+        if not name.endswith("_p"):
             dataset[name].attrs = {"title": measure.title, "unit": measure.unit}
     return dataset.assign_coords(title=("measure", titles), unit=("measure", units))
 

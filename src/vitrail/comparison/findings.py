@@ -15,7 +15,7 @@ N_TOLD = 4
 
 
 def measures_by_effect(compared: xr.Dataset) -> list[str]:
-    """The measures, those first that differ most against the spread of the images.
+    """The measures, those first that differ most against the spread of the images: alike in every image before all.
 
     Args:
         compared: What `vitrail.compare` gives.
@@ -134,7 +134,7 @@ def _largest_layer(compared: xr.Dataset, name: str) -> tuple[int | None, str]:
 def _interval(row: xr.Dataset, factor: int, unit: str) -> str:
     low, high = (factor * float(row[end]) for end in ("low", "high"))
     if np.isnan(low + high):
-        return "too few images for an interval; "
+        return f"no 95 % interval: {row.attrs['no_interval'][str(row['measure'].item())]}; "
     return f"95 % interval of the difference {low:+.3g} to {high:+.3g}{unit}; "
 
 

@@ -46,19 +46,24 @@ def measures_that_differ(compared: xr.Dataset) -> Figure:
     """
     order = measures_by_effect(compared)[::-1]
     table = compared.sel(measure=order)
-    standardised = table["standardised"].to_numpy()
-    spread = np.divide(
-        table["mean_difference"].to_numpy(), standardised, out=np.ones(len(order)), where=standardised != 0
-    )
+    effect = table["standardised"].to_numpy()
+    spread = np.where(np.isfinite(effect), table["difference"].std("image").to_numpy(), np.nan)
+    standardised = np.where(np.isnan(effect), 0.0, effect)  # no image differs
+    ends = np.stack([table[end].to_numpy() for end in ("low_all", "high_all")]) / spread
+    drawn = np.abs([standardised, *ends])
+    last = 1.1 * drawn[np.isfinite(drawn)].max(initial=0.1)  # where a difference that is alike in every image stands
     differs = table["p"].to_numpy() < ALPHA
     figure = blank(6.8, 0.7 + 0.24 * len(order), "What differs, in standard deviations of the images' differences")
     axes = figure.subplots()
     for row, each in enumerate(differs):
         colour = MARK if each else SOFT
-        low, high = (float(table[end][row]) / spread[row] for end in ("low_all", "high_all"))
+        low, high = ends[:, row]
         if np.isfinite(low + high):
             axes.hlines(row, low, high, color=colour if each else WHISKER, linewidth=1.4)
-        axes.plot(standardised[row], row, "o", color=colour, markersize=4)
+        if np.isfinite(standardised[row]):
+            axes.plot(standardised[row], row, "o", color=colour, markersize=4)
+        else:
+            _draw_alike(axes, row, np.copysign(last, standardised[row]), colour)
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=DASHES["dotted"])
     axes.set_yticks(range(len(order)), [str(title) for title in table["title"].values])
     axes.set(xlabel=f"less in {compared.attrs['name_b']}   |   more in {compared.attrs['name_b']}")
@@ -71,6 +76,15 @@ def measures_that_differ(compared: xr.Dataset) -> Figure:
         f"Orange: p below {ALPHA} against random signs, corrected for all measures.",
     )
     return figure
+
+
+def _draw_alike(axes: Any, row: int, end: float, colour: str) -> None:
+    """A difference that is the same in every image, which no axis reaches."""
+    axes.plot(end, row, ">" if end > 0 else "<", color=colour, markersize=5)
+    place = {"xytext": (-6, 0), "ha": "right"} if end > 0 else {"xytext": (6, 0), "ha": "left"}
+    axes.annotate(
+        "in every image alike", (end, row), textcoords="offset points", va="center", fontsize=6.5, color=INK, **place
+    )
 
 
 @styled

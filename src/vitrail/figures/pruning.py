@@ -11,6 +11,9 @@ from vitrail.pruning.ranking import Area, Curves, area_table
 
 __all__ = ["pruning_curves"]
 
+CHANCE = "#e9e7e0"
+"""What orders at random reach."""
+
 MAX_RANKINGS = 12
 """Rankings that are drawn, the best: four rows of three."""
 
@@ -58,15 +61,21 @@ def pruning_curves(curves: Curves, model: str = "", *, seed: int = 0) -> Figure:
         "knows which heads matter lies high with its least important heads pruned first (blue) and low with its most "
         f"important first (orange). Grey: {n_orders} orders at random, range and mean, on {n_some} of the images. "
         f"Area: mean {correctness} between blue and orange over all numbers of heads, with 95 % interval over "
-        "images. Our construction, after Li et al. 2023 (arXiv 2303.13731).",
+        f"images{_words_of_chance(table)}. Our construction, after Li et al. 2023 (arXiv 2303.13731).",
     )
     return figure
+
+
+def _words_of_chance(table: dict[str, Area]) -> str:
+    if not np.isfinite(next(iter(table.values())).chance):
+        return ""
+    return f"; the grey band is where {len(table)} rankings that know nothing lie (95 %, by the spread of the orders)"
 
 
 def _draw_curve(axes: Any, curves: Curves, name: str, area: Area) -> None:
     counts = curves.counts
     chance = curves.random_accuracy()
-    axes.fill_between(counts, chance.lowest, chance.highest, color="#e9e7e0", linewidth=0, label="random, range")
+    axes.fill_between(counts, chance.lowest, chance.highest, color=CHANCE, linewidth=0, label="random, range")
     axes.plot(counts, chance.mean, color=SOFT, linewidth=1.0, linestyle=DASHES["dashed"], label="random, mean")
     axes.plot(counts, curves.accuracy("least", name), "o-", color=COOL, markersize=2.6, label="least important first")
     axes.plot(counts, curves.accuracy("most", name), "s-", color=MARK, markersize=2.6, label="most important first")
@@ -76,12 +85,15 @@ def _draw_curve(axes: Any, curves: Curves, name: str, area: Area) -> None:
 
 
 def _draw_areas(axes: Any, table: dict[str, Area], names: list[str]) -> None:
-    """Areas between the two curves, a row per ranking."""
+    """Areas between the two curves, a row per ranking, before what chance gives."""
     rows = np.arange(len(names))
     for row, name in zip(rows, names, strict=True):
         value, low, high = table[name].between
         axes.hlines(row, low, high, color=BAND, linewidth=5)
         axes.plot([value], [row], "o", color=COOL, markersize=3.6)
+    chance = next(iter(table.values())).chance
+    if np.isfinite(chance):
+        axes.axvspan(-chance, chance, color=CHANCE, linewidth=0, zorder=0)
     axes.axvline(0, color=INK, linewidth=0.9, linestyle=DASHES["dotted"])
     axes.set_yticks(rows, names)
     axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="area between (accuracy)")

@@ -39,9 +39,10 @@ class HeadDrop(NamedTuple):
 
 
 class ClassHeads(NamedTuple):
-    """The heads that matter most for one class, the first first.
+    """The heads that matter most for one class, the first first, and all that it needs more than other images do.
 
-    `note` says what keeps the numbers from meaning more; empty where nothing does.
+    `own`: every head of the class that `is_own`, among `heads` or not, in the same order. `note` says what keeps the
+    numbers from meaning more; empty where nothing does.
     """
 
     label: int
@@ -49,6 +50,7 @@ class ClassHeads(NamedTuple):
     n_images: int
     accuracy: float
     heads: list[HeadDrop]
+    own: list[HeadDrop]
     note: str
 
 
@@ -123,8 +125,8 @@ def heads_by_class(study: xr.Dataset, *, n_heads: int = 3, seed: int = 0) -> lis
         drop = table["drop"].to_numpy()[at]
         others = int(counts.sum()) - count
         elsewhere = (total - count * drop) / others if others else np.full_like(drop, np.nan)
-        ranked = np.argsort(-np.nan_to_num(drop, nan=-np.inf), axis=None)[:n_heads]
-        heads = [
+        ranked = np.argsort(-np.nan_to_num(drop, nan=-np.inf), axis=None)
+        every = [
             HeadDrop(
                 int(layer),
                 int(head),
@@ -139,7 +141,8 @@ def heads_by_class(study: xr.Dataset, *, n_heads: int = 3, seed: int = 0) -> lis
         ]
         name = str(names[label]) if names and 0 <= label < len(names) else str(label)
         note = _note(count, others, table.attrs["labels"])
-        classes.append(ClassHeads(label, name, count, float(table["accuracy"][at]), heads, note))
+        own = [head for head in every if head.is_own]
+        classes.append(ClassHeads(label, name, count, float(table["accuracy"][at]), every[:n_heads], own, note))
     return classes
 
 

@@ -24,7 +24,7 @@ class ScoreSummary:
     """One score of the maps of every head, or of every layer, over the images that have objects.
 
     Rows are [layer head] or [layer]; NaN where there is no map. Intervals are of all rows at once, so that they hold of
-    the best one too, and NaN where images are too few (`reason`).
+    the best one too, and NaN where there is none (`reason`).
 
     Attributes:
         name: Of the measure.
@@ -37,7 +37,7 @@ class ScoreSummary:
         may_be_best: Rows that may be the best of all images, at 95 %.
         centre: Mean score of a blob in the middle; NaN where there is none of this kind.
         over_centre_low: Lower end of the 95 % interval of the mean difference to the blob.
-        reason: Why there is no interval; empty where there is one.
+        reason: Why rows have no interval, and how many; empty where all have one.
     """
 
     name: str

@@ -19,6 +19,7 @@ from vitrail.heads.summary import LARGE_DROP, pruning_table
 from vitrail.patterns.names import RULES
 from vitrail.patterns.tables import all_patterns, pattern_of_head
 from vitrail.sentence import Sentence, percent
+from vitrail.stats import mean_interval
 
 __all__ = ["extreme_images", "missing", "why_sentences", "why_table"]
 
@@ -132,7 +133,7 @@ def why_sentences(study: xr.Dataset, layer: int, head: int, *, table: xr.Dataset
     sentences = [
         *_importance(study, row, layer, head),
         *_other_metrics(table, layer, head),
-        *_parts(study, row),
+        *_parts(study, row, layer, head),
         *_spread(row),
         *_pattern(study, row, layer, head),
         *_images(study, row, layer, head),
@@ -355,7 +356,7 @@ def _other_metrics(table: xr.Dataset, layer: int, head: int) -> Iterator[Sentenc
         )
 
 
-def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[Sentence]:
+def _parts(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:
     if "drop_class_part" not in row or np.isnan(row["drop_class_part"]):
         return
     by_class, by_patch = float(row["drop_class_part"]), float(row["drop_patch_part"])
@@ -363,14 +364,28 @@ def _parts(study: xr.Dataset, row: xr.Dataset) -> Iterator[Sentence]:
         f"without class rows and columns the label loses {by_class:z.3f}, without attention between patches "
         f"{by_patch:z.3f}"
     )
+    yield Sentence(
+        f"{_verdict_on_parts(study, by_class, by_patch, layer, head)}: {numbers}.", measure="head_region_probability"
+    )
+
+
+def _verdict_on_parts(study: xr.Dataset, by_class: float, by_patch: float, layer: int, head: int) -> str:
+    """Which part carries a head: only what 95 % intervals of the drops and of their paired difference show."""
+    n_images = study.sizes["image"]
     larger, smaller = max(by_class, by_patch), min(by_class, by_patch)
     if larger < NEITHER_PART:
-        verdict = "Neither part of it matters alone"
-    elif smaller > BOTH_PARTS * larger:
-        verdict = "Both of its parts matter"
-    else:
-        verdict = f"Its {'class' if by_class > by_patch else 'patch'} part carries it"
-    yield Sentence(f"{verdict}: {numbers}.", measure="head_region_probability")
+        return f"Neither part of it matters alone in {'these images' if n_images > 1 else 'this image'}"
+    alike, part = smaller > BOTH_PARTS * larger, "class" if by_class > by_patch else "patch"
+    if n_images == 1:
+        return "Both of its parts matter" if alike else f"Its {part} part carries it"
+    drops = study["probability"].to_numpy()[:, None] - study["head_region_probability"].to_numpy()[:, layer, head]
+    columns = np.column_stack([drops, drops[:, 0] - drops[:, 1]])
+    low, high, _ = mean_interval(columns, limits=(-1.0, 1.0))
+    if alike and (low[:2] > 0).all():
+        return "Both of its parts matter"
+    if low[2] > 0 or high[2] < 0:
+        return f"Its {part} part {'matters more' if alike else 'carries it'}"
+    return "Which of its parts matters more is not shown (95 %)"
 
 
 def _spread(row: xr.Dataset) -> Iterator[Sentence]:

@@ -22,7 +22,7 @@ from vitrail.data.labels import LabelSource
 from vitrail.errors import DamagedStudy, UsageError
 from vitrail.heads.correction import correct_mean, exact_values
 from vitrail.heads.summary import present_heads
-from vitrail.stats import mean_interval, require_seed
+from vitrail.stats import ALPHA, mean_interval, require_seed
 from vitrail.study.store import read_plan
 
 __all__ = [
@@ -300,9 +300,12 @@ class Area(NamedTuple):
     """Areas under one ranking's curves, as mean accuracy over all numbers of pruned heads (0 .. 1), each with a 95 %
     interval (value, low, high).
 
-    least, most: least and most important first. between: their difference, 0 for a ranking that knows nothing.
-    over_random: least first over the mean of the random orders, on the images that both saw; images and orders are a
-    sample. beaten: share of the random orders that lie under it.
+    least, most: least and most important first. between: their difference; its interval is over images alone.
+    chance: how far from 0 the `between` of an order at random may lie, the furthest of as many orders as there are
+    rankings; NaN for a single random order. Only beyond it a ranking is shown to know something: 0 is the mean of
+    rankings that know nothing. over_random, under_random: least and most important first over the mean of the random
+    orders, on the images that both saw; the interval is over images and over one more order at random, again of as many
+    as there are rankings. beaten: share of the random orders whose area lies under `least`.
     """
 
     least: tuple[float, float, float]
@@ -311,6 +314,7 @@ class Area(NamedTuple):
     over_random: tuple[float, float, float]
     under_random: tuple[float, float, float]
     beaten: float
+    chance: float
 
 
 def area_table(curves: Curves, *, seed: int = 0) -> dict[str, Area]:
@@ -322,20 +326,24 @@ def area_table(curves: Curves, *, seed: int = 0) -> dict[str, Area]:
 
     Returns:
         Areas by ranking, with intervals over test images (`vitrail.stats.mean_interval`); that with the largest area
-        between its curves first.
+        between its curves first. It is the best of them on these images: what chance gives the best is in `chance` and
+        in the intervals against random orders.
     """
     random = _areas(curves.random, curves.counts)
+    spread = _spread_of_orders(random.mean(1), len(curves.least))
+    one_more = spread * np.sqrt(1 + 1 / len(random))  # from the mean of the others, which is of a sample too
     areas: dict[str, Area] = {}
     for name in curves.least:
         least, most = _areas(curves.least[name], curves.counts), _areas(curves.most[name], curves.counts)
         some = random.shape[1]
         areas[name] = Area(
-            _with_interval(least, seed),
-            _with_interval(most, seed),
-            _with_interval(least - most, seed),
-            _against_random(least[:some], random, seed),
-            _against_random(most[:some], random, seed),
+            _with_interval(least, (0.0, 1.0), seed),
+            _with_interval(most, (0.0, 1.0), seed),
+            _with_interval(least - most, (-1.0, 1.0), seed),
+            _against_random(least[:some], random, one_more, seed),
+            _against_random(most[:some], random, one_more, seed),
             float((random.mean(1) < least[:some].mean()).mean()),
+            2 * spread,
         )
     return dict(sorted(areas.items(), key=lambda item: -item[1].between[0]))
 
@@ -348,18 +356,27 @@ def _areas(right: Bool[np.ndarray, "*lead k image"], counts: Int[np.ndarray, "k"
     return np.asarray((steps * (values[..., 1:, :] + values[..., :-1, :]) / 2).sum(-2))
 
 
-def _with_interval(values: Float[np.ndarray, "image"], seed: int) -> tuple[float, float, float]:
-    low, high, _ = mean_interval(values, limits=(-1.0, 1.0), seed=seed)
+def _spread_of_orders(areas: Float[np.ndarray, "order"], n_rankings: int) -> float:
+    """How far one order at random lies from the mean of all, at 95 %, the furthest of `n_rankings` of them.
+
+    An order backwards is an order at random as well, so areas forwards and backwards have one standard deviation, and
+    their difference, of mean 0, has twice that at most: nearly so, as an order that is good is bad backwards.
+    """
+    if len(areas) < 2:
+        return float("nan")  # one order says nothing of others
+    return float(stdtrit(len(areas) - 1, 1 - ALPHA / 2 / n_rankings) * areas.std(ddof=1))
+
+
+def _with_interval(
+    values: Float[np.ndarray, "image"], limits: tuple[float, float], seed: int
+) -> tuple[float, float, float]:
+    low, high, _ = mean_interval(values, limits=limits, seed=seed)
     return float(values.mean()), float(low), float(high)
 
 
 def _against_random(
-    area: Float[np.ndarray, "image"], random: Float[np.ndarray, "order image"], seed: int
+    area: Float[np.ndarray, "image"], random: Float[np.ndarray, "order image"], reach: float, seed: int
 ) -> tuple[float, float, float]:
-    """Area over the mean of the random orders, its interval over images widened by what the orders vary."""
-    value, low, high = _with_interval(area - random.mean(0), seed)
-    of_orders = random.mean(1)
-    if len(of_orders) < 2:
-        return value, float("nan"), float("nan")  # one order says nothing of others
-    reach = float(stdtrit(len(of_orders) - 1, 0.975) * of_orders.std(ddof=1) / np.sqrt(len(of_orders)))
+    """Area over the mean of the random orders, its interval over images widened by what one order varies."""
+    value, low, high = _with_interval(area - random.mean(0), (-1.0, 1.0), seed)
     return value, value - float(np.hypot(value - low, reach)), value + float(np.hypot(high - value, reach))

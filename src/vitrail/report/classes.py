@@ -19,7 +19,8 @@ MANY_CLASSES = 15
 READING = (
     "p lost: the label's probability with every head less that without this one, mean over the images of the class; "
     "95 % intervals of each head alone. A star marks a head whose excess over all other images would be rarer than "
-    "5 % by chance in any head of any class (permutations, corrected for all heads and classes)."
+    "5 % by chance in any head of any class (permutations, corrected for all heads and classes); such heads have a row "
+    "also where three others matter more."
 )
 
 
@@ -31,7 +32,8 @@ def classes(study: ReportData) -> Section | None:
 
     Returns:
         One sentence on how many classes have heads of their own, and a table with three heads of each class that has
-        several images; None for a study without probabilities per head, with a single class, or with one image of each.
+        several images, and its own heads beyond these; None for a study without probabilities per head, with a single
+        class, or with one image of each.
     """
     if not {"probability", "head_probability", "label"} <= set(study.data):
         return None
@@ -52,7 +54,7 @@ def classes(study: ReportData) -> Section | None:
 
 
 def _finding(by_class: Sequence[ClassHeads]) -> str:
-    own = [(each, head) for each in by_class for head in each.heads if head.is_own]
+    own = [(each, head) for each in by_class for head in each.own]
     if not own:
         return Sentence(
             f"No head is shown to matter more for one of the {len(by_class)} classes with several images than for the "
@@ -83,7 +85,7 @@ def _rows(each: ClassHeads) -> list[list[str]]:
             f"{head.elsewhere:+z.3f}",
             "none" if np.isnan(head.p_value) else f"{head.p_value:z.3f}",
         ]
-        for head in each.heads
+        for head in (*each.heads, *(head for head in each.own if head not in each.heads))
     ]
 
 

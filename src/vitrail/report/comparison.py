@@ -82,7 +82,7 @@ def _measures(compared: xr.Dataset) -> Iterator[Part]:
                 number(float(row["mean_a"])),
                 number(float(row["mean_b"])),
                 f"{float(row['mean_difference']):+.3g}",
-                "too few images" if np.isnan(low + high) else f"{low:+.3g} to {high:+.3g}",
+                compared.attrs["no_interval"][name] if np.isnan(low + high) else f"{low:+.3g} to {high:+.3g}",
                 f"{float(row['p']):.3f}",
                 "share" if unit == "bool" else range_or_unit(unit),
             ]

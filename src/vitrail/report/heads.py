@@ -17,7 +17,7 @@ from vitrail.heads.summary import LARGE_DROP, NEGLIGIBLE_DROP, head_table
 from vitrail.pruning.ranking import Curves, area_table, read_curves
 from vitrail.report.parts import Drawing, Part, Photographs, ReportData, Section, Table, Text, readings
 from vitrail.sentence import Sentence, percent
-from vitrail.stats import simultaneous_intervals, spearman
+from vitrail.stats import Interval, simultaneous_intervals, spearman
 
 __all__ = ["curve_findings", "heads"]
 
@@ -26,6 +26,9 @@ N_PHOTOGRAPHS = 8
 
 ONE_POINT = 0.01
 """Accuracy that may be lost where heads are said to go."""
+
+MANY_ORDERS = 20
+"""Orders at random of which more would hardly narrow what chance gives."""
 
 N_SHOWN = 4
 """Images that a sentence names."""
@@ -102,7 +105,6 @@ def _findings(study: ReportData, table: xr.Dataset) -> Iterator[str]:
 
 def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]) -> Iterator[str]:
     first, drops = order[0], table["drop_mean"].to_numpy()
-    between = _between(study, table, "drop", first)
     share = float(table["flip_share"][first]) if "flip_share" in table else 0.0
     if study.n_images > 1:
         average, flips = " on average", f" Of the answers {percent(share, 1)} change." * ("flip_share" in table)
@@ -110,6 +112,9 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
         average, flips = "", " The answer changes." * (share > 0)
     intact, without = study.data["probability"].to_numpy(), _probability_without(study.data)
     lost = intact[:, None, None] - without  # NaN on images that were not swept
+    swept = np.flatnonzero(~np.isnan(lost).all((1, 2)))
+    together = simultaneous_intervals(lost[swept].astype(np.float64), limits=(-1.0, 1.0))
+    between = _between(study, table, first, together)
     yield Sentence(
         f"Without {head_name(*first)} the label loses {float(drops[first]):z.3f} of its probability{average}{between}: "
         f"{_standing(study, table)}. The median head costs {float(np.nanmedian(drops)):z.3f}.{flips}"
@@ -123,7 +128,6 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
         ],
         caption=f"these lose most without {head_name(*first)}; the probability with and without it",
     )
-    swept = np.flatnonzero(~np.isnan(lost).all((1, 2)))
     lost = lost[swept]
     many = (np.nan_to_num(lost, nan=0.0) > LARGE_DROP).sum((1, 2))
     if study.n_images > 1:
@@ -139,7 +143,7 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
             images=[(int(swept[at]), f"{many[at]} head{'' if many[at] == 1 else 's'}") for at in most],
             caption=f"these have the most heads that cost more than {LARGE_DROP}",
         )
-        yield from _of_dispensable(study, table, lost, len(order))
+        yield from _of_dispensable(study, table, len(lost), len(order), together)
 
 
 def _probability_without(data: xr.Dataset) -> Float[np.ndarray, "image layer head"]:
@@ -181,27 +185,27 @@ def _standing(study: ReportData, table: xr.Dataset) -> str:
 
 
 def _of_dispensable(
-    study: ReportData, table: xr.Dataset, lost: Float[np.ndarray, "image layer head"], n_heads: int
+    study: ReportData, table: xr.Dataset, n_images: int, n_heads: int, together: Interval
 ) -> Iterator[str]:
-    """Which heads can be shown to cost next to nothing, and which to cost or give something, all heads at once."""
+    """Which heads can be shown to cost next to nothing, each by itself, and which to cost or give something, all heads
+    at once."""
     bound = table["drop_bound"].to_numpy()
     idle = int((bound < NEGLIGIBLE_DROP).sum())
     if idle:
         yield Sentence(
             f"{idle} of {n_heads} heads can go, one at a time: {'each' if idle > 1 else 'it'} costs less than "
-            f"{NEGLIGIBLE_DROP} of probability on "
-            "average, at 95 % whatever the distribution of the losses.",
+            f"{NEGLIGIBLE_DROP} of probability on average, by itself at 95 % whatever the distribution of the losses "
+            "(of heads that cost just that much, one in twenty is named by chance).",
             measure="head_probability",
         )
     else:
         n_studied = ONE_IN if how_corrected(study.data) else 1  # for each image whose heads are all pruned
         yield Sentence(
-            f"Which heads cost next to nothing on average cannot be told from {len(lost):,} images: at best that a "
-            f"head costs less than {float(np.nanmin(bound)):z.2f} (at 95 %, whatever the distribution of losses). To "
+            f"Which heads cost next to nothing on average cannot be told from {n_images:,} images: at best that a head "
+            f"costs less than {float(np.nanmin(bound)):z.2f} (by itself at 95 %, whatever the distribution). To "
             f"tell {NEGLIGIBLE_DROP} takes about {int(np.ceil(3 / NEGLIGIBLE_DROP)) * n_studied:,} images or more.",
             measure="head_probability",
         )
-    together = simultaneous_intervals(lost.astype(np.float64), limits=(-1.0, 1.0))
     costly, better = int((together.low > 0).sum()), int((together.high < 0).sum())
     yield Sentence(
         f"A loss is shown for {costly or 'none'} of the {n_heads} heads (95 % intervals, corrected for all heads at "
@@ -240,14 +244,20 @@ def _of_reach(distance: Float[np.ndarray, "layer head"]) -> Iterator[str]:
         )
 
 
-def _between(study: ReportData, table: xr.Dataset, name: str, head: tuple[int, int]) -> str:
+def _between(study: ReportData, table: xr.Dataset, first: tuple[int, int], together: Interval) -> str:
+    """The interval of the head that costs most; of all heads at once where others may cost as much: it was picked."""
     if study.n_images < 2:
         return ""
-    low, high = (float(table[f"{name}_{end}"][head]) for end in ("low", "high"))
+    low, high, of_whom = float(table["drop_low"][first]), float(table["drop_high"][first]), ""
+    if np.nansum(table["drop_may_be_largest"].to_numpy()) > 1:
+        if "corrected" in table.attrs or np.isnan(together.low[first] + together.high[first]):
+            of_whom = " of this head alone"
+        else:
+            low, high, of_whom = float(together.low[first]), float(together.high[first]), " of all heads at once"
     if np.isnan(low + high):
         return " (too few images for an interval)"
     corrected = f", {table.attrs['corrected']}" if "corrected" in table.attrs else ""
-    return f" (95 % interval {low:z.3f} to {high:z.3f}{corrected})"
+    return f" (95 % interval{of_whom} {low:z.3f} to {high:z.3f}{corrected})"
 
 
 def _rank_heads(table: xr.Dataset) -> list[tuple[int, int]]:
@@ -270,29 +280,48 @@ def curve_findings(curves: Curves) -> list[Sentence]:
         Sentences with numbers.
     """
     areas, counts = area_table(curves), curves.counts
-    best = next(iter(areas))
+    best, area = next(iter(areas.items()))
     accuracy = curves.accuracy("least", best)
-    n_images = curves.least[best].shape[1]
+    n_images, n_orders = curves.least[best].shape[1], len(curves.random)
     keeps = accuracy >= accuracy[0] - ONE_POINT - 1e-9  # shares of images are not exact in binary
     n_spared = int(counts[-1] if keeps.all() else counts[int((~keeps).argmax()) - 1])
-    between, low, high = areas[best].between
-    interval = f" (95 % interval {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
+    several = f", the best of {len(areas)} rankings on these images" if len(areas) > 1 else ""
+    between, low, high = area.between
+    interval = f" (95 % interval over images {low:z.2f} to {high:z.2f})" if np.isfinite(low + high) else ""
     sentences = [
         Sentence(
             f"Of {int(counts[-1])} heads {n_spared} can go together for at most one point of "
-            f"{curves.labels.correctness}, least important first by {best}: {percent(float(accuracy[0]))} with all, "
-            f"{n_images:,} images that ranked nothing."
-        ),
-        Sentence(
-            f"By {best} the area between pruning the least and the most important first is {between:z.2f}{interval}; 0 "
-            "is a ranking that knows nothing."
+            f"{curves.labels.correctness} on these images, least important first by {best}{several}: "
+            f"{percent(float(accuracy[0]))} with all, {n_images:,} images that ranked nothing."
         ),
     ]
-    over, low, high = areas[best].over_random
-    if np.isfinite(low + high):
-        verdict = "more than" if low > 0 else "not shown to be more than"
-        interval = f"({low:+z.3f} to {high:+z.3f})"
-        sentences.append(Sentence(f"It keeps {verdict} orders at random do: {over:+z.3f} of it on average {interval}."))
+    text = (
+        f"By {best} the area between pruning the least and the most important first is {between:z.2f}{interval}; 0 is "
+        "the mean of rankings that know nothing"
+    )
+    over, low, high = area.over_random
+    if np.isnan(area.chance + low + high):
+        return [*sentences, Sentence(f"{text}.")]
+    of_them = f"the best of {len(areas)} of them" if len(areas) > 1 else "one of them"
+    if between - float(np.hypot(between - area.between[1], area.chance)) > 0:
+        known = "is shown"
+    else:
+        known = "is not shown" + "; more orders at random may tell (--random-orders)" * (n_orders < MANY_ORDERS)
+    sentences.append(
+        Sentence(
+            f"{text}, and {of_them} may reach {area.chance:.2f} (95 %, by {n_orders} orders at random): that {best} "
+            f"knows which heads matter {known}."
+        )
+    )
+    keeps_more = "keeps" if low > 0 and area.beaten == 1 else "is not shown to keep"
+    n_beaten = round(area.beaten * n_orders)
+    sentences.append(
+        Sentence(
+            f"With its least important heads pruned first it {keeps_more} more than an order at random does: "
+            f"{over:+z.3f} on average ({low:+z.3f} to {high:+z.3f} over images and orders, 95 %), beating {n_beaten} "
+            f"of {n_orders}."
+        )
+    )
     return sentences
 
 
@@ -396,7 +425,7 @@ def _table_explanation(study: ReportData) -> str:
         if metric == "head_probability"
         else ""
     )
-    interval = "Intervals: 95 %, over images." if study.n_images > 1 else ""
+    interval = "Intervals: 95 %, over images, of each head alone." if study.n_images > 1 else ""
     words = how_corrected(study.data)
     corrected = f"Estimated on all images and {words}, of which all but means are." if words else ""
     return " ".join(filter(None, (lost, interval, corrected, source)))

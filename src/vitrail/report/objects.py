@@ -89,7 +89,7 @@ def _best_head(study: ReportData, heads: Summaries) -> str:
 def _against_chance(summary: ScoreSummary) -> Iterator[str]:
     best, n_heads = summary.ranked[0], len(summary.ranked)
     may_be = int(summary.may_be_best.sum())
-    if not summary.reason:
+    if np.isfinite(summary.low[best]):
         yield (
             f"{head_name(*best)} is the best head beyond these images, too (95 %)."
             if may_be == 1
@@ -162,7 +162,8 @@ def _parts(
     study: ReportData, heads: Summaries, patches: Summaries, layers: Summaries, names: list[str]
 ) -> Iterator[Part]:
     if heads["auroc"].reason and study.n_images > 1:
-        yield Text(f"No intervals: {heads['auroc'].reason}.")
+        which = "No intervals" if np.isnan(heads["auroc"].low).all() else "Some heads have no interval"
+        yield Text(f"{which}: {heads['auroc'].reason}.")
     yield Drawing(score_maps(study.data))
     examples = example_map_grid(study.data)
     if examples is not None:

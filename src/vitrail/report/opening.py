@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from vitrail.analysis import BASE, analyses, measures
+from vitrail.data.sources import PHOTOS
 from vitrail.report.parts import Part, ReportData, Section, Table, Text
 from vitrail.sentence import Sentence, percent
 from vitrail.stats import share_interval
@@ -21,6 +22,13 @@ TOP = "top_probability"
 
 N_MISTAKES = 4
 """Mistakes that the sentence of accuracy names."""
+
+CROPS = (
+    "The images are crops of thirteen photographs, several of each, so they are no independent sample: 95 % intervals "
+    "hold for such crops of these thirteen and would be wider for photographs at large. Images that ranked nothing "
+    "show the same photographs as those that did."
+)
+"""What a report of the built-in photographs says of its intervals."""
 
 PER_SECTION = 4
 """Findings of each section that also stand at the head."""
@@ -135,6 +143,8 @@ def _facts(study: ReportData) -> Iterator[Part]:
     )
     for note in plan.notes:
         yield Text(note)
+    if manifest.source == PHOTOS:
+        yield Text(CROPS)
     if plan.left_out:
         reasons = dict.fromkeys(plan.left_out.values())
         rows = [[", ".join(name for name in plan.left_out if plan.left_out[name] == why), why] for why in reasons]

@@ -134,6 +134,10 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
         if not np.isnan(score[layer, head]):
             cells = [_cell(text, [float(heads[name][layer, head]) for name in names]) for _, (text, names) in columns]
             table.add_row(f"L{layer}H{head}", *cells)
+    n_first = int(np.nansum(heads["drop_may_be_largest"].to_numpy())) if by == "drop_mean" else 0
+    if n_first > 1 and study.sizes["image"] > 1:
+        table.caption = f"95 %: of each head alone; on other images any of {n_first} heads may cost most"
+        table.caption_justify = "left"
     words = heads.attrs.get("corrected") if by == "drop_mean" else None
     return [table, Text(f"p lost: estimated on all images and {words}")] if words else [table]
 
