@@ -232,6 +232,17 @@ def test_a_heat_map_lies_where_the_model_saw_the_photograph() -> None:
     np.testing.assert_array_equal(heat_map(values, None, settings)[4::8, 4::8], values)
 
 
+def test_a_heat_map_is_empty_where_pixels_belong_to_no_patch() -> None:
+    settings = {"size": (76, 76), "crop_pct": 1.0, "crop_mode": "center", "interpolation": "nearest"}
+    values = 1 + np.arange(16, dtype=float).reshape(4, 4)
+    laid = heat_map(values, None, settings, view=(76 / 16, 76 / 16))
+    side = len(laid)
+    for row in range(4):  # the middle of each patch of 16 pixels
+        at = [int((16 * each + 8) / 76 * side) for each in range(4)]
+        np.testing.assert_array_equal(laid[at[row], at], values[row])
+    assert not laid[int(66 / 76 * side) :].any()  # behind the last patch
+
+
 def test_what_an_export_cannot_do_is_a_sentence(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no export to 'xlsx'; choose from parquet, csv, netcdf"):
         export_study(study, "xlsx")

@@ -74,6 +74,7 @@ def test_its_plan_is_equal_to_the_same_plan_written_today(old: Path) -> None:
         "notes",
         "output",
         "own_grid_layers",
+        "patch_steps",
         "target",
         "task",
         "weights_from",

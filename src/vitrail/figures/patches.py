@@ -27,7 +27,7 @@ from vitrail.figures.photo_grid import (
     mark_patch,
 )
 from vitrail.figures.style import COOL, INK, MARK, SOFT, Figure, FigureTable, blank, explain, number, styled, when
-from vitrail.grid import Grid, positions
+from vitrail.grid import Grid, positions, view_in_patches
 from vitrail.patches.layer_maps import (
     coverage_by_layer,
     layer_grids,
@@ -271,7 +271,8 @@ def window_object_map(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Im
         share = shares[layer, : grid[0] * grid[1]].reshape(grid)
         axes.imshow(share, extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
         if covered is not None and tuple(first) == grid:
-            draw_outline(axes, covered[: grid[0] * grid[1]].reshape(grid), grid)
+            view = view_in_patches(study.attrs, layer)
+            draw_outline(axes, covered[: grid[0] * grid[1]].reshape(grid), view, view)
 
     figure = _layers(
         study,
@@ -382,7 +383,7 @@ def _layers(
     cells = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [KEY_PANELS if extra else 1e-3])
     for index, (layer, grid) in enumerate(grids.items()):
         axes = figure.add_subplot(cells[divmod(index, columns)])
-        draw_background(axes, grid, photo)
+        draw_background(axes, grid, photo, view_in_patches(study.attrs, layer))
         draw(axes, layer, grid)
         axes.set_title(f"L{layer}", fontweight="bold", pad=3)
         axes.set_title(note(layer), loc="right", fontsize=7, color=SOFT, pad=3)

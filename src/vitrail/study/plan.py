@@ -80,6 +80,8 @@ class Plan:
         weights_from: Where the weights come from; decides no number.
         notes: What is particular about the model's attention; decides no number.
         device_name: Of a GPU, as two kinds of GPU round differently; empty for a processor and in older plans.
+        patch_steps: (rows, columns) of pixels from one patch of each layer to the next, None for a layer of which that
+            is not known; decides no number. None in older plans.
         own_grid_layers: Layers that return the patches that they are given, on a grid; decides no number. None where no
             measure needs such a layer, and in older plans.
         format: Of the folder.
@@ -117,6 +119,7 @@ class Plan:
     weights_from: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     device_name: str = ""
+    patch_steps: list[list[int] | None] | None = None
     own_grid_layers: list[int] | None = None
     format: int = FORMAT
 
@@ -184,7 +187,8 @@ class Plan:
         if "task" not in content:  # an older version, which knew classes and feature vectors
             content["task"] = "embedding" if content.get("n_classes") is None else "classes"
             content |= {"output": None, "target": None}
-        content = {"weights_from": "", "notes": [], "device_name": "", "own_grid_layers": None, **content}
+        later = {"weights_from": "", "notes": [], "device_name": "", "patch_steps": None, "own_grid_layers": None}
+        content = {**later, **content}
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StudyError(
@@ -277,7 +281,7 @@ DEVICES = ("device: ", "name of the device: ")
 
 MIXED_DEVICES = " With --allow-mixed it goes on here; numbers then agree up to rounding only."
 
-NOT_COMPARED = ("threads", "weights_from", "notes", "own_grid_layers")
+NOT_COMPARED = ("threads", "weights_from", "notes", "patch_steps", "own_grid_layers")
 """Fields that may differ: a run takes the number of threads from the folder, and the others decide no number, as the
 digest tells the weights."""
 

@@ -69,6 +69,7 @@ def make_plan(
         prefix=next(iter(prefixes)) if len(prefixes) == 1 else None,
         grids=[list(block.grid) if block.grid else None for block in blocks],
         prefixes=[block.prefix for block in blocks],
+        patch_steps=[list(block.patch_step) if block.patch_step else None for block in blocks],
         own_grid_layers=_own_grid_layers(vit, measures),
         class_token=vit.anatomy.class_token,
         preprocessing=asdict(vit.preprocessing),
