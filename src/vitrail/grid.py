@@ -10,7 +10,7 @@ This module needs NumPy alone. Every function makes its tables with `arange`: a 
 `functools.partial(torch.arange, device=...)` and gets tensors back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ __all__ = [
     "n_patches",
     "overlap_shares",
     "patch_edges",
+    "patch_sides",
     "pixels_moved",
     "positions",
     "sides_in_patches",
@@ -142,6 +143,19 @@ def view_in_patches(study: Mapping[Any, Any], layer: int) -> Sides:
         return float(rows), float(columns)
     height, width = study["preprocessing"]["size"]
     return sides_in_patches((height, width), (rows, columns), (step[0], step[1]))
+
+
+def patch_sides(grids: Sequence[Sequence[int] | None]) -> Float[np.ndarray, "layer"]:
+    """How long a patch of each layer is: in a hierarchy those of later layers are longer.
+
+    Args:
+        grids: (rows, columns) of each layer; None for a layer without a grid.
+
+    Returns:
+        The side of a patch as a share of the image's, of an image that is no square of that of a square as large; NaN
+        for a layer without a grid.
+    """
+    return np.array([np.nan if grid is None else (grid[0] * grid[1]) ** -0.5 for grid in grids])
 
 
 def pixels_moved(

@@ -28,6 +28,7 @@ from vitrail.figures.photo_grid import (
 )
 from vitrail.figures.style import COOL, INK, MARK, SOFT, Figure, FigureTable, blank, explain, number, styled, when
 from vitrail.grid import Grid, positions, view_in_patches
+from vitrail.layer_summary import in_first_patches
 from vitrail.patches.layer_maps import (
     coverage_by_layer,
     layer_grids,
@@ -87,7 +88,7 @@ def tendency_arrows(study: xr.Dataset, image: ImageChoice = None, photo: Image.I
     Raises:
         UsageError: The study holds no tendencies, or has no such image.
     """
-    pulls, description = patch_maps(study, "tendency", image)
+    pulls, unit, description = _pulls(study, image)
     lengths = pull_lengths(pulls)
     longest, means = scale_of_lengths(lengths), mean_lengths(lengths)
 
@@ -118,9 +119,9 @@ def tendency_arrows(study: xr.Dataset, image: ImageChoice = None, photo: Image.I
     explain(
         figure,
         "An arrow leads from a patch towards the centre of the interactions in its window.",
-        f"All panels at one scale: the 95 % longest arrow, {number(longest)} patches, is drawn "
-        f"{ARROW_PATCHES} patches long.",
-        "Beside the layer: mean length in patches. Patches at the border can only point inward.",
+        f"All panels at one scale: the 95 % longest arrow, {number(longest)} {unit}, is drawn "
+        f"{ARROW_PATCHES} patches of its panel long.",
+        f"Beside the layer: mean length in {unit}. Patches at the border can only point inward.",
         "Our construction, after Ma et al. 2022.",
     )
     return figure
@@ -141,7 +142,7 @@ def tendency_flow(study: xr.Dataset, image: ImageChoice = None, photo: Image.Ima
     Raises:
         UsageError: The study holds no tendencies, or has no such image.
     """
-    pulls, description = patch_maps(study, "tendency", image)
+    pulls, unit, description = _pulls(study, image)
     lengths = pull_lengths(pulls)
     radius, means = scale_of_lengths(lengths), mean_lengths(lengths)
 
@@ -158,10 +159,20 @@ def tendency_flow(study: xr.Dataset, image: ImageChoice = None, photo: Image.Ima
     explain(
         figure,
         "Hue and tick: the direction in which a patch is pulled (see the wheel). Strength of colour: how far, full at",
-        f"{number(radius)} patches, the 95 % longest of the figure. Beside the layer: mean length in patches.",
+        f"{number(radius)} {unit}, the 95 % longest of the figure. Beside the layer: mean length in {unit}.",
         "Our construction, after Ma et al. 2022.",
     )
     return figure
+
+
+def _pulls(study: xr.Dataset, image: ImageChoice) -> tuple[Float[np.ndarray, "layer patch xy"], str, str]:
+    """Tendencies of one image or their mean, in the unit that all layers share; the unit; whose they are."""
+    values, description = patch_maps(study, "tendency", image)
+    tendency = study["tendency"]
+    pulls = in_first_patches(
+        xr.DataArray(values, dims=tendency.dims[1:], attrs=tendency.attrs), study.attrs.get("grids")
+    )
+    return pulls.to_numpy(), str(pulls.attrs.get("unit", "patches")).partition(",")[0], description
 
 
 @styled
