@@ -127,6 +127,7 @@ def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
         "other": {
             "grids": pair.b.plan.grids,
             "views": describe_views(pair.b.data.attrs),
+            "depths": pair.b.plan.depths,
             "prefixes": pair.b.plan.prefixes,
             "class_token": pair.b.plan.class_token,
             "n_heads": pair.b.plan.n_heads,

@@ -40,6 +40,7 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         "n_heads": plan.n_heads,
         "grids": plan.grids,
         "views": describe_views(dataset.attrs),
+        "depths": plan.depths,
         "prefixes": plan.prefixes,
         "own_grid_layers": plan.own_grid_layers,
         "class_token": plan.class_token,
