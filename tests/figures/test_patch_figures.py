@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.testing import assert_allclose
@@ -88,6 +89,13 @@ def draw_outline_of(objects, own, view):
     axes = Figure().subplots()
     draw_outline(axes, objects, own, view)
     return np.concatenate(axes.collections[0].get_paths()[0].to_polygons(closed_only=False))
+
+
+def test_hubs_of_a_study_have_a_scale_that_says_what_the_darkest_is(study):
+    figure = figures.hub_map(study, None)
+    scales = [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.findobj(Axes)]
+    assert ["no image", "33 % of images"] in scales
+    assert figure.axes[0].images[0].get_clim() == pytest.approx((0, 1 / 3))
 
 
 def test_the_frame_of_a_window_lies_where_the_window_is(study):

@@ -345,6 +345,7 @@ def hub_map(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Image | None
         photo,
         draw,
         lambda layer: f"{np.nansum(hubs[layer]):.3g}",
+        extra=None if one_image else lambda axes: _share_bar(axes, "no image", f"{percent(top)} of images"),
     )
     explain(
         figure,
@@ -456,9 +457,12 @@ def _object_bar(axes: Any) -> None:
 
 
 def _share_bar(axes: Any, *words: str) -> None:
+    """The colours from the first word to the last, evenly spaced."""
     axes.set_axis_off()
     bar = axes.figure.colorbar(
-        ScalarMappable(Normalize(0, 1), COVER), cax=axes.inset_axes((0.05, 0.2, 0.12, 0.6)), ticks=[0, 0.5, 1]
+        ScalarMappable(Normalize(0, 1), COVER),
+        cax=axes.inset_axes((0.05, 0.2, 0.12, 0.6)),
+        ticks=np.linspace(0, 1, len(words)),
     )
     bar.ax.set_yticklabels(words)
     bar.outline.set_visible(False)
