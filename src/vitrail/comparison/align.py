@@ -133,9 +133,10 @@ def _why_not_across_grids(pair: Pair, measure: Measure) -> str:
     """Whether numbers of a grid would be compared with those of a finer one as if they were the same."""
     a, b, same = pair.a.plan.grids, pair.b.plan.grids, pair.same_layers
     alike = same is not None and [a[layer] for layer in same.a] == [b[layer] for layer in same.b]
-    first = [next((grid for grid in grids if grid is not None), None) for grids in (a, b)]
-    if alike or _has_one_grid(pair) or first[0] is None or first[1] is None:
+    known = [[grid for grid in grids if grid is not None] for grids in (a, b)]
+    if alike or _has_one_grid(pair) or not all(known):
         return ""
+    first = [grids[0] for grids in known]
     if is_in_patches(measure.unit):
         proportions = [rows / columns for rows, columns in first]
         if "layer" in measure.dims and max(proportions) <= MOST_PROPORTIONS * min(proportions):
