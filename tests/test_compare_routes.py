@@ -63,7 +63,10 @@ def test_what_the_other_study_holds_of_an_image_is_found_by_its_digest(
     assert client.get(f"{path}?head=99").status_code == 404
     other = client.get("/api/compare/0").json()["other"]
     assert "attention_distance" in other["measures"]
-    assert other["grids"] == client.get("/api/study").json()["grids"]
+    described = client.get("/api/study").json()
+    assert other["grids"] == described["grids"]
+    assert other["depths"] == described["depths"] == [(layer + 0.5) / 12 for layer in range(12)]
+    assert other["views"] == described["views"] == [list(map(float, grid)) for grid in other["grids"]]
 
 
 @pytest.mark.parametrize(

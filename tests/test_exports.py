@@ -14,8 +14,9 @@ import xarray as xr
 from PIL import Image
 from typer.testing import CliRunner
 
-from synthetic_study import CLASSES, N_HEADS, N_LAYERS, write_study
+from synthetic_study import CLASSES, N_HEADS, N_LAYERS, plan_of, write_study
 from vitrail import open_study, open_vit, run_study
+from vitrail.analysis import declaration
 from vitrail.cli import app
 from vitrail.data.geometry import resize_and_crop
 from vitrail.errors import MissingLibrary, UsageError
@@ -230,6 +231,40 @@ def test_a_heat_map_lies_where_the_model_saw_the_photograph() -> None:
         assert laid[0, 0] == 0
         assert laid.shape[1] / laid.shape[0] == pytest.approx(sides[0] / sides[1], rel=0.05)
     np.testing.assert_array_equal(heat_map(values, None, settings)[4::8, 4::8], values)
+
+
+def test_an_image_has_no_mean_of_x_and_y_and_lengths_in_the_patches_of_one_layer() -> None:
+    random = np.random.default_rng(0)
+    there = np.arange(16) < np.array([16, 4])[:, None]  # grids of 4 x 4 and 2 x 2
+    arrays = {
+        "tendency": np.where(there[..., None], random.normal(size=(3, 2, 16, 2)), np.nan),
+        "interaction_distance": np.where(there, 1.0, np.nan) + np.zeros((3, 2, 16)),
+        "attention_strength": np.where(np.arange(4) < np.array([4, 2])[:, None, None], 1.0, np.nan)
+        + np.zeros((3, 2, 1, 4)),
+    }
+    data = xr.Dataset(
+        {
+            name: xr.DataArray(values, dims=declaration(name).dims, attrs=declaration(name).attributes())
+            for name, values in arrays.items()
+        }
+    )
+    plan = plan_of(3, "", n_layers=2, n_heads=[1, 1], grids=[[4, 4], [2, 2]], prefixes=[1, 1])
+    source = ExportSource(data, data, plan, ())
+    numbers = source.numbers_of_images()
+    assert set(numbers) == {"mean_interaction_distance", "mean_attention_strength"}
+    np.testing.assert_allclose(numbers["mean_interaction_distance"], (16 * 1 + 4 * 2) / 20)
+    assert source.present(("layer", "head", "hop")).sum(-1).ravel().tolist() == [4, 2]
+
+
+def test_a_heat_map_is_empty_where_pixels_belong_to_no_patch() -> None:
+    settings = {"size": (76, 76), "crop_pct": 1.0, "crop_mode": "center", "interpolation": "nearest"}
+    values = 1 + np.arange(16, dtype=float).reshape(4, 4)
+    laid = heat_map(values, None, settings, view=(76 / 16, 76 / 16))
+    side = len(laid)
+    for row in range(4):  # the middle of each patch of 16 pixels
+        at = [int((16 * each + 8) / 76 * side) for each in range(4)]
+        np.testing.assert_array_equal(laid[at[row], at], values[row])
+    assert not laid[int(66 / 76 * side) :].any()  # behind the last patch
 
 
 def test_what_an_export_cannot_do_is_a_sentence(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ from vitrail.grid import (
     patch_edges,
     pixels_moved,
     positions,
+    sides_in_patches,
     sides_of_boxes,
+    view_in_patches,
     window_masks,
 )
 
@@ -134,6 +136,16 @@ def test_the_step_that_a_model_states_places_patches_where_much_is_left_over() -
     assert_array_equal(patch_edges(320, 22, 14), np.arange(23) * 14)  # 12 pixels left over
     assert_array_equal(patch_edges(250, 17, 14), np.arange(18) * 14)
     assert_array_equal(patch_edges(230, 58, 4)[-2:], [228, 230])
+
+
+def test_what_is_drawn_on_the_grid_lies_on_the_pixels_of_its_patches() -> None:
+    assert sides_in_patches((76, 320), (4, 22), (16, 14)) == (4.75, 320 / 14)
+    assert sides_in_patches((230, 64), (58, 8), (4, 8)) == (57.5, 8)  # filled up to 232
+    assert sides_in_patches((76, 76), (4, 4)) == (4, 4)
+    study = {"grids": [[4, 4], None, [2, 2]], "preprocessing": {"size": [76, 64]}}
+    assert view_in_patches(study, 0) == (4, 4)  # an older study
+    study["patch_steps"] = [[16, 16], None, None]
+    assert [view_in_patches(study, layer) for layer in (0, 2)] == [(4.75, 4), (2, 2)]
 
 
 def test_pixels_move_with_their_cell_and_stay_where_there_is_none() -> None:

@@ -14,7 +14,7 @@ from vitrail.cli import app
 from vitrail.errors import StudyError, UsageError
 from vitrail.figures.one_image import TOKEN_FIGURES
 from vitrail.figures.tokens import view_panels
-from vitrail.figures.whole import draw_figures
+from vitrail.figures.whole import draw_figure, draw_figures
 from vitrail.models.open import open_vit
 from vitrail.one_image import look, missing_by_reason, save_look
 from vitrail.report import findings_of
@@ -35,13 +35,13 @@ TOKENS = {"survival", "tokens", "relevance", "relevance_curves", "filters", "vie
 
 def small_vit(name="vit_tiny_patch16_224", **options):
     torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
-    model = timm.create_model(name, **shape | options)
+    shape = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5} | options
+    model = timm.create_model(name, **shape)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
-    return open_vit(model.eval(), image_size=32)
+    return open_vit(model.eval(), image_size=shape["img_size"])
 
 
 def photo(seed=0):
@@ -73,6 +73,16 @@ def test_every_analysis_is_drawn_and_each_step_is_said(vit, tmp_path):
     assert "tsne" not in stems  # no mask
     assert missing_by_reason(dataset) == {}
     assert steps == ["heads, patches and tokens", *(analysis.title.lower() for analysis in analyses().values())]
+
+
+def test_the_chosen_patch_is_marked_where_its_pixels_are():
+    """An image of 38 pixels in patches of 8: 6 pixels are left over, and the grid does not cover the view."""
+    vit = small_vit(img_size=38, depth=1)
+    dataset = look(vit, photo(), measures="tokens", patch=(3, 2))
+    assert dataset.attrs["patch_steps"] == [[8, 8]]
+    figure = draw_figure(dataset, "relevance", one_image=True)
+    mark = figure.axes[0].patches[0]
+    assert_allclose([*mark.get_xy(), mark.get_width(), mark.get_height()], [15.5, 23.5, 8, 8])  # pixels begin at -0.5
 
 
 def test_patches_alone_are_drawn_alone(vit, tmp_path):

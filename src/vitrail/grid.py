@@ -10,7 +10,7 @@ This module needs NumPy alone. Every function makes its tables with `arange`: a 
 `functools.partial(torch.arange, device=...)` and gets tensors back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 __all__ = [
     "Grid",
+    "Sides",
     "box_masks",
     "box_means",
     "boxes_of_sides",
@@ -25,14 +26,20 @@ __all__ = [
     "n_patches",
     "overlap_shares",
     "patch_edges",
+    "patch_sides",
     "pixels_moved",
     "positions",
+    "sides_in_patches",
     "sides_of_boxes",
+    "view_in_patches",
     "window_masks",
 ]
 
 Grid = tuple[int, int]
 """(rows, columns) of patches"""
+
+Sides = tuple[float | int, float | int]
+"""(rows, columns) that something is long, in patches and parts of patches"""
 
 Arange = Callable[[int], Any]
 
@@ -98,6 +105,57 @@ def patch_edges(n_pixels: int, n_patches: int, step: int | None = None) -> Int[n
     if width * (n_patches - 1) >= n_pixels:
         width = max(1, n_pixels // n_patches)
     return np.asarray(np.minimum(np.arange(n_patches + 1) * width, n_pixels))
+
+
+def sides_in_patches(size: tuple[int, int], grid: Grid, step: tuple[int, int] | None = None) -> Sides:
+    """How many patches long the sides of an image are: where whatever is drawn on the grid lies on the image.
+
+    Args:
+        size: Rows and columns of pixels.
+        grid: Rows and columns of patches.
+        step: Rows and columns of pixels from one patch to the next (`Block.patch_step`); None where that is not known.
+
+    Returns:
+        Of the rows, then of the columns: more than the grid has where pixels are left over behind the last patch, less
+        where the last patch reaches beyond the image; the grid itself where the step is not known.
+    """
+    rows, columns = (
+        n_pixels / width if width and width * (n - 1) < n_pixels else float(n)
+        for n_pixels, n, width in zip(size, grid, step or (None, None), strict=True)
+    )
+    return rows, columns
+
+
+def view_in_patches(study: Mapping[Any, Any], layer: int) -> Sides:
+    """How many patches of a layer long the sides of what the model sees are.
+
+    Args:
+        study: Attributes of a study or of one image, as its dataset has them.
+        layer: Index of a layer with a grid.
+
+    Returns:
+        As `sides_in_patches`; of studies that do not say how far patches lie apart the grid itself.
+    """
+    rows, columns = study["grids"][layer]
+    steps = study.get("patch_steps")
+    step = steps[layer] if steps else None
+    if step is None:
+        return float(rows), float(columns)
+    height, width = study["preprocessing"]["size"]
+    return sides_in_patches((height, width), (rows, columns), (step[0], step[1]))
+
+
+def patch_sides(grids: Sequence[Sequence[int] | None]) -> Float[np.ndarray, "layer"]:
+    """How long a patch of each layer is: in a hierarchy those of later layers are longer.
+
+    Args:
+        grids: (rows, columns) of each layer; None for a layer without a grid.
+
+    Returns:
+        The side of a patch as a share of the image's, of an image that is no square of that of a square as large; NaN
+        for a layer without a grid.
+    """
+    return np.array([np.nan if grid is None else (grid[0] * grid[1]) ** -0.5 for grid in grids])
 
 
 def pixels_moved(

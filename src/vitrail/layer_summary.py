@@ -1,5 +1,6 @@
 """Quantities over the layers of a model, summed up over the images of a study. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
+from vitrail.grid import patch_sides
 from vitrail.measure import range_or_unit
 from vitrail.stats import mean_interval
 
@@ -17,6 +19,8 @@ __all__ = [
     "finite_mean",
     "images_in_every_layer",
     "images_with_values",
+    "in_first_patches",
+    "is_in_patches",
     "layer_quantity",
 ]
 
@@ -84,13 +88,46 @@ def layer_quantity(study: xr.Dataset, name: str) -> LayerQuantity:
         name: Name of a measure whose first dimensions are image and layer.
 
     Returns:
-        The quantity with the measure's title and unit.
+        The quantity with the measure's title and unit; lengths as `in_first_patches` gives them.
     """
-    array = study[name]
+    array = in_first_patches(study[name], study.attrs.get("grids"))
     numbers = array.to_numpy().astype(np.float64)
     unit = str(array.attrs.get("unit", ""))
     values = finite_mean(numbers.reshape(*numbers.shape[:2], -1))
     return LayerQuantity(str(array.attrs.get("title", name)), range_or_unit(unit), values)
+
+
+def is_in_patches(unit: str) -> bool:
+    """Whether values are lengths counted in patches of their own layer.
+
+    Args:
+        unit: Of a measure.
+
+    Returns:
+        True for "patches" and for sides and pairs of them.
+    """
+    return unit == "patches" or unit.startswith(("patches,", "patches left"))
+
+
+def in_first_patches(array: xr.DataArray, grids: Sequence[Sequence[int] | None] | None) -> xr.DataArray:
+    """Lengths that compare between the layers of a hierarchy, whose patches are longer in later layers.
+
+    Args:
+        array: A measure with its unit.
+        grids: The grid of each layer, as the plan of the study has it; None: not known.
+
+    Returns:
+        The array in patches of the first layer that has a grid, which its unit says; itself where all layers have one
+        grid and where values are no lengths in patches.
+    """
+    unit = str(array.attrs.get("unit", ""))
+    if not is_in_patches(unit) or "layer" not in array.dims or len({tuple(each) for each in grids or () if each}) < 2:
+        return array
+    assert grids is not None
+    first = next(layer for layer, grid in enumerate(grids) if grid is not None)
+    sides = patch_sides(grids)
+    converted = (array * xr.DataArray(sides / sides[first], dims="layer")).transpose(*array.dims)
+    return converted.assign_attrs({**array.attrs, "unit": unit.replace("patches", f"patches of L{first}", 1)})
 
 
 def images_in_every_layer(values: Float[np.ndarray, "image layer *rest"]) -> Bool[np.ndarray, "image"]:

@@ -118,6 +118,12 @@ class Measure:
                 f"The measure {self.name!r} has the range {self.value_range}; give (lowest, highest) or leave it out."
             )
 
+    @property
+    def several_kinds(self) -> str:
+        """The dimension along which its numbers are of several kinds, such as x and y, so that they have no mean in
+        common; empty where there is none."""
+        return next((name for name in self.dims if name in (*PLACES, "rule")), "")
+
     def attributes(self) -> dict[str, str | int]:
         """The declaration as the store writes it beside the array.
 

@@ -13,7 +13,7 @@ import vitrail
 from synthetic_study import plan_of
 from vitrail.analysis import declaration, measures
 from vitrail.comparison.compare import _correspondence, _effect_sizes
-from vitrail.comparison.findings import describe_difference, measures_by_effect
+from vitrail.comparison.findings import comparison_findings, describe_difference, measures_by_effect
 from vitrail.data import ImageEntry, Manifest
 from vitrail.errors import StudyError, UsageError
 from vitrail.figures.comparison import measures_that_differ
@@ -237,6 +237,81 @@ def test_models_of_another_shape_are_compared_at_the_same_depth(folders, tmp_pat
     assert_allclose(compared["p"].sel(measure="attention_distance"), 1)
     assert not any("_head_" in str(name) for name in compared)
     assert compared.attrs["heads_correspond"] is None
+
+
+def test_a_block_that_lost_its_attention_shifts_no_other(tmp_path):
+    """Of four blocks the second has no attention any more: the others are compared with themselves."""
+    whole, kept = numbers(0), [0, 2, 3]
+    pruned = {name: values[:, kept] if values.ndim > 1 else values for name, values in whole.items()}
+    first = write(tmp_path / "whole", whole, NAMES)  # an older study, which does not number its blocks
+    second = write(tmp_path / "pruned", pruned, NAMES, block_numbers=kept, n_blocks=4)
+    compared = vitrail.compare(first, second)
+    assert_array_equal(compared["attention_distance_difference"], 0)
+    assert_allclose(compared["attention_distance_a"], whole["attention_distance"].mean((0, 2))[kept], rtol=1e-6)
+    assert_array_equal(compared["layer_a"], kept)
+    assert_array_equal(compared["layer_b"], [0, 1, 2])
+    assert_allclose(compared["depth"], [0.125, 0.625, 0.875])
+    told = " ".join(comparison_findings(compared))
+    assert "compared by layer, block by block; 1 layer of whole without attention in the other is left out." in told
+    pruned["attention_distance"] = pruned["attention_distance"] + np.array([0, 0, 2.0])[:, None]
+    again = vitrail.compare(
+        first, write(tmp_path / "moved", pruned, NAMES, block_numbers=kept, n_blocks=4), measures="attention_distance"
+    )
+    told = describe_difference(again, "attention_distance")
+    assert "most at L3 of whole, L2 of the other (+2)" in told
+    assert told.layer == 3
+    others = {name: values[:, [0, 1, 3]] if values.ndim > 1 else values for name, values in whole.items()}
+    third = write(tmp_path / "third", others, NAMES, block_numbers=[0, 1, 3], n_blocks=4)
+    between = vitrail.compare(second, third)
+    assert_allclose(between["depth"], [0.125, 0.875])
+    assert not any("_head_" in str(name) for name in between)  # as many heads, and not of the same layers
+
+
+@pytest.mark.parametrize("grids", [([[8, 8]] * 4, [[4, 4]] * 4), ([[8, 8]] * 4, [[8, 8], [8, 8], [4, 4], [4, 4]])])
+def test_lengths_on_other_grids_are_compared_as_shares_of_the_side(tmp_path, grids):
+    pair = []
+    for name, of_model in zip(("fine", "coarse"), grids, strict=True):
+        arrays = numbers(0)
+        side = np.array([rows for rows, _ in of_model])[:, None]
+        arrays["attention_distance"] = np.broadcast_to(0.25 * side, (N, 4, 3)).copy()  # a quarter of the image
+        arrays["strength_entropy"] = np.broadcast_to(np.log(side), (N, 4, 3)).copy()
+        pair.append(write(tmp_path / name, arrays, NAMES, grids=of_model))
+    compared = vitrail.compare(*pair)
+    row = compared.sel(measure="attention_distance")
+    assert_allclose([row["mean_a"], row["mean_b"]], 0.25)
+    assert row["unit"] == compared["attention_distance_head_a"].attrs["unit"] == "share of the image's side"
+    assert_allclose(compared["attention_distance_head_difference"], 0)
+    left_out = compared.attrs["left_out"]
+    assert {"strength_entropy", "attention_strength"} <= set(left_out)
+    assert (
+        "depend on the grid of patches, and those of the two models differ (8 x 8 and" in left_out["strength_entropy"]
+    )
+    with pytest.raises(UsageError, match="strength_entropy was to be compared: its numbers depend on the grid"):
+        vitrail.compare(*pair, measures="strength_entropy")
+    wide = write(tmp_path / "wide", numbers(1), NAMES, grids=[[4, 8]] * 4)
+    assert "images of other proportions" in vitrail.compare(pair[0], wide).attrs["left_out"]["attention_distance"]
+
+
+def test_studies_of_one_hierarchy_are_compared_layer_by_layer_in_one_unit(tmp_path):
+    """The first layer moves by two of its patches, the last by one and a half of its own, which is farther."""
+    grids, pair = [[8, 8], [8, 8], [4, 4], [4, 4]], []
+    for name, further in (("before", [0, 0, 0, 0]), ("after", [2, 0, 0, 1.5])):
+        arrays = numbers(0)
+        arrays["attention_distance"] = arrays["attention_distance"] + np.array(further)[:, None]
+        arrays["strength_entropy"] = np.ones((N, 4, 3))
+        pair.append(write(tmp_path / name, arrays, NAMES, grids=grids))
+    compared = vitrail.compare(*pair)
+    assert_allclose(compared["attention_distance_difference"], [0.25, 0, 0, 0.375], atol=1e-6)
+    assert "most at L3 (+0.375)" in describe_difference(compared, "attention_distance")
+    assert {"strength_entropy", "attention_strength"} <= set(compared["measure"].values)
+
+
+def test_numbers_of_several_kinds_have_no_mean_to_compare(tmp_path):
+    pair = []
+    for seed, name in enumerate(("one", "two")):
+        arrays = numbers(seed) | {"tendency": np.random.default_rng(seed).normal(0, 1, (N, 4, 9, 2))}
+        pair.append(write(tmp_path / name, arrays, NAMES))
+    assert "'xy' are of several kinds" in vitrail.compare(*pair).attrs["left_out"]["tendency"]
 
 
 def test_padding_of_flags_is_no_value(folders, tmp_path):

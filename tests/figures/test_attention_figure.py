@@ -46,6 +46,19 @@ def test_the_query_patch_is_framed_in_every_picture_and_a_class_token_in_none():
     assert "class token" in token.axes[0].get_title(loc="left")
 
 
+def test_the_photograph_lies_under_the_patches_where_pixels_are_left_over():
+    pixels = np.zeros((60, 64, 3), dtype=np.uint8)  # patches of 16 pixels: 12 rows of pixels belong to none
+    pixels[32:48, 48:64] = 255  # the patch in row 2, column 3
+    drawn = Image.fromarray(pixels)
+    figure = attention_over_photo(drawn, of_query(a_map(), 0), GRID, PREFIX, 0, "L0H0", view=(3.75, 4))
+    for axes in figure.axes[:3]:
+        left, right, bottom, top = axes.images[0].get_extent()
+        assert_allclose([top + (bottom - top) * row / 60 for row in (32, 48)], [1.5, 2.5])
+        assert_allclose([left + (right - left) * column / 64 for column in (48, 64)], [2.5, 3.5])
+        assert axes.get_ylim() == (3.25, -0.5)
+    assert_allclose(figure.axes[1].images[1].get_extent(), (-0.5, 3.5, 2.5, -0.5))
+
+
 def test_the_scale_and_the_even_weight_are_stated_and_bytes_repeat(tmp_path):
     written = []
     for name in "ab":

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from vitrail.errors import UsageError
 from vitrail.figures import heads
-from vitrail.figures.style import save
+from vitrail.figures.style import MARK, save
 from vitrail.figures.whole import draw_figures
 from vitrail.heads.head_values import head_values, hops_of_layers, main_metric
 from vitrail.stats import mean_interval
@@ -44,6 +44,20 @@ def test_an_image_is_found_by_position_and_by_id(image):
     study = planted()
     shown = cells(heads.importance_map(study, "head_divergence", image))
     assert_allclose(shown, study["head_divergence"].to_numpy()[2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("draw", [heads.importance_map, heads.importance_line])
+def test_a_name_that_would_cover_another_is_left_out_and_its_dot_is_not(draw):
+    study = planted(n_layers=24, n_heads=16)
+    values = np.full(study["head_probability"].shape, 0.8, dtype=np.float32)
+    values[:, 1, 3:5] = 0.2, 0.21  # beside each other
+    values[:, 20, 3] = 0.22
+    study = study.assign(head_probability=(study["head_probability"].dims, values, study["head_probability"].attrs))
+    figure = draw(study)
+    axes = next(each for each in figure.axes if any(text.get_text() == "L1H3" for text in each.texts))
+    named = [text.get_text() for text in axes.texts if "H" in text.get_text()]
+    assert named == ["L1H3", "L20H3"]
+    assert sum(line.get_color() == MARK and len(line.get_xdata()) == 1 for line in axes.lines) == 3
 
 
 def test_whiskers_are_the_interval_of_the_mean():

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.testing import assert_allclose
 from PIL import Image
@@ -10,6 +12,7 @@ from PIL import Image
 from vitrail.analysis import declaration
 from vitrail.errors import UsageError
 from vitrail.figures import patches as figures
+from vitrail.figures.photo_grid import draw_outline
 from vitrail.figures.style import save
 from vitrail.patches.layer_maps import coverage
 
@@ -67,6 +70,32 @@ def test_each_layer_with_a_grid_has_a_panel(study, photo, name, over_photo, tmp_
 @pytest.mark.parametrize("name", ["arrows", "flow", "hubs", "objects"])
 def test_over_all_images_the_mean_is_drawn(study, name):
     assert "mean over 3 images" in DRAWINGS[name](study, None).get_suptitle().replace("\n", " ")
+
+
+def test_the_photograph_lies_under_the_patches_where_pixels_are_left_over(study):
+    pixels = np.zeros((76, 80, 3), dtype=np.uint8)
+    pixels[48:64, 64:80] = 255  # the patch in row 3, column 4
+    study.attrs |= {"patch_steps": [[16, 16], [16, 16], None], "preprocessing": {"size": [76, 80]}}
+    for name in DRAWINGS:
+        axes = DRAWINGS[name](study, 0, Image.fromarray(pixels)).axes[0]
+        left, right, bottom, top = axes.images[0].get_extent()
+        assert_allclose([top + (bottom - top) * row / 76 for row in (48, 64)], [2.5, 3.5])
+        assert_allclose([left + (right - left) * column / 80 for column in (64, 80)], [3.5, 4.5])
+    outlined = draw_outline_of(np.pad(np.ones((1, 1)), ((3, 0), (4, 0))), (76 / 16, 5), (76 / 32, 2.5))
+    assert_allclose(outlined.max(0), [1.875, 1.375])  # patches twice as long; halfway from its middle to its end
+
+
+def draw_outline_of(objects, own, view):
+    axes = Figure().subplots()
+    draw_outline(axes, objects, own, view)
+    return np.concatenate(axes.collections[0].get_paths()[0].to_polygons(closed_only=False))
+
+
+def test_hubs_of_a_study_have_a_scale_that_says_what_the_darkest_is(study):
+    figure = figures.hub_map(study, None)
+    scales = [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.findobj(Axes)]
+    assert ["no image", "33 % of images"] in scales
+    assert figure.axes[0].images[0].get_clim() == pytest.approx((0, 1 / 3))
 
 
 def test_the_frame_of_a_window_lies_where_the_window_is(study):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.colors import to_rgba
 
 from vitrail.analysis import declaration
 from vitrail.errors import UsageError
-from vitrail.figures.patterns import cluster_maps, pattern_map, patterns_by_head
+from vitrail.figures.patterns import COLOURS, cluster_maps, pattern_map, patterns_by_head
 from vitrail.figures.whole import draw_figures
 from vitrail.patterns.names import NAMES, RULES
 
@@ -92,6 +93,17 @@ def test_every_head_has_its_name_in_its_cell(study: xr.Dataset) -> None:
     assert len(figure.axes[1].texts) == 11
 
 
+def test_a_legend_names_the_colours_where_cells_have_no_room(study: xr.Dataset) -> None:
+    wide = xr.concat([study[["pattern_rule", "image_dependence"]]] * 5, dim="head").assign_attrs(study.attrs)
+    figure = patterns_by_head(wide)
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["shift", "uniform", "content"]
+    colours = [patch.get_facecolor() for patch in legend.get_patches()]
+    assert colours == [to_rgba(COLOURS[name]) for name in ("shift", "uniform", "content")]
+    assert not figure.axes[0].texts
+    assert patterns_by_head(study).axes[0].get_legend() is None
+
+
 def test_the_whole_set_is_written_and_what_is_not_there_is_left_out(study: xr.Dataset, tmp_path) -> None:
     made = [path.name for path in draw_figures(study, tmp_path, ("svg",), only=["patterns"])]
     assert made == ["patterns_by_head.svg", "pattern_map_patch.svg", "pattern_clusters.svg"]
@@ -112,7 +124,5 @@ def test_a_map_that_the_study_lacks_is_refused_with_the_reason(study: xr.Dataset
 
 
 def test_every_name_has_a_colour_and_the_measures_are_declared() -> None:
-    from vitrail.figures.patterns import COLOURS
-
     assert set(COLOURS) == set(NAMES)
     assert declaration("pattern_patch_cluster").dtype == "int32"

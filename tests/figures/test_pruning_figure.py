@@ -1,9 +1,12 @@
 """The figure of pruning curves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from vitrail.data import LabelSource
 from vitrail.errors import UsageError
 from vitrail.figures.pruning import pruning_curves
 from vitrail.figures.style import save
@@ -33,6 +36,12 @@ def test_every_ranking_has_a_chart_with_its_area_and_the_areas_have_one_of_their
         assert_allclose(least.get_ydata(), drawn.least[name].mean(-1))
     assert [label.get_text() for label in shown[-1].get_yticklabels()] == list(area_table(drawn))
     assert save(figure, tmp_path / "curves.png").stat().st_size > 20_000
+
+
+def test_areas_say_what_they_are_areas_of():
+    given, own = (replace(curves("flips"), labels=labels) for labels in (LabelSource.GIVEN, LabelSource.PREDICTED))
+    assert pruning_curves(given).axes[1].get_xlabel() == "area between (accuracy)"
+    assert "agreement" in pruning_curves(own).axes[1].get_xlabel()
 
 
 def test_one_ranking_is_drawn_too():

@@ -68,12 +68,15 @@ def test_its_plan_is_equal_to_the_same_plan_written_today(old: Path) -> None:
     again = Plan.from_json(plan.to_json())
     assert differences(plan, again) == []
     assert set(json.loads(again.to_json())) - set(json.loads((old / "study.json").read_text())) == {
+        "block_numbers",
         "device_name",
         "digest",
         "labels",
+        "n_blocks",
         "notes",
         "output",
         "own_grid_layers",
+        "patch_steps",
         "target",
         "task",
         "weights_from",

@@ -71,7 +71,7 @@ def test_the_patch_is_marked_on_the_grid_of_the_layer_that_was_read(folder, tmp_
     assert read
     assert study.attrs["grids"][max(read)] != study.attrs["grids"][-1]
     layer = peak_layer(study)
-    assert layer == (f"L{max(read)}", tuple(study.attrs["grids"][max(read)]))
+    assert (layer.name, layer.grid) == (f"L{max(read)}", tuple(study.attrs["grids"][max(read)]))
     panel = exciting_photographs(study).axes[0]
     assert panel.get_images()[0].get_extent()[2] == layer.grid[0] - 0.5
     assert f"neurons of L{max(read)}" in exciting(ReportData.of(tmp_path / "study")).findings[0]

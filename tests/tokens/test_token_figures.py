@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
 from vitrail.analysis import declaration, measures
@@ -71,6 +71,15 @@ def test_a_photograph_keeps_its_grey_where_values_are_low():
     found = overlaid(photo, values, (2, 2), top=1.0)
     assert_allclose(found[:2, :2], 0.35 + 0.65 * 0.5)
     assert found[3, 3, 0] > found[3, 3, 2] + 0.3  # orange
+
+
+def test_values_lie_on_the_pixels_of_their_patches_where_some_are_left_over():
+    values = np.zeros(9)
+    values[8] = 1.0
+    found = overlaid(np.zeros((19, 16, 3)), values, (3, 3), top=1.0, view=(19 / 5, 16 / 5))
+    orange = found[..., 0] > found[..., 2] + 0.3
+    assert_array_equal(np.argwhere(orange)[[0, -1]], [[10, 10], [14, 14]])
+    assert orange.sum() == 25
 
 
 def test_the_grid_of_positions_holds_a_map_per_patch():

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from vitrail.app.answers import binary, json_answer, number_or_none, parse_index
+from vitrail.app.description import describe_views
 from vitrail.app.once import Once
 from vitrail.app.study_arrays import MAX_INDEX_DIGITS
 from vitrail.comparison import compare, open_pair
@@ -125,6 +126,8 @@ def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
         "left_out": attrs["left_out"],
         "other": {
             "grids": pair.b.plan.grids,
+            "views": describe_views(pair.b.data.attrs),
+            "depths": pair.b.plan.depths,
             "prefixes": pair.b.plan.prefixes,
             "class_token": pair.b.plan.class_token,
             "n_heads": pair.b.plan.n_heads,

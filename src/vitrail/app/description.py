@@ -1,5 +1,6 @@
 """The description of a study that the page needs before it draws: plan, sizes, measures and accuracy, as JSON."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from vitrail.analysis import BASE, Analysis, analyses, measures
@@ -7,10 +8,11 @@ from vitrail.app.answers import number_or_none
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.data import Manifest, class_title
 from vitrail.data.sources import PHOTOS
+from vitrail.grid import Sides, view_in_patches
 from vitrail.stats import share_interval
 from vitrail.study.plan import Plan, growing_command
 
-__all__ = ["describe_study"]
+__all__ = ["describe_study", "describe_views"]
 
 MEASURE_TEXTS = ("title", "unit", "low", "high", "source", "limits", "analysis")
 
@@ -37,6 +39,8 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         "places": {str(name): each.to_numpy().tolist() for name, each in dataset.coords.items() if name != "image"},
         "n_heads": plan.n_heads,
         "grids": plan.grids,
+        "views": describe_views(dataset.attrs),
+        "depths": plan.depths,
         "prefixes": plan.prefixes,
         "own_grid_layers": plan.own_grid_layers,
         "class_token": plan.class_token,
@@ -53,6 +57,19 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         "missing_images": int(dataset.attrs["missing_images"]),
         "has_thumbnails": "thumbnail" in dataset,
     }
+
+
+def describe_views(study: Mapping[Any, Any]) -> list[Sides | None]:
+    """Where patches lie on what the model sees, for whoever draws on it.
+
+    Args:
+        study: Attributes of a study.
+
+    Returns:
+        For each layer how many of its patches long the rows and columns of what the model sees are; None for a layer
+        without a grid.
+    """
+    return [None if grid is None else view_in_patches(study, at) for at, grid in enumerate(study["grids"])]
 
 
 def _describe_analyses(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """One measure of two studies on common cells: heads of a layer and patches are averaged, layers joined by depth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -9,13 +9,25 @@ from jaxtyping import Float, Int
 from vitrail.analysis import measures
 from vitrail.comparison.pairs import Pair, StudySide
 from vitrail.errors import UsageError
+from vitrail.grid import patch_sides
 from vitrail.heads.exact_names import EXACT_VALUES
+from vitrail.layer_summary import is_in_patches
 from vitrail.measure import Measure
 
-__all__ = ["AlignedMeasure", "align", "comparable_measures", "depths_of", "mean_of_present"]
+__all__ = ["AlignedMeasure", "align", "common_depths", "comparable_measures", "mean_of_present"]
 
 AVERAGED = ("head", "patch", "token")
 """Dimensions whose members of two models need not correspond."""
+
+SIDE = "share of the image's side"
+"""Unit of lengths where patches are not all alike."""
+
+OF_THE_GRID = frozenset({"strength_entropy"})
+"""Measures whose numbers depend on how fine the grid is, beside those by hop: the highest entropy is the logarithm of
+the number of hops."""
+
+MOST_PROPORTIONS = 1.1
+"""Views whose proportions differ by more than this factor have no side in common."""
 
 BLOCK_BYTES = 64 * 2**20
 """Read at a time: measures of every patch are too large to hold."""
@@ -26,7 +38,7 @@ class AlignedMeasure:
     """A measure of the paired images in both studies.
 
     Attributes:
-        measure: Its declaration.
+        measure: Its declaration, with the unit of the values here.
         dims: What remains beside the image: "layer", and dimensions of fixed meaning such as "hop".
         a, b: The values, [image, *dims] in float64; NaN where an image has none.
         by_head: The same [image layer head] of both, where both models have the same heads and the measure is of heads.
@@ -93,6 +105,8 @@ def _why_not(pair: Pair, measure: Measure, stored: list[set[str]]) -> str:
             return f"{side.folder.name} does not hold it"
     if name in EXACT_VALUES and "corrected" in (pair.a.option("importance"), pair.b.option("importance")):
         return f"its values are estimates; {EXACT_VALUES[name]} has the images with exact ones"
+    if measure.several_kinds:
+        return f"its numbers along {measure.several_kinds!r} are of several kinds, which have no mean in common"
     versions = [side.plan.measures.get(name) for side in (pair.a, pair.b)]
     if versions[0] != versions[1]:
         return f"it was computed by versions {versions[0]} and {versions[1]} of its definition"
@@ -102,6 +116,8 @@ def _why_not(pair: Pair, measure: Measure, stored: list[set[str]]) -> str:
                 return pair.label_reason
         elif pair.a.option(choice) != pair.b.option(choice):
             return f"the studies differ in the option {choice} ({pair.a.option(choice)} and {pair.b.option(choice)})"
+    if reason := _why_not_across_grids(pair, measure):
+        return reason
     sizes = [dict(side.data[name].sizes) for side in (pair.a, pair.b)]
     for dimension in measure.dims[1:]:
         fixed = dimension not in ("layer", *AVERAGED)
@@ -113,6 +129,30 @@ def _why_not(pair: Pair, measure: Measure, stored: list[set[str]]) -> str:
     return ""
 
 
+def _why_not_across_grids(pair: Pair, measure: Measure) -> str:
+    """Whether numbers of a grid would be compared with those of a finer one as if they were the same."""
+    a, b, same = pair.a.plan.grids, pair.b.plan.grids, pair.same_layers
+    alike = same is not None and [a[layer] for layer in same.a] == [b[layer] for layer in same.b]
+    known = [[grid for grid in grids if grid is not None] for grids in (a, b)]
+    if alike or _has_one_grid(pair) or not all(known):
+        return ""
+    first = [grids[0] for grids in known]
+    if is_in_patches(measure.unit):
+        proportions = [rows / columns for rows, columns in first]
+        if "layer" in measure.dims and max(proportions) <= MOST_PROPORTIONS * min(proportions):
+            return ""
+        return "it is counted in patches, and the two models see images of other proportions"
+    if measure.name in OF_THE_GRID or "hop" in measure.dims:
+        words = " and ".join(f"{rows} x {columns}" for rows, columns in first)
+        return f"its numbers depend on the grid of patches, and those of the two models differ ({words})"
+    return ""
+
+
+def _has_one_grid(pair: Pair) -> bool:
+    """All layers of both models that have a grid have the same."""
+    return len({tuple(grid) for side in (pair.a, pair.b) for grid in side.plan.grids if grid is not None}) < 2
+
+
 def align(pair: Pair, measure: Measure) -> AlignedMeasure:
     """Reads one measure of both studies onto common cells.
 
@@ -121,34 +161,51 @@ def align(pair: Pair, measure: Measure) -> AlignedMeasure:
         measure: One of `comparable_measures`.
 
     Returns:
-        Its values of the paired images. Where the models differ in depth, values are taken at the depths of the
-        shallower one, linearly between layers.
+        Its values of the paired images, of the blocks that have attention in both models. Where the models have other
+        numbers of blocks, values are taken at the depths of the one with fewer layers, linearly between layers. Lengths
+        in patches are shares of the image's side where not all layers of both have one grid.
     """
     keep = measure.dims == ("image", "layer", "head") and pair.same_heads
     full = [_read(side, measure, reduce=not keep) for side in (pair.a, pair.b)]
     if "label" in (measure.depends_on or ()):
         for values in full:
             values[~pair.same_label()] = np.nan
+    if is_in_patches(measure.unit) and "layer" in measure.dims and not _has_one_grid(pair):
+        measure = replace(measure, unit=measure.unit.replace("patches", SIDE, 1))
+        full = [_in_sides(side, values) for side, values in zip((pair.a, pair.b), full, strict=True)]
     by_head = (full[0], full[1]) if keep else None
     cells = [mean_of_present(values, (2,)) for values in full] if keep else full
     dims = tuple(dimension for dimension in measure.dims[1:] if dimension not in AVERAGED)
     if "layer" in dims:
         at = 1 + dims.index("layer")
-        common = depths_of(min(pair.a.plan.n_layers, pair.b.plan.n_layers))
-        cells = [_at_depths(values, at, common) for values in cells]
+        if (same := pair.same_layers) is not None:
+            cells = [np.take(values, layers, at) for layers, values in zip((same.a, same.b), cells, strict=True)]
+        else:
+            own, common = (pair.a.plan.depths, pair.b.plan.depths), common_depths(pair)
+            cells = [_at_depths(values, at, depths, common) for depths, values in zip(own, cells, strict=True)]
     return AlignedMeasure(measure, dims, cells[0], cells[1], by_head)
 
 
-def depths_of(n_layers: int) -> Float[np.ndarray, "layer"]:
-    """Where the layers of a model lie between its input and its output.
+def common_depths(pair: Pair) -> Float[np.ndarray, "layer"]:
+    """Where the layers of a comparison lie between input and output.
 
     Args:
-        n_layers: Number of layers.
+        pair: Two studies.
 
     Returns:
-        The middle of each layer, 0 to 1.
+        The middle of each block that has attention in both models, 0 to 1; where the models have other numbers of
+        blocks, those of the one with fewer layers.
     """
-    return (np.arange(n_layers) + 0.5) / n_layers
+    same = pair.same_layers
+    fewer = min((pair.a.plan, pair.b.plan), key=lambda plan: plan.n_layers)
+    return np.array(fewer.depths if same is None else same.depths)
+
+
+def _in_sides(
+    side: StudySide, values: Float[np.ndarray, "image layer *rest"]
+) -> Float[np.ndarray, "image layer *rest"]:
+    """Lengths in patches as shares of the image's side."""
+    return np.asarray(values * patch_sides(side.plan.grids).reshape(-1, *[1] * (values.ndim - 2)))
 
 
 def _read(side: StudySide, measure: Measure, *, reduce: bool) -> Float[np.ndarray, "image *cells"]:
@@ -193,12 +250,12 @@ def mean_of_present(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _at_depths(values: Float[np.ndarray, "image *cells"], axis: int, depths: Float[np.ndarray, "depth"]) -> np.ndarray:
+def _at_depths(
+    values: Float[np.ndarray, "image *cells"], axis: int, own: list[float], depths: Float[np.ndarray, "depth"]
+) -> np.ndarray:
     """Linear between the middles of layers; the outermost layers stand for what lies beyond their middle."""
-    n_layers = values.shape[axis]
-    if n_layers == len(depths):
-        return values
-    position: Float[np.ndarray, "depth"] = np.clip(depths * n_layers - 0.5, 0, n_layers - 1)
+    n_layers = len(own)
+    position: Float[np.ndarray, "depth"] = np.interp(depths, own, np.arange(n_layers))
     below: Int[np.ndarray, "depth"] = np.floor(position).astype(np.int64)
     above = np.minimum(below + 1, n_layers - 1)
     shape = [1] * values.ndim

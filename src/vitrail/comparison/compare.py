@@ -8,7 +8,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from vitrail.analysis import split_names
-from vitrail.comparison.align import AlignedMeasure, align, comparable_measures, depths_of, mean_of_present
+from vitrail.comparison.align import AlignedMeasure, align, common_depths, comparable_measures, mean_of_present
 from vitrail.comparison.pairs import Pair, describe_labels, open_pair
 from vitrail.data import LabelSource
 from vitrail.dataset import MeasureDataset
@@ -43,8 +43,9 @@ SUFFIXES = ("a", "b", "difference", "low", "high", "low_all", "high_all", "p")
 def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | None = None, seed: int = 0) -> xr.Dataset:
     """Compares two studies of the same images: two models, or one before and after fine-tuning or pruning.
 
-    Images are joined by what is in their files, whatever they are called. Models of another shape are compared layer by
-    layer, at the same depth; head by head only where both have the same heads.
+    Images are joined by what is in their files, whatever they are called. Models with as many blocks, such as one
+    before and after pruning, are compared block by block; others layer by layer, at the same depth; head by head only
+    where both have the same heads. Lengths in patches are shares of the image's side where patches are not all alike.
 
     Args:
         a: Folder of the first study.
@@ -61,8 +62,9 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
           the same in every image and NaN where no image differs;
         - `difference` [image measure];
         - `NAME_a`, `NAME_b`, `NAME_difference`, `NAME_low`, `NAME_high`, `NAME_low_all`, `NAME_high_all`, `NAME_p` by
-          layer (coordinate `depth`) and whatever else the measure has, corrected for all cells of the measure; and
-          `NAME_head_..` [all_layer head] where both models have the same heads.
+          layer (coordinates `depth` and, block by block, `layer_a` and `layer_b`, its index in each model) and whatever
+          else the measure has, corrected for all cells of the measure; and `NAME_head_..` [all_layer head] where both
+          models have the same heads.
 
         Of every image: `change`, how much it changed in all measures together (1: as much as the root mean square over
         images), and with classifiers `same_prediction`. `attrs`: models, folders, numbers of images, `left_out` (the
@@ -113,10 +115,11 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
         result["same_prediction"] = (("image",), predictions[0] == predictions[1])
     ids = [side.data["image"].to_numpy()[side.rows].astype(np.str_) for side in (pair.a, pair.b)]
     coordinates = {"image": ids[0], "image_b": ("image", ids[1]), "measure": list(by_image)}
-    n_layers = min(pair.a.plan.n_layers, pair.b.plan.n_layers)
     dataset: xr.Dataset = MeasureDataset(dict(result), coords=coordinates)
     if "layer" in dataset.dims:
-        dataset = dataset.assign_coords(depth=("layer", depths_of(n_layers)))
+        dataset = dataset.assign_coords(depth=("layer", common_depths(pair)))
+        if (same := pair.same_layers) is not None:
+            dataset = dataset.assign_coords(layer_a=("layer", same.a), layer_b=("layer", same.b))
     attributes = _attributes(pair, left_out, _correspondence(heads, seed))
     return _with_words(dataset, by_image, cells).assign_attrs(attributes, no_interval=no_interval)
 

@@ -103,7 +103,7 @@ def describe_difference(compared: xr.Dataset, name: str) -> Sentence:
         name: Of the measure.
 
     Returns:
-        A sentence, with the layer that it names where both models have the same layers.
+        A sentence, with the layer of the first model that it names where both have it.
     """
     row = compared.sel(measure=name)
     difference, unit = float(row["mean_difference"]), str(row["unit"].item())
@@ -126,9 +126,25 @@ def _largest_layer(compared: xr.Dataset, name: str) -> tuple[int | None, str]:
     if not np.isfinite(values).any() or not (p < ALPHA).any():
         return None, ""
     at = int(np.nanargmax(np.where(p < ALPHA, np.abs(values), np.nan)))
-    same = compared.attrs["n_layers_a"] == compared.attrs["n_layers_b"]
-    where = f"L{at}" if same else f"{percent(float(compared['depth'][at]))} of the depth"
-    return at if same else None, f"; most at {where} ({values[at]:+.3g})"
+    layer, where = None, f"{percent(float(compared['depth'][at]))} of the depth"
+    if "layer_a" in compared.coords:
+        layer, other = (int(compared[f"layer_{side}"][at]) for side in "ab")
+        where = f"L{layer}" if layer == other else f"L{layer} of {compared.attrs['name_a']}, L{other} of the other"
+    return layer, f"; most at {where} ({values[at]:+.3g})"
+
+
+def _left_out(compared: xr.Dataset) -> str:
+    """How many layers are no layer of the other model, where layers are joined block by block."""
+    if "layer_a" not in compared.coords:
+        return ""
+    counts = [compared.attrs[f"n_layers_{side}"] - compared.sizes["layer"] for side in "ab"]
+    told = [
+        f"{count} layer{'s' if count > 1 else ''} of {compared.attrs[f'name_{side}']}"
+        for count, side in zip(counts, "ab", strict=True)
+        if count
+    ]
+    verb = "is" if sum(counts) == 1 else "are"
+    return f"; {' and '.join(told)} without attention in the other {verb} left out" if told else ""
 
 
 def _interval(row: xr.Dataset, factor: int, unit: str) -> str:
@@ -142,7 +158,8 @@ def _of_heads(compared: xr.Dataset) -> Iterator[str]:
     heads = compared.attrs["heads_correspond"]
     if heads is None:
         if not compared.attrs["same_heads"]:
-            yield "The models have different heads, so they are compared by layer, at the same depth."
+            how = "block by block" if "layer_a" in compared.coords else "at the same depth"
+            yield f"The models have different heads, so they are compared by layer, {how}{_left_out(compared)}."
         return
     correlation, p = heads["correlation"], heads["p"]
     if p < ALPHA:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -14,7 +14,7 @@ from vitrail.errors import UsageError
 from vitrail.study.plan import Plan
 from vitrail.study.store import open_study, read_manifest, read_plan
 
-__all__ = ["Pair", "StudySide", "describe_labels", "open_pair"]
+__all__ = ["LayerPairs", "Pair", "StudySide", "describe_labels", "open_pair"]
 
 MOST_IMAGES = 10_000
 """More paired images than this are thinned evenly: intervals shrink with the root of the number, and resampling more
@@ -52,6 +52,19 @@ class StudySide:
         return self.plan.options.get(name, options[name].default if name in options else None)
 
 
+class LayerPairs(NamedTuple):
+    """Layers of two models that are the same block.
+
+    Attributes:
+        a, b: Their indices in each model.
+        depths: Where they lie between input and output, 0 to 1.
+    """
+
+    a: list[int]
+    b: list[int]
+    depths: list[float]
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """Two studies joined by their images.
@@ -69,8 +82,20 @@ class Pair:
 
     @property
     def same_heads(self) -> bool:
-        """Both models have the same number of heads in every layer."""
-        return self.a.plan.n_heads == self.b.plan.n_heads
+        """Both models have the same layers, with the same number of heads in each."""
+        return self.a.plan.n_heads == self.b.plan.n_heads and self.a.plan.depths == self.b.plan.depths
+
+    @property
+    def same_layers(self) -> LayerPairs | None:
+        """The layers of both models that are the same block; None where the models have other numbers of blocks or no
+        block with attention in common."""
+        a, b = self.a.plan, self.b.plan
+        if (a.n_blocks or a.n_layers) != (b.n_blocks or b.n_layers):
+            return None
+        both = [depth for depth in a.depths if depth in b.depths]
+        if not both:
+            return None
+        return LayerPairs([a.depths.index(depth) for depth in both], [b.depths.index(depth) for depth in both], both)
 
     def same_label(self) -> Bool[np.ndarray, "image"]:
         """Which images have the same label in both studies.

@@ -12,6 +12,7 @@ from PIL import Image
 from vitrail.data.geometry import crop_corner, resized_sides
 from vitrail.errors import MissingLibrary
 from vitrail.exports.source import THUMBNAIL, ExportSource, import_library
+from vitrail.grid import Sides, view_in_patches
 
 __all__ = ["DATASET", "PICTURES", "heat_map", "patch_maps", "write_fiftyone"]
 
@@ -75,7 +76,8 @@ def _samples(fo: Any, source: ExportSource, folder: Path) -> list[Any]:
         for name, values in numbers.items():
             sample[name] = float(values[row]) if np.isfinite(values[row]) else None
         for name, values in maps.items():
-            sample[name] = fo.Heatmap(map=heat_map(values[row], sides, source.plan.preprocessing), range=ranges[name])
+            laid = heat_map(values[row], sides, source.plan.preprocessing, _view(source))
+            sample[name] = fo.Heatmap(map=laid, range=ranges[name])
         samples.append(sample)
     return samples
 
@@ -89,10 +91,10 @@ def patch_maps(source: ExportSource) -> dict[str, Float[np.ndarray, "image row c
     Returns:
         One map of patches an image, by name of the measure.
     """
-    grids = [(layer, grid) for layer, grid in enumerate(source.plan.grids) if grid is not None]
-    if not grids:
+    layer = _map_layer(source)
+    grid = None if layer is None else source.plan.grids[layer]
+    if grid is None:
         return {}
-    layer, grid = grids[-1]
     chosen = {
         str(name): array for name, array in source.data.data_vars.items() if array.dims == ("image", "layer", "patch")
     }
@@ -105,8 +107,22 @@ def patch_maps(source: ExportSource) -> dict[str, Float[np.ndarray, "image row c
     }
 
 
+def _map_layer(source: ExportSource) -> int | None:
+    """The last layer that has a grid."""
+    return max((layer for layer, grid in enumerate(source.plan.grids) if grid is not None), default=None)
+
+
+def _view(source: ExportSource) -> Sides | None:
+    """How many patches of the maps long the sides of the model's crop are."""
+    layer = _map_layer(source)
+    return None if layer is None else view_in_patches(source.everything.attrs, layer)
+
+
 def heat_map(
-    values: Float[np.ndarray, "row column"], sides: tuple[int, int] | None, preprocessing: Mapping[str, Any]
+    values: Float[np.ndarray, "row column"],
+    sides: tuple[int, int] | None,
+    preprocessing: Mapping[str, Any],
+    view: Sides | None = None,
 ) -> Float[np.ndarray, "pixel_row pixel_column"]:
     """A map of patches laid over the whole photograph, of which the model saw a crop.
 
@@ -114,9 +130,10 @@ def heat_map(
         values: A value for each patch.
         sides: (columns, rows) of the photograph; None where the picture is the crop itself.
         preprocessing: Of the plan.
+        view: How many patches long the sides of the crop are (`grid.view_in_patches`); None: as long as the map.
 
     Returns:
-        Values of any size with the photograph's proportions; 0 where the model saw nothing.
+        Values of any size with the photograph's proportions; 0 where the model saw nothing, and behind the last patch.
     """
     rows, columns = preprocessing["size"]
     (left, top), (width, height) = (0, 0), (columns, rows)
@@ -129,9 +146,10 @@ def heat_map(
         for side, n, crop in ((height, n_rows, rows), (width, n_columns, columns))
     ]
     # the patch at the middle of each pixel of the map
-    down = ((np.arange(pixels[0]) + 0.5) * height / pixels[0] - top) * n_rows / rows
-    right = ((np.arange(pixels[1]) + 0.5) * width / pixels[1] - left) * n_columns / columns
-    inside = ((down >= 0) & (down < n_rows))[:, None] & ((right >= 0) & (right < n_columns))
+    below, across = view or (n_rows, n_columns)
+    down = ((np.arange(pixels[0]) + 0.5) * height / pixels[0] - top) * below / rows
+    right = ((np.arange(pixels[1]) + 0.5) * width / pixels[1] - left) * across / columns
+    inside = ((down >= 0) & (down < min(n_rows, below)))[:, None] & ((right >= 0) & (right < min(n_columns, across)))
     at = np.clip(down, 0, n_rows - 1).astype(int)[:, None], np.clip(right, 0, n_columns - 1).astype(int)
     return np.where(inside, np.nan_to_num(values[at]), 0.0)
 

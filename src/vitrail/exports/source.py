@@ -14,7 +14,7 @@ from vitrail.analysis import BASE, analyses, measures, measures_named
 from vitrail.data.files import some
 from vitrail.data.images import ImageEntry
 from vitrail.errors import MissingLibrary, UsageError
-from vitrail.layer_summary import finite_mean
+from vitrail.layer_summary import finite_mean, in_first_patches
 from vitrail.study.plan import Plan
 from vitrail.study.store import open_study, read_manifest, read_plan
 
@@ -65,7 +65,7 @@ class ExportSource:
         ]
 
     def present(self, dims: Sequence[str]) -> Bool[np.ndarray, "*cells"]:
-        """Which cells of an array the model has: heads and patches that a layer lacks are padding in the store.
+        """Which cells of an array the model has: heads, patches and hops that a layer lacks are padding in the store.
 
         Args:
             dims: Dimensions of the array, without `image`.
@@ -78,7 +78,8 @@ class ExportSource:
         if "layer" not in dims:
             return cells
         patches = np.array([0 if grid is None else grid[0] * grid[1] for grid in self.plan.grids])
-        counts = {"head": np.array(self.plan.n_heads), "patch": patches}
+        hops = np.array([0 if grid is None else max(grid) for grid in self.plan.grids])
+        counts = {"head": np.array(self.plan.n_heads), "patch": patches, "hop": hops}
         if patches.all():
             counts["token"] = patches + np.array(self.plan.prefixes)
         at = np.indices(sizes)
@@ -106,21 +107,26 @@ class ExportSource:
             yield rows, {name: array.isel(image=rows).to_numpy() for name, array in arrays.items()}
 
     def numbers_of_images(self) -> dict[str, Float[np.ndarray, "image"]]:
-        """One number an image of every measure whose mean says something.
+        """One number an image of every measure whose mean says something: not of x and y, which cancel.
 
         Returns:
-            The measure itself where it has no other dimension, else `mean_NAME` over what the model has; where a
-            measure has a baseline, `largest_loss_NAME` too: the cost of the change that costs most.
+            The measure itself where it has no other dimension, else `mean_NAME` over what the model has, lengths as
+            `in_first_patches` gives them; where a measure has a baseline, `largest_loss_NAME` too: the cost of the
+            change that costs most.
         """
         numbers: dict[str, np.ndarray] = {}
         for name, measure in measures().items():
-            if name not in self.data or not measure.is_quantity or self.data[name].dims[0] != "image":
+            if name not in self.data or not measure.is_quantity or measure.several_kinds:
                 continue
-            dims = [str(each) for each in self.data[name].dims[1:]]
+            array = self.data[name]
+            if array.dims[0] != "image":
+                continue
+            dims = [str(each) for each in array.dims[1:]]
             cells = self.present(dims)
             means, lowest = [], []
-            for _, values in self.blocks([name]):
-                present = np.where(cells, values[name].astype(np.float64), np.nan).reshape(len(values[name]), -1)
+            for rows, values in self.blocks([name]):
+                block = in_first_patches(array.isel(image=rows).copy(data=values[name]), self.plan.grids).to_numpy()
+                present = np.where(cells, block.astype(np.float64), np.nan).reshape(len(block), -1)
                 means.append(finite_mean(present))
                 lowest.append(np.where(np.isnan(present), np.inf, present).min(1))
             numbers[f"mean_{name}" if dims else name] = np.concatenate(means)

@@ -8,7 +8,9 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from vitrail.figures.photo_grid import grid_extent, sides_of_both
 from vitrail.figures.style import ATTENTION, INK, Figure, blank, explain, number, style_colorbar, styled
+from vitrail.grid import Grid, Sides
 from vitrail.heads.query_maps import QueryMaps
 
 __all__ = ["attention_over_photo"]
@@ -21,10 +23,11 @@ PAPER = (0.45, 0.5)
 def attention_over_photo(
     photo: Image.Image,
     maps: QueryMaps,
-    grid: tuple[int, int],
+    grid: Grid,
     prefix: int,
     query: int,
     title: str,
+    view: Sides | None = None,
 ) -> Figure:
     """Three pictures: the photograph with the query, where the query looks, and who looks at the query.
 
@@ -37,6 +40,7 @@ def attention_over_photo(
         prefix: Tokens before the patches.
         query: Index of a token.
         title: Title of the figure.
+        view: How many patches long the sides of the photograph are (`grid.view_in_patches`); None: the grid's.
 
     Returns:
         The figure.
@@ -44,7 +48,7 @@ def attention_over_photo(
     aspect = photo.height / photo.width
     figure = blank(8.4, min(9.0, 2.2 * aspect + 1.35), title)
     axes = figure.subplots(1, 3)
-    _draw_photo(axes[0], np.asarray(photo.convert("RGB")), grid)
+    _draw_photo(axes[0], np.asarray(photo.convert("RGB")), grid, view)
     axes[0].set_title(_query_name(query, prefix, grid))
     grey = _fade(photo)
     norm = Normalize(0.0, maps.scale)
@@ -53,9 +57,9 @@ def attention_over_photo(
         (axes[1], maps.attends, f"Where it looks\n{100 * maps.patch_share:.0f} % goes to patches"),
         (axes[2], maps.received, f"Who looks at it\n{number(maps.mean_received)} from a patch, on average"),
     ):
-        _draw_photo(panel, grey, grid)
+        _draw_photo(panel, grey, grid, view)
         overlay = panel.imshow(
-            values, cmap=ATTENTION, norm=norm, extent=_extent(grid), interpolation="nearest", aspect="auto"
+            values, cmap=ATTENTION, norm=norm, extent=grid_extent(grid), interpolation="nearest", aspect="auto"
         )
         panel.set_title(words)
     if query >= prefix:
@@ -69,21 +73,18 @@ def attention_over_photo(
     return figure
 
 
-def _extent(grid: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Axes count in patches, so that cells and photograph lie on each other."""
-    return (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
-
-
 def _fade(photo: Image.Image) -> UInt8[np.ndarray, "row column channel"]:
     grey = PAPER[0] + PAPER[1] * np.asarray(photo.convert("L"), dtype=np.float64) / 255
     return np.repeat((grey * 255).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _draw_photo(axes: Any, pixels: UInt8[np.ndarray, "row column channel"], grid: tuple[int, int]) -> None:
-    rows, columns = grid
-    axes.imshow(pixels, extent=_extent(grid), interpolation="lanczos", aspect="auto")
-    axes.set_box_aspect(pixels.shape[0] / pixels.shape[1])
-    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel="column (patches)", ylabel="row (patches)")
+def _draw_photo(axes: Any, pixels: UInt8[np.ndarray, "row column channel"], grid: Grid, view: Sides | None) -> None:
+    """Axes count in patches, so that cells and photograph lie on each other."""
+    (rows, columns), (height, width) = grid, view or grid
+    axes.imshow(pixels, extent=grid_extent((height, width)), interpolation="lanczos", aspect="auto")
+    below, right = sides_of_both(grid, view)
+    axes.set_box_aspect(below / height * pixels.shape[0] / (right / width * pixels.shape[1]))
+    axes.set(xlim=(-0.5, right - 0.5), ylim=(below - 0.5, -0.5), xlabel="column (patches)", ylabel="row (patches)")
     axes.set_xticks([0, columns - 1] if columns > 1 else [0])
     axes.set_yticks([0, rows - 1] if rows > 1 else [0])
     axes.xaxis.labelpad = axes.yaxis.labelpad = -6

@@ -113,7 +113,9 @@ def layers_side_by_side(compared: xr.Dataset) -> Figure | None:
     explain(
         figure,
         "Means over images, heads and patches. Depth: 0 the input, 1 the output; of models with different numbers of "
-        "layers, values at the depths of the shallower one.",
+        "blocks, values at the depths of the one with fewer layers.",
+        f"Band, where images are enough: 95 % interval of the difference, of all layers together, added to the line of "
+        f"{compared.attrs['name_a']}, so that it lies around that of {compared.attrs['name_b']}.",
         f"Filled dots: p below {ALPHA} for that layer against random signs, corrected for all layers of the measure.",
     )
     return figure

@@ -31,7 +31,7 @@ def exciting_photographs(study: xr.Dataset) -> Figure:
     for row, neuron in zip(axes, neurons, strict=True):
         for panel, image in zip(row, peak_images(study, neuron)[:columns], strict=True):
             photo = Image.fromarray(study["thumbnail"][image].to_numpy())
-            panel.imshow(photo, extent=grid_extent(layer.grid or (1, 1)), aspect="auto")
+            panel.imshow(photo, extent=grid_extent(layer.view or (1, 1)), aspect="auto")
             if layer.grid is not None:
                 mark_patch(panel, *divmod(int(study["neuron_peak_patch"][image, neuron]), layer.grid[1]))
             panel.set(xticks=[], yticks=[])

@@ -26,6 +26,7 @@ def patch_matches(matches: xr.Dataset) -> Figure:
         The figure.
     """
     rows, columns = grid = int(matches.attrs["grid"][0]), int(matches.attrs["grid"][1])
+    below, across = matches.attrs["view_in_patches"]
     n_panels = 1 + matches.sizes["match"]
     n_rows = -(-n_panels // PER_ROW)
     row, column = matches.attrs["patch"]
@@ -40,7 +41,7 @@ def patch_matches(matches: xr.Dataset) -> Figure:
     names = ["", *matches["match"].values]
     places = [row * columns + column, *matches["match_place"].values]
     for panel, view, cosines, name, place in zip(axes.flat, views, likeness, names, places, strict=False):
-        draw_background(panel, grid, Image.fromarray(view))
+        draw_background(panel, grid, Image.fromarray(view), (below, across))
         shown = np.ma.masked_less(cosines.reshape(rows, columns), low)
         overlay = panel.imshow(
             shown, cmap=ATTENTION, vmin=low, vmax=high, extent=grid_extent(grid), interpolation="nearest", aspect="auto"

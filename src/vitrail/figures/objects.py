@@ -23,7 +23,7 @@ from vitrail.figures.style import (
     styled,
     when,
 )
-from vitrail.grid import Grid
+from vitrail.grid import Grid, view_in_patches
 from vitrail.heads.head_values import HeadValues
 from vitrail.heads.object_summary import (
     TOP,
@@ -130,11 +130,11 @@ def _draw_scores(figure: Figure, axes: Any, study: xr.Dataset, summary: ScoreSum
 
 @dataclass(frozen=True, eq=False)
 class _MapPanel:
-    """A map over a photograph, with the objects on the grid of the first layer."""
+    """A map of a layer over a photograph, with the objects on the grid of the first layer."""
 
     photo: Image.Image
     weights: Float[np.ndarray, "patch"] | None
-    grid: Grid
+    layer: int
     objects: Float[np.ndarray, "row column"] | None
     title: str
 
@@ -156,18 +156,18 @@ def example_map_grid(study: xr.Dataset) -> Figure | None:
     examples = example_maps(study, layer, head, N_EXAMPLES)
     if not examples:
         return None
-    grid = _grid(study, layer)
     drawn = [
         _MapPanel(
             Image.fromarray(study["thumbnail"][each.image].to_numpy()),
             each.weights,
-            grid,
+            layer,
             _objects(study, each.image),
             f"AUROC {each.score:.2f}",
         )
         for each in examples
     ]
     return _draw_maps(
+        study,
         drawn,
         f"{head_name(layer, head)}, the best head by AUROC, on {len(drawn)} photographs",
         f"From where it finds the objects best to where it finds them worst, evenly spaced among the images whose maps "
@@ -189,13 +189,14 @@ def best_maps(look: xr.Dataset) -> Figure | None:
     if summary is None or "head_map" not in look:
         return None
     photo, objects = Image.fromarray(look["view"].to_numpy()), _objects(look, 0)
-    drawn = [_MapPanel(photo, None, _grid(look, summary.ranked[0][0]), objects, "the objects")]
+    drawn = [_MapPanel(photo, None, summary.ranked[0][0], objects, "the objects")]
     best = summary.ranked[:N_HEADS]
     for layer, head in best:
         weights = look["head_map"][layer, head].to_numpy()
         title = f"{head_name(layer, head)}: {summary.mean[layer, head]:.2f}"
-        drawn.append(_MapPanel(photo, weights[np.isfinite(weights)], _grid(look, layer), objects, title))
+        drawn.append(_MapPanel(photo, weights[np.isfinite(weights)], layer, objects, title))
     return _draw_maps(
+        look,
         drawn,
         f"Heads that find the objects best: {image_id(look, 0)}",
         f"Beside each head its AUROC: patches of the objects against all others. "
@@ -225,25 +226,26 @@ def _objects(study: xr.Dataset, image: int) -> Float[np.ndarray, "row column"] |
     return covered
 
 
-def _draw_maps(drawn: Sequence[_MapPanel], title: str, reading: str) -> Figure:
+def _draw_maps(study: xr.Dataset, drawn: Sequence[_MapPanel], title: str, reading: str) -> Figure:
     n_columns = min(PER_ROW + (len(drawn) == PER_ROW + 1), len(drawn))
     n_rows = -(-len(drawn) // n_columns)
     figure = blank(max(4.5, n_columns * PANEL_INCHES), n_rows * (PANEL_INCHES + 0.2) + 0.95, title)
     cells = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
     for axes, panel in zip(cells, drawn, strict=False):
-        draw_background(axes, panel.grid, panel.photo)
+        grid, view = _grid(study, panel.layer), view_in_patches(study.attrs, panel.layer)
+        draw_background(axes, grid, panel.photo, view)
         if panel.weights is not None:
             low, high = scale_of_map(panel.weights)
             axes.imshow(
-                panel.weights.reshape(panel.grid),
-                extent=grid_extent(panel.grid),
+                panel.weights.reshape(grid),
+                extent=grid_extent(grid),
                 cmap=COVER,
                 vmin=low,
                 vmax=high,
                 interpolation="nearest",
             )
         if panel.objects is not None:
-            draw_outline(axes, panel.objects, panel.grid)
+            draw_outline(axes, panel.objects, view_in_patches(study.attrs, 0), view)
         axes.set_title(panel.title, fontsize=7, color=SOFT, pad=3)
     for axes in cells[len(drawn) :]:
         axes.set_axis_off()

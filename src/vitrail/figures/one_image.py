@@ -20,6 +20,7 @@ from vitrail.figures.heads import (
 )
 from vitrail.figures.style import Figure, FigureTable, head_name, number
 from vitrail.figures.tokens import Curve, Panel
+from vitrail.grid import view_in_patches
 from vitrail.heads.head_values import head_values, heads_with_strength, main_metric
 from vitrail.heads.query_maps import query_maps
 from vitrail.patches.layer_maps import layer_grids
@@ -81,7 +82,13 @@ def _attention(look: xr.Dataset, layer: int, head: int, kind: str, query: int) -
     row, column = (look[f"{kind}_{way}"].to_numpy()[layer, head, :n_tokens] for way in ("attention", "received"))
     maps = query_maps(row, column, grid, prefix)
     return attention_over_photo(
-        _view(look), maps, grid, prefix, query, f"{head_name(layer, head)}: {_caption(look, layer, head)}"
+        _view(look),
+        maps,
+        grid,
+        prefix,
+        query,
+        f"{head_name(layer, head)}: {_caption(look, layer, head)}",
+        view_in_patches(look.attrs, layer),
     )
 
 
@@ -203,7 +210,12 @@ def _relevance(look: xr.Dataset) -> Figure | None:
     scores = look["relevance"]
     drawn = [
         Panel(
-            token_figures.overlaid(_pixels(look), scores.sel(relevance_method=method).to_numpy(), _grid(look, 0)),
+            token_figures.overlaid(
+                _pixels(look),
+                scores.sel(relevance_method=method).to_numpy(),
+                _grid(look, 0),
+                view=view_in_patches(look.attrs, 0),
+            ),
             method,
         )
         for method in _methods(look)
@@ -368,8 +380,8 @@ def _prediction(look: xr.Dataset) -> str:
 
 def _photograph(look: xr.Dataset, title: str = "") -> Panel:
     """The view with the patch marked."""
-    pixels, grid = _pixels(look), _grid(look, 0)
-    height, width = pixels.shape[0] / grid[0], pixels.shape[1] / grid[1]
+    pixels, (rows, columns) = _pixels(look), view_in_patches(look.attrs, 0)
+    height, width = pixels.shape[0] / rows, pixels.shape[1] / columns
     row, column = _row_and_column(look)
     return Panel(pixels, title or _name(look), (row * height, column * width, height, width))
 

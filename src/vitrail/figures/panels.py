@@ -1,5 +1,6 @@
 """The single charts that figures are put together from: each draws one quantity onto given axes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from vitrail.heads.head_values import HeadStrength, HeadValues
 
 __all__ = ["axis_label", "dots_by_layer", "dots_over_layers", "heat_map", "line", "strength"]
 
+Point = tuple[float | int, float | int]
+
 MAX_NUMBERED = (16, 8)
 """Up to so many (layers, heads) the cells of a heat map carry their number: more would not be readable."""
 
@@ -41,6 +44,10 @@ MAX_WITH_MARKERS = 64
 
 LOG_FROM = 30
 """Strengths that differ by more than this factor are drawn on a log scale."""
+
+NAME_POINTS = 6.5
+LINE_HEIGHT, CHARACTER_WIDTH = 1.3, 0.6
+"""Of the names of outstanding heads: height of a line in sizes of the font, width of a character in such heights."""
 
 ROOM_ABOVE_CEILING = 0.09
 """Free height above the line ln(hops) for its words, as a share of the axis."""
@@ -120,24 +127,15 @@ def dots_by_layer(axes: Any, head_values: HeadValues) -> None:
     axes.plot(values, rows, "o", color=COOL, markersize=2.0 if small else 3.2, markeredgewidth=0)
     for layer in range(1, n_layers):
         axes.axhline(layer - 0.5, color=LINE, linewidth=0.5, zorder=0)
-    row_of_head = dict(zip(map(tuple, head_values.heads.tolist()), rows, strict=True))
-    for layer, head in head_values.outstanding:
-        value = head_values.values[layer, head]
-        axes.plot([value], [row_of_head[layer, head]], "o", color=MARK, markersize=4, markeredgewidth=0, zorder=4)
-        axes.annotate(
-            head_name(layer, head),
-            (value, row_of_head[layer, head]),
-            xytext=(0, 2.5),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=6.5,
-            color=MARK,
-            fontweight="bold",
-        )
     axes.set(ylim=(n_layers - 0.5, -0.5), xlabel=axis_label(head_values))
     axes.tick_params(left=False, labelleft=False)
     axes.spines["left"].set_visible(False)
+    row_of_head = dict(zip(map(tuple, head_values.heads.tolist()), rows, strict=True))
+    outstanding = {pair: (float(head_values.values[pair]), row_of_head[pair]) for pair in head_values.outstanding}
+    for value, row in outstanding.values():
+        axes.plot([value], [row], "o", color=MARK, markersize=4, markeredgewidth=0, zorder=4)
+    for pair in _readable(axes, outstanding):
+        _name_head(axes, pair, outstanding[pair], (0, 2.5), ha="center", va="bottom")
 
 
 def line(axes: Any, head_values: HeadValues, mean: HeadValues | None = None) -> None:
@@ -181,7 +179,6 @@ def line(axes: Any, head_values: HeadValues, mean: HeadValues | None = None) -> 
     if head_values.unpruned is not None:
         axes.axhline(head_values.unpruned, color=INK, linewidth=0.8, linestyle=DASHES["dotted"], alpha=0.7, zorder=2)
         axes.plot([0], start, "s", color=INK, markersize=3.6, zorder=4)
-    _name_extremes(axes, head_values)
     zero = "" if head_values.unpruned is None else " (0: nothing pruned)"
     axes.set(
         xlim=(-1 if zero else 0, len(index) + 1),
@@ -190,6 +187,7 @@ def line(axes: Any, head_values: HeadValues, mean: HeadValues | None = None) -> 
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
+    _name_extremes(axes, head_values)
 
 
 def _layer_borders(axes: Any, layers: Int[np.ndarray, "head"]) -> None:
@@ -218,23 +216,39 @@ def _layer_borders(axes: Any, layers: Int[np.ndarray, "head"]) -> None:
 def _name_extremes(axes: Any, head_values: HeadValues) -> None:
     """Names of the most important heads, on the side that points away from the line."""
     order = {pair: at for at, pair in enumerate(map(tuple, head_values.heads.tolist()), start=1)}
-    for layer, head in head_values.outstanding:
-        value, x = head_values.values[layer, head], order[layer, head]
-        below = value < head_values.median
+    outstanding = {pair: (order[pair], float(head_values.values[pair])) for pair in head_values.outstanding}
+    for x, value in outstanding.values():
         axes.plot([x], [value], "o", color=MARK, markersize=4, zorder=5)
-        axes.annotate(
-            head_name(layer, head),
-            (x, value),
-            xytext=(5, -2 if below else 2),
-            textcoords="offset points",
-            ha="left",
-            va="top" if below else "bottom",
-            fontsize=6.5,
-            color=MARK,
-            fontweight="bold",
-            annotation_clip=False,
-        )
     axes.margins(y=0.12)
+    for pair in _readable(axes, outstanding):
+        below = outstanding[pair][1] < head_values.median
+        _name_head(axes, pair, outstanding[pair], (5, -2 if below else 2), ha="left", va="top" if below else "bottom")
+
+
+def _readable(axes: Any, places: Mapping[tuple[int, int], Point]) -> list[tuple[int, int]]:
+    """The heads, the first before the others, whose names cover no other's; the axes have their limits."""
+    axes.get_xlim(), axes.get_ylim()  # settles limits that follow the data
+    height = LINE_HEIGHT * NAME_POINTS / 72 * axes.figure.dpi
+    kept: dict[tuple[int, int], Any] = {}
+    for pair, place in places.items():
+        at, width = axes.transData.transform(place), len(head_name(*pair)) * CHARACTER_WIDTH * height
+        if all(abs(at[0] - other[0]) >= width or abs(at[1] - other[1]) >= height for other in kept.values()):
+            kept[pair] = at
+    return list(kept)
+
+
+def _name_head(axes: Any, pair: tuple[int, int], place: Point, offset: Point, **words: Any) -> None:
+    axes.annotate(
+        head_name(*pair),
+        place,
+        xytext=offset,
+        textcoords="offset points",
+        fontsize=NAME_POINTS,
+        color=MARK,
+        fontweight="bold",
+        annotation_clip=False,
+        **words,
+    )
 
 
 def dots_over_layers(

@@ -27,7 +27,8 @@ from vitrail.figures.photo_grid import (
     mark_patch,
 )
 from vitrail.figures.style import COOL, INK, MARK, SOFT, Figure, FigureTable, blank, explain, number, styled, when
-from vitrail.grid import Grid, positions
+from vitrail.grid import Grid, positions, view_in_patches
+from vitrail.layer_summary import in_first_patches
 from vitrail.patches.layer_maps import (
     coverage_by_layer,
     layer_grids,
@@ -87,7 +88,7 @@ def tendency_arrows(study: xr.Dataset, image: ImageChoice = None, photo: Image.I
     Raises:
         UsageError: The study holds no tendencies, or has no such image.
     """
-    pulls, description = patch_maps(study, "tendency", image)
+    pulls, unit, description = _pulls(study, image)
     lengths = pull_lengths(pulls)
     longest, means = scale_of_lengths(lengths), mean_lengths(lengths)
 
@@ -118,9 +119,9 @@ def tendency_arrows(study: xr.Dataset, image: ImageChoice = None, photo: Image.I
     explain(
         figure,
         "An arrow leads from a patch towards the centre of the interactions in its window.",
-        f"All panels at one scale: the 95 % longest arrow, {number(longest)} patches, is drawn "
-        f"{ARROW_PATCHES} patches long.",
-        "Beside the layer: mean length in patches. Patches at the border can only point inward.",
+        f"All panels at one scale: the 95 % longest arrow, {number(longest)} {unit}, is drawn "
+        f"{ARROW_PATCHES} patches of its panel long.",
+        f"Beside the layer: mean length in {unit}. Patches at the border can only point inward.",
         "Our construction, after Ma et al. 2022.",
     )
     return figure
@@ -141,7 +142,7 @@ def tendency_flow(study: xr.Dataset, image: ImageChoice = None, photo: Image.Ima
     Raises:
         UsageError: The study holds no tendencies, or has no such image.
     """
-    pulls, description = patch_maps(study, "tendency", image)
+    pulls, unit, description = _pulls(study, image)
     lengths = pull_lengths(pulls)
     radius, means = scale_of_lengths(lengths), mean_lengths(lengths)
 
@@ -158,10 +159,20 @@ def tendency_flow(study: xr.Dataset, image: ImageChoice = None, photo: Image.Ima
     explain(
         figure,
         "Hue and tick: the direction in which a patch is pulled (see the wheel). Strength of colour: how far, full at",
-        f"{number(radius)} patches, the 95 % longest of the figure. Beside the layer: mean length in patches.",
+        f"{number(radius)} {unit}, the 95 % longest of the figure. Beside the layer: mean length in {unit}.",
         "Our construction, after Ma et al. 2022.",
     )
     return figure
+
+
+def _pulls(study: xr.Dataset, image: ImageChoice) -> tuple[Float[np.ndarray, "layer patch xy"], str, str]:
+    """Tendencies of one image or their mean, in the unit that all layers share; the unit; whose they are."""
+    values, description = patch_maps(study, "tendency", image)
+    tendency = study["tendency"]
+    pulls = in_first_patches(
+        xr.DataArray(values, dims=tendency.dims[1:], attrs=tendency.attrs), study.attrs.get("grids")
+    )
+    return pulls.to_numpy(), str(pulls.attrs.get("unit", "patches")).partition(",")[0], description
 
 
 @styled
@@ -271,7 +282,8 @@ def window_object_map(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Im
         share = shares[layer, : grid[0] * grid[1]].reshape(grid)
         axes.imshow(share, extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
         if covered is not None and tuple(first) == grid:
-            draw_outline(axes, covered[: grid[0] * grid[1]].reshape(grid), grid)
+            view = view_in_patches(study.attrs, layer)
+            draw_outline(axes, covered[: grid[0] * grid[1]].reshape(grid), view, view)
 
     figure = _layers(
         study,
@@ -333,6 +345,7 @@ def hub_map(study: xr.Dataset, image: ImageChoice = 0, photo: Image.Image | None
         photo,
         draw,
         lambda layer: f"{np.nansum(hubs[layer]):.3g}",
+        extra=None if one_image else lambda axes: _share_bar(axes, "no image", f"{percent(top)} of images"),
     )
     explain(
         figure,
@@ -382,7 +395,7 @@ def _layers(
     cells = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [KEY_PANELS if extra else 1e-3])
     for index, (layer, grid) in enumerate(grids.items()):
         axes = figure.add_subplot(cells[divmod(index, columns)])
-        draw_background(axes, grid, photo)
+        draw_background(axes, grid, photo, view_in_patches(study.attrs, layer))
         draw(axes, layer, grid)
         axes.set_title(f"L{layer}", fontweight="bold", pad=3)
         axes.set_title(note(layer), loc="right", fontsize=7, color=SOFT, pad=3)
@@ -444,9 +457,12 @@ def _object_bar(axes: Any) -> None:
 
 
 def _share_bar(axes: Any, *words: str) -> None:
+    """The colours from the first word to the last, evenly spaced."""
     axes.set_axis_off()
     bar = axes.figure.colorbar(
-        ScalarMappable(Normalize(0, 1), COVER), cax=axes.inset_axes((0.05, 0.2, 0.12, 0.6)), ticks=[0, 0.5, 1]
+        ScalarMappable(Normalize(0, 1), COVER),
+        cax=axes.inset_axes((0.05, 0.2, 0.12, 0.6)),
+        ticks=np.linspace(0, 1, len(words)),
     )
     bar.ax.set_yticklabels(words)
     bar.outline.set_visible(False)

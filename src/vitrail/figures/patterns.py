@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.patches import Patch
 
 from vitrail.errors import UsageError
 from vitrail.figures.style import (
@@ -45,7 +46,10 @@ COLOURS = {
     "uniform": "#c9c6bd",
     "content": "#e3b23c",
 }
-"""By name, in steps of lightness too, so that they differ in print; the name stands in every cell all the same."""
+"""By name, in steps of lightness too, so that they differ in print; the name stands in every cell with room."""
+
+LEGEND_COLUMNS, LEGEND_BELOW = 4, 2.0
+"""Names side by side, and how many layers the legend lies below the cells."""
 
 SHORT = {"row band": "row", "column band": "column"}
 
@@ -59,7 +63,10 @@ MAX_CLUSTERS = 24
 """Clusters that are drawn: four rows of six."""
 
 MAX_NAMED_HEADS = 12
-"""Up to so many heads a layer, cells carry text."""
+"""Up to so many heads a layer, cells carry text; a legend names their colours where there are more."""
+
+CELL_INCHES = {True: 0.62, False: 0.24}
+"""Width of a cell with text, and of one without."""
 
 
 @styled
@@ -141,8 +148,8 @@ def cluster_maps(study: xr.Dataset) -> Figure:
     left_out = f"{len(with_maps) - len(drawn)} smaller clusters are not shown." if len(with_maps) > len(drawn) else ""
     explain(
         figure,
-        "Each picture: mean attention of patches (down) to patches (across) over the cluster's maps, square root, dark "
-        f"is high. {n_maps:,} maps lie in clusters, the rest in none.",
+        "Each picture: mean attention of patches (down) to patches (across) over the cluster's maps, square root, from "
+        f"its own lowest (white) to its highest (black). {n_maps:,} maps lie in clusters, the rest in none.",
         left_out,
         "The name follows from the rule under it (our construction); named are the heads with most of their maps here.",
         str(study["pattern_patch_cluster"].attrs.get("limits", "")),
@@ -166,7 +173,8 @@ def patterns_by_head(study: xr.Dataset) -> Figure:
     patterns = all_patterns(study)
     n_layers, n_heads = study.sizes["layer"], study.sizes["head"]
     with_dependence = any(pattern.image_dependence is not None for pattern in patterns)
-    width = max(2.4, 0.62 * n_heads + 1.0)
+    named = n_heads <= MAX_NAMED_HEADS
+    width = max(2.4, CELL_INCHES[named] * n_heads + 1.0)
     figure = blank(
         max(5.4, width * (2 if with_dependence else 1) + 1.2),
         max(3.0, 0.27 * n_layers + 1.9),
@@ -181,7 +189,7 @@ def patterns_by_head(study: xr.Dataset) -> Figure:
     cells = np.ma.masked_invalid(numbers)
     panels[0].pcolormesh(cells, cmap=colours, vmin=-0.5, vmax=len(NAMES) - 0.5, edgecolors="white", linewidth=0.8)
     for pattern in patterns:
-        if n_heads <= MAX_NAMED_HEADS and pattern.naming.name in COLOURS:
+        if named and pattern.naming.name in COLOURS:
             _name_cell(panels[0], pattern.layer, pattern.head, pattern.naming.label, COLOURS[pattern.naming.name])
     panels[0].set_title("name, by rule")
     if with_dependence:
@@ -192,11 +200,14 @@ def patterns_by_head(study: xr.Dataset) -> Figure:
         axes.set_yticks(np.arange(n_layers) + 0.5, range(n_layers))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    legend = "" if n_heads <= MAX_NAMED_HEADS else f"Colours: {', '.join(NAMES)}, dark blue to yellow."
+    if not named:
+        handles = [Patch(color=COLOURS[name], label=name) for at, name in enumerate(NAMES) if (numbers == at).any()]
+        panels[0].legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(0, -LEGEND_BELOW / n_layers), ncols=LEGEND_COLUMNS
+        )
     explain(
         figure,
         "Named from the mean of its numbers over images, by the first rule that holds; content is what no rule takes.",
-        legend,
         "Image dependence 0: the same map for all images; 1: nothing in common." if with_dependence else "",
         "Source: our construction, after Li et al. 2023.",
     )

@@ -51,7 +51,7 @@ def pruning_curves(curves: Curves, model: str = "", *, seed: int = 0) -> Figure:
         axes.set_ylabel(correctness.replace(" with ", "\nwith ") if at % n_columns == 0 else "")
         axes.set_xlabel("heads pruned" if at + n_columns >= len(names) else "")
     grid.flat[0].legend(loc="best", fontsize=6, handlelength=1.8)
-    _draw_areas(grid.flat[len(names)], table, names)
+    _draw_areas(grid.flat[len(names)], table, names, correctness.replace(" with ", "\nwith "))
     for axes in list(grid.flat)[len(names) + 1 :]:
         axes.set_visible(False)
     n_orders, _, n_some = curves.random.shape
@@ -84,7 +84,7 @@ def _draw_curve(axes: Any, curves: Curves, name: str, area: Area) -> None:
     axes.grid(axis="y")
 
 
-def _draw_areas(axes: Any, table: dict[str, Area], names: list[str]) -> None:
+def _draw_areas(axes: Any, table: dict[str, Area], names: list[str], correctness: str) -> None:
     """Areas between the two curves, a row per ranking, before what chance gives."""
     rows = np.arange(len(names))
     for row, name in zip(rows, names, strict=True):
@@ -96,7 +96,7 @@ def _draw_areas(axes: Any, table: dict[str, Area], names: list[str]) -> None:
         axes.axvspan(-chance, chance, color=CHANCE, linewidth=0, zorder=0)
     axes.axvline(0, color=INK, linewidth=0.9, linestyle=DASHES["dotted"])
     axes.set_yticks(rows, names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="area between (accuracy)")
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"area between ({correctness})")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_title("What the rankings know")
     axes.tick_params(left=False)

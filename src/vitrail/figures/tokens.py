@@ -29,6 +29,7 @@ from vitrail.figures.style import (
     styled,
     when,
 )
+from vitrail.grid import Grid, Sides
 from vitrail.selection import describe_choice
 from vitrail.tokens.display import rgb_image, sign_map
 from vitrail.tokens.outliers import OUTLIER_DEVIATIONS
@@ -195,7 +196,13 @@ def coloured(colours: Float[np.ndarray, "patch colour"], grid: tuple[int, int]) 
     return colours.reshape(*grid, 3)
 
 
-def overlaid(photo: Picture, values: Float[np.ndarray, "patch"], grid: tuple[int, int], top: float = 0.98) -> Picture:
+def overlaid(
+    photo: Picture,
+    values: Float[np.ndarray, "patch"],
+    grid: Grid,
+    top: float = 0.98,
+    view: Sides | None = None,
+) -> Picture:
     """A photograph in grey under patch values, clear where they are low and orange where they are high.
 
     Args:
@@ -203,14 +210,19 @@ def overlaid(photo: Picture, values: Float[np.ndarray, "patch"], grid: tuple[int
         values: A value for each patch, row by row.
         grid: Rows and columns of patches.
         top: Quantile at which the scale ends: a few sinks of attention would leave nothing to see of the rest.
+        view: How many patches long the sides of the photograph are (`grid.view_in_patches`); None: the grid's.
 
     Returns:
-        Red, green, blue of each pixel, 0 to 1.
+        Red, green, blue of each pixel, 0 to 1; pixels behind the last patch are clear.
     """
     low, high = float(values.min()), float(np.quantile(values, top))
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1).reshape(grid)
-    row, column = (np.arange(n_pixels) * n // n_pixels for n_pixels, n in zip(photo.shape, grid, strict=False))
-    share = scaled[row[:, None], column, None]
+    row, column = (
+        ((np.arange(n_pixels) + 0.5) * side / n_pixels).astype(np.int64)
+        for n_pixels, side in zip(photo.shape, view or grid, strict=False)
+    )
+    n_below, n_right = max(0, int(row[-1]) + 1 - grid[0]), max(0, int(column[-1]) + 1 - grid[1])
+    share = np.pad(scaled, ((0, n_below), (0, n_right)))[row[:, None], column, None]
     grey = PAPER + (1 - PAPER) * photo.mean(axis=-1, keepdims=True)
     return np.asarray(grey * (1 - OPACITY * share) + OPACITY * share * np.array(mpl.colors.to_rgb(MARK)))
 

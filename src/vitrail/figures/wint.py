@@ -26,7 +26,7 @@ from vitrail.figures.photo_grid import (
     mark_patch,
 )
 from vitrail.figures.style import COOL, INK, LINE, MARK, SOFT, Figure, FigureTable, blank, explain, number, styled, when
-from vitrail.grid import Grid
+from vitrail.grid import Grid, view_in_patches
 from vitrail.sentence import percent
 from vitrail.windows.window_maps import (
     agreement_by_layer,
@@ -35,6 +35,7 @@ from vitrail.windows.window_maps import (
     sum_of_windows,
     window_areas,
     window_grid,
+    window_layer,
     window_sides,
 )
 
@@ -89,6 +90,7 @@ def windows_by_layer(
         UsageError: The study holds no windows, or has no such image or patch.
     """
     grid, sides = window_grid(study), window_sides(study, image)
+    view = view_in_patches(study.attrs, window_layer(study))
     patch = _checked_patch(grid, patch)
     rows = {"predicted": sides}
     if teacher is not None:
@@ -105,7 +107,7 @@ def windows_by_layer(
         areas = window_areas(windows, grid, patch)
         for layer in range(n_layers):
             axes = figure.add_subplot(cells[block * per_set + layer // columns, layer % columns])
-            draw_background(axes, grid, photo)
+            draw_background(axes, grid, photo, view)
             for window in range(windows.shape[1]):
                 _draw_frame(axes, windows[layer, window, patch], grid, (row, column), window)
             mark_patch(axes, row, column)
@@ -145,6 +147,7 @@ def summed_windows(
         UsageError: The study holds no windows, or has no such image or patch.
     """
     grid, sides = window_grid(study), window_sides(study, image)
+    view = view_in_patches(study.attrs, window_layer(study))
     queries = [_checked_patch(grid, patch) for patch in (spread_patches(grid) if patches is None else patches)]
     columns = min(PER_ROW, len(queries))
     rows = -(-len(queries) // columns)
@@ -153,7 +156,7 @@ def summed_windows(
     cells = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [KEY_PANELS])
     for index, patch in enumerate(queries):
         axes = figure.add_subplot(cells[divmod(index, columns)])
-        draw_background(axes, grid, photo)
+        draw_background(axes, grid, photo, view)
         summed = sum_of_windows(sides, grid, patch)
         axes.imshow(summed, extent=grid_extent(grid), cmap=COVER, vmin=0, vmax=1, interpolation="nearest")
         row, column = divmod(patch, grid[1])

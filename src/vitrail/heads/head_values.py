@@ -14,7 +14,7 @@ from vitrail.errors import UsageError
 from vitrail.heads.correction import correct_mean, exact_values, how_corrected
 from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.summary import value_limits
-from vitrail.layer_summary import finite_mean, images_with_values
+from vitrail.layer_summary import finite_mean, images_with_values, in_first_patches
 from vitrail.selection import ImageChoice, describe_choice, image_id, image_position
 from vitrail.stats import mean_interval, share_interval
 
@@ -163,7 +163,8 @@ def head_values(study: xr.Dataset, metric: str, image: ImageChoice = None) -> He
         image: A position or an id; None takes the mean over images.
 
     Returns:
-        The values with interval, spread and attributes. A study of one image gives that image's.
+        The values with interval, spread and attributes; lengths as `in_first_patches` gives them. A study of one image
+        gives that image's.
 
     Raises:
         UsageError: The study does not hold the measure per head, has no such image, or no images at all.
@@ -173,7 +174,7 @@ def head_values(study: xr.Dataset, metric: str, image: ImageChoice = None) -> He
         raise UsageError(
             f"A figure of {metric!r} was asked for; this study holds, per head: {', '.join(per_head) or 'nothing'}."
         )
-    array = study[metric]
+    array = in_first_patches(study[metric], study.attrs.get("grids"))
     numbers = array.to_numpy().astype(np.float64)
     numbers[:, ~_present_heads(study, numbers)] = np.nan
     n_images = len(numbers)

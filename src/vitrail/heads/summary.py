@@ -21,6 +21,7 @@ from vitrail.heads.correction import (
     too_few_exact,
 )
 from vitrail.heads.exact_names import EXACT_VALUES
+from vitrail.layer_summary import in_first_patches
 from vitrail.stats import (
     Interval,
     candidates_for_largest,
@@ -75,7 +76,7 @@ def head_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
         Arrays [layer head], NaN for heads that a layer does not have:
 
         - `NAME_mean`, `_median`, `_q05`, `_q95` for every measure that the study holds per (image, layer, head), in the
-          unit of the measure;
+          unit that `NAME_mean.attrs["unit"]` says: that of the measure, but in a hierarchy patches of its first layer;
         - `drop_...` the same for the probability of the label lost by pruning, p - p~, and `drop_share_large`, the
           share of images that lose more than 0.1;
         - `drop_bound`: what the mean drop exceeds in at most 5 % of samples, whatever the distribution (one-sided);
@@ -97,9 +98,11 @@ def head_table(study: xr.Dataset, *, seed: int = 0) -> xr.Dataset:
         UsageError: a study without images.
     """
     table = _Table(study, seed)
-    for name, values in study.data_vars.items():
-        if values.dims == ("image", "layer", "head") and values.dtype.kind == "f":
+    for name, array in study.data_vars.items():
+        if array.dims == ("image", "layer", "head") and array.dtype.kind == "f":
+            values = in_first_patches(array, study.attrs.get("grids"))
             _add_statistics(table, study, str(name), values.to_numpy(), seed)
+            table.columns[f"{name}_mean"].attrs["unit"] = str(values.attrs.get("unit", ""))
     _add_pruning(table, study, seed)
     _add_verdicts(table, study, seed)
     return table.to_dataset()

@@ -15,7 +15,9 @@ from vitrail.data import LabelSource
 from vitrail.errors import UsageError
 from vitrail.heads.correction import correct_mean, exact_part, exact_values, how_corrected
 from vitrail.heads.exact_names import EXACT_VALUES
+from vitrail.heads.head_values import hops_of_layers
 from vitrail.heads.summary import LARGE_DROP, pruning_table
+from vitrail.layer_summary import in_first_patches
 from vitrail.patterns.names import RULES
 from vitrail.patterns.tables import all_patterns, pattern_of_head
 from vitrail.sentence import Sentence, percent
@@ -76,13 +78,15 @@ def why_table(study: xr.Dataset) -> xr.Dataset:
     Returns:
         Arrays [layer head]; NaN, or "" for words, where a layer lacks the head:
 
-        - `NAME_mean` over images of every metric of importance, of entropy and of distance, in the unit of the measure,
-          of estimates corrected as in `head_table`; `drop` is the probability that the label loses by pruning;
+        - `NAME_mean` over images of every metric of importance, of entropy and of distance, in the unit of the measure;
+          estimates are corrected and lengths converted as in `head_table`; `drop` is the probability that the label
+          loses by pruning;
         - `rank` by the first of drop, divergence, .., token shift that the study holds, 1 the most
           important (`attrs["ranked_by"]`);
         - `drop_class_part`, `drop_patch_part`: mean probability that the label loses without that part (region modes 3,
           4);
-        - `strength_entropy_percentile`: share of the other heads, in percent, whose mean entropy is lower;
+        - `strength_entropy_percentile`: share of the other heads, in percent, whose mean entropy is lower; in a
+          hierarchy of those whose layers have as many hops (`attrs["among"]`);
         - `pattern` and `pattern_rule_held`: name and rule; `pattern_share`: images whose map takes that name by itself;
           `rule_...` the numbers behind them; `image_dependence`.
 
@@ -95,6 +99,9 @@ def why_table(study: xr.Dataset) -> xr.Dataset:
     for name in MEANS:
         if _is_known(study, name):
             table[f"{name}_mean"] = _on_heads(_mean(study, name))
+    if "attention_distance_mean" in table:
+        unit = in_first_patches(study["attention_distance"][:0], study.attrs.get("grids")).attrs.get("unit", "patches")
+        table["attention_distance_mean"].attrs["unit"] = str(unit)
     metric = _ranking_metric(study)
     if metric is not None:
         values = table[f"{metric}_mean"].to_numpy()
@@ -105,7 +112,7 @@ def why_table(study: xr.Dataset) -> xr.Dataset:
         for at, part in enumerate(("class", "patch")):
             table[f"drop_{part}_part"] = _on_heads(drop[..., at].mean(0, dtype=np.float64))
     if "strength_entropy_mean" in table:
-        table["strength_entropy_percentile"] = _on_heads(_percentiles(table["strength_entropy_mean"].to_numpy()))
+        _add_entropy_percentiles(table, hops_of_layers(study))
     if "pattern_rule" in study:
         _add_patterns(table, study)
     return table
@@ -215,7 +222,7 @@ def _is_known(study: xr.Dataset, metric: str) -> bool:
 
 def _values(study: xr.Dataset, metric: str) -> Float[np.ndarray, "image ..."]:
     if metric != "drop":
-        return study[metric].to_numpy()
+        return in_first_patches(study[metric], study.attrs.get("grids")).to_numpy()
     pruned = study["head_probability"].to_numpy()
     before = study["probability"].to_numpy().astype(np.float64)
     return np.asarray(before.reshape(-1, *[1] * (pruned.ndim - 1)) - pruned)
@@ -248,6 +255,17 @@ def _percentiles(values: Float[np.ndarray, "layer head"]) -> Float[np.ndarray, "
     present = values[~np.isnan(values)]
     lower = (present[None] < values.ravel()[:, None]).sum(1) / max(1, len(present) - 1) * 100
     return np.where(np.isnan(values), np.nan, lower.reshape(values.shape))
+
+
+def _add_entropy_percentiles(table: xr.Dataset, hops: Int[np.ndarray, "layer"]) -> None:
+    """Among the heads of layers with as many hops: their logarithm is the highest entropy that there can be."""
+    entropies = table["strength_entropy_mean"].to_numpy()
+    percentiles = np.full_like(entropies, np.nan)
+    several = len({int(each) for each in hops if each}) > 1
+    for alike in [hops == each for each in set(hops.tolist())] if several else [slice(None)]:
+        percentiles[alike] = _percentiles(entropies[alike])
+    table["strength_entropy_percentile"] = _on_heads(percentiles)
+    table["strength_entropy_percentile"].attrs["among"] = "heads on grids as fine" if several else "heads"
 
 
 def _add_patterns(table: xr.Dataset, study: xr.Dataset) -> None:
@@ -391,12 +409,14 @@ def _verdict_on_parts(study: xr.Dataset, by_class: float, by_patch: float, layer
 def _spread(row: xr.Dataset) -> Iterator[Sentence]:
     clauses = dict[str, str]()
     if "strength_entropy_mean" in row and not np.isnan(row["strength_entropy_mean"]):
+        percentile = row["strength_entropy_percentile"]
         clauses["strength_entropy"] = (
             f"the spread of its attention over distances is {float(row['strength_entropy_mean']):.2f} nats of entropy, "
-            f"{_wider_than(float(row['strength_entropy_percentile']))}"
+            f"{_wider_than(float(percentile), percentile.attrs['among'])}"
         )
     if "attention_distance_mean" in row and not np.isnan(row["attention_distance_mean"]):
-        clauses["attention_distance"] = f"it looks {float(row['attention_distance_mean']):z.1f} patches far on average"
+        distance = row["attention_distance_mean"]
+        clauses["attention_distance"] = f"it looks {float(distance):z.1f} {distance.attrs['unit']} far on average"
     if clauses:
         text = ", and ".join(clauses.values())
         yield Sentence(
@@ -406,10 +426,10 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
         )
 
 
-def _wider_than(percentile: float) -> str:
+def _wider_than(percentile: float, among: str = "heads") -> str:
     if percentile in (0, 100):
-        return "the widest of all heads" if percentile else "the narrowest of all heads"
-    return f"wider than that of {min(max(percentile, 1), 99):.0f} % of the other heads"
+        return f"the widest of all {among}" if percentile else f"the narrowest of all {among}"
+    return f"wider than that of {min(max(percentile, 1), 99):.0f} % of the other {among}"
 
 
 def _pattern(study: xr.Dataset, row: xr.Dataset, layer: int, head: int) -> Iterator[Sentence]:

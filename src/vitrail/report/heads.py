@@ -54,7 +54,7 @@ COLUMNS = (
     ("divergence, bits", "{:z.4f}", ("head_divergence_mean",)),
     ("change of the value", "{:.4g}", ("head_value_change_mean",)),
     ("shift of the output, 1 - cosine", "{:z.4f}", ("head_output_shift_mean",)),
-    ("reach, patches", "{:z.2f}", ("attention_distance_mean",)),
+    ("reach, {unit}", "{:z.2f}", ("attention_distance_mean",)),
     ("entropy, nats", "{:z.2f}", ("strength_entropy_mean",)),
     ("to prefix tokens", "{:z.1f} %", ("prefix_share_mean",)),
 )
@@ -100,7 +100,7 @@ def _findings(study: ReportData, table: xr.Dataset) -> Iterator[str]:
             caption=f"the images with the most {attrs['title']} by {head_name(*order[0])}",
         )
     if "attention_distance_mean" in table:
-        yield from _of_reach(table["attention_distance_mean"].to_numpy())
+        yield from _of_reach(table["attention_distance_mean"])
 
 
 def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]) -> Iterator[str]:
@@ -218,7 +218,8 @@ def _of_dispensable(
         )
 
 
-def _of_reach(distance: Float[np.ndarray, "layer head"]) -> Iterator[str]:
+def _of_reach(reach: xr.DataArray) -> Iterator[str]:
+    distance, unit = reach.to_numpy(), reach.attrs["unit"]
     means = [(layer, float(np.nanmean(row))) for layer, row in enumerate(distance) if np.isfinite(row).any()]
     if len(means) < 2:
         return
@@ -230,14 +231,14 @@ def _of_reach(distance: Float[np.ndarray, "layer head"]) -> Iterator[str]:
     if not np.isnan(correlation):
         agreement = f" (rank correlation of layer and reach over all heads: {correlation:z.2f})"
     yield Sentence(
-        f"Heads of L{first} look {near:z.1f} patches far on average, those of L{last} {far:z.1f}{agreement}.",
+        f"Heads of L{first} look {near:z.1f} {unit} far on average, those of L{last} {far:z.1f}{agreement}.",
         measure="attention_distance",
         layer=last,
     )
     row = distance[first][np.isfinite(distance[first])]
     if len(row) > 1:
         yield Sentence(
-            f"Within L{first} they range from {row.min():z.1f} to {row.max():z.1f} patches.",
+            f"Within L{first} they range from {row.min():z.1f} to {row.max():z.1f} {unit}.",
             measure="attention_distance",
             layer=first,
             head=int(np.nanargmin(distance[first])),
@@ -386,7 +387,7 @@ def _most_sensitive_images(study: ReportData, order: list[tuple[int, int]]) -> I
 def _columns(study: ReportData, table: xr.Dataset) -> list[tuple[str, str, tuple[str, ...]]]:
     """Those that this study has numbers for; intervals only over several images, top-1 only with labels."""
     return [
-        (title, form, names)
+        (title.format(**table[names[0]].attrs), form, names)
         for title, form, names in COLUMNS
         if set(names) <= set(map(str, table))
         and (study.n_images > 1 or names[0] not in INTERVALS)

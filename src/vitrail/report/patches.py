@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from vitrail.figures import patches as figures
 from vitrail.figures.layers import quantities_over_layers
 from vitrail.grid import box_means, boxes_of_sides
-from vitrail.layer_summary import LayerQuantity, finite_mean, layer_quantity
+from vitrail.layer_summary import LayerQuantity, finite_mean, in_first_patches, layer_quantity
 from vitrail.report.parts import Drawing, Part, ReportData, Section, Table, Text, readings
 from vitrail.sentence import Sentence, percent
 from vitrail.stats import mean_interval, simultaneous_intervals
@@ -45,9 +45,10 @@ def _lines(study: ReportData, names: list[str]) -> dict[str, LayerQuantity]:
     plain = ("field_size", "strongest_share", "interaction_distance", "sink_share")
     quantities: dict[str, LayerQuantity] = {name: layer_quantity(sample, name) for name in names if name in plain}
     if "tendency" in names:
-        pulls = sample["tendency"].to_numpy().astype(np.float64)
+        tendency = in_first_patches(sample["tendency"], sample.attrs["grids"])
+        pulls, unit = tendency.to_numpy().astype(np.float64), str(tendency.attrs["unit"]).partition(",")[0]
         quantities["tendency"] = LayerQuantity(
-            "length of the tendency", "patches", finite_mean(np.hypot(pulls[..., 0], pulls[..., 1]))
+            "length of the tendency", unit, finite_mean(np.hypot(pulls[..., 0], pulls[..., 1]))
         )
     if "window" in names:
         sides = sample["window"].to_numpy().astype(np.float64)
@@ -117,8 +118,8 @@ def _findings(lines: dict[str, LayerQuantity]) -> Iterator[str]:
     if "interaction_distance" in lines:
         at, far = _extremes(lines["interaction_distance"])
         yield Sentence(
-            f"On average a patch takes from others {far[0]:z.1f} patches away in L{at[0]}, the nearest, and "
-            f"{far[1]:z.1f} in L{at[1]}, the farthest.",
+            f"On average a patch takes from others {far[0]:z.1f} {lines['interaction_distance'].unit} away in "
+            f"L{at[0]}, the nearest, and {far[1]:z.1f} in L{at[1]}, the farthest.",
             measure="interaction_distance",
             layer=at[1],
             **_line(lines["interaction_distance"]),

@@ -23,7 +23,7 @@ COLUMNS = (
     ("p lost without its class part", "{:+.3f}", "drop_class_part"),
     ("without its patch part", "{:+.3f}", "drop_patch_part"),
     ("entropy, percentile", "{:.0f}", "strength_entropy_percentile"),
-    ("reach, patches", "{:.1f}", "attention_distance_mean"),
+    ("reach, {unit}", "{:.1f}", "attention_distance_mean"),
     ("image dependence", "{:.2f}", "image_dependence"),
 )
 IMAGES = ("matters most for", "least for")
@@ -68,11 +68,12 @@ def _parts(
     for name, sentences in explanations:
         yield Points(name, sentences)
     numbers = [column for column in COLUMNS if column[2] in table]
+    headings = [title.format(**table[name].attrs) for title, _, name in numbers]
     words = [column for column in WORDS if column[1] in table]
     titles = IMAGES if "rank" in table else ()
     yield Table(
         f"All {len(order)} heads",
-        ("head", *(title for title, _, _ in numbers), *(title for title, _ in words), *titles),
+        ("head", *headings, *(title for title, _ in words), *titles),
         [_row(study, table, at, numbers, words) for at in sorted(order)],
         folded=True,
         words=(0, *range(len(numbers) + 1, len(numbers) + len(words) + 3)),

@@ -80,6 +80,11 @@ class Plan:
         weights_from: Where the weights come from; decides no number.
         notes: What is particular about the model's attention; decides no number.
         device_name: Of a GPU, as two kinds of GPU round differently; empty for a processor and in older plans.
+        patch_steps: (rows, columns) of pixels from one patch of each layer to the next, None for a layer of which that
+            is not known; decides no number. None in older plans.
+        block_numbers: Which of the model's blocks each layer is, blocks without attention counted too, as a pruned
+            model may have; decides no number. None where that is not known, and in older plans.
+        n_blocks: How many blocks there are, None with `block_numbers`.
         own_grid_layers: Layers that return the patches that they are given, on a grid; decides no number. None where no
             measure needs such a layer, and in older plans.
         format: Of the folder.
@@ -117,8 +122,19 @@ class Plan:
     weights_from: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     device_name: str = ""
+    patch_steps: list[list[int] | None] | None = None
+    block_numbers: list[int] | None = None
+    n_blocks: int | None = None
     own_grid_layers: list[int] | None = None
     format: int = FORMAT
+
+    @property
+    def depths(self) -> list[float]:
+        """Where each layer lies between the input (0) and the output (1): the middle of its block among all blocks."""
+        numbers, n_blocks = self.block_numbers, self.n_blocks
+        if numbers is None or n_blocks is None:
+            numbers, n_blocks = list(range(self.n_layers)), self.n_layers
+        return [(number + 0.5) / n_blocks for number in numbers]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -184,7 +200,8 @@ class Plan:
         if "task" not in content:  # an older version, which knew classes and feature vectors
             content["task"] = "embedding" if content.get("n_classes") is None else "classes"
             content |= {"output": None, "target": None}
-        content = {"weights_from": "", "notes": [], "device_name": "", "own_grid_layers": None, **content}
+        unknown = dict.fromkeys(("patch_steps", "block_numbers", "n_blocks", "own_grid_layers"))
+        content = {"weights_from": "", "notes": [], "device_name": "", **unknown, **content}
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StudyError(
@@ -277,7 +294,15 @@ DEVICES = ("device: ", "name of the device: ")
 
 MIXED_DEVICES = " With --allow-mixed it goes on here; numbers then agree up to rounding only."
 
-NOT_COMPARED = ("threads", "weights_from", "notes", "own_grid_layers")
+NOT_COMPARED = (
+    "threads",
+    "weights_from",
+    "notes",
+    "patch_steps",
+    "block_numbers",
+    "n_blocks",
+    "own_grid_layers",
+)
 """Fields that may differ: a run takes the number of threads from the folder, and the others decide no number, as the
 digest tells the weights."""
 

@@ -1,8 +1,10 @@
 """Making the plan of a study from a model and its images."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from vitrail.study.plan import Plan
 from vitrail.tokens.levels import layers_of_own_grid
 
 __all__ = ["make_plan"]
+
+_NUMBER = re.compile(r"\d+")
 
 PART_IMAGES = 64
 """About how many images make a part: what an interruption can cost, and the chunk length of every array."""
@@ -58,6 +62,7 @@ def make_plan(
     blocks = vit.anatomy.blocks
     prefixes = {block.prefix for block in blocks}
     labels = _labels(vit, manifest)
+    numbers, n_blocks = _block_numbers(vit)
     plan = Plan(
         model=vit.name,
         weight_digest=vit.weight_digest,
@@ -69,6 +74,9 @@ def make_plan(
         prefix=next(iter(prefixes)) if len(prefixes) == 1 else None,
         grids=[list(block.grid) if block.grid else None for block in blocks],
         prefixes=[block.prefix for block in blocks],
+        patch_steps=[list(block.patch_step) if block.patch_step else None for block in blocks],
+        block_numbers=numbers,
+        n_blocks=n_blocks,
         own_grid_layers=_own_grid_layers(vit, measures),
         class_token=vit.anatomy.class_token,
         preprocessing=asdict(vit.preprocessing),
@@ -94,6 +102,18 @@ def make_plan(
         versions={"vitrail": vitrail.__version__, **_versions(measures)},
     )
     return Plan.from_json(plan.to_json())  # tuples become lists here, once, instead of at every comparison
+
+
+def _block_numbers(vit: Vit) -> tuple[list[int], int] | tuple[None, None]:
+    """Which block each layer is, and how many there are: modules whose paths are those of layers but for the numbers.
+
+    Nothing where they do not run in the order that the model lists them in, or one is several layers.
+    """
+    paths = [block.path for block in vit.anatomy.blocks]
+    forms = {_NUMBER.sub("*", path) for path in paths}
+    listed = [path for path, _ in vit.model.named_modules() if _NUMBER.sub("*", path) in forms]
+    numbers = [listed.index(path) for path in paths]
+    return (numbers, len(listed)) if all(one < two for one, two in pairwise(numbers)) else (None, None)
 
 
 def _own_grid_layers(vit: Vit, measures: Sequence[Measure]) -> list[int] | None:

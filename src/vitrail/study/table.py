@@ -123,7 +123,7 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
     by = next((name for name in RANKED_BY if name in heads), None)
     if by is None:
         return []
-    columns = _columns(set(map(str, heads)))
+    columns = _columns(heads)
     table = Table(title="heads that matter most", title_justify="left", box=None, pad_edge=False)
     table.add_column("head", no_wrap=True)
     for title, _ in columns:
@@ -142,8 +142,10 @@ def _most_important(study: xr.Dataset) -> list[RenderableType]:
     return [table, Text(f"p lost: estimated on all images and {words}")] if words else [table]
 
 
-def _columns(available: set[str]) -> list[tuple[str, tuple[str, tuple[str, ...]]]]:
+def _columns(heads: xr.Dataset) -> list[tuple[str, tuple[str, tuple[str, ...]]]]:
     """(title, (format, columns of the head table)) of those that this study has."""
+    available = set(map(str, heads))
+    reach = heads["attention_distance_mean"].attrs["unit"] if "attention_distance_mean" in heads else ""
     offered = [
         ("p lost", ("{:+.3f}", ("drop_mean",))),
         ("95 %", ("{:+.2f} .. {:+.2f}", ("drop_low", "drop_high"))),
@@ -152,7 +154,7 @@ def _columns(available: set[str]) -> list[tuple[str, tuple[str, tuple[str, ...]]
         ("JSD, bits", ("{:.4f}", ("head_divergence_mean",))),
         ("value change", ("{:.4g}", ("head_value_change_mean",))),
         ("1 - cosine", ("{:.4f}", ("head_output_shift_mean",))),
-        ("reach", ("{:.1f}", ("attention_distance_mean",))),
+        (f"reach, {reach}", ("{:.1f}", ("attention_distance_mean",))),
         ("entropy", ("{:.2f}", ("strength_entropy_mean",))),
     ]
     return [(title, (text, names)) for title, (text, names) in offered if set(names) <= available]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vitrail.data import ImageSource, Manifest, load_image
 from vitrail.errors import Unsupported, UsageError
+from vitrail.grid import sides_in_patches
 from vitrail.models.open import Vit
 from vitrail.stats import mean_interval
 from vitrail.tap.tap import Readers
@@ -71,8 +72,9 @@ def match_patches(
         1, and which patch it is, in raster order; `cosine_others` [image]: the same of the photograph's other patches
         in place of the chosen one, their mean. Of the best images in falling order `match_view` [match row column
         colour], `match_likeness` [match patch], cosine of each patch, and `match_place` [match], the most similar one;
-        of the photograph `view` and `likeness`. In `attrs` also `shown_from`: the cosine from which on a figure colours
-        a patch, nine tenths of all those kept lie below.
+        of the photograph `view` and `likeness`. In `attrs` also `view_in_patches`, how many patches long the sides
+        of what the model sees are, and `shown_from`: the cosine from which on a figure colours a patch, nine tenths of
+        all those kept lie below.
 
     Raises:
         UsageError: There is no such layer or patch, or no image is left to search.
@@ -134,6 +136,7 @@ def match_patches(
             "name": vit.name,
             "layer": layer,
             "grid": list(grid),
+            "view_in_patches": list(sides_in_patches(vit.image_size, grid, vit.anatomy.blocks[layer].patch_step)),
             "patch": list(patch),
             "shown_from": float(np.quantile(np.concatenate([likeness[None], match_likeness]), SHOWN_FROM)),
         },

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from vitrail.grid import Grid
+from vitrail.grid import Grid, Sides, view_in_patches
 
 __all__ = ["PeakLayer", "peak_images", "peak_layer", "selective_neurons", "selectivity"]
 
@@ -19,10 +19,12 @@ class PeakLayer(NamedTuple):
     Attributes:
         name: "L5", or what is true of it.
         grid: (rows, columns) of its patches; None where it is not known.
+        view: How many of them long the sides of what the model sees are; None where the grid is not known.
     """
 
     name: str
     grid: Grid | None
+    view: Sides | None
 
 
 def peak_layer(study: xr.Dataset) -> PeakLayer:
@@ -35,10 +37,12 @@ def peak_layer(study: xr.Dataset) -> PeakLayer:
         The layer; of a study of an older version, the grid alone, and only if all layers share one.
     """
     grids, layers = study.attrs["grids"], study.attrs.get("own_grid_layers")
-    shared = grids[0] if all(each == grids[0] for each in grids) else None
-    grid = grids[max(layers)] if layers else shared
-    name = f"L{max(layers)}" if layers else "the last layer that returns the patches it is given"
-    return PeakLayer(name, (int(grid[0]), int(grid[1])) if grid is not None else None)
+    layer = max(layers) if layers else 0
+    grid = grids[layer] if layers or all(each == grids[0] for each in grids) else None
+    name = f"L{layer}" if layers else "the last layer that returns the patches it is given"
+    if grid is None:
+        return PeakLayer(name, None, None)
+    return PeakLayer(name, (int(grid[0]), int(grid[1])), view_in_patches(study.attrs, layer))
 
 
 def peak_images(study: xr.Dataset, neuron: int) -> list[int]:

@@ -21,6 +21,7 @@ __all__ = [
     "sum_of_windows",
     "window_areas",
     "window_grid",
+    "window_layer",
     "window_sides",
     "windows_as_study",
 ]
@@ -71,8 +72,20 @@ def window_grid(study: xr.Dataset) -> Grid:
     Returns:
         Rows and columns of patches.
     """
-    rows, columns = next(grid for grid in study.attrs["grids"] if grid is not None)
+    rows, columns = study.attrs["grids"][window_layer(study)]
     return int(rows), int(columns)
+
+
+def window_layer(study: xr.Dataset) -> int:
+    """The first layer that has a grid, whose grid windows are predicted on.
+
+    Args:
+        study: A study with `grids` in its attributes.
+
+    Returns:
+        Its index.
+    """
+    return next(layer for layer, grid in enumerate(study.attrs["grids"]) if grid is not None)
 
 
 def window_sides(study: xr.Dataset, image: int | str = 0) -> Sides:
