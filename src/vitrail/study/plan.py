@@ -10,13 +10,23 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isclose
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
 from vitrail.data import LabelSource
-from vitrail.errors import DamagedStudy, PlanMismatch, StudyError, WeightsMismatch
+from vitrail.errors import DamagedStudy, PlanMismatch, StudyError, UsageError, WeightsMismatch
 
-__all__ = ["N_TOP", "THUMBNAIL_PX", "Part", "Plan", "differences", "growing_command", "refuse_other_plan"]
+__all__ = [
+    "N_TOP",
+    "THUMBNAIL_PX",
+    "ModelIdentity",
+    "Part",
+    "Plan",
+    "differences",
+    "growing_command",
+    "refuse_other_plan",
+]
 
 FORMAT = 1
 """Of the folder. Raise it when the layout changes such that older readers would go wrong."""
@@ -41,6 +51,24 @@ class Part(NamedTuple):
     number: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What tells a model from others, as a plan holds it: two of the same name can differ in any of these.
+
+    Attributes:
+        weight_digest: Of the weights.
+        buffer_digest: Of the buffers that the state dict lacks; empty in older plans.
+        target: Name of the number that is explained in place of a class; None for classes.
+        target_values: What it gives for the same made-up outputs every time; None without a target, in older plans,
+            and of a function that takes none of them. Such a target is told by its name alone.
+    """
+
+    weight_digest: str
+    buffer_digest: str = ""
+    target: str | None = None
+    target_values: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,8 @@ class Plan:
         device_name: Of a GPU, as two kinds of GPU round differently; empty for a processor and in older plans.
         own_grid_layers: Layers that return the patches that they are given, on a grid; decides no number. None where no
             measure needs such a layer, and in older plans.
+        buffer_digest: As in `ModelIdentity`.
+        target_values: As in `ModelIdentity`.
         format: Of the folder.
     """
 
@@ -118,6 +148,8 @@ class Plan:
     notes: list[str] = dataclasses.field(default_factory=list)
     device_name: str = ""
     own_grid_layers: list[int] | None = None
+    buffer_digest: str = ""
+    target_values: list[float] | None = None
     format: int = FORMAT
 
     @property
@@ -128,20 +160,36 @@ class Plan:
             Part(number, start, min(start + self.part_size, self.n_images)) for number, start in enumerate(starts)
         )
 
-    def require_weights(self, weight_digest: str) -> None:
+    def require_model(self, model: ModelIdentity) -> None:
         """Refuses another model than that of the study.
 
         Args:
-            weight_digest: Of the weights of a model that was opened beside the study.
+            model: One that was opened beside the study.
 
         Raises:
-            WeightsMismatch: They are not those that were studied.
+            WeightsMismatch: Its weights or buffers are not those that were studied.
+            UsageError: It explains another target.
         """
-        if weight_digest != self.weight_digest:
+        if model.weight_digest != self.weight_digest:
             raise WeightsMismatch(
                 f"{self.model} was studied with other weights ({self.weight_digest[:12]}) than those of the model that "
-                f"was opened ({weight_digest[:12]}). Open it with the studied weights (--weights FILE), or the study "
+                f"was opened ({model.weight_digest[:12]}). Open it with the studied weights (--weights FILE), or the "
+                "study without a model."
+            )
+        if not _same_buffers(self, model):
+            raise WeightsMismatch(
+                f"{self.model} was studied with other buffers than those of the model that was opened: numbers that "
+                "its state dict lacks (persistent=False), such as a temperature. Open it as it was then, or the study "
                 "without a model."
+            )
+        if self.target != model.target or not _same_target_values(self, model, self.precision):
+            studied, opened = (
+                f"the target {target}" if target is not None else "no target" for target in (self.target, model.target)
+            )
+            raise UsageError(
+                f"{self.model} was studied with {studied}, and the model that was opened has "
+                f"{'another function of that name' if self.target == model.target else opened}. Open it with the same "
+                "target, in Python open_vit(.., target=..), or the study without a model."
             )
 
     def to_json(self) -> str:
@@ -184,7 +232,8 @@ class Plan:
         if "task" not in content:  # an older version, which knew classes and feature vectors
             content["task"] = "embedding" if content.get("n_classes") is None else "classes"
             content |= {"output": None, "target": None}
-        content = {"weights_from": "", "notes": [], "device_name": "", "own_grid_layers": None, **content}
+        later = {"weights_from": "", "notes": [], "device_name": "", "own_grid_layers": None}
+        content = {**later, "buffer_digest": "", "target_values": None, **content}
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StudyError(
@@ -258,6 +307,7 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
 
 NAMES = {
     "weight_digest": "weights",
+    "buffer_digest": "buffers that the state dict lacks",
     "n_classes": "number of classes",
     "class_names": "class names",
     "data_digest": "images",
@@ -282,6 +332,10 @@ NOT_COMPARED = ("threads", "weights_from", "notes", "own_grid_layers")
 digest tells the weights."""
 
 
+TARGET_ROUNDING = {"bfloat16": 0.05, "float16": 0.01}
+"""By how much the values of one target may differ between processors, as a share of the greatest of them."""
+
+
 def differences(existing: Plan, requested: Plan) -> list[str]:
     """In what two plans differ.
 
@@ -295,13 +349,43 @@ def differences(existing: Plan, requested: Plan) -> list[str]:
     phrases: list[str] = []
     for field in fields(Plan):
         old, new = getattr(existing, field.name), getattr(requested, field.name)
-        unknown = field.name == "device_name" and "" in (old, new)
-        if old != new and field.name not in NOT_COMPARED and not unknown:
+        if old != new and field.name not in NOT_COMPARED and not _is_equal(field.name, existing, requested):
             phrases.extend(_difference(NAMES.get(field.name, field.name), old, new))
     return phrases
 
 
+def _is_equal(name: str, existing: Plan, requested: Plan) -> bool:
+    """Whether two plans agree in a field whose values differ: as rounding goes, or as far as older plans tell."""
+    if name == "device_name":
+        return "" in (existing.device_name, requested.device_name)
+    if name == "buffer_digest":
+        return _same_buffers(existing, requested)
+    if name == "target_values":
+        is_told = existing.target != requested.target
+        return is_told or _same_target_values(existing, requested, existing.precision)
+    return False
+
+
+def _same_buffers(one: Plan | ModelIdentity, other: Plan | ModelIdentity) -> bool:
+    return one.buffer_digest == other.buffer_digest or "" in (one.buffer_digest, other.buffer_digest)
+
+
+def _same_target_values(one: Plan | ModelIdentity, other: Plan | ModelIdentity, precision: str) -> bool:
+    """Whether targets of one name are one function, up to the rounding of other processors; True where nobody knows."""
+    if one.target_values is None or other.target_values is None:
+        return True
+    share = TARGET_ROUNDING.get(precision, 1e-3)
+    size = max(map(abs, one.target_values), default=0.0)
+    return len(one.target_values) == len(other.target_values) and all(
+        isclose(a, b, rel_tol=share, abs_tol=share * size)
+        for a, b in zip(one.target_values, other.target_values, strict=True)
+    )
+
+
 def _difference(name: str, old: Any, new: Any) -> Iterator[str]:
+    if name == "target_values":
+        yield "target: the folder has another function of this name, by what it gives for the same outputs"
+        return
     if not (isinstance(old, dict) and isinstance(new, dict)):
         yield f"{name}: the folder has {_short(old)}, this run {_short(new)}"
         return
