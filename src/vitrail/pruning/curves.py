@@ -137,8 +137,8 @@ def _write(folder: Path, curves: Curves, plan: Plan) -> None:
     """Stores curves of the study of this plan; refuses where it has become another while they were measured."""
     if read_plan(folder).data_digest != plan.data_digest:
         raise StudyError(
-            f"{folder} has other images than when its pruning curves were begun, so they are not of this study and were "
-            "not written. Measure them again."
+            f"{folder} has other images than when its pruning curves were begun, so they are not of it and were not "
+            "written. Measure them again."
         )
     stream = io.BytesIO()
     np.savez_compressed(

@@ -13,7 +13,7 @@ from vitrail.data.files import some
 from vitrail.errors import PlanMismatch
 from vitrail.study.plan import Plan
 
-__all__ = ["arrange_images", "comparable_plan", "merge_plans", "starts_with"]
+__all__ = ["arrange_images", "comparable_plan", "measures_to_renew", "merge_plans", "starts_with"]
 
 
 def arrange_images(existing: Plan, earlier: Manifest, manifest: Manifest) -> Manifest:
@@ -109,13 +109,15 @@ def comparable_plan(plan: Plan, manifest: Manifest, existing: Plan) -> Plan:
         existing: The plan of the folder.
 
     Returns:
-        `plan` without the measures, options, versions and images that the folder does not have.
+        `plan` without the measures, options, versions and images that the folder does not have; measures that have a
+        later version have the folder's, as they are measured anew.
     """
+    kept = {name: existing.measures[name] for name in measures_to_renew(existing, plan)}
     options = {name: value for name, value in existing.options.items() if not _depends_on(name, existing.measures)}
     options |= {name: value for name, value in plan.options.items() if _depends_on(name, existing.measures)}
     comparable = replace(
         plan,
-        measures={name: version for name, version in plan.measures.items() if name in existing.measures},
+        measures={name: version for name, version in plan.measures.items() if name in existing.measures} | kept,
         left_out=existing.left_out,
         versions={name: version for name, version in plan.versions.items() if name in existing.versions},
         options=options,
@@ -128,6 +130,22 @@ def comparable_plan(plan: Plan, manifest: Manifest, existing: Plan) -> Plan:
             labels_from=existing.labels_from,
         )
     return comparable
+
+
+def measures_to_renew(existing: Plan, plan: Plan) -> list[str]:
+    """Measures of a folder whose declaration has a later version by now.
+
+    Args:
+        existing: The plan of the folder.
+        plan: Of a run in it.
+
+    Returns:
+        Their names; none where packages have other versions, too, as then all numbers would have to be measured anew.
+    """
+    versions = existing.versions.items() & plan.versions.items()
+    if len(versions) < len(existing.versions.keys() & plan.versions.keys()):
+        return []
+    return [name for name, version in existing.measures.items() if plan.measures.get(name, version) > version]
 
 
 def _depends_on(option: str, names: Container[str]) -> bool:

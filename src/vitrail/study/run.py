@@ -38,7 +38,7 @@ from vitrail.outputs import is_address, local_path
 from vitrail.stats import require_seed
 from vitrail.study.batches import BatchRun, LoadedBatch, StudyRun, load_batches
 from vitrail.study.engines import ENGINES, work_on_ray
-from vitrail.study.growth import arrange_images, merge_plans, starts_with
+from vitrail.study.growth import arrange_images, measures_to_renew, merge_plans, starts_with
 from vitrail.study.locking import POLL_S, Access
 from vitrail.study.object_store import open_objects
 from vitrail.study.ownership import refuse_foreign_folder, store_access, worker_access, write_access
@@ -254,7 +254,14 @@ def _plan(vit: Vit, manifest: Manifest, request: _Request, existing: Plan | None
         return plan
     if request.allow_mixed:
         plan = replace(plan, device=existing.device, device_name=existing.device_name)
-    plan = merge_plans(existing, plan, [measure.name for measure in request.measures])
+    names = [measure.name for measure in request.measures]
+    plan = merge_plans(existing, plan, names)
+    outdated = [name for name in measures_to_renew(existing, plan) if name not in names]
+    if outdated:
+        raise PlanMismatch(
+            f"measures: the folder has an earlier version of {some(outdated, 3)}. Ask for it in --measures to have it "
+            "measured anew for all images, or name another folder to begin anew."
+        )
     _refuse_other_calibration(vit, existing, plan)
     if plan.measures != existing.measures:
         _refuse_few_images(vit, plan)
@@ -295,17 +302,15 @@ def _refuse_other_calibration(vit: Vit, existing: Plan, plan: Plan) -> None:
 
 
 def _refuse_undeclared(folder: Path, existing: Plan, plan: Plan) -> None:
-    """Refuses to measure images of a study whose earlier images have what nothing installed here can give."""
+    """Refuses to measure images of a study whose earlier images all have what nothing installed here can give.
+
+    What only some of them have was not completed, and goes on missing.
+    """
     names = [name for name in existing.measures if name not in all_measures()]
     written = list(arrays_by_part(folder, existing).values())
     is_complete = plan.n_images == existing.n_images and len(written) == len(existing.parts)
-    holding = {name: sum(name in part for part in written) for name in names}
-    lacking = [
-        name
-        for name, n_parts in holding.items()
-        if not written or (n_parts and not (is_complete and n_parts == len(written)))
-    ]
-    if lacking:
+    lacking = [name for name in names if all(name in part for part in written)]
+    if lacking and not is_complete:
         raise UsageError(
             f"{folder} holds {some(lacking, 3)}, which no analysis here declares, so images that lack it cannot be "
             "measured. Install or register the analysis that gives it."

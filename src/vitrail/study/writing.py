@@ -25,7 +25,7 @@ from vitrail.analysis import declaration, measures
 from vitrail.data import Manifest
 from vitrail.data.files import sentence
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.study.growth import comparable_plan
+from vitrail.study.growth import comparable_plan, measures_to_renew
 from vitrail.study.locking import TAKING_OVER, Access, Leases, lock_files, remove_abandoned
 from vitrail.study.ownership import (
     CALIBRATION,
@@ -134,11 +134,15 @@ class StudyFolder:
 
         Ended at any moment, the folder is a study of the old plan that lacks some of its results, or one of the new.
         """
-        if self.plan.n_images > existing.n_images:
+        outdated = measures_to_renew(existing, self.plan)
+        if self.plan.n_images > existing.n_images or outdated:
             for name in FROM_ALL_PARTS:
                 part_file(self.folder, name).unlink(missing_ok=True)
             for model in (self.folder / PATTERNS).glob("*.safetensors"):
                 model.unlink()
+        if outdated:
+            self._take_back(outdated)
+        if self.plan.n_images > existing.n_images:
             last = existing.parts[-1]
             if last.stop - last.start < existing.part_size:
                 part_file(self.folder, last.number).unlink(missing_ok=True)
@@ -146,6 +150,16 @@ class StudyFolder:
         if any(_is_derived(name) for name in self.plan.measures.keys() - existing.measures.keys()):
             part_file(self.folder, PATTERNS).unlink(missing_ok=True)
         write_atomic(self.folder / PLAN, self.plan.to_json())
+
+    def _take_back(self, names: Sequence[str]) -> None:
+        """Removes the values of some measures, which may have another shape in their later version."""
+        (self.folder / CALIBRATION).unlink(missing_ok=True)
+        for part in self.plan.parts:
+            written = self._digests_on_disk(part.number)
+            if written:
+                self._mark(part.number, {name: digest for name, digest in written.items() if name not in names})
+        for name in names:
+            remove_arrays(self.folder / ARRAYS / name)
 
     def _remove_unfinished_upload(self) -> None:
         """Removes arrays without their group, of a worker that was ended while it uploaded the first of them."""
