@@ -44,6 +44,7 @@ __all__ = [
     "analyses_named",
     "changed_options",
     "declaration",
+    "declared_options",
     "in_order_of_declaration",
     "is_analysis",
     "is_of_other_models",
@@ -573,6 +574,19 @@ def changed_options(options: Mapping[str, str] | None) -> dict[str, str]:
     resolve_options(options)
     known = all_options()
     return {name: value for name, value in (options or {}).items() if value != known[name].default}
+
+
+def declared_options(options: Mapping[str, str]) -> dict[str, str]:
+    """The options of a plan that an analysis here declares; others are of analyses that are not installed.
+
+    Args:
+        options: values by name.
+
+    Returns:
+        Those that `resolve_options` takes.
+    """
+    known = all_options()
+    return {name: value for name, value in options.items() if name in known}
 
 
 def unavailable(vit: "Vit", names: Iterable[str], options: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -13,9 +13,10 @@ import torch
 import xarray as xr
 from numpy.testing import assert_array_equal
 from PIL import Image
+from safetensors.numpy import save
 from tiny_studies import BATCH_SIZE, N_IMAGES, folder_bytes, part_values, tiny_vit, write_model, write_photos
 
-from vitrail.analysis import Analysis, declaration, register, unregister
+from vitrail.analysis import Analysis, Option, declaration, register, unregister
 from vitrail.cli import app
 from vitrail.data import open_images, scan
 from vitrail.errors import PlanMismatch, UsageError
@@ -35,11 +36,23 @@ WHEREVER_THERE_ARE_CLASSES = ("label", "prediction", "probability", "top_class",
 """What every study of a classifier holds."""
 
 
+OWN_OPTION = Option("own_option", ("a", "b"), "of an analysis of one's own")
+
+
 class OwnNumber:
     measures, replays = ("own_number",), False
 
     def __init__(self, value: float, n_batches: int, dims: tuple[str, ...]) -> None:
         self._value, self._left, self._dims = value, n_batches, dims
+
+    def calibrate(self, tap: object, images: torch.Tensor, n_images: int) -> None:
+        pass
+
+    def calibration_statistics(self) -> dict[str, np.ndarray]:
+        return {"m": np.zeros(1, np.float32)}
+
+    def load_calibration(self, arrays: dict[str, np.ndarray]) -> None:
+        assert arrays.keys() == {"m"}
 
     def readers(self) -> Readers:
         return Readers()
@@ -65,6 +78,7 @@ def own_analysis(
         question="Which?",
         measures=(number,),
         collectors=lambda vit, names, options: [OwnNumber(value, n_batches, dims)],
+        options=(OWN_OPTION,),
     )
 
 
@@ -258,6 +272,33 @@ class TestGrowing:
         assert grown.attrs["options"] == {"importance": "estimate", "window_area": "36"}
         with pytest.raises(PlanMismatch, match='options, importance: the folder has "estimate", this run none'):
             run(vit, photos, tmp_path / "study", measures="head_flip", limit=4)
+
+    def test_options_and_calibration_of_an_analysis_that_is_not_installed_are_left_to_it(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        out, by_mean = tmp_path / "study", {"ablation": "mean"}
+        with registered(own_analysis(1)):
+            run(vit, photos, out, measures="own_number", options={"own_option": "b"}, limit=4)
+        run(vit, photos, out, measures="attention_distance", limit=4)
+        study = run(vit, photos, out, measures="head_flip", options=by_mean, limit=4)  # the distance knows no ablation
+        assert study.attrs["options"] == {"ablation": "mean", "own_option": "b"}
+        alone = run(vit, photos, tmp_path / "alone", measures="head_flip", options=by_mean, limit=4)
+        assert_array_equal(study["head_flip"], alone["head_flip"])
+        run(vit, photos, out, measures="token_norm", limit=4)
+
+    def test_calibration_of_an_earlier_version_counts_by_its_number(
+        self, vit: Vit, photos: Path, tmp_path: Path
+    ) -> None:
+        folder = StudyFolder.__new__(StudyFolder)
+        folder.folder = tmp_path
+        arrays = {"0/L0": np.ones(2, np.float32), "1/m": np.zeros(1, np.float32)}
+        content = save(arrays, metadata={"digest": writing._joint_digest(arrays)})
+        (tmp_path / "survey.safetensors").write_bytes(content)
+        assert folder.read_calibration([("head_flip",)]) is None
+        assert [each.keys() for each in folder.read_calibration([("head_flip",), ("own_number",)]) or ()] == [
+            {"L0"},
+            {"m"},
+        ]
 
 
 class TestRefusals:

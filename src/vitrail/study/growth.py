@@ -79,14 +79,18 @@ def merge_plans(existing: Plan, requested: Plan, names: Iterable[str]) -> Plan:
         names: The measures that this run asks for.
 
     Returns:
-        `requested` with what it need not repeat: measures of the folder whose analysis is not installed, options that
-        only the folder's measures depend on.
+        `requested` with what it need not repeat: measures and options of the folder whose analysis is not installed,
+        options that only the folder's measures depend on.
     """
     requested_names = set(names)
     existing_options = {
         name: value for name, value in existing.options.items() if not _depends_on(name, requested_names)
     }
-    requested_options = {name: value for name, value in requested.options.items() if _depends_on(name, requested_names)}
+    requested_options = {
+        name: value
+        for name, value in requested.options.items()
+        if _depends_on(name, requested_names) or not _depends_on(name, existing.measures)
+    }
     left_out = {**existing.left_out, **requested.left_out}
     other_versions = {name: value for name, value in existing.versions.items() if name not in requested.versions}
     measures = in_order_of_declaration({**existing.measures, **requested.measures})
@@ -149,9 +153,16 @@ def measures_to_renew(existing: Plan, plan: Plan) -> list[str]:
 
 
 def _depends_on(option: str, names: Container[str]) -> bool:
-    """Whether an option may change one of these measures; True for an option that nothing declares."""
-    owners = [each for each in analyses().values() if any(option == own.name for own in each.options)]
-    return not owners or any(name in names for each in owners for name in each.measure_names)
+    """Whether an option may change one of these measures, or an array that accompanies them.
+
+    False for an option that nothing declares: it is of the folder's own measures, which stay as they are.
+    """
+    for analysis in analyses().values():
+        stored = [measure for measure in analysis.measures if measure.name in names]
+        arrays = [*stored, *(analysis.accompanying if stored else ())]
+        if any(option in (each.depends_on or ()) for each in arrays):
+            return True
+    return False
 
 
 def starts_with(manifest: Manifest, existing: Plan) -> bool:

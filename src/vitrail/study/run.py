@@ -20,6 +20,7 @@ from vitrail.analysis import (
     SamplesImages,
     analyses,
     changed_options,
+    declared_options,
     is_analysis,
     is_of_other_models,
     make_collectors,
@@ -291,7 +292,7 @@ def _refuse_other_calibration(vit: Vit, existing: Plan, plan: Plan) -> None:
     if plan.n_images == existing.n_images:
         return
     declared = [name for name in existing.measures if name in all_measures()]
-    collectors = make_collectors(vit, declared, existing.options)
+    collectors = make_collectors(vit, declared, declared_options(existing.options))
     names = [name for each in collectors if isinstance(each, Calibrates) for name in each.measures]
     if names:
         raise PlanMismatch(
@@ -320,7 +321,7 @@ def _refuse_undeclared(folder: Path, existing: Plan, plan: Plan) -> None:
 def _refuse_few_images(vit: Vit, plan: Plan) -> None:
     """Refuses a study of which a collector would measure too small a sample."""
     names = [name for name in plan.measures if name in all_measures()]
-    for collector in make_collectors(vit, names, plan.options):
+    for collector in make_collectors(vit, names, declared_options(plan.options)):
         if isinstance(collector, SamplesImages):
             collector.refuse_few(plan.n_images)
 
@@ -397,7 +398,9 @@ def _calibrate(
     """What collectors need to have seen of all images; made once, and kept for later runs of the same study."""
     if not run.calibrating:
         return
-    if not study.has_calibration or len(study.read_calibration()) != len(run.calibrating):
+    collectors = [collector.measures for collector in run.calibrating]
+    statistics = study.read_calibration(collectors)
+    if statistics is None:
         size = study.plan.batch_size
         batches = [manifest.images[start : start + size] for start in range(0, study.plan.n_images, size)]
         bars.studying(0, study.plan.n_images, "calibrating")
@@ -405,8 +408,10 @@ def _calibrate(
             for batch in loaded:
                 run.calibrate(batch)
                 bars.advance(len(batch.entries))
-        study.write_calibration([collector.calibration_statistics() for collector in run.calibrating])
-    run.load_calibration(study.read_calibration())
+        study.write_calibration({each.measures: each.calibration_statistics() for each in run.calibrating})
+        statistics = study.read_calibration(collectors)
+    assert statistics is not None
+    run.load_calibration(statistics)
 
 
 def _derive(run: StudyRun) -> None:

@@ -61,6 +61,9 @@ Arrays = Mapping[str, np.ndarray]
 WRITER = {"array.write_empty_chunks": True, "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 """Every chunk is written, so that an absent one is always a lost one; zarrs would leave out those of zeros."""
 
+CALIBRATED_MEASURES = "measures"
+"""Beside the statistics of collectors, which measures each of them has, as JSON."""
+
 ARRAY_METADATA = "zarr.json"
 """What zarr names the file that makes a folder an array or a group."""
 
@@ -358,34 +361,38 @@ class StudyFolder:
             unfinished.rename(target)
             self._mark(PATTERNS, _digests(arrays))
 
-    @property
-    def has_calibration(self) -> bool:
-        """What collectors need to have seen of all images is there."""
-        return (self.folder / CALIBRATION).is_file()
-
-    def write_calibration(self, statistics: Sequence[Arrays]) -> None:
+    def write_calibration(self, statistics: Mapping[tuple[str, ...], Arrays]) -> None:
         """Stores the calibration statistics of all collectors, whole or not at all, with one digest.
 
         Args:
-            statistics: Arrays by name, of each collector.
+            statistics: Arrays by name, by the measures of each collector.
 
         Raises:
             StudyError: The disk does not take them; the folder can then be resumed.
         """
-        arrays = {f"{number}/{name}": values for number, each in enumerate(statistics) for name, values in each.items()}
+        names = np.frombuffer(json.dumps([*statistics]).encode(), np.uint8)
+        by_number = enumerate(statistics.values())
+        arrays = {f"{number}/{name}": values for number, each in by_number for name, values in each.items()}
+        arrays[CALIBRATED_MEASURES] = names
         with self._disk_errors("the calibration statistics"):
             write_atomic(self.folder / CALIBRATION, save(arrays, metadata={"digest": _joint_digest(arrays)}))
 
-    def read_calibration(self) -> list[dict[str, np.ndarray]]:
+    def read_calibration(self, collectors: Sequence[tuple[str, ...]]) -> list[dict[str, np.ndarray]] | None:
         """Reads the calibration statistics of all collectors.
 
+        Args:
+            collectors: The measures of each that needs some.
+
         Returns:
-            Arrays by name, of each collector.
+            Arrays by name, of each collector; None where there are none, or those of other collectors. Files of earlier
+            versions, which do not say of which they are, count as theirs where they have as many.
 
         Raises:
             DamagedStudy: The file is not what was written.
         """
         path = self.folder / CALIBRATION
+        if not path.is_file():
+            return None
         try:
             with safe_open(path, framework="numpy") as file:
                 digest = (file.metadata() or {}).get("digest")
@@ -394,10 +401,18 @@ class StudyFolder:
             raise DamagedStudy(f"{path} cannot be read: {error}. Delete it and run the same command again.") from error
         if _joint_digest(arrays) != digest:
             raise DamagedStudy(f"{path} is not what was written. Delete it and run the same command again.")
-        statistics: list[dict[str, np.ndarray]] = []
+        names = arrays.pop(CALIBRATED_MEASURES, None)
+        statistics: list[dict[str, np.ndarray]] = [{} for _ in collectors]
+        numbers = {int(key.partition("/")[0]) for key in arrays}
+        is_theirs = (
+            json.loads(names.tobytes()) == [[*each] for each in collectors]
+            if names is not None
+            else numbers == set(range(len(collectors)))
+        )
+        if not is_theirs:
+            return None
         for key, values in sorted(arrays.items()):
             number, _, name = key.partition("/")
-            statistics += [{}] * (int(number) == len(statistics))
             statistics[int(number)][name] = values
         return statistics
 
