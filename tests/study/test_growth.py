@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,13 @@ from vitrail.cli import app
 from vitrail.data import open_images, scan
 from vitrail.errors import PlanMismatch, UsageError
 from vitrail.measure import Measure
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, open_vit
 from vitrail.report import write_report
 from vitrail.study import planning, writing
 from vitrail.study.growth import merge_plans
 from vitrail.study.ownership import write_access
-from vitrail.study.plan import Part
+from vitrail.study.plan import Part, differences
+from vitrail.study.reopen import reopen
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study, read_manifest, read_plan, verify
 from vitrail.study.writing import StudyFolder
@@ -300,6 +302,19 @@ class TestGrowing:
             {"m"},
         ]
 
+    def test_a_model_that_has_moved_is_the_same_model(self, photos: Path, tmp_path: Path) -> None:
+        model, out = write_model(tmp_path / "before"), tmp_path / "study"
+        run(open_vit(model), photos, out, measures="prefix_share", limit=4)
+        moved = model.rename(tmp_path / "after")
+        study = run(open_vit(moved), photos, out, measures="token_norm", limit=4)
+        assert {"prefix_share", "token_norm"} <= set(study)
+        assert read_plan(out).model == str(moved)
+        assert reopen(out).name == str(moved)
+        plan = read_plan(out)
+        for name in ("timm:vit_tiny_patch16_224", "hf:facebook/dino", "module:Net"):
+            assert any("model: the folder has" in each for each in differences(plan, replace(plan, model=name)))
+        assert differences(replace(plan, model="hf:/before"), replace(plan, model="net.py:make")) == []
+
 
 class TestRefusals:
     def test_an_image_that_changed_or_went_is_named(self, vit: Vit, tmp_path: Path) -> None:
@@ -311,6 +326,49 @@ class TestRefusals:
         with pytest.raises(PlanMismatch, match=r"class 1/3\.png missing; class 0/2\.png changed"):
             run(vit, photos, tmp_path / "study", measures="prefix_share")
         assert folder_bytes(tmp_path / "study") == before
+
+    def test_images_with_other_labels_or_masks_or_beyond_the_limit_have_not_changed(
+        self, vit: Vit, tmp_path: Path
+    ) -> None:
+        photos, masks = write_photos(tmp_path / "photos", 4), tmp_path / "masks"
+        files = sorted(photos.rglob("*.png"))
+        for file in files:
+            mask = masks / file.relative_to(photos)
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (40, 40), 1).save(mask)
+        labels = tmp_path / "labels.csv"
+        labels.write_text("".join(f"{file},class 5\n" for file in files), encoding="utf-8")
+        plain, masked = tmp_path / "plain", tmp_path / "masked"
+        run(vit, photos, plain, measures="prefix_share", limit=3)
+        run(vit, photos, masked, measures="prefix_share", masks=masks)
+        refusals = (
+            (plain, {"masks": masks}, "with another mask", "leave --masks out, as it began without"),
+            (masked, {}, "with another mask", "give the same --masks"),
+            (
+                plain,
+                {"images": labels},
+                "with another label",
+                r"give the labels that it has \(the names of the class fol",
+            ),
+        )
+        for folder, options, reason, advice in refusals:
+            with pytest.raises(PlanMismatch, match=rf"{reason}\. A study can gain images; {advice}") as refusal:
+                run(vit, options.pop("images", photos), folder, measures="prefix_share", **options)
+            assert "changed" not in str(refusal.value)
+        shutil.copy(files[-1], photos / "class 0" / "0 first.png")
+        with pytest.raises(
+            PlanMismatch, match=r"class 1/1\.png beyond the limit\. A study .* images; raise --limit, or"
+        ):
+            run(vit, photos, plain, measures="prefix_share", limit=3)
+
+    def test_why_images_have_no_labels_is_no_difference(self, vit: Vit, tmp_path: Path) -> None:
+        photos = write_photos(tmp_path / "photos", 4)
+        (photos / "class 0").rename(photos / "aa")
+        (photos / "class 1").rename(photos / "bb")
+        run(vit, photos, tmp_path / "study", measures="prefix_share", limit=4)
+        shutil.copytree(photos / "aa", photos / "zz")
+        study = run(vit, photos, tmp_path / "study", measures="prefix_share", limit=4)
+        assert study.sizes["image"] == 4
 
     def test_fewer_images_are_refused(self, vit: Vit, photos: Path, whole: Path) -> None:
         with pytest.raises(PlanMismatch, match="number of images: the folder has 11, this run 5"):

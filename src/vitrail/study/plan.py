@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isclose
+from pathlib import PurePath
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -312,7 +313,6 @@ NAMES = {
     "class_names": "class names",
     "data_digest": "images",
     "n_images": "number of images",
-    "labels_from": "source of the labels",
     "measures": "measures",
     "left_out": "measures left out",
     "batch_size": "batch size",
@@ -327,10 +327,13 @@ DEVICES = ("device: ", "name of the device: ")
 
 MIXED_DEVICES = " With --allow-mixed it goes on here; numbers then agree up to rounding only."
 
-NOT_COMPARED = ("threads", "weights_from", "notes", "own_grid_layers")
-"""Fields that may differ: a run takes the number of threads from the folder, and the others decide no number, as the
-digest tells the weights."""
+NOT_COMPARED = ("threads", "weights_from", "notes", "own_grid_layers", "labels_from")
+"""Fields that may differ: a run takes the number of threads from the folder, and the others decide no number, as
+digests tell weights and labels."""
 
+
+SOURCES = ("timm", "hf", "tv", "openclip", "vitrail", "module")
+"""How names of models begin that are no places on a disk."""
 
 TARGET_ROUNDING = {"bfloat16": 0.05, "float16": 0.01}
 """By how much the values of one target may differ between processors, as a share of the greatest of them."""
@@ -356,6 +359,9 @@ def differences(existing: Plan, requested: Plan) -> list[str]:
 
 def _is_equal(name: str, existing: Plan, requested: Plan) -> bool:
     """Whether two plans agree in a field whose values differ: as rounding goes, or as far as older plans tell."""
+    if name == "model":
+        same_weights = existing.weight_digest == requested.weight_digest
+        return same_weights and _is_local(existing.model) and _is_local(requested.model)
     if name == "device_name":
         return "" in (existing.device_name, requested.device_name)
     if name == "buffer_digest":
@@ -364,6 +370,12 @@ def _is_equal(name: str, existing: Plan, requested: Plan) -> bool:
         is_told = existing.target != requested.target
         return is_told or _same_target_values(existing, requested, existing.precision)
     return False
+
+
+def _is_local(model: str) -> bool:
+    """Whether a model's name is that of a folder or a Python file, which may lie elsewhere by now."""
+    source, _, place = model.partition(":")
+    return source not in SOURCES or (source == "hf" and (place.startswith(".") or PurePath(place).is_absolute()))
 
 
 def _same_buffers(one: Plan | ModelIdentity, other: Plan | ModelIdentity) -> bool:

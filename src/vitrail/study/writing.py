@@ -111,7 +111,7 @@ class StudyFolder:
         with self._disk_errors("the plan"):
             if existing is None:
                 self._begin(manifest)
-            elif differences(existing, plan):
+            elif differences(existing, plan) or plan.model != existing.model:  # it lies elsewhere by now
                 self._grow(existing, manifest)
             elif (folder / IMAGES).read_text(encoding="utf-8") != manifest.to_json():
                 write_atomic(folder / IMAGES, manifest.to_json())  # the same images, which lie elsewhere by now
