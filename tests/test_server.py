@@ -883,7 +883,7 @@ def test_the_command_that_adds_an_analysis_opens_the_same_weights(
         torch.save(state if given == "file" else {"state_dict_ema": state, "state_dict": state}, weights)
     facts = {"weights_from": open_vit("vitrail:photos", weights=weights).weights_source, "precision": "bfloat16"}
     command = growing_command(replace(read_plan(study), **facts), ["IMAGES"], ["patches"], "study")
-    assert command.endswith(f"IMAGES {words}--measures patches --precision bfloat16 --out study")
+    assert command.endswith(f"IMAGES {words}--batch-size 64 --measures patches --precision bfloat16 --out study")
 
 
 def test_a_measure_of_a_package_that_is_not_installed_is_listed_from_the_store() -> None:

@@ -1,5 +1,7 @@
 """Studies that gain measures and images: the same bytes as one that was made at once, whatever happens on the way."""
 
+import errno
+import inspect
 import os
 import shutil
 import sys
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
+from filelock import SoftFileLease
 from numpy.testing import assert_array_equal
 from PIL import Image
 from safetensors.numpy import save
@@ -19,15 +23,18 @@ from tiny_studies import BATCH_SIZE, N_IMAGES, folder_bytes, part_values, tiny_v
 
 from vitrail.analysis import Analysis, Option, declaration, register, unregister
 from vitrail.cli import app
+from vitrail.cli.studies import study as study_command
 from vitrail.data import open_images, scan
-from vitrail.errors import PlanMismatch, UsageError
+from vitrail.errors import DamagedStudy, PlanMismatch, StudyError, UsageError
 from vitrail.measure import Measure
 from vitrail.models.open import Vit, open_vit
 from vitrail.report import write_report
+from vitrail.study import plan as plan_module
 from vitrail.study import planning, writing
+from vitrail.study import run as run_module
 from vitrail.study.growth import merge_plans
 from vitrail.study.ownership import write_access
-from vitrail.study.plan import Part, differences
+from vitrail.study.plan import Part, differences, growing_command
 from vitrail.study.reopen import reopen
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study, read_manifest, read_plan, verify
@@ -272,7 +279,7 @@ class TestGrowing:
         run(vit, photos, tmp_path / "study", measures="head_loss_change", options=estimate, limit=4)
         grown = run(vit, photos, tmp_path / "study", measures="field_size", options={"window_area": "36"}, limit=4)
         assert grown.attrs["options"] == {"importance": "estimate", "window_area": "36"}
-        with pytest.raises(PlanMismatch, match='options, importance: the folder has "estimate", this run none'):
+        with pytest.raises(PlanMismatch, match='options, importance: the folder has "estimate", this run "exact"'):
             run(vit, photos, tmp_path / "study", measures="head_flip", limit=4)
 
     def test_options_and_calibration_of_an_analysis_that_is_not_installed_are_left_to_it(
@@ -314,6 +321,59 @@ class TestGrowing:
         for name in ("timm:vit_tiny_patch16_224", "hf:facebook/dino", "module:Net"):
             assert any("model: the folder has" in each for each in differences(plan, replace(plan, model=name)))
         assert differences(replace(plan, model="hf:/before"), replace(plan, model="net.py:make")) == []
+
+    def test_the_command_that_adds_a_measure_has_what_differs_from_the_defaults(
+        self, tmp_path: Path, photos: Path
+    ) -> None:
+        assert BATCH_SIZE not in (plan_module.BATCH_SIZE, plan_module.PART_IMAGES)
+        for command in (run_study, study_command):
+            assert inspect.signature(command).parameters["batch_size"].default == plan_module.BATCH_SIZE
+        model, out = write_model(tmp_path / "model"), tmp_path / "study"
+        given = {"options": {"ablation": "mean", "image_map": "none"}, "seed": 3, "part_images": 2 * BATCH_SIZE}
+        run(open_vit(model), photos, out, measures="head_flip", limit=4, **given)
+        words = growing_command(read_plan(out), [str(photos), "--limit", "4"], ["token_norm"], str(out)).split()[1:]
+        app([*words, "--no-figures", "--quiet"], standalone_mode=False)
+        assert "token_norm" in open_study(out)
+        masked = replace(read_plan(out), options={"masks": "given"}, device="cuda", output=1)
+        assert growing_command(masked, ["IMAGES"], [], "study").endswith(
+            "IMAGES --masks FOLDER --batch-size 4 --part-images 8 --seed 3 --output 1 --device cuda --out study"
+        )
+        differing = differences(read_plan(out), replace(read_plan(out), options={"ablation": "mean"}))
+        assert differing == ['options, image_map: the folder has "none", this run "tsne"']
+
+    @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00garb", b"{"])
+    def test_a_list_of_images_that_is_lost_or_damaged_is_written_anew(
+        self, vit: Vit, photos: Path, tmp_path: Path, content: bytes | None
+    ) -> None:
+        run(vit, photos, tmp_path / "study", measures="prefix_share", limit=4)
+        before, file = folder_bytes(tmp_path / "study"), tmp_path / "study" / "images.json"
+        file.unlink() if content is None else file.write_bytes(content)
+        run(vit, photos, tmp_path / "study", measures="prefix_share", limit=4)
+        assert folder_bytes(tmp_path / "study") == before
+
+
+class TestFullDisk:
+    def test_growing_on_a_full_disk_damages_nothing_and_goes_on_later(
+        self, vit: Vit, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        out = tmp_path / "study"
+        with monkeypatch.context() as patched:
+            patched.setattr(run_module, "save_model_arguments", full)
+            with pytest.raises(StudyError, match=r"how the model was opened could not be written.*make room and run"):
+                run(vit, photos, out, measures="prefix_share", limit=8)
+        run(vit, photos, out, measures="prefix_share", limit=8)
+        for owner, name in ((zarr.Array, "resize"), (writing, "_consolidate"), (SoftFileLease, "acquire")):
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, full)
+                with pytest.raises(StudyError, match=r"No space left on device.* make room and run") as refusal:
+                    run(vit, photos, out, measures="prefix_share")
+                assert not isinstance(refusal.value, DamagedStudy)
+        run(vit, photos, out, measures="prefix_share")
+        run(vit, photos, tmp_path / "at once", measures="prefix_share")
+        assert folder_bytes(out) == folder_bytes(tmp_path / "at once")
 
 
 class TestRefusals:

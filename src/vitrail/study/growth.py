@@ -66,21 +66,21 @@ def _refuse_other_images(existing: Plan, manifest: Manifest, ids_by_reason: Mapp
     reasons = {reason: ids for reason, ids in ids_by_reason.items() if ids}
     if not reasons:
         return
-    has_labels, has_masks = existing.labels == LabelSource.GIVEN, existing.options.get("masks") == "given"
+    has_masks = existing.options.get("masks") == "given"
     remedies = {
         "missing": "put the old ones back",
         "changed": "put the old ones back",
         "beyond the limit": "raise --limit",
         "with another label": f"give the labels that it has ({existing.labels_from})"
-        if has_labels
+        if existing.labels == LabelSource.GIVEN
         else "leave labels out, as it began without",
         "with another mask": "give the same --masks" if has_masks else "leave --masks out, as it began without",
     }
     advice = dict.fromkeys(remedies[reason] for reason in reasons)
     raise PlanMismatch(
         f"images: the folder has {existing.n_images} and this run {len(manifest.images)}, among which those of the "
-        f"folder are not as they were: {'; '.join(f'{some(ids)} {reason}' for reason, ids in reasons.items())}. A study "
-        f"can gain images; {' and '.join(advice)}, or name another folder to begin anew."
+        f"folder are not as they were: {'; '.join(f'{some(ids)} {reason}' for reason, ids in reasons.items())}. A "
+        f"study can gain images; {' and '.join(advice)}, or name another folder to begin anew."
     )
 
 

@@ -15,22 +15,33 @@ from pathlib import PurePath
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
+from vitrail.analysis import all_options
 from vitrail.data import LabelSource
 from vitrail.errors import DamagedStudy, PlanMismatch, StudyError, UsageError, WeightsMismatch
 
 __all__ = [
+    "BATCH_SIZE",
     "N_TOP",
+    "PART_IMAGES",
     "THUMBNAIL_PX",
     "ModelIdentity",
     "Part",
     "Plan",
     "differences",
     "growing_command",
+    "images_in_part",
     "refuse_other_plan",
 ]
 
 FORMAT = 1
 """Of the folder. Raise it when the layout changes such that older readers would go wrong."""
+
+
+BATCH_SIZE = 16
+"""Images in a pass where nothing is said."""
+
+PART_IMAGES = 64
+"""About how many images make a part: what an interruption can cost, and the chunk length of every array."""
 
 
 N_TOP = 5
@@ -282,6 +293,19 @@ def _fits(value: Any, annotation: Any) -> bool:
     return annotation is Any or type(value) is annotation
 
 
+def images_in_part(batch_size: int, part_images: int) -> int:
+    """How many images make a part, which has full batches alone.
+
+    Args:
+        batch_size: Images in a pass.
+        part_images: About how many are to make a part.
+
+    Returns:
+        A multiple of `batch_size`.
+    """
+    return batch_size * max(1, round(part_images / batch_size))
+
+
 def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], out: str) -> str:
     """Writes the command that adds measures to a study, or makes another of its model.
 
@@ -292,7 +316,8 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
         out: The folder.
 
     Returns:
-        For a shell; WEIGHTS stands for the file of weights where one was given.
+        For a shell, with what the study was given beside the defaults, as far as its plan says so (not the size of its
+        images); WEIGHTS stands for the file of weights, and FOLDER for that of masks, where they were given.
 
     Example:
         growing_command(plan, ["IMAGES"], ["patches"], "study")
@@ -301,6 +326,18 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
     words = ["vitrail", "study", plan.model, *images]
     if plan.weights_from and not plan.weights_from.startswith("those of "):
         words += ["--weights", "random" if plan.weights_from == "random" else "WEIGHTS"]
+    if plan.options.get("masks") == "given" and "--masks" not in words:
+        words += ["--masks", "FOLDER"]
+    size = plan.batch_size
+    words += ["--batch-size", str(size)] if size != BATCH_SIZE else []
+    words += ["--part-images", str(plan.part_size)] if plan.part_size != images_in_part(size, PART_IMAGES) else []
+    words += ["--seed", str(plan.seed)] if plan.seed else []
+    declared = all_options()
+    for name, value in plan.options.items():
+        if name in declared and not declared[name].hidden:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--output", str(plan.output)] if plan.output is not None else []
+    words += ["--device", plan.device] if plan.device != "cpu" else []
     words += ["--measures", ",".join(measures)] if measures else []
     words += ["--precision", plan.precision] if plan.precision != "float32" else []
     return shlex.join([*words, "--out", out])
@@ -352,9 +389,16 @@ def differences(existing: Plan, requested: Plan) -> list[str]:
     phrases: list[str] = []
     for field in fields(Plan):
         old, new = getattr(existing, field.name), getattr(requested, field.name)
+        if field.name == "options":
+            old, new = _with_defaults(old, new), _with_defaults(new, old)
         if old != new and field.name not in NOT_COMPARED and not _is_equal(field.name, existing, requested):
             phrases.extend(_difference(NAMES.get(field.name, field.name), old, new))
     return phrases
+
+
+def _with_defaults(options: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Options, with the default of each that only the other plan holds, whose word may be "none"."""
+    return {name: option.default for name, option in all_options().items() if name in others} | options
 
 
 def _is_equal(name: str, existing: Plan, requested: Plan) -> bool:

@@ -16,14 +16,11 @@ from vitrail.measure import Measure
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
 from vitrail.models.task import Target
-from vitrail.study.plan import ModelIdentity, Plan
+from vitrail.study.plan import PART_IMAGES, ModelIdentity, Plan, images_in_part
 from vitrail.tap.clone import CANNOT_RUN
 from vitrail.tokens.levels import layers_of_own_grid
 
 __all__ = ["make_plan", "model_identity"]
-
-PART_IMAGES = 64
-"""About how many images make a part: what an interruption can cost, and the chunk length of every array."""
 
 PACKAGES = ("torch", "timm", "numpy", "xarray", "zarr", "pillow", "scikit-learn")
 """Those whose version can change a number or a byte."""
@@ -89,7 +86,7 @@ def make_plan(
         options=dict(sorted(options.items())),
         precision=vit.precision,
         batch_size=batch_size,
-        part_size=batch_size * max(1, round((part_images or PART_IMAGES) / batch_size)),
+        part_size=images_in_part(batch_size, part_images or PART_IMAGES),
         seed=seed,
         device=torch.device(vit.device).type,
         device_name=_device_name(vit),

@@ -43,7 +43,7 @@ from vitrail.study.growth import arrange_images, measures_to_renew, merge_plans,
 from vitrail.study.locking import POLL_S, Access
 from vitrail.study.object_store import open_objects
 from vitrail.study.ownership import refuse_foreign_folder, store_access, worker_access, write_access
-from vitrail.study.plan import Part, Plan
+from vitrail.study.plan import BATCH_SIZE, Part, Plan
 from vitrail.study.planning import make_plan
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import save_model_arguments
@@ -60,7 +60,7 @@ def run_study(
     out: str | Path,
     measures: str | Sequence[str] = "heads",
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
     masks: str | Path | None = None,
@@ -214,7 +214,8 @@ def _open_folder(
             _refuse_undeclared(folder, existing, plan)
         study = StudyFolder(folder, plan, manifest, access)
         if not access.others:
-            save_model_arguments(folder, vit)
+            with study.disk_errors("how the model was opened"):
+                save_model_arguments(folder, vit)
     return study, manifest
 
 

@@ -30,6 +30,7 @@ from vitrail.study.locking import TAKING_OVER, Access, Leases, lock_files, remov
 from vitrail.study.ownership import (
     CALIBRATION,
     UNFINISHED,
+    as_bytes,
     refuse_foreign_folder,
     remove_arrays,
     remove_unfinished,
@@ -108,12 +109,12 @@ class StudyFolder:
             self._refuse_to_grow(existing)
             return
         remove_unfinished(folder)
-        with self._disk_errors("the plan"):
+        with self.disk_errors("the plan"):
             if existing is None:
                 self._begin(manifest)
             elif differences(existing, plan) or plan.model != existing.model:  # it lies elsewhere by now
                 self._grow(existing, manifest)
-            elif (folder / IMAGES).read_text(encoding="utf-8") != manifest.to_json():
+            elif not _holds(folder / IMAGES, manifest.to_json()):
                 write_atomic(folder / IMAGES, manifest.to_json())  # the same images, which lie elsewhere by now
             self._fit_arrays()
 
@@ -177,7 +178,8 @@ class StudyFolder:
             DamagedStudy: The arrays cannot be read.
         """
         if self.access.leases is not None:
-            self._fit_arrays()
+            with self.disk_errors("the list of arrays"):
+                self._fit_arrays()
 
     def _fit_arrays(self) -> None:
         """Gives arrays of a study that has gained images their new length, and the group's list of them what is there.
@@ -193,20 +195,20 @@ class StudyFolder:
             group = zarr.open_group(path, mode="r+", use_consolidated=False)
             names = sorted(each.parent.name for each in path.glob(f"*/{ARRAY_METADATA}"))
             arrays = {name: _array(group, name) for name in names}
-            for name, array in arrays.items():
-                if array.shape[0] == self.plan.n_images:
-                    continue
-                if name in DERIVED or array.chunks[0] != self.plan.part_size:
-                    remove_arrays(path / name)
-                else:
-                    array.resize((self.plan.n_images, *array.shape[1:]))
             listed = json.loads((path / ARRAY_METADATA).read_bytes())["consolidated_metadata"]["metadata"]
-            present = [name for name in names if (path / name / ARRAY_METADATA).is_file()]
-            shapes = {name: list(arrays[name].shape) for name in present}
-            if {name: each["shape"] for name, each in listed.items()} != shapes:
-                _consolidate(path)
+            listed_shapes = {name: each["shape"] for name, each in listed.items()}
         except UNREADABLE as error:
             raise DamagedStudy(f"{path} cannot be read: {sentence(error)}. Restore it from a copy.") from error
+        for name, array in arrays.items():
+            if array.shape[0] == self.plan.n_images:
+                continue
+            if name in DERIVED or array.chunks[0] != self.plan.part_size:
+                remove_arrays(path / name)
+            else:
+                array.resize((self.plan.n_images, *array.shape[1:]))
+        present = [name for name in names if (path / name / ARRAY_METADATA).is_file()]
+        if listed_shapes != {name: list(arrays[name].shape) for name in present}:
+            _consolidate(path)
 
     @property
     def missing(self) -> list[Part]:
@@ -270,7 +272,7 @@ class StudyFolder:
                 f"This process did not run for a while, and another has begun to write {self.folder}. What was written "
                 "is safe; end the other, or let it finish."
             )
-        with self._disk_errors(f"part {part.number}"):
+        with self.disk_errors(f"part {part.number}"):
             written = self._digests_on_disk(part.number)
             others = {name: digest for name, digest in written.items() if name not in arrays}
             if len(others) < len(written):  # while values are overwritten, nothing may say that they are complete
@@ -298,7 +300,7 @@ class StudyFolder:
         Raises:
             StudyError: The disk does not take them; the folder can then be resumed.
         """
-        with self._disk_errors("what is derived from all parts"):
+        with self.disk_errors("what is derived from all parts"):
             self._write("derived", slice(None), arrays, {})
 
     @property
@@ -332,7 +334,7 @@ class StudyFolder:
         Raises:
             StudyError: The disk does not take it; the folder can then be resumed.
         """
-        with self._disk_errors(f"the model of {kind} patterns"):
+        with self.disk_errors(f"the model of {kind} patterns"):
             (self.folder / PATTERNS).mkdir(exist_ok=True)
             write_atomic(self.pattern_model_file(kind), content)
 
@@ -346,7 +348,7 @@ class StudyFolder:
         Raises:
             StudyError: The disk does not take them; the folder can then be resumed.
         """
-        with self._disk_errors("the attention patterns"):
+        with self.disk_errors("the attention patterns"):
             target = self.folder / PATTERNS / ARRAYS
             remove_arrays(target)  # of a run that was ended before it could say that they are complete
             unfinished = target.with_name(ARRAYS + UNFINISHED)
@@ -374,7 +376,7 @@ class StudyFolder:
         by_number = enumerate(statistics.values())
         arrays = {f"{number}/{name}": values for number, each in by_number for name, values in each.items()}
         arrays[CALIBRATED_MEASURES] = names
-        with self._disk_errors("the calibration statistics"):
+        with self.disk_errors("the calibration statistics"):
             write_atomic(self.folder / CALIBRATION, save(arrays, metadata={"digest": _joint_digest(arrays)}))
 
     def read_calibration(self, collectors: Sequence[tuple[str, ...]]) -> list[dict[str, np.ndarray]] | None:
@@ -417,7 +419,18 @@ class StudyFolder:
         return statistics
 
     @contextmanager
-    def _disk_errors(self, what: str) -> Iterator[None]:
+    def disk_errors(self, what: str) -> Iterator[None]:
+        """Says what to do where the disk does not take something.
+
+        Args:
+            what: What is written, as the message names it.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            StudyError: The disk does not take it; the folder can then be resumed.
+        """
         try:
             yield
         except OSError as error:
@@ -494,6 +507,14 @@ class StudyFolder:
             n_rows = self.plan.n_images if name in DERIVED else self.plan.part_size
             _create_array(group, name, (self.plan.n_images, *values.shape[1:]), n_rows, values.dtype)
         return unfinished
+
+
+def _holds(file: Path, content: str) -> bool:
+    """Whether a file has this content; one that is lost or cannot be read has not, and is written anew."""
+    try:
+        return file.read_bytes() == as_bytes(content)
+    except OSError:
+        return False
 
 
 def _lease_name(part: Part) -> str:
