@@ -146,7 +146,13 @@ class SamplesImages(Protocol):
 
 @runtime_checkable
 class Calibrates(Protocol):
-    """A collector that sees all images before it measures the first; its statistics are kept with the study."""
+    """A collector that sees all images before it measures the first; its statistics are kept with the study.
+
+    Attributes:
+        measures: as in `Collector`.
+    """
+
+    measures: tuple[str, ...]
 
     def calibrate(self, tap: "Tap", images: "Tensor", n_images: int) -> None:
         """One padded batch of prepared images, of which the first `n_images` count.

@@ -244,7 +244,7 @@ class Plan:
         if "task" not in content:  # an older version, which knew classes and feature vectors
             content["task"] = "embedding" if content.get("n_classes") is None else "classes"
             content |= {"output": None, "target": None}
-        later = {"weights_from": "", "notes": [], "device_name": "", "own_grid_layers": None}
+        later: dict[str, Any] = {"weights_from": "", "notes": [], "device_name": "", "own_grid_layers": None}
         content = {**later, "buffer_digest": "", "target_values": None, **content}
         names = {field.name for field in fields(cls)}
         if set(content) != names:

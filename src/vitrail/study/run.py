@@ -206,7 +206,7 @@ def _open_folder(
         existing = plan_of(folder)
         manifest = _scan(vit, source, folder, request, bars)
         if existing is not None and not starts_with(manifest, existing):
-            read = {each.id for each in (*manifest.images, *manifest.skipped)}
+            read = {each.id for each in manifest.images} | {each.id for each in manifest.skipped}
             unread = {item.id for item in source.items} - read if source.limit is not None else set()
             manifest = arrange_images(existing, read_manifest(folder), manifest, unread)
         plan = _plan(vit, manifest, request, existing)

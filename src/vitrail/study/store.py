@@ -134,17 +134,15 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
     if lost:
         raise DamagedStudy(_missing_chunks_message(folder, lost))
     dataset = _select_images(folder, dataset, ids, None if is_whole else parts)
-    left = {
-        "missing_images": plan.n_images - dataset.sizes["image"],
-        "missing_measures": sorted(_measures_under_way(plan, listed, derived=not has_patterns) - names),
-    }
-    if left["missing_measures"] and not partial:
+    to_come = sorted(_measures_under_way(plan, listed, derived=not has_patterns) - names)
+    if to_come and not partial:
         warnings.warn(
-            f"{folder} does not hold {some(left['missing_measures'], 3)} of every image yet, so it opens without. The "
-            "`vitrail study` command that asked for them adds them.",
+            f"{folder} does not hold {some(to_come, 3)} of every image yet, so it opens without. The `vitrail study` "
+            "command that asked for them adds them.",
             RuntimeWarning,
             stacklevel=2,
         )
+    left = {"missing_images": plan.n_images - dataset.sizes["image"], "missing_measures": to_come}
     attributes = {**asdict(plan), **left, **about}
     dataset = dataset.assign_coords(places(dataset, attributes))
     study = MeasureDataset(dataset.data_vars, dataset.coords, attributes)
