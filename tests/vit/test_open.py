@@ -547,7 +547,7 @@ def test_a_study_with_a_target_opens_with_the_same_target_alone(tmp_path):
     assert reopen(tmp_path / "vector").task.target.vector == direction
     assert reopen(tmp_path / "function", model=first) is first
     for model in (None, folder):
-        with pytest.raises(UnknownModel, match=r"a function of its user's as target, .*<lambda>.* `model=vit`"):
+        with pytest.raises(UnknownModel, match=r"the target .*<lambda>, which is not stored .* `model=vit`"):
             reopen(tmp_path / "function", model=model)
     second = open_vit(folder, target=lambda output: output[:, 1])
     with pytest.raises(UsageError, match="was opened has another function of that name"):

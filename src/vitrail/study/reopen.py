@@ -57,9 +57,9 @@ def reopen(
     opened = opened or {"task": plan.task or None, "precision": plan.precision, "output": plan.output}
     if plan.target is not None and opened.get("target") is None:
         raise UnknownModel(
-            f"{plan.model} was studied with a function of its user's as target, {plan.target}, which cannot be opened "
-            "from here. In Python hand over the model opened with it, open_vit(.., target=..), as `model=vit` or, to "
-            "serve the page, vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
+            f"{plan.model} was studied with the target {plan.target}, which is not stored and cannot be opened from "
+            "here. In Python hand over the model opened with it, open_vit(.., target=..), as `model=vit` or, to serve "
+            "the page, vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
         )
     size = opened.get("image_size")
     try:
