@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from vitrail.analysis import analyses, declaration, measures
 from vitrail.data import open_images, scan
-from vitrail.study.plan import THUMBNAIL_PX, Part, Plan
+from vitrail.study.plan import THUMBNAIL_PX, ModelIdentity, Part, Plan
 from vitrail.study.store import open_study, read_manifest, read_plan
 from vitrail.study.writing import StudyFolder
 
@@ -249,7 +249,7 @@ class PlantedLive:
     """A stand-in for the model that honours the protocol of `docs/architecture.md`: its numbers follow from the planted
     reach and from the photograph's own brightness, so that a test can predict them."""
 
-    weight_digest = "0" * 64
+    identity = ModelIdentity("0" * 64)
 
     def attention(self, image: Image.Image, layer: int) -> np.ndarray:
         place = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID), indexing="ij"), -1).reshape(-1, 2)

@@ -40,7 +40,7 @@ from vitrail.data import open_images, scan
 from vitrail.errors import StudyError, UsageError, WeightsMismatch
 from vitrail.study.growth import arrange_images
 from vitrail.study.ownership import write_atomic
-from vitrail.study.plan import growing_command
+from vitrail.study.plan import ModelIdentity, growing_command
 from vitrail.study.store import open_study, read_manifest, read_plan
 from vitrail.study.writing import StudyFolder
 
@@ -414,7 +414,7 @@ def test_a_model_that_cannot_be_opened_leaves_the_stored_study_and_the_reason(st
 
 def test_a_model_with_other_weights_than_the_studied_ones_is_refused(study: Path) -> None:
     class Another(PlantedLive):
-        weight_digest = "1" * 64
+        identity = ModelIdentity("1" * 64)
 
     with pytest.raises(WeightsMismatch, match="studied with other weights"):
         create_app(study, Another())
@@ -897,7 +897,7 @@ def test_the_command_that_adds_an_analysis_opens_the_same_weights(
         torch.save(state if given == "file" else {"state_dict_ema": state, "state_dict": state}, weights)
     facts = {"weights_from": open_vit("vitrail:photos", weights=weights).weights_source, "precision": "bfloat16"}
     command = growing_command(replace(read_plan(study), **facts), ["IMAGES"], ["patches"], "study")
-    assert command.endswith(f"IMAGES {words}--measures patches --precision bfloat16 --out study")
+    assert command.endswith(f"IMAGES {words}--batch-size 64 --measures patches --precision bfloat16 --out study")
 
 
 def test_a_measure_of_a_package_that_is_not_installed_is_listed_from_the_store() -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "analyses_named",
     "changed_options",
     "declaration",
+    "declared_options",
     "in_order_of_declaration",
     "is_analysis",
     "is_of_other_models",
@@ -145,7 +146,13 @@ class SamplesImages(Protocol):
 
 @runtime_checkable
 class Calibrates(Protocol):
-    """A collector that sees all images before it measures the first; its statistics are kept with the study."""
+    """A collector that sees all images before it measures the first; its statistics are kept with the study.
+
+    Attributes:
+        measures: as in `Collector`.
+    """
+
+    measures: tuple[str, ...]
 
     def calibrate(self, tap: "Tap", images: "Tensor", n_images: int) -> None:
         """One padded batch of prepared images, of which the first `n_images` count.
@@ -573,6 +580,19 @@ def changed_options(options: Mapping[str, str] | None) -> dict[str, str]:
     resolve_options(options)
     known = all_options()
     return {name: value for name, value in (options or {}).items() if value != known[name].default}
+
+
+def declared_options(options: Mapping[str, str]) -> dict[str, str]:
+    """The options of a plan that an analysis here declares; others are of analyses that are not installed.
+
+    Args:
+        options: values by name.
+
+    Returns:
+        Those that `resolve_options` takes.
+    """
+    known = all_options()
+    return {name: value for name, value in options.items() if name in known}
 
 
 def unavailable(vit: "Vit", names: Iterable[str], options: Mapping[str, str] | None = None) -> dict[str, str]:

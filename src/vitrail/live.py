@@ -25,6 +25,8 @@ from vitrail.heads.regions import mode_edits, modes_offered
 from vitrail.models.open import Vit
 from vitrail.models.token_grid import token_grids
 from vitrail.one_image import LookPart, OneImage, parts_of, record_image
+from vitrail.study.plan import ModelIdentity
+from vitrail.study.planning import model_identity
 from vitrail.tap.clone import WeightState
 from vitrail.tap.layer_maps import LayerMaps
 from vitrail.tap.tap import LayerAttention, Readers
@@ -68,9 +70,9 @@ class LiveModel:
         self._weights = WeightState(vit.model)
 
     @property
-    def weight_digest(self) -> str:
-        """SHA-256 of the weights, as a study's plan has it of its own model."""
-        return self.vit.weight_digest
+    def identity(self) -> ModelIdentity:
+        """What tells the model from others, as a study's plan has it of its own."""
+        return model_identity(self.vit)
 
     def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
         """Attention after the softmax of every head of a layer, over all its tokens.

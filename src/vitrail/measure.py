@@ -75,7 +75,8 @@ class Measure:
         limits: what the measure cannot tell.
         needs: names of `vitrail.analysis.Need`s that the model, the images or the options must meet.
         dtype: of the stored array.
-        version: raised whenever the numbers change: a study begun with another version is refused, not mixed.
+        version: raised whenever the numbers change: a study with another version is refused, not mixed; asked for by
+            name, a later version is measured anew for all images.
         derived: whether it needs all images, so that the study computes it after the last of them.
         value_range: lowest and highest value that is possible at all, in the unit of the measure; None where there is
             none. It bounds an interval where few images have values that differ (`vitrail.stats`).

@@ -83,7 +83,7 @@ def show(item: Any, vit: Any = None, *, images: Sequence[int] | None = None, hei
     Raises:
         StudyError: The folder is no study.
         WeightsMismatch: `vit` has other weights than the model of the study.
-        UsageError: It is neither.
+        UsageError: It is neither, or `vit` has another target than the model of the study.
 
     Example:
         >>> import vitrail

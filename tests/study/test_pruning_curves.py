@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from vitrail.cli import app
 from vitrail.contract.tiny_models import FAMILIES
 from vitrail.data import LabelSource, stored_image
-from vitrail.errors import DamagedStudy, Unsupported, UsageError
+from vitrail.errors import DamagedStudy, StudyError, Unsupported, UsageError
 from vitrail.models.open import open_vit
+from vitrail.pruning import curves as curves_module
 from vitrail.pruning.curves import measure_curves
 from vitrail.pruning.ranking import CURVES_FILE, Curves, halves, orders, read_curves, scores
 from vitrail.report import write_report
@@ -110,6 +111,30 @@ def test_the_command_says_how_many_can_go(study: Path) -> None:
     result = CliRunner().invoke(app, ["curves", str(study), "--test", "2", "--random-orders", "2"])
     assert result.exit_code == 0, result.output
     assert "can go together for at most one point of accuracy" in " ".join(result.output.split())
+
+
+def test_curves_of_a_study_that_grows_or_cannot_be_written_to_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, vit, real = tmp_path / "study", open_vit("vitrail:photos"), curves_module.StudyImages.correct
+
+    def measure(n_photos: int) -> None:
+        run_study(vit, "photos", out=study, measures="head_probability", limit=n_photos)
+
+    def grow_and_measure(self: object, *arguments: object) -> object:
+        measure(6)
+        return real(self, *arguments)
+
+    measure(4)
+    with monkeypatch.context() as patched:
+        patched.setattr(curves_module.StudyImages, "correct", grow_and_measure)
+        with pytest.raises(StudyError, match=r"other images than when its pruning curves were begun.*again"):
+            measure_curves(study, n_test=2, n_random=1)
+    assert read_curves(study) is None
+    monkeypatch.setattr(curves_module, "reopen", pytest.fail)  # nothing is opened or run in vain
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(StudyError, match=r"cannot be written to .*: Read-only file system\. Make room, or copy"):
+        measure_curves(study)
 
 
 def test_what_has_no_curves_says_so(study: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,26 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from tiny_studies import BATCH_SIZE, DEAD_LOCK, N_IMAGES, folder_bytes, tiny_vit, write_photos
 
+import vitrail
 from vitrail import data
 from vitrail.analysis import analyses, declaration, is_of_other_models, measures
-from vitrail.errors import DataError, ModelError, NoImages, PlanMismatch, StudyError, Unsupported, UsageError
+from vitrail.errors import (
+    DataError,
+    ModelError,
+    NoImages,
+    PlanMismatch,
+    StudyError,
+    Unsupported,
+    UsageError,
+    WeightsMismatch,
+)
 from vitrail.models.open import Vit, open_vit
+from vitrail.study import planning
 from vitrail.study.locking import LOCK, folder_lock
-from vitrail.study.plan import Part
+from vitrail.study.plan import Part, Plan, differences
+from vitrail.study.reopen import reopen
 from vitrail.study.run import run_study
-from vitrail.study.store import open_study, read_manifest, verify
+from vitrail.study.store import open_study, read_manifest, read_plan, verify
 from vitrail.study.writing import StudyFolder
 
 HEAD_MEASURES = [name for name in analyses()["heads"].measure_names if not is_of_other_models(name)]
@@ -260,6 +273,59 @@ class TestRefusals:
         assert "class names" not in told
         assert "measures" not in told  # that a run asks for fewer is no difference
         assert folder_bytes(finished) == before
+
+    def test_another_function_of_the_same_name_is_another_target(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        out, other, asked = tmp_path / "study", tmp_path / "other", {"measures": "head_value", "limit": 4}
+
+        def opened(at: int) -> Vit:
+            return open_vit(vit.model, target=lambda output: output[:, at])
+
+        first, second = opened(0), opened(1)
+        run(first, photos, out, **asked)
+        run(opened(0), photos, out, **asked)
+        with pytest.raises(PlanMismatch, match="target: the folder has another function of this name"):
+            run(second, photos, out, **asked)
+        run(second, photos, other, **asked)
+        assert read_plan(out).target == read_plan(other).target
+        assert "head_value" in vitrail.compare(out, other).coords["measure"]
+        older = replace(read_plan(out), target_values=None)
+        assert differences(older, read_plan(other)) == []  # told by its name alone, as it was
+
+    def test_the_values_of_a_target_differ_by_rounding_between_machines(self, any_plan: Plan) -> None:
+        here = replace(any_plan, target="mine", target_values=[1.0, -2.0, 0.0])
+        assert differences(here, replace(here, target_values=[1.00001, -2.00001, 1e-7])) == []
+        assert differences(here, replace(here, target_values=[1.0, -2.0, 0.1])) != []
+        assert any("mine" in each for each in differences(here, replace(here, target="yours", target_values=[3.0])))
+
+    def test_a_target_that_refuses_made_up_outputs_is_told_by_those_of_noise(self, vit: Vit, photos: Path) -> None:
+        n_rows: list[int] = []
+
+        def only_of_the_model(output: torch.Tensor) -> torch.Tensor:
+            n_rows.append(len(output))
+            if len(output) == planning.N_OUTPUTS:
+                raise ValueError("no such output")
+            return output[:, 0]
+
+        identity = planning.model_identity(open_vit(vit.model, target=only_of_the_model))
+        assert n_rows == [planning.N_OUTPUTS, len(identity.target_values)]
+        assert planning.model_identity(open_vit(vit.model, target=lambda output: output)).target_values is None
+
+    def test_another_buffer_outside_the_state_dict_is_another_model(self, photos: Path, tmp_path: Path) -> None:
+        def scaled(temperature: float) -> Vit:
+            module = tiny_vit().model
+            module.register_buffer("temperature", torch.tensor(temperature), persistent=False)
+            module.head.register_forward_hook(lambda head, images, logits: logits / module.temperature)
+            return open_vit(module, n_classes=10)
+
+        one, other = scaled(1.0), scaled(0.05)
+        assert one.weight_digest == other.weight_digest
+        run(one, photos, tmp_path / "study", measures="prefix_share", limit=4)
+        with pytest.raises(PlanMismatch, match="buffers that the state dict lacks: the folder has"):
+            run(other, photos, tmp_path / "study", measures="prefix_share", limit=4)
+        with pytest.raises(WeightsMismatch, match="studied with other buffers"):
+            reopen(tmp_path / "study", model=other)
+        plan = read_plan(tmp_path / "study")
+        assert differences(replace(plan, buffer_digest=""), plan) == []  # of a version that knew none
 
     def test_a_batch_that_memory_does_not_take_is_a_sentence(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"does not take a batch of 10000000000 images.*smaller --batch-size"):

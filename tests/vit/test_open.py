@@ -530,6 +530,34 @@ def test_a_model_that_has_moved_since_its_study_is_found_where_it_is_named(tmp_p
         reopen(tmp_path / "study")
 
 
+def test_a_study_with_a_target_opens_with_the_same_target_alone(tmp_path):
+    from PIL import Image
+
+    from vitrail import run_study
+    from vitrail.study.reopen import reopen
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64), (90, 20, 160)).save(tmp_path / "images" / "one.png")
+    folder = timm_folder(tmp_path / "own")
+    n_outputs = open_vit(folder).logits(torch.zeros(1, 3, *open_vit(folder).image_size)).shape[-1]
+    direction = [1.0] + [0.5] * (n_outputs - 1)
+    first = open_vit(folder, target=lambda output: output[:, 0])
+    for vit, study in ((first, "function"), (open_vit(folder, target=direction), "vector"), (open_vit(folder), "none")):
+        run_study(vit, tmp_path / "images", out=tmp_path / study, measures=["prefix_share"])
+    assert reopen(tmp_path / "vector").task.target.vector == direction
+    assert reopen(tmp_path / "function", model=first) is first
+    for model in (None, folder):
+        with pytest.raises(UnknownModel, match=r"the target .*<lambda>, which is not stored .* `model=vit`"):
+            reopen(tmp_path / "function", model=model)
+    second = open_vit(folder, target=lambda output: output[:, 1])
+    with pytest.raises(UsageError, match="was opened has another function of that name"):
+        reopen(tmp_path / "function", model=second)
+    with pytest.raises(UsageError, match="studied with no target"):
+        reopen(tmp_path / "none", model=first)
+    with pytest.raises(UsageError, match="the model that was opened has no target"):
+        vitrail.show(tmp_path / "function", open_vit(folder))
+
+
 def test_random_weights_are_the_same_each_time():
     digests = {open_vit("timm:vit_tiny_patch16_224", weights="random", image_size=32).weight_digest for _ in range(2)}
     assert len(digests) == 1

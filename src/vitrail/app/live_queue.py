@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vitrail.errors import VitrailError
+from vitrail.study.plan import ModelIdentity
 
 __all__ = ["LiveModelProtocol", "LiveQueue"]
 
@@ -52,8 +53,8 @@ class LiveModelProtocol(Protocol):
     """The calls that the server makes on a model; `vitrail.live.LiveModel` has them, and the server needs no torch."""
 
     @property
-    def weight_digest(self) -> str:
-        """SHA-256 of the weights, as `vitrail.live.LiveModel.weight_digest`."""
+    def identity(self) -> ModelIdentity:
+        """What tells the model from others, as `vitrail.live.LiveModel.identity`."""
         ...
 
     def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:

@@ -128,7 +128,7 @@ class AppState:
         self.thumbnails = Thumbnails(self.dataset)
         self.photographs = Photographs(self.manifest, self.ids)
         self.uploads = Uploads()
-        self.live = LiveQueue(model, lambda opened: self.plan.require_weights(opened.weight_digest))
+        self.live = LiveQueue(model, lambda opened: self.plan.require_model(opened.identity))
         self.live_arrays: LRUCache[np.ndarray] = LRUCache(MAP_CACHE_BYTES)
         self.looks: LRUCache[xr.Dataset] = LRUCache(LOOK_CACHE_BYTES)
         self.decoding = BoundedWork("photographs", PHOTOGRAPHS_AT_ONCE, PHOTOGRAPHS_WAITING)

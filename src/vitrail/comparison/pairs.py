@@ -149,7 +149,9 @@ def open_pair(a: str | Path, b: str | Path) -> Pair:
 
 def _refuse_same_model(folders: tuple[Path, Path], plans: list[Plan]) -> None:
     what = ("weight_digest", "preprocessing", "options", "precision", "device", "batch_size", "output", "target")
-    if all(getattr(plans[0], name) == getattr(plans[1], name) for name in what):
+    digests = {plan.buffer_digest for plan in plans} - {""}
+    same_target = plans[0].target is None or plans[0].target_values == plans[1].target_values is not None
+    if all(getattr(plans[0], name) == getattr(plans[1], name) for name in what) and len(digests) < 2 and same_target:
         raise UsageError(
             f"{folders[0]} and {folders[1]} are studies of the same weights ({plans[0].model}, "
             f"{plans[0].weight_digest[:12]}) with the same settings, so nothing can differ but the images. Compare "

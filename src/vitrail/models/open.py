@@ -3,7 +3,7 @@
 import hashlib
 import textwrap
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Vit:
         self.class_names = _match_class_names(class_names, loaded, self.n_classes)
         self.opened_with: dict[str, Any] | None = None
         self._taps = threading.local()
-        self._digest: tuple[WeightState, str] | None = None
+        self._digest: tuple[WeightState, str, str] | None = None
         self._clone: nn.Module | None = None
 
     @cached_property
@@ -115,17 +115,20 @@ class Vit:
 
     @property
     def weight_digest(self) -> str:
-        """SHA-256 over names, shapes and bytes of parameters and buffers, as hex; anew where they were written to."""
-        if self._digest is None or not self._digest[0].is_of(self.model):
-            self._digest = WeightState(self.model), self._compute_digest()
-        return self._digest[1]
+        """SHA-256 over names, shapes and bytes of the state dict, as hex; anew where its tensors were written to."""
+        return self._digests()[0]
 
-    def _compute_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(_as_numbers(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    @property
+    def buffer_digest(self) -> str:
+        """The same over the buffers that the state dict lacks (`persistent=False`), such as a temperature."""
+        return self._digests()[1]
+
+    def _digests(self) -> tuple[str, str]:
+        if self._digest is None or not self._digest[0].is_of(self.model):
+            state = self.model.state_dict()
+            buffers = {name: each for name, each in self.model.named_buffers() if name not in state}
+            self._digest = WeightState(self.model), _digest_of(state), _digest_of(buffers)
+        return self._digest[1:]
 
     def prepare(self, images: Sequence[Image.Image]) -> Float[Tensor, "image channel row column"]:
         """Photographs as the model's input.
@@ -293,7 +296,8 @@ def open_vit(
             last layer is a linear one with a name such as `head`, `fc` or `classifier`.
         output: name or index of one of several outputs.
         target: a number that is explained in place of a class: a function of the output, [image, value] -> [image],
-            or a vector whose cosine with the output is taken (of another image, of a text, the mean of a class).
+            or a vector whose cosine with the output is taken (of another image, of a text, the mean of a class). A
+            study tells it from others by its name and by what it gives for fixed outputs.
         prompts: of a whole CLIP or SigLIP model, which they make a classifier: a file with a prompt a line, or
             "CLASS<tab>PROMPT" (prompts of one class are averaged); a sequence of prompts; or a mapping of class to
             prompt, prompts or text features.
@@ -362,15 +366,25 @@ def open_vit(
             "task": task,
             "output": output,
             "prompts": _as_plain_data(by_class),
+            "target": loaded.task.target.vector if loaded.task.target is not None else None,
         }
     _ = vit.anatomy  # a model that cannot be followed is refused here, not in the middle of a study
     return vit
 
 
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_as_numbers(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _as_numbers(tensor: Tensor) -> Tensor:
     """The numbers of a parameter or buffer; of quantised weights (a class of their own) what they stand for."""
     plain = tensor.detach()
-    return plain if type(plain) is Tensor else plain.dequantize()
+    plain = plain if type(plain) is Tensor else plain.dequantize()
+    return plain.to_dense().resolve_conj().resolve_neg()
 
 
 def _per_channel(

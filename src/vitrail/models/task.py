@@ -48,10 +48,12 @@ class Target:
     Attributes:
         name: What it is called in a plan.
         function: Takes the output [image, value] and returns [image].
+        vector: The numbers of a target that is the cosine with a vector; None for any other function.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
+    vector: list[float] | None = None
 
     def __call__(self, output: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch"]:
         """The number of each image.
@@ -242,7 +244,7 @@ def as_target(target: Any) -> Target | None:
     import hashlib
 
     digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:12]
-    return Target(f"cosine with a given vector ({digest})", cosine)
+    return Target(f"cosine with a given vector ({digest})", cosine, vector.tolist())
 
 
 def resolve_task(

@@ -1,19 +1,21 @@
 """Pruning curves of a study: its model answers the other half of the images with more and more heads pruned."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from vitrail.data.labels import LabelSource
-from vitrail.errors import Unsupported, UsageError
+from vitrail.errors import StudyError, Unsupported, UsageError
 from vitrail.heads.summary import present_heads
 from vitrail.models.open import Vit
 from vitrail.pruning.masked import predictions_without
 from vitrail.pruning.ranking import CURVES_FILE, Curves, halves, orders, random_orders, scores
 from vitrail.pruning.study_images import StudyImages
-from vitrail.study.ownership import write_atomic
+from vitrail.study.ownership import UNFINISHED, write_atomic
+from vitrail.study.plan import Plan
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import reopen
 from vitrail.study.store import open_study, read_manifest, read_plan
@@ -62,6 +64,7 @@ def measure_curves(
         UsageError: A ranking that the study does not have, or not for every head; or no images to ask.
         Unsupported: The model is no classifier.
         DataError: The images have moved or changed.
+        StudyError: The folder takes no file, or the study has grown meanwhile.
 
     Example:
         >>> from vitrail.pruning.curves import measure_curves
@@ -70,7 +73,8 @@ def measure_curves(
     if n_test < 1:
         raise UsageError(f"n_test={n_test} leaves no image to ask; give 1 or more (--test).")
     rankings = [rankings] if isinstance(rankings, str) else rankings
-    dataset = open_study(study)
+    plan, dataset = read_plan(study), open_study(study)
+    _refuse_unwritable(Path(study))
     vit = reopen(study, model=model, weights=weights, device=device)
     if vit.n_classes is None:
         raise Unsupported(f"Pruning curves are of accuracy: {vit.task.without('a classifier')}.")
@@ -107,21 +111,47 @@ def measure_curves(
         {name: right[2 * at] for at, name in enumerate(by_rank)},
         {name: right[2 * at + 1] for at, name in enumerate(by_rank)},
         right[len(ranked) :],
-        LabelSource(read_plan(study).labels),
+        LabelSource(plan.labels),
     )
-    _write(Path(study), curves)
+    _write(Path(study), curves, plan)
     return curves
 
 
-def _write(folder: Path, curves: Curves) -> None:
+def _refuse_unwritable(folder: Path) -> None:
+    """Refuses a folder that takes no file, before minutes of passes whose result could not be kept."""
+    trial = folder / (CURVES_FILE + UNFINISHED)
+    with _disk_errors(folder):
+        trial.write_bytes(b"")
+        trial.unlink()
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StudyError(
+            f"Pruning curves cannot be written to {folder}: {error.strerror or error}. Make room, or copy the study to "
+            "where it can be written to, and ask for them there."
+        ) from error
+
+
+def _write(folder: Path, curves: Curves, plan: Plan) -> None:
+    """Stores curves of the study of this plan; refuses where it has become another while they were measured."""
+    if read_plan(folder).data_digest != plan.data_digest:
+        raise StudyError(
+            f"{folder} has other images than when its pruning curves were begun, so they are not of it and were not "
+            "written. Measure them again."
+        )
     stream = io.BytesIO()
     np.savez_compressed(
         stream,
-        data_digest=np.array(read_plan(folder).data_digest),
+        data_digest=np.array(plan.data_digest),
         names=np.array(list(curves.least)),
         counts=curves.counts,
         least=np.stack(list(curves.least.values())),
         most=np.stack(list(curves.most.values())),
         random=curves.random,
     )
-    write_atomic(folder / CURVES_FILE, stream.getvalue())
+    with _disk_errors(folder):
+        write_atomic(folder / CURVES_FILE, stream.getvalue())

@@ -145,6 +145,9 @@ def _facts(study: ReportData) -> Iterator[Part]:
         yield Text(note)
     if manifest.source == PHOTOS:
         yield Text(CROPS)
+    to_come = study.data.attrs.get("missing_measures")
+    if to_come:
+        yield Text(f"Begun and not complete, so left out here: {', '.join(to_come)}.")
     if plan.left_out:
         reasons = dict.fromkeys(plan.left_out.values())
         rows = [[", ".join(name for name in plan.left_out if plan.left_out[name] == why), why] for why in reasons]

@@ -19,6 +19,7 @@ from vitrail.analysis import (
     SamplesImages,
     TakesMasks,
     declaration,
+    declared_options,
     make_collectors,
     measures,
 )
@@ -153,7 +154,8 @@ class BatchRun:
         self._vit, self._plan, self._tap = vit, plan, vit.tap()
         declared = measures()
         self._names = [name for name in plan.measures if name in declared]
-        self._collectors = make_collectors(vit, self._names, plan.options)
+        self._options = declared_options(plan.options)
+        self._collectors = make_collectors(vit, self._names, self._options)
         self._calibration: Sequence[Mapping[str, np.ndarray]] = ()
         self._first_block = vit.anatomy.blocks[0]
         self._base = frozenset(name for name in self._names if declared[name].analysis == BASE)
@@ -210,7 +212,7 @@ class BatchRun:
             )
         if torch.device(self._vit.device).type == "cuda":
             torch.cuda.empty_cache()
-        self._collectors = make_collectors(self._vit, self._names, self._plan.options)
+        self._collectors = make_collectors(self._vit, self._names, self._options)
         self.load_calibration(self._calibration)
 
     def load_calibration(self, statistics: Sequence[Mapping[str, np.ndarray]]) -> None:

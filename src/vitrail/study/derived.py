@@ -16,5 +16,5 @@ def derive_image_map(run: StudyRun) -> None:
     plan = run.folder.plan
     method = plan.options.get("image_map", "tsne")
     if run.folder.derived_is_missing and "head_probability" in plan.measures and method != "none":
-        table = open_study(run.folder.folder)["head_probability"]
+        table = open_study(run.folder.folder, partial=True)["head_probability"]
         run.folder.write_derived({"image_xy": image_xy(table, plan.seed, method)})

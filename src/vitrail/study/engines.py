@@ -124,4 +124,5 @@ def _arguments_of_open_vit(vit: Vit) -> dict[str, Any]:
         "device": vit.device,
         "preprocessing": vit.preprocessing,
         "class_names": vit.class_names,
+        "target": vit.task.target,
     }

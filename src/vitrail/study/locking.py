@@ -9,6 +9,7 @@ A process that was stopped for longer and goes on may find its lease taken. Noth
 in whole files, and two processes that compute one part write the same bytes.
 """
 
+import errno
 import socket
 import time
 import warnings
@@ -37,6 +38,7 @@ __all__ = [
     "presence",
     "remove_abandoned",
     "say_looking",
+    "unwritable",
     "workers",
 ]
 
@@ -164,7 +166,7 @@ class Leases:
             self._folder.mkdir(exist_ok=True)
             return self._by_name[name].acquire()
         except OSError as error:
-            raise _unwritable(self._folder, error) from error
+            raise unwritable(self._folder, error) from error
 
     def release(self, name: str) -> None:
         """Gives a lease back.
@@ -297,7 +299,7 @@ def folder_lock(folder: Path, name: str = LOCK, *, wait: bool = False) -> Iterat
             holder = lock.holder or "A process"
             raise StudyError(f"{holder} is writing {folder}; wait until it has ended, or end it.")
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     try:
         yield lock
     finally:
@@ -404,8 +406,19 @@ def remove_abandoned(paths: Iterable[Path]) -> None:
         _held_by_others(leases, leases[0].path.parent)
 
 
-def _unwritable(folder: Path, error: OSError) -> StudyError:
-    return StudyError(f"Nothing can be written to {folder}: {error.strerror or error}; name another place.")
+def unwritable(folder: Path, error: OSError) -> StudyError:
+    """What to say where nothing can be written.
+
+    Args:
+        folder: A study, or the place where one was to begin.
+        error: What the system says.
+
+    Returns:
+        The error to raise.
+    """
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "make room and run the same command again" if is_full else "name another place"
+    return StudyError(f"Nothing can be written to {folder}: {error.strerror or error}; {advice}.")
 
 
 def _is_lock_file(path: Path) -> bool:

@@ -20,6 +20,7 @@ from vitrail.study.locking import (
     hold_when_free,
     lock_files,
     presence,
+    unwritable,
     workers,
 )
 from vitrail.study.object_leases import ObjectLeases
@@ -31,6 +32,7 @@ __all__ = [
     "MARKER",
     "MODEL",
     "UNFINISHED",
+    "as_bytes",
     "refuse_foreign_folder",
     "remove_arrays",
     "remove_unfinished",
@@ -198,7 +200,19 @@ def _write_marker(folder: Path) -> None:
     try:
         write_atomic(folder / MARKER, MARKER_TEXT)
     except OSError as error:
-        raise StudyError(f"Nothing can be written to {folder}: {error.strerror}; name another place.") from error
+        raise unwritable(folder, error) from error
+
+
+def as_bytes(text: str) -> bytes:
+    """Text as `write_atomic` writes it.
+
+    Args:
+        text: Any; bytes of a file's name that are no UTF-8 become escapes, which JSON reads back.
+
+    Returns:
+        UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -206,15 +220,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
     Args:
         path: The file.
-        content: All of it; text is written as UTF-8, and what stands in it for bytes of a file's name that are no UTF-8
-            as escapes, which JSON reads back.
+        content: All of it; text is written by `as_bytes`.
 
     Raises:
         OSError: The disk does not take it.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     with open(unfinished, "wb") as file:
-        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+        file.write(as_bytes(content) if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

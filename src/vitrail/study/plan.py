@@ -10,16 +10,38 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isclose
+from pathlib import PurePath
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
+from vitrail.analysis import all_options
 from vitrail.data import LabelSource
-from vitrail.errors import DamagedStudy, PlanMismatch, StudyError, WeightsMismatch
+from vitrail.errors import DamagedStudy, PlanMismatch, StudyError, UsageError, WeightsMismatch
 
-__all__ = ["N_TOP", "THUMBNAIL_PX", "Part", "Plan", "differences", "growing_command", "refuse_other_plan"]
+__all__ = [
+    "BATCH_SIZE",
+    "N_TOP",
+    "PART_IMAGES",
+    "THUMBNAIL_PX",
+    "ModelIdentity",
+    "Part",
+    "Plan",
+    "differences",
+    "growing_command",
+    "images_in_part",
+    "refuse_other_plan",
+]
 
 FORMAT = 1
 """Of the folder. Raise it when the layout changes such that older readers would go wrong."""
+
+
+BATCH_SIZE = 16
+"""Images in a pass where nothing is said."""
+
+PART_IMAGES = 64
+"""About how many images make a part: what an interruption can cost, and the chunk length of every array."""
 
 
 N_TOP = 5
@@ -41,6 +63,24 @@ class Part(NamedTuple):
     number: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What tells a model from others, as a plan holds it: two of the same name can differ in any of these.
+
+    Attributes:
+        weight_digest: Of the weights.
+        buffer_digest: Of the buffers that the state dict lacks; empty in older plans.
+        target: Name of the number that is explained in place of a class; None for classes.
+        target_values: What it gives for the same made-up outputs every time; None without a target, in older plans,
+            and of a function that takes none of them. Such a target is told by its name alone.
+    """
+
+    weight_digest: str
+    buffer_digest: str = ""
+    target: str | None = None
+    target_values: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +127,8 @@ class Plan:
         n_blocks: How many blocks there are, None with `block_numbers`.
         own_grid_layers: Layers that return the patches that they are given, on a grid; decides no number. None where no
             measure needs such a layer, and in older plans.
+        buffer_digest: As in `ModelIdentity`.
+        target_values: As in `ModelIdentity`.
         format: Of the folder.
     """
 
@@ -126,6 +168,8 @@ class Plan:
     block_numbers: list[int] | None = None
     n_blocks: int | None = None
     own_grid_layers: list[int] | None = None
+    buffer_digest: str = ""
+    target_values: list[float] | None = None
     format: int = FORMAT
 
     @property
@@ -144,20 +188,36 @@ class Plan:
             Part(number, start, min(start + self.part_size, self.n_images)) for number, start in enumerate(starts)
         )
 
-    def require_weights(self, weight_digest: str) -> None:
+    def require_model(self, model: ModelIdentity) -> None:
         """Refuses another model than that of the study.
 
         Args:
-            weight_digest: Of the weights of a model that was opened beside the study.
+            model: One that was opened beside the study.
 
         Raises:
-            WeightsMismatch: They are not those that were studied.
+            WeightsMismatch: Its weights or buffers are not those that were studied.
+            UsageError: It explains another target.
         """
-        if weight_digest != self.weight_digest:
+        if model.weight_digest != self.weight_digest:
             raise WeightsMismatch(
                 f"{self.model} was studied with other weights ({self.weight_digest[:12]}) than those of the model that "
-                f"was opened ({weight_digest[:12]}). Open it with the studied weights (--weights FILE), or the study "
+                f"was opened ({model.weight_digest[:12]}). Open it with the studied weights (--weights FILE), or the "
+                "study without a model."
+            )
+        if not _same_buffers(self, model):
+            raise WeightsMismatch(
+                f"{self.model} was studied with other buffers than those of the model that was opened: numbers that "
+                "its state dict lacks (persistent=False), such as a temperature. Open it as it was then, or the study "
                 "without a model."
+            )
+        if self.target != model.target or not _same_target_values(self, model, self.precision):
+            studied, opened = (
+                f"the target {target}" if target is not None else "no target" for target in (self.target, model.target)
+            )
+            raise UsageError(
+                f"{self.model} was studied with {studied}, and the model that was opened has "
+                f"{'another function of that name' if self.target == model.target else opened}. Open it with the same "
+                "target, in Python open_vit(.., target=..), or the study without a model."
             )
 
     def to_json(self) -> str:
@@ -200,8 +260,9 @@ class Plan:
         if "task" not in content:  # an older version, which knew classes and feature vectors
             content["task"] = "embedding" if content.get("n_classes") is None else "classes"
             content |= {"output": None, "target": None}
-        unknown = dict.fromkeys(("patch_steps", "block_numbers", "n_blocks", "own_grid_layers"))
-        content = {"weights_from": "", "notes": [], "device_name": "", **unknown, **content}
+        unknown = dict.fromkeys(("patch_steps", "block_numbers", "n_blocks", "own_grid_layers", "target_values"))
+        later: dict[str, Any] = {"weights_from": "", "notes": [], "device_name": "", "buffer_digest": "", **unknown}
+        content = {**later, **content}
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StudyError(
@@ -249,6 +310,19 @@ def _fits(value: Any, annotation: Any) -> bool:
     return annotation is Any or type(value) is annotation
 
 
+def images_in_part(batch_size: int, part_images: int) -> int:
+    """How many images make a part, which has full batches alone.
+
+    Args:
+        batch_size: Images in a pass.
+        part_images: About how many are to make a part.
+
+    Returns:
+        A multiple of `batch_size`.
+    """
+    return batch_size * max(1, round(part_images / batch_size))
+
+
 def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], out: str) -> str:
     """Writes the command that adds measures to a study, or makes another of its model.
 
@@ -259,7 +333,8 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
         out: The folder.
 
     Returns:
-        For a shell; WEIGHTS stands for the file of weights where one was given.
+        For a shell, with what the study was given beside the defaults, as far as its plan says so (not the size of its
+        images); WEIGHTS stands for the file of weights, and FOLDER for that of masks, where they were given.
 
     Example:
         growing_command(plan, ["IMAGES"], ["patches"], "study")
@@ -268,6 +343,18 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
     words = ["vitrail", "study", plan.model, *images]
     if plan.weights_from and not plan.weights_from.startswith("those of "):
         words += ["--weights", "random" if plan.weights_from == "random" else "WEIGHTS"]
+    if plan.options.get("masks") == "given" and "--masks" not in words:
+        words += ["--masks", "FOLDER"]
+    size = plan.batch_size
+    words += ["--batch-size", str(size)] if size != BATCH_SIZE else []
+    words += ["--part-images", str(plan.part_size)] if plan.part_size != images_in_part(size, PART_IMAGES) else []
+    words += ["--seed", str(plan.seed)] if plan.seed else []
+    declared = all_options()
+    for name, value in plan.options.items():
+        if name in declared and not declared[name].hidden:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--output", str(plan.output)] if plan.output is not None else []
+    words += ["--device", plan.device] if plan.device != "cpu" else []
     words += ["--measures", ",".join(measures)] if measures else []
     words += ["--precision", plan.precision] if plan.precision != "float32" else []
     return shlex.join([*words, "--out", out])
@@ -275,11 +362,11 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
 
 NAMES = {
     "weight_digest": "weights",
+    "buffer_digest": "buffers that the state dict lacks",
     "n_classes": "number of classes",
     "class_names": "class names",
     "data_digest": "images",
     "n_images": "number of images",
-    "labels_from": "source of the labels",
     "measures": "measures",
     "left_out": "measures left out",
     "batch_size": "batch size",
@@ -302,9 +389,17 @@ NOT_COMPARED = (
     "block_numbers",
     "n_blocks",
     "own_grid_layers",
+    "labels_from",
 )
-"""Fields that may differ: a run takes the number of threads from the folder, and the others decide no number, as the
-digest tells the weights."""
+"""Fields that may differ: a run takes the number of threads from the folder, and the others decide no number, as
+digests tell weights and labels."""
+
+
+SOURCES = ("timm", "hf", "tv", "openclip", "vitrail", "module")
+"""How names of models begin that are no places on a disk."""
+
+TARGET_ROUNDING = {"bfloat16": 0.05, "float16": 0.01}
+"""By how much the values of one target may differ between processors, as a share of the greatest of them."""
 
 
 def differences(existing: Plan, requested: Plan) -> list[str]:
@@ -320,13 +415,59 @@ def differences(existing: Plan, requested: Plan) -> list[str]:
     phrases: list[str] = []
     for field in fields(Plan):
         old, new = getattr(existing, field.name), getattr(requested, field.name)
-        unknown = field.name == "device_name" and "" in (old, new)
-        if old != new and field.name not in NOT_COMPARED and not unknown:
+        if field.name == "options":
+            old, new = _with_defaults(old, new), _with_defaults(new, old)
+        if old != new and field.name not in NOT_COMPARED and not _is_equal(field.name, existing, requested):
             phrases.extend(_difference(NAMES.get(field.name, field.name), old, new))
     return phrases
 
 
+def _with_defaults(options: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Options, with the default of each that only the other plan holds, whose word may be "none"."""
+    return {name: option.default for name, option in all_options().items() if name in others} | options
+
+
+def _is_equal(name: str, existing: Plan, requested: Plan) -> bool:
+    """Whether two plans agree in a field whose values differ: as rounding goes, or as far as older plans tell."""
+    if name == "model":
+        same_weights = existing.weight_digest == requested.weight_digest
+        return same_weights and _is_local(existing.model) and _is_local(requested.model)
+    if name == "device_name":
+        return "" in (existing.device_name, requested.device_name)
+    if name == "buffer_digest":
+        return _same_buffers(existing, requested)
+    if name == "target_values":
+        is_told = existing.target != requested.target
+        return is_told or _same_target_values(existing, requested, existing.precision)
+    return False
+
+
+def _is_local(model: str) -> bool:
+    """Whether a model's name is that of a folder or a Python file, which may lie elsewhere by now."""
+    source, _, place = model.partition(":")
+    return source not in SOURCES or (source == "hf" and (place.startswith(".") or PurePath(place).is_absolute()))
+
+
+def _same_buffers(one: Plan | ModelIdentity, other: Plan | ModelIdentity) -> bool:
+    return one.buffer_digest == other.buffer_digest or "" in (one.buffer_digest, other.buffer_digest)
+
+
+def _same_target_values(one: Plan | ModelIdentity, other: Plan | ModelIdentity, precision: str) -> bool:
+    """Whether targets of one name are one function, up to the rounding of other processors; True where nobody knows."""
+    if one.target_values is None or other.target_values is None:
+        return True
+    share = TARGET_ROUNDING.get(precision, 1e-3)
+    size = max(map(abs, one.target_values), default=0.0)
+    return len(one.target_values) == len(other.target_values) and all(
+        isclose(a, b, rel_tol=share, abs_tol=share * size)
+        for a, b in zip(one.target_values, other.target_values, strict=True)
+    )
+
+
 def _difference(name: str, old: Any, new: Any) -> Iterator[str]:
+    if name == "target_values":
+        yield "target: the folder has another function of this name, by what it gives for the same outputs"
+        return
     if not (isinstance(old, dict) and isinstance(new, dict)):
         yield f"{name}: the folder has {_short(old)}, this run {_short(new)}"
         return

@@ -7,28 +7,34 @@ from importlib import metadata
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 import vitrail
 from vitrail.analysis import in_order_of_declaration
 from vitrail.data import LabelSource, Manifest
+from vitrail.errors import UsageError
 from vitrail.measure import Measure
+from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
-from vitrail.study.plan import Plan
+from vitrail.models.task import Target
+from vitrail.study.plan import PART_IMAGES, ModelIdentity, Plan, images_in_part
+from vitrail.tap.clone import CANNOT_RUN
 from vitrail.tokens.levels import layers_of_own_grid
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "model_identity"]
 
 _NUMBER = re.compile(r"\d+")
-
-PART_IMAGES = 64
-"""About how many images make a part: what an interruption can cost, and the chunk length of every array."""
 
 PACKAGES = ("torch", "timm", "numpy", "xarray", "zarr", "pillow", "scikit-learn")
 """Those whose version can change a number or a byte."""
 
 PATTERN_PACKAGES = ("openTSNE", "safetensors")
 """The same for studies of attention patterns."""
+
+
+N_OUTPUTS = 8
+"""Made-up outputs that tell a target from another."""
 
 
 def make_plan(
@@ -65,7 +71,6 @@ def make_plan(
     numbers, n_blocks = _block_numbers(vit)
     plan = Plan(
         model=vit.name,
-        weight_digest=vit.weight_digest,
         n_classes=vit.n_classes,
         class_names=list(vit.class_names) if vit.class_names is not None else None,
         n_layers=vit.n_layers,
@@ -89,7 +94,7 @@ def make_plan(
         options=dict(sorted(options.items())),
         precision=vit.precision,
         batch_size=batch_size,
-        part_size=batch_size * max(1, round((part_images or PART_IMAGES) / batch_size)),
+        part_size=images_in_part(batch_size, part_images or PART_IMAGES),
         seed=seed,
         device=torch.device(vit.device).type,
         device_name=_device_name(vit),
@@ -98,7 +103,7 @@ def make_plan(
         output=vit.read_output.output,
         weights_from=vit.weights_source,
         notes=list(vit.anatomy.notes),
-        target=vit.task.target.name if vit.task.target is not None else None,
+        **asdict(model_identity(vit)),
         versions={"vitrail": vitrail.__version__, **_versions(measures)},
     )
     return Plan.from_json(plan.to_json())  # tuples become lists here, once, instead of at every comparison
@@ -114,6 +119,41 @@ def _block_numbers(vit: Vit) -> tuple[list[int], int] | tuple[None, None]:
     listed = [path for path, _ in vit.model.named_modules() if _NUMBER.sub("*", path) in forms]
     numbers = [listed.index(path) for path in paths]
     return (numbers, len(listed)) if all(one < two for one, two in pairwise(numbers)) else (None, None)
+
+
+def model_identity(vit: Vit) -> ModelIdentity:
+    """What tells a model from others of its name.
+
+    Args:
+        vit: The model.
+
+    Returns:
+        Digests, and what its target gives for the same outputs every time.
+    """
+    target = vit.task.target
+    return ModelIdentity(
+        vit.weight_digest,
+        vit.buffer_digest,
+        None if target is None else target.name,
+        None if target is None else _target_values(vit, target),
+    )
+
+
+def _target_values(vit: Vit, target: Target) -> list[float] | None:
+    """A target's values of made-up outputs of this model's shape; where it takes none, of the outputs of noise.
+
+    None where it takes neither, as it may be a function of what only photographs give.
+    """
+    of_noise = vit.logits(noise_images(vit, 2))
+    made_up = np.random.default_rng(0).standard_normal((N_OUTPUTS, *of_noise.shape[1:]))
+    for output in (torch.as_tensor(made_up).to(of_noise), of_noise):
+        try:
+            with torch.no_grad():
+                values = target(output)
+        except (*CANNOT_RUN, UsageError):
+            continue
+        return [float(f"{value:.6g}") for value in values.tolist()]
+    return None
 
 
 def _own_grid_layers(vit: Vit, measures: Sequence[Measure]) -> list[int] | None:

@@ -9,6 +9,7 @@ from vitrail.models.open import Vit, open_vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.models.sources import split_python_name
 from vitrail.study.ownership import MODEL, write_atomic
+from vitrail.study.planning import model_identity
 from vitrail.study.store import read_plan
 
 __all__ = ["reopen", "save_model_arguments"]
@@ -41,18 +42,25 @@ def reopen(
 
     Raises:
         UnknownModel: The model was handed over as a Python object, or made by a Python file, and `model` does not name
-            it; or it is not where it was.
+            it; or it is not where it was; or it was studied with a function as target, and `model` is no opened one.
         WeightsMismatch: The weights are not those that were studied.
+        UsageError: `model` is an opened model with another target.
         StudyError: The folder is no study, or does not say how its model was opened.
     """
     folder = Path(folder)
     plan = read_plan(folder)
     if isinstance(model, Vit):
-        plan.require_weights(model.weight_digest)
+        plan.require_model(model_identity(model))
         return model
     opened = _read_arguments(folder)
     name = str(model) if model is not None else _name_of(opened, plan.model)
     opened = opened or {"task": plan.task or None, "precision": plan.precision, "output": plan.output}
+    if plan.target is not None and opened.get("target") is None:
+        raise UnknownModel(
+            f"{plan.model} was studied with the target {plan.target}, which is not stored and cannot be opened from "
+            "here. In Python hand over the model opened with it, open_vit(.., target=..), as `model=vit` or, to serve "
+            "the page, vitrail.app.server.serve(study, vitrail.live.LiveModel(vit))."
+        )
     size = opened.get("image_size")
     try:
         vit = open_vit(
@@ -67,6 +75,7 @@ def reopen(
             task=opened.get("task"),
             output=opened.get("output"),
             prompts=opened.get("prompts"),
+            target=opened.get("target"),
         )
     except UnknownModel as error:
         if model is not None or not _is_gone(name):
@@ -80,7 +89,7 @@ def reopen(
         raise WeightsMismatch(
             f"{name} is not the model of this study, {plan.model}. Opened as that was, it says: {error}"
         ) from error
-    plan.require_weights(vit.weight_digest)
+    plan.require_model(model_identity(vit))
     return vit
 
 

@@ -20,6 +20,7 @@ from vitrail.analysis import (
     SamplesImages,
     analyses,
     changed_options,
+    declared_options,
     is_analysis,
     is_of_other_models,
     make_collectors,
@@ -38,11 +39,11 @@ from vitrail.outputs import is_address, local_path
 from vitrail.stats import require_seed
 from vitrail.study.batches import BatchRun, LoadedBatch, StudyRun, load_batches
 from vitrail.study.engines import ENGINES, work_on_ray
-from vitrail.study.growth import arrange_images, merge_plans, starts_with
+from vitrail.study.growth import arrange_images, measures_to_renew, merge_plans, starts_with
 from vitrail.study.locking import POLL_S, Access
 from vitrail.study.object_store import open_objects
 from vitrail.study.ownership import refuse_foreign_folder, store_access, worker_access, write_access
-from vitrail.study.plan import Part, Plan
+from vitrail.study.plan import BATCH_SIZE, Part, Plan
 from vitrail.study.planning import make_plan
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import save_model_arguments
@@ -63,7 +64,7 @@ def run_study(
     out: str | Path,
     measures: str | Sequence[str] = "heads",
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
     masks: str | Path | None = None,
@@ -211,13 +212,16 @@ def _open_folder(
         existing = plan_of(folder)
         manifest = _scan(vit, source, folder, request, bars)
         if existing is not None and not starts_with(manifest, existing):
-            manifest = arrange_images(existing, read_manifest(folder), manifest)
+            read = {each.id for each in manifest.images} | {each.id for each in manifest.skipped}
+            unread = {item.id for item in source.items} - read if source.limit is not None else set()
+            manifest = arrange_images(existing, read_manifest(folder), manifest, unread)
         plan = _plan(vit, manifest, request, existing)
         if existing is not None:
             _refuse_undeclared(folder, existing, plan)
         study = StudyFolder(folder, plan, manifest, access)
         if not access.others:
-            save_model_arguments(folder, vit)
+            with study.disk_errors("how the model was opened"):
+                save_model_arguments(folder, vit)
     return study, manifest
 
 
@@ -260,7 +264,14 @@ def _plan(vit: Vit, manifest: Manifest, request: _Request, existing: Plan | None
         return plan
     if request.allow_mixed:
         plan = replace(plan, device=existing.device, device_name=existing.device_name)
-    plan = merge_plans(existing, plan, [measure.name for measure in request.measures])
+    names = [measure.name for measure in request.measures]
+    plan = merge_plans(existing, plan, names)
+    outdated = [name for name in measures_to_renew(existing, plan) if name not in names]
+    if outdated:
+        raise PlanMismatch(
+            f"measures: the folder has an earlier version of {some(outdated, 3)}. Ask for it in --measures to have it "
+            "measured anew for all images, or name another folder to begin anew."
+        )
     _refuse_other_calibration(vit, existing, plan)
     if plan.measures != existing.measures:
         _refuse_few_images(vit, plan)
@@ -290,7 +301,7 @@ def _refuse_other_calibration(vit: Vit, existing: Plan, plan: Plan) -> None:
     if plan.n_images == existing.n_images:
         return
     declared = [name for name in existing.measures if name in all_measures()]
-    collectors = make_collectors(vit, declared, existing.options)
+    collectors = make_collectors(vit, declared, declared_options(existing.options))
     names = [name for each in collectors if isinstance(each, Calibrates) for name in each.measures]
     if names:
         raise PlanMismatch(
@@ -301,17 +312,15 @@ def _refuse_other_calibration(vit: Vit, existing: Plan, plan: Plan) -> None:
 
 
 def _refuse_undeclared(folder: Path, existing: Plan, plan: Plan) -> None:
-    """Refuses to measure images of a study whose earlier images have what nothing installed here can give."""
+    """Refuses to measure images of a study whose earlier images all have what nothing installed here can give.
+
+    What only some of them have was not completed, and goes on missing.
+    """
     names = [name for name in existing.measures if name not in all_measures()]
     written = list(arrays_by_part(folder, existing).values())
     is_complete = plan.n_images == existing.n_images and len(written) == len(existing.parts)
-    holding = {name: sum(name in part for part in written) for name in names}
-    lacking = [
-        name
-        for name, n_parts in holding.items()
-        if not written or (n_parts and not (is_complete and n_parts == len(written)))
-    ]
-    if lacking:
+    lacking = [name for name in names if all(name in part for part in written)]
+    if lacking and not is_complete:
         raise UsageError(
             f"{folder} holds {some(lacking, 3)}, which no analysis here declares, so images that lack it cannot be "
             "measured. Install or register the analysis that gives it."
@@ -321,7 +330,7 @@ def _refuse_undeclared(folder: Path, existing: Plan, plan: Plan) -> None:
 def _refuse_few_images(vit: Vit, plan: Plan) -> None:
     """Refuses a study of which a collector would measure too small a sample."""
     names = [name for name in plan.measures if name in all_measures()]
-    for collector in make_collectors(vit, names, plan.options):
+    for collector in make_collectors(vit, names, declared_options(plan.options)):
         if isinstance(collector, SamplesImages):
             collector.refuse_few(plan.n_images)
 
@@ -398,7 +407,9 @@ def _calibrate(
     """What collectors need to have seen of all images; made once, and kept for later runs of the same study."""
     if not run.calibrating:
         return
-    if not study.has_calibration or len(study.read_calibration()) != len(run.calibrating):
+    collectors = [collector.measures for collector in run.calibrating]
+    statistics = study.read_calibration(collectors)
+    if statistics is None:
         size = study.plan.batch_size
         batches = [manifest.images[start : start + size] for start in range(0, study.plan.n_images, size)]
         bars.studying(0, study.plan.n_images, "calibrating")
@@ -406,8 +417,10 @@ def _calibrate(
             for batch in loaded:
                 run.calibrate(batch)
                 bars.advance(len(batch.entries))
-        study.write_calibration([collector.calibration_statistics() for collector in run.calibrating])
-    run.load_calibration(study.read_calibration())
+        study.write_calibration({each.measures: each.calibration_statistics() for each in run.calibrating})
+        statistics = study.read_calibration(collectors)
+    assert statistics is not None
+    run.load_calibration(statistics)
 
 
 def _derive(run: StudyRun) -> None:

@@ -12,6 +12,7 @@ parts/patterns.json  the same of these arrays
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -81,16 +82,16 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
 
     Args:
         path: The folder of the study, or its address in an object store, from which all of it is downloaded.
-        partial: Opens a study that is not finished: without images that are still to come, and without measures that
-            are being added to it and are not complete.
+        partial: Opens a study of which images are still to come, without these, and says nothing.
 
     Returns:
         Arrays with title, unit, low, high, source and limits in their attributes; the coordinate `image` holds the ids,
         others say what places along a dimension are called (`rule`, `side`, ..) or stand for (`amount`, ..); `attrs`
-        holds the plan, `missing_images` (a count) and `missing_measures` (names).
+        holds the plan, `missing_images` (a count) and `missing_measures`: the names of those that are being added and
+        that not every image has, which are left out with a warning.
 
     Raises:
-        StudyError: The folder is no study, or not finished and `partial` is False.
+        StudyError: The folder is no study, or images are still to come and `partial` is False.
         DamagedStudy: Something that was written is lost or cannot be read.
 
     Example:
@@ -109,34 +110,39 @@ def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:
     folder = Path(path)
     plan = read_plan(folder)
     listed = arrays_by_part(folder, plan)
-    missing = _lacking(plan, plan.parts, listed)  # of the same look: a part may be completed meanwhile
-    if missing and not partial:
-        raise StudyError(_not_finished_message(folder, plan, missing) + " Or open what is there with partial=True.")
     parts = [part for part in plan.parts if part.number in listed]
+    is_whole = len(parts) == len(plan.parts)
+    if not is_whole and not partial:
+        raise StudyError(_not_finished_message(folder, plan, parts) + " Or open what is there with partial=True.")
     names = frozenset.intersection(*listed.values()) if listed else frozenset()
     if not names:
-        raise StudyError(_not_finished_message(folder, plan, missing))
+        raise StudyError(_not_finished_message(folder, plan, parts))
     ids = [entry.id for entry in read_manifest(folder).images][: plan.n_images]
     if len(ids) != plan.n_images:
         raise DamagedStudy(f"{folder / IMAGES} lists {len(ids)} images, and the plan has {plan.n_images}.")
     dataset = _arrays(folder / ARRAYS, part_digests(folder, parts[0].number))
-    if missing:
-        dataset = dataset.drop_vars([name for name in dataset.variables if name not in names])
-    if not part_file(folder, DERIVED_PART).is_file():  # still to come, or damaged and taken back by `verify --repair`
+    dataset = dataset.drop_vars([name for name in dataset.variables if name not in names and name not in DERIVED])
+    has_derived, has_patterns = (is_whole and part_file(folder, name).is_file() for name in FROM_ALL_PARTS)
+    if not has_derived:  # still to come, or damaged and taken back by `verify --repair`
         dataset = dataset.drop_vars(DERIVED, errors="ignore")
     lost = _missing_chunks(folder, dataset, parts)
     about = {}
-    if not missing and part_file(folder, PATTERNS).is_file():
+    if has_patterns:
         patterns = _arrays(folder / PATTERNS / ARRAYS, part_digests(folder, PATTERNS))
         lost |= _missing_pattern_chunks(folder, patterns)
         about, dataset = {PATTERNS: patterns.attrs}, dataset.assign(patterns.data_vars)
     if lost:
         raise DamagedStudy(_missing_chunks_message(folder, lost))
-    dataset = _select_images(folder, dataset, ids, None if len(parts) == len(plan.parts) else parts)
-    left = {
-        "missing_images": plan.n_images - dataset.sizes["image"],
-        "missing_measures": sorted(_arrays_of_every_part(plan, listed) - names),
-    }
+    dataset = _select_images(folder, dataset, ids, None if is_whole else parts)
+    to_come = sorted(_measures_under_way(plan, listed, derived=not has_patterns) - names)
+    if to_come and not partial:
+        warnings.warn(
+            f"{folder} does not hold {some(to_come, 3)} of every image yet, so it opens without. The `vitrail study` "
+            "command that asked for them adds them.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    left = {"missing_images": plan.n_images - dataset.sizes["image"], "missing_measures": to_come}
     attributes = {**asdict(plan), **left, **about}
     dataset = dataset.assign_coords(places(dataset, attributes))
     study = MeasureDataset(dataset.data_vars, dataset.coords, attributes)
@@ -199,9 +205,11 @@ def _missing_chunks_message(folder: Path, lost: Mapping[int | str, Sequence[str]
     )
 
 
-def _not_finished_message(folder: Path, plan: Plan, missing: Sequence[Part]) -> str:
-    done = len(plan.parts) - len(missing)
-    return f"{folder} has {done} of {len(plan.parts)} parts; run the same `vitrail study` command again to finish it."
+def _not_finished_message(folder: Path, plan: Plan, parts: Sequence[Part]) -> str:
+    return (
+        f"{folder} has {len(parts)} of {len(plan.parts)} parts; run the same `vitrail study` command again to finish "
+        "it."
+    )
 
 
 def part_digests(folder: Path, name: int | str) -> dict[str, str]:
@@ -457,19 +465,15 @@ def missing_parts(folder: Path, plan: Plan, parts: Sequence[Part] | None = None)
         Parts, in order.
     """
     parts = plan.parts if parts is None else parts
-    return _lacking(plan, parts, arrays_by_part(folder, plan, parts))
-
-
-def _lacking(plan: Plan, parts: Sequence[Part], listed: Mapping[int, frozenset[str]]) -> list[Part]:
-    expected = _arrays_of_every_part(plan, listed)
-    return [part for part in parts if not expected <= listed.get(part.number, frozenset())]
+    listed, expected = arrays_by_part(folder, plan, parts), _measures_of_images(plan)
+    return [part for part in parts if part.number not in listed or not expected <= listed[part.number]]
 
 
 def arrays_by_part(folder: Path, plan: Plan, parts: Sequence[Part] | None = None) -> dict[int, frozenset[str]]:
     """The names of the arrays that are written of each part.
 
-    A file of a part that cannot be read counts as listing all that the plan asks for: that it is damaged is found when
-    the part is read, and it is not measured again without a word.
+    A file of a part that cannot be read counts as listing all that the plan asks for, and what other parts have: that
+    it is damaged is found when the part is read, and it is not measured again without a word.
 
     Args:
         folder: The study.
@@ -479,7 +483,8 @@ def arrays_by_part(folder: Path, plan: Plan, parts: Sequence[Part] | None = None
     Returns:
         Names by number of the part; without parts that have none.
     """
-    listed = {}
+    listed: dict[int, frozenset[str]] = {}
+    unreadable = []
     for part in plan.parts if parts is None else parts:
         try:
             content = json.loads(part_file(folder, part.number).read_bytes())
@@ -487,16 +492,25 @@ def arrays_by_part(folder: Path, plan: Plan, parts: Sequence[Part] | None = None
         except FileNotFoundError:
             continue
         except UNREADABLE:
-            listed[part.number] = frozenset(plan.measures)
-    return listed
+            unreadable.append(part.number)
+    anything = frozenset(plan.measures).union(*listed.values())
+    return dict(sorted({**listed, **dict.fromkeys(unreadable, anything)}.items()))
 
 
-def _arrays_of_every_part(plan: Plan, listed: Mapping[int, frozenset[str]]) -> frozenset[str]:
-    """Measures that every part has. What no installed package declares is expected where any part has it."""
+def _measures_of_images(plan: Plan) -> frozenset[str]:
+    """Measures that every part is to have. What no installed package declares cannot be measured here."""
     declared = measures()
-    anywhere = frozenset().union(*listed.values())
-    per_image = (name for name in plan.measures if name in declared and not declared[name].derived)
-    return frozenset(per_image) | (anywhere & plan.measures.keys())
+    return frozenset(name for name in plan.measures if name in declared and not declared[name].derived)
+
+
+def _measures_under_way(plan: Plan, listed: Mapping[int, frozenset[str]], *, derived: bool) -> frozenset[str]:
+    """Measures of the plan that have been begun, of those that need all images only where `derived`.
+
+    Of what is not installed here nothing but a part that has it says whether it is of each image.
+    """
+    of_all_images = (name for name in plan.measures if derived and name in measures() and measures()[name].derived)
+    anywhere = frozenset().union(*listed.values()) & plan.measures.keys()
+    return _measures_of_images(plan).union(anywhere, of_all_images)
 
 
 def array_digest(values: np.ndarray) -> str:

@@ -25,11 +25,12 @@ from vitrail.analysis import declaration, measures
 from vitrail.data import Manifest
 from vitrail.data.files import sentence
 from vitrail.errors import DamagedStudy, StudyError
-from vitrail.study.growth import comparable_plan
+from vitrail.study.growth import comparable_plan, measures_to_renew
 from vitrail.study.locking import TAKING_OVER, Access, Leases, lock_files, remove_abandoned
 from vitrail.study.ownership import (
     CALIBRATION,
     UNFINISHED,
+    as_bytes,
     refuse_foreign_folder,
     remove_arrays,
     remove_unfinished,
@@ -60,6 +61,9 @@ Arrays = Mapping[str, np.ndarray]
 
 WRITER = {"array.write_empty_chunks": True, "codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 """Every chunk is written, so that an absent one is always a lost one; zarrs would leave out those of zeros."""
+
+CALIBRATED_MEASURES = "measures"
+"""Beside the statistics of collectors, which measures each of them has, as JSON."""
 
 ARRAY_METADATA = "zarr.json"
 """What zarr names the file that makes a folder an array or a group."""
@@ -105,12 +109,12 @@ class StudyFolder:
             self._refuse_to_grow(existing)
             return
         remove_unfinished(folder)
-        with self._disk_errors("the plan"):
+        with self.disk_errors("the plan"):
             if existing is None:
                 self._begin(manifest)
-            elif differences(existing, plan):
+            elif differences(existing, plan) or plan.model != existing.model:  # it lies elsewhere by now
                 self._grow(existing, manifest)
-            elif (folder / IMAGES).read_text(encoding="utf-8") != manifest.to_json():
+            elif not _holds(folder / IMAGES, manifest.to_json()):
                 write_atomic(folder / IMAGES, manifest.to_json())  # the same images, which lie elsewhere by now
             self._fit_arrays()
 
@@ -134,11 +138,15 @@ class StudyFolder:
 
         Ended at any moment, the folder is a study of the old plan that lacks some of its results, or one of the new.
         """
-        if self.plan.n_images > existing.n_images:
+        outdated = measures_to_renew(existing, self.plan)
+        if self.plan.n_images > existing.n_images or outdated:
             for name in FROM_ALL_PARTS:
                 part_file(self.folder, name).unlink(missing_ok=True)
             for model in (self.folder / PATTERNS).glob("*.safetensors"):
                 model.unlink()
+        if outdated:
+            self._take_back(outdated)
+        if self.plan.n_images > existing.n_images:
             last = existing.parts[-1]
             if last.stop - last.start < existing.part_size:
                 part_file(self.folder, last.number).unlink(missing_ok=True)
@@ -146,6 +154,16 @@ class StudyFolder:
         if any(_is_derived(name) for name in self.plan.measures.keys() - existing.measures.keys()):
             part_file(self.folder, PATTERNS).unlink(missing_ok=True)
         write_atomic(self.folder / PLAN, self.plan.to_json())
+
+    def _take_back(self, names: Sequence[str]) -> None:
+        """Removes the values of some measures, which may have another shape in their later version."""
+        (self.folder / CALIBRATION).unlink(missing_ok=True)
+        for part in self.plan.parts:
+            written = self._digests_on_disk(part.number)
+            if written:
+                self._mark(part.number, {name: digest for name, digest in written.items() if name not in names})
+        for name in names:
+            remove_arrays(self.folder / ARRAYS / name)
 
     def _remove_unfinished_upload(self) -> None:
         """Removes arrays without their group, of a worker that was ended while it uploaded the first of them."""
@@ -160,7 +178,8 @@ class StudyFolder:
             DamagedStudy: The arrays cannot be read.
         """
         if self.access.leases is not None:
-            self._fit_arrays()
+            with self.disk_errors("the list of arrays"):
+                self._fit_arrays()
 
     def _fit_arrays(self) -> None:
         """Gives arrays of a study that has gained images their new length, and the group's list of them what is there.
@@ -176,20 +195,20 @@ class StudyFolder:
             group = zarr.open_group(path, mode="r+", use_consolidated=False)
             names = sorted(each.parent.name for each in path.glob(f"*/{ARRAY_METADATA}"))
             arrays = {name: _array(group, name) for name in names}
-            for name, array in arrays.items():
-                if array.shape[0] == self.plan.n_images:
-                    continue
-                if name in DERIVED or array.chunks[0] != self.plan.part_size:
-                    remove_arrays(path / name)
-                else:
-                    array.resize((self.plan.n_images, *array.shape[1:]))
             listed = json.loads((path / ARRAY_METADATA).read_bytes())["consolidated_metadata"]["metadata"]
-            present = [name for name in names if (path / name / ARRAY_METADATA).is_file()]
-            shapes = {name: list(arrays[name].shape) for name in present}
-            if {name: each["shape"] for name, each in listed.items()} != shapes:
-                _consolidate(path)
+            listed_shapes = {name: each["shape"] for name, each in listed.items()}
         except UNREADABLE as error:
             raise DamagedStudy(f"{path} cannot be read: {sentence(error)}. Restore it from a copy.") from error
+        for name, array in arrays.items():
+            if array.shape[0] == self.plan.n_images:
+                continue
+            if name in DERIVED or array.chunks[0] != self.plan.part_size:
+                remove_arrays(path / name)
+            else:
+                array.resize((self.plan.n_images, *array.shape[1:]))
+        present = [name for name in names if (path / name / ARRAY_METADATA).is_file()]
+        if listed_shapes != {name: list(arrays[name].shape) for name in present}:
+            _consolidate(path)
 
     @property
     def missing(self) -> list[Part]:
@@ -253,7 +272,7 @@ class StudyFolder:
                 f"This process did not run for a while, and another has begun to write {self.folder}. What was written "
                 "is safe; end the other, or let it finish."
             )
-        with self._disk_errors(f"part {part.number}"):
+        with self.disk_errors(f"part {part.number}"):
             written = self._digests_on_disk(part.number)
             others = {name: digest for name, digest in written.items() if name not in arrays}
             if len(others) < len(written):  # while values are overwritten, nothing may say that they are complete
@@ -281,7 +300,7 @@ class StudyFolder:
         Raises:
             StudyError: The disk does not take them; the folder can then be resumed.
         """
-        with self._disk_errors("what is derived from all parts"):
+        with self.disk_errors("what is derived from all parts"):
             self._write("derived", slice(None), arrays, {})
 
     @property
@@ -315,7 +334,7 @@ class StudyFolder:
         Raises:
             StudyError: The disk does not take it; the folder can then be resumed.
         """
-        with self._disk_errors(f"the model of {kind} patterns"):
+        with self.disk_errors(f"the model of {kind} patterns"):
             (self.folder / PATTERNS).mkdir(exist_ok=True)
             write_atomic(self.pattern_model_file(kind), content)
 
@@ -329,7 +348,7 @@ class StudyFolder:
         Raises:
             StudyError: The disk does not take them; the folder can then be resumed.
         """
-        with self._disk_errors("the attention patterns"):
+        with self.disk_errors("the attention patterns"):
             target = self.folder / PATTERNS / ARRAYS
             remove_arrays(target)  # of a run that was ended before it could say that they are complete
             unfinished = target.with_name(ARRAYS + UNFINISHED)
@@ -344,34 +363,38 @@ class StudyFolder:
             unfinished.rename(target)
             self._mark(PATTERNS, _digests(arrays))
 
-    @property
-    def has_calibration(self) -> bool:
-        """What collectors need to have seen of all images is there."""
-        return (self.folder / CALIBRATION).is_file()
-
-    def write_calibration(self, statistics: Sequence[Arrays]) -> None:
+    def write_calibration(self, statistics: Mapping[tuple[str, ...], Arrays]) -> None:
         """Stores the calibration statistics of all collectors, whole or not at all, with one digest.
 
         Args:
-            statistics: Arrays by name, of each collector.
+            statistics: Arrays by name, by the measures of each collector.
 
         Raises:
             StudyError: The disk does not take them; the folder can then be resumed.
         """
-        arrays = {f"{number}/{name}": values for number, each in enumerate(statistics) for name, values in each.items()}
-        with self._disk_errors("the calibration statistics"):
+        names = np.frombuffer(json.dumps([*statistics]).encode(), np.uint8)
+        by_number = enumerate(statistics.values())
+        arrays = {f"{number}/{name}": values for number, each in by_number for name, values in each.items()}
+        arrays[CALIBRATED_MEASURES] = names
+        with self.disk_errors("the calibration statistics"):
             write_atomic(self.folder / CALIBRATION, save(arrays, metadata={"digest": _joint_digest(arrays)}))
 
-    def read_calibration(self) -> list[dict[str, np.ndarray]]:
+    def read_calibration(self, collectors: Sequence[tuple[str, ...]]) -> list[dict[str, np.ndarray]] | None:
         """Reads the calibration statistics of all collectors.
 
+        Args:
+            collectors: The measures of each that needs some.
+
         Returns:
-            Arrays by name, of each collector.
+            Arrays by name, of each collector; None where there are none, or those of other collectors. Files of earlier
+            versions, which do not say of which they are, count as theirs where they have as many.
 
         Raises:
             DamagedStudy: The file is not what was written.
         """
         path = self.folder / CALIBRATION
+        if not path.is_file():
+            return None
         try:
             with safe_open(path, framework="numpy") as file:
                 digest = (file.metadata() or {}).get("digest")
@@ -380,15 +403,34 @@ class StudyFolder:
             raise DamagedStudy(f"{path} cannot be read: {error}. Delete it and run the same command again.") from error
         if _joint_digest(arrays) != digest:
             raise DamagedStudy(f"{path} is not what was written. Delete it and run the same command again.")
-        statistics: list[dict[str, np.ndarray]] = []
+        names = arrays.pop(CALIBRATED_MEASURES, None)
+        statistics: list[dict[str, np.ndarray]] = [{} for _ in collectors]
+        numbers = {int(key.partition("/")[0]) for key in arrays}
+        is_theirs = (
+            json.loads(names.tobytes()) == [[*each] for each in collectors]
+            if names is not None
+            else numbers == set(range(len(collectors)))
+        )
+        if not is_theirs:
+            return None
         for key, values in sorted(arrays.items()):
             number, _, name = key.partition("/")
-            statistics += [{}] * (int(number) == len(statistics))
             statistics[int(number)][name] = values
         return statistics
 
     @contextmanager
-    def _disk_errors(self, what: str) -> Iterator[None]:
+    def disk_errors(self, what: str) -> Iterator[None]:
+        """Says what to do where the disk does not take something.
+
+        Args:
+            what: What is written, as the message names it.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            StudyError: The disk does not take it; the folder can then be resumed.
+        """
         try:
             yield
         except OSError as error:
@@ -465,6 +507,14 @@ class StudyFolder:
             n_rows = self.plan.n_images if name in DERIVED else self.plan.part_size
             _create_array(group, name, (self.plan.n_images, *values.shape[1:]), n_rows, values.dtype)
         return unfinished
+
+
+def _holds(file: Path, content: str) -> bool:
+    """Whether a file has this content; one that is lost or cannot be read has not, and is written anew."""
+    try:
+        return file.read_bytes() == as_bytes(content)
+    except OSError:
+        return False
 
 
 def _lease_name(part: Part) -> str:
