@@ -68,6 +68,8 @@ OPTIMISER = {"lr": 6e-4, "weight_decay": 0.05, "warmup_epochs": 0.3}
 LONG_OPTIMISER = {"lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 1.0}
 TUNING = {"lr": 3e-4, "weight_decay": 0.05, "warmup_epochs": 0.1}
 DISTILLATION = {"weight": 0.5, "area": 15, "batch_share": 0.25, "until": 0.6}
+BUDGET = {"shared_budget": True, "batch_share": 1 / 32}
+"""Every box of an image is priced, a quarter of a second of a core: shown as much as the others, a run takes seven hours."""
 WINDOWS = {
     "scratch": {"lr_scale": 3.0},
     "long": {"lr_scale": 3.0},
@@ -255,7 +257,7 @@ def describe_run(phase: str, arm: str, seed: int) -> dict[str, Any]:
     if arm in ("wint", "wint-shuffled", "wint-budget") and phase not in TRANSFERS:
         begun = "long" if phase == "long" else "scratch"
         distillation = {**DISTILLATION, "teacher": f"{begun}-control-{seed}/last", "shuffled": arm == "wint-shuffled"}
-        distillation |= {"shared_budget": True} if arm == "wint-budget" else {}
+        distillation |= BUDGET if arm == "wint-budget" else {}
     run = {**RUN, "epochs": EPOCHS[phase], "evaluate_epochs": max(1, round(EPOCHS[phase])), "seed": seed}
     return {
         "title": f"{PHASES[phase]}: {ARMS[arm]}", "expected": "see docs/wint.md",
