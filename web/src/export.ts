@@ -62,7 +62,7 @@ export function snapshot(parts: Element[], title: string): string {
     ...[...part.querySelectorAll("img, canvas, svg")].map((each) =>
       each instanceof SVGSVGElement
         ? placed(each, left, top)
-        : `<image ${place(each.getBoundingClientRect())} href="${asPixels(each as HTMLImageElement)}"/>`,
+        : cut(each as HTMLImageElement | HTMLCanvasElement, place),
     ),
     ...textsOf(part).map(({ text, box, size, shade }) => {
       const at = `x="${box.left - left}" y="${box.bottom - top - 0.25 * box.height}"`;
@@ -81,6 +81,13 @@ function placed(drawing: SVGSVGElement, left: number, top: number): string {
   for (const [name, value] of Object.entries({ x: x - left, y: y - top, width, height }))
     copy.setAttribute(name, String(value));
   return new XMLSerializer().serializeToString(copy);
+}
+
+/** A picture in its place, cut off where what holds it ends. */
+function cut(picture: HTMLImageElement | HTMLCanvasElement, place: (box: DOMRect) => string): string {
+  const { width, height } = picture.getBoundingClientRect();
+  const image = `<image width="${width}" height="${height}" href="${asPixels(picture)}"/>`;
+  return `<svg ${place(picture.parentElement!.getBoundingClientRect())} overflow="hidden">${image}</svg>`;
 }
 
 /** A picture as it is seen: its filter, its opacity and its hard or soft pixels are those of the page. */

@@ -65,13 +65,28 @@ export function movedPatch(patch: number, from: [number, number], to: [number, n
   return row * to[1] + Math.floor(((patch % from[1]) * to[1]) / from[1]);
 }
 
-/** Where a depth lies among the layers of a model: 3.5 is between L3 and L4. Layers are counted at their middle, as in
- * `vitrail.comparison.align.depths_of`. */
-export const positionAt = (depth: number, nLayers: number): number => depth * nLayers - 0.5;
+/** Where a depth lies among the layers of a model, given theirs: 3.5 is between L3 and L4. Before the first and after the
+ * last, layers go on as far apart as between the nearest two. */
+export function positionAt(depth: number, depths: number[]): number {
+  if (depths.length < 2) return 0;
+  const after = depths.findIndex((each) => each > depth);
+  const at = Math.max(0, Math.min(depths.length - 2, (after < 0 ? depths.length : after) - 1));
+  return at + (depth - depths[at]!) / (depths[at + 1]! - depths[at]!);
+}
 
-/** The layer of a model with `to` layers that is nearest in depth to one of a model with `from`. */
-export const layerAtDepth = (layer: number, from: number, to: number): number =>
-  Math.max(0, Math.min(to - 1, Math.round(((layer + 0.5) * to) / from - 0.5)));
+/** The layer of a model, given the depths of its layers, that is nearest to a depth; of two the later one. */
+export const layerAtDepth = (depth: number, depths: number[]): number =>
+  depths.reduce(
+    (best, each, layer) => (Math.abs(each - depth) <= Math.abs(depths[best]! - depth) + 1e-9 ? layer : best),
+    0,
+  );
+
+/** How many times as long as the grid of a layer what the model sees is: by rows and columns. Pixels beyond the grid belong
+ * to no patch, and are cut off where patches are drawn on a photograph. */
+export function beyondGrid(about: Pick<Study, "grids" | "views">, layer: number): [number, number] {
+  const [grid, view] = [about.grids[layer], about.views?.[layer]];
+  return grid && view ? [view[0] / grid[0], view[1] / grid[1]] : [1, 1];
+}
 
 /** The token that a page begins with: the first before the patches, or the middle patch of a model without any. */
 export const firstToken = (about: Study, layer: number): number =>

@@ -81,6 +81,11 @@ export interface Study {
   places: Record<string, (string | number)[]>;
   n_heads: number[];
   grids: ([number, number] | null)[];
+  /** Rows and columns of what the model sees, in patches of each layer: more than those of the grid where pixels are left
+   * over that belong to no patch. */
+  views: ([number, number] | null)[];
+  /** Where each layer lies between input (0) and output (1), among all blocks of the model. */
+  depths: number[];
   prefixes: number[];
   /** Layers that return the patches that they are given; null where the study does not say. */
   own_grid_layers: number[] | null;
@@ -196,7 +201,7 @@ export interface Comparison {
   labels: string;
   left_out: Record<string, string>;
   /** Where the tokens of the other study lie, and the measures that it holds of each image. */
-  other: Pick<Study, "grids" | "prefixes" | "class_token" | "n_heads"> & { measures: string[] };
+  other: Pick<Study, "grids" | "views" | "depths" | "prefixes" | "class_token" | "n_heads"> & { measures: string[] };
   /** Where layers are compared, 0 to 1 from input to output. */
   depth: number[];
   findings: Sentence[];

@@ -5,7 +5,7 @@ import { stems } from "../src/charts/stems";
 import { mapLayout, numberLayout } from "../src/charts/cells";
 import { amongPatches, evenly, headPaint, MeanMaps, topOf } from "../src/headmaps.svelte";
 import { betweenPatches } from "../src/overlays/attention";
-import { drawnPatch, layerAtDepth, positionAt, tokenIn, tokenOfPatch } from "../src/grids";
+import { beyondGrid, drawnPatch, layerAtDepth, positionAt, tokenIn, tokenOfPatch } from "../src/grids";
 import {
   coverage,
   directionColour,
@@ -254,15 +254,27 @@ test("two overlays of weights get one scale, other kinds and missing ones stay",
 
 test("layers of two models stand side by side at the same depth", () => {
   // The middle of L5 of 12 lies at 11/24, between L10 and L11 of 24; that of L6 of 24 at 13/48, in L0 of 3.
-  expect([0, 5, 11].map((layer) => layerAtDepth(layer, 12, 24))).toEqual([1, 11, 23]);
-  expect([0, 2, 3].map((layer) => layerAtDepth(layer, 4, 2))).toEqual([0, 1, 1]);
-  expect([layerAtDepth(6, 24, 3), layerAtDepth(0, 1, 6), layerAtDepth(5, 6, 1)]).toEqual([0, 3, 0]);
-  const depths = Array.from({ length: 6 }, (_, layer) => (layer + 0.5) / 6); // where 12 and 6 layers are compared
-  expect(depths.map((depth) => +positionAt(depth, 12).toFixed(6))).toEqual([0.5, 2.5, 4.5, 6.5, 8.5, 10.5]);
+  const of = (n: number) => Array.from({ length: n }, (_, layer) => (layer + 0.5) / n);
+  const joined = (layer: number, from: number, to: number) => layerAtDepth(of(from)[layer]!, of(to));
+  expect([0, 5, 11].map((layer) => joined(layer, 12, 24))).toEqual([1, 11, 23]);
+  expect([0, 2, 3].map((layer) => joined(layer, 4, 2))).toEqual([0, 1, 1]);
+  expect([joined(6, 24, 3), joined(0, 1, 6), joined(5, 6, 1)]).toEqual([0, 3, 0]);
+  // where 12 and 6 layers are compared
+  expect(of(6).map((depth) => +positionAt(depth, of(12)).toFixed(6))).toEqual([0.5, 2.5, 4.5, 6.5, 8.5, 10.5]);
+  // a model of four blocks whose third has lost its attention: L2 is the fourth
+  const pruned = [0.125, 0.375, 0.875];
+  expect(of(4).map((depth) => layerAtDepth(depth, pruned))).toEqual([0, 1, 2, 2]);
+  expect(pruned.map((depth) => layerAtDepth(depth, of(4)))).toEqual([0, 1, 3]);
+  expect(of(4).map((depth) => +positionAt(depth, pruned).toFixed(6))).toEqual([0, 1, 1.5, 2]);
   // A click on a point chooses a layer that is marked there.
   for (const nLayers of [3, 6, 7, 12, 24])
     for (let at = 0; at < Math.min(6, nLayers); at++)
-      expect(layerAtDepth(layerAtDepth(at, Math.min(6, nLayers), nLayers), nLayers, Math.min(6, nLayers))).toBe(at);
+      expect(joined(joined(at, Math.min(6, nLayers), nLayers), nLayers, Math.min(6, nLayers))).toBe(at);
+});
+
+test("a photograph is longer than the grid where pixels are left over, and as long where nothing is known", () => {
+  const about = { grids: [[4, 4], [4, 5], null], views: [[4.75, 4.5], null, null] } as unknown as Study; // prettier-ignore
+  expect([0, 1, 2, -1].map((layer) => beyondGrid(about, layer))).toEqual([[1.1875, 1.125], [1, 1], [1, 1], [1, 1]]); // prettier-ignore
 });
 
 test("the sum of windows counts those that hold a patch, in part where they hold a part", () => {
