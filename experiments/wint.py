@@ -69,7 +69,7 @@ LONG_OPTIMISER = {"lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 1.0}
 TUNING = {"lr": 3e-4, "weight_decay": 0.05, "warmup_epochs": 0.1}
 DISTILLATION = {"weight": 0.5, "area": 15, "batch_share": 0.25, "until": 0.6}
 BUDGET = {"shared_budget": True, "batch_share": 1 / 32}
-"""Every box of an image is priced, a quarter of a second of a core: shown as much as others, a run takes seven hours."""
+"""Every box of an image is priced, a quarter of a second of a core: shown as often, a run takes seven hours."""
 WINDOWS = {
     "scratch": {"lr_scale": 3.0},
     "long": {"lr_scale": 3.0},

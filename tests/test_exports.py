@@ -171,7 +171,7 @@ def test_the_map_for_embedding_atlas_has_a_picture_a_place_and_numbers_of_each_i
     pytest.importorskip("pyarrow", reason="pyarrow writes Parquet, and is not installed")
     output = invoke(study, "--to", "embedding-atlas")
     file = study / "exports" / "embedding-atlas" / "images.parquet"
-    assert f"embedding-atlas {file} --image image --x x --y y" in output
+    assert f"embedding-atlas '{file}' --image image --x x --y y" in output
     table, dataset = pandas.read_parquet(file), open_study(study)
     np.testing.assert_array_equal(table[["x", "y"]], dataset["image_xy"])
     assert table["correct"].tolist() == (dataset["label"] == dataset["prediction"]).to_numpy().tolist()

@@ -31,13 +31,13 @@ export function lacking(view: { shows: string; needs: Needs }, study: Study, liv
     return study.class_names.length && "head_probability" in study.measures
       ? {
           sentence: `${view.shows} This study does not hold it yet. To add it, minutes of work:`,
-          command: `vitrail curves ${study.name}`,
+          command: `vitrail curves ${study.in_commands}`,
         }
       : { sentence: `${view.shows} It is measured of classifiers with importance of heads.`, command: "" };
   if (other && !study.others?.length)
     return {
       sentence: `${view.shows} Open this study with another of the same images:`,
-      command: `vitrail open ${study.name} --with OTHER_STUDY`,
+      command: `vitrail open ${study.in_commands} --with OTHER_STUDY`,
     };
   const name = measures.find((measure) => !(measure in study.measures));
   if (name !== undefined) {

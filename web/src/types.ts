@@ -75,6 +75,8 @@ export interface ImageMap {
 
 export interface Study {
   name: string;
+  /** How commands call its folder, for a shell. */
+  in_commands: string;
   model: string;
   sizes: Record<string, number>;
   /** What the places along a dimension are called, or the numbers that they stand for; others count from 0. */

@@ -6,6 +6,7 @@ import type { Live, Study } from "../src/types";
 
 const study = {
   name: "mine",
+  in_commands: "mine",
   measures: { label: { dims: ["image"], unit: "class" } },
   left_out: { prediction: "it is no classifier." },
   analyses: [

@@ -1,5 +1,6 @@
 """The description of a study that the page needs before it draws: plan, sizes, measures and accuracy, as JSON."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from vitrail.analysis import BASE, Analysis, analyses, measures
 from vitrail.app.answers import number_or_none
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.data import Manifest, class_title
-from vitrail.data.sources import PHOTOS
+from vitrail.data.sources import BUILT_IN, PHOTOS
 from vitrail.grid import Sides, view_in_patches
 from vitrail.stats import share_interval
 from vitrail.study.plan import Plan, growing_command
@@ -17,7 +18,7 @@ __all__ = ["describe_study", "describe_views"]
 MEASURE_TEXTS = ("title", "unit", "low", "high", "source", "limits", "analysis")
 
 
-def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str) -> dict[str, Any]:
+def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str, in_commands: str) -> dict[str, Any]:
     """Describe a study for the page.
 
     Args:
@@ -25,6 +26,7 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         plan: The plan that the study was made by.
         manifest: The list of its images.
         name: The study's name, in the page's address.
+        in_commands: How commands call its folder.
 
     Returns:
         Values that JSON can hold: sizes and names of places by dimension, the plan's facts, each measure's dimensions
@@ -34,6 +36,7 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
     dataset = arrays.dataset
     return {
         "name": name,
+        "in_commands": shlex.quote(in_commands),
         "model": plan.model,
         "sizes": {str(dimension): int(size) for dimension, size in dataset.sizes.items()},
         "places": {str(name): each.to_numpy().tolist() for name, each in dataset.coords.items() if name != "image"},
@@ -46,7 +49,7 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         "class_token": plan.class_token,
         "measures": {measure: _describe_measure(arrays, measure) for measure in arrays.measures},
         "start": arrays.start(),
-        "analyses": _describe_analyses(arrays, plan, manifest, name),
+        "analyses": _describe_analyses(arrays, plan, manifest, in_commands),
         "left_out": plan.left_out,
         "notes": plan.notes,
         "weights_from": plan.weights_from,
@@ -107,7 +110,7 @@ def _command(analysis: Analysis, plan: Plan, manifest: Manifest, name: str) -> s
     """What adds an analysis to this study, which grows by it; of special models, to a study of one."""
     if analysis.only_for:
         return f"vitrail study MODEL IMAGES --measures {analysis.name} --out FOLDER"
-    images = [PHOTOS, "--limit", str(plan.n_images)] if manifest.source == PHOTOS else ["IMAGES"]
+    images = [BUILT_IN, "--limit", str(plan.n_images)] if manifest.source == PHOTOS else ["IMAGES"]
     return growing_command(plan, images, [] if analysis.name == BASE else [analysis.name], name)
 
 

@@ -168,6 +168,7 @@ def export_html(
     if "/index.html" not in files:
         raise UsageError(NOT_BUILT)
     recorder = _Recorder(create_app(study, live, others=others))
+    recorder.state.in_commands = Path(study).resolve().name
     with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
         recording = thread.submit(lambda: asyncio.run(recorder.record(images))).result()
     return _inline(recording)
@@ -200,7 +201,7 @@ class _Recorder:
         thumbnails = await self._thumbnails()
         maps = await self._record_attention(chosen)
         await self._record_comparisons(chosen)
-        reason = f"This page is a file without the model behind it. Open the study: vitrail open {study['name']}"
+        reason = f"This page is a file without the model behind it. Open the study: vitrail open {study['in_commands']}"
         if study["start"]["image"] not in chosen:  # the file opens with a photograph that it holds
             study["start"]["image"] = chosen[0]
         study |= {

@@ -100,7 +100,12 @@ log = logging.getLogger(__name__)
 
 
 class AppState:
-    """State that the routes share: the study, its pictures, the uploads and the live model."""
+    """State that the routes share: the study, its pictures, the uploads and the live model.
+
+    Attributes:
+        in_commands: How commands on the page call the study's folder: as its user did, who can run them as they are. A
+            page that goes to other machines has the name alone.
+    """
 
     def __init__(
         self, study_path: Path, model: LiveModelProtocol | OpenModel | None, others: Sequence[Path] = ()
@@ -117,6 +122,7 @@ class AppState:
             WeightsMismatch: The live model has other weights than the study's.
         """
         self.folder = study_path
+        self.in_commands = str(study_path)
         self.others = tuple(others)
         self._plan_version, self._what_changed = _version(study_path / PLAN), ""
         self.plan = read_plan(study_path)
@@ -390,7 +396,8 @@ def _open_socket(host: str, port: int) -> socket.socket:
 
 
 async def _study(state: AppState, _request: Request) -> Response:
-    study = await run_in_threadpool(describe_study, state.arrays, state.plan, state.manifest, state.folder.name)
+    name = state.folder.resolve().name
+    study = await run_in_threadpool(describe_study, state.arrays, state.plan, state.manifest, name, state.in_commands)
     upload = {"bytes": MAX_UPLOAD_BYTES, "pixels": MAX_PIXELS}
     others = [folder.resolve().name for folder in state.others]
     more = {"upload": upload, "others": others, "has_curves": await run_in_threadpool(has_curves, state.folder)}

@@ -7,6 +7,7 @@ Each has the changes in its body; what was computed for the same body comes from
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ async def _answer(state: "AppState", request: Request) -> Response:
             "classes": _before_and_after(changed, names),
             "drift": [float(layer.mean()) if layer.size else None for layer in present],
             "study": cost,
-            "use_this": changed.attrs["use_this"].replace("STUDY", state.folder.name),
+            "use_this": changed.attrs["use_this"].replace("STUDY", shlex.quote(state.in_commands)),
             "left_out": changed.attrs["left_out"],
         }
     )

@@ -50,7 +50,7 @@ def write_atlas(source: ExportSource, folder: Path) -> str:
         ]
     columns |= {name: values.astype(np.float32) for name, values in source.numbers_of_images().items()}
     parquet.write_table(arrow.table(columns), folder / FILE, compression="zstd")
-    return f"embedding-atlas {{folder}}/{FILE} --image image --x x --y y"
+    return f"embedding-atlas '{{folder}}/{FILE}' --image image --x x --y y"
 
 
 def _pictures(source: ExportSource) -> list[dict[str, bytes | str | None]]:

@@ -168,7 +168,7 @@ def _facts(study: ReportData) -> Iterator[Part]:
         yield Text(
             f"This study holds nothing of {' and '.join(missing)}. The same images and options add it to this folder:"
         )
-        yield Text(growing_command(study.plan, ["IMAGES"], missing, study.folder.name), code=True)
+        yield Text(growing_command(study.plan, ["IMAGES"], missing, study.folder.resolve().name), code=True)
     elif any(name in declared and "masks" in declared[name].needs for name in plan.left_out):
         yield Text("Measures of objects need masks of each image, as PNGs of instance ids named like the images:")
         yield Text(
