@@ -216,7 +216,7 @@ class Preprocessing:
 
     @staticmethod
     def _column(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values).view(1, -1, 1, 1)
+        return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
