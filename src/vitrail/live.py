@@ -25,7 +25,7 @@ from vitrail.heads.regions import mode_edits, modes_offered
 from vitrail.models.open import Vit
 from vitrail.models.token_grid import token_grids
 from vitrail.one_image import LookPart, OneImage, parts_of, record_image
-from vitrail.tap.clone import WeightState
+from vitrail.tap.clone import ModuleState, WeightState
 from vitrail.tap.layer_maps import LayerMaps
 from vitrail.tap.tap import LayerAttention, Readers
 
@@ -50,7 +50,7 @@ class AnalysisParts(NamedTuple):
 class LiveModel:
     """A model that computes measures of single images; any number of threads may call it, one at a time is served.
 
-    An image that comes again is recognised by its pixels, as long as the weights stay as they are. All numbers are
+    An image that comes again is recognised by its pixels, as long as the model stays as it is. All numbers are
     exact; a study made with `importance="estimate"` holds estimates instead, and pruned heads are zero also where a
     study put their mean.
     """
@@ -65,7 +65,7 @@ class LiveModel:
         self._lock = RLock()
         self._images: OrderedDict[str, OneImage] = OrderedDict()
         self._parts: dict[str, tuple[LookPart, ...]] = {}
-        self._weights = WeightState(vit.model)
+        self._states = WeightState(vit.model), ModuleState(vit.model)
 
     @property
     def weight_digest(self) -> str:
@@ -234,7 +234,7 @@ class LiveModel:
             return self.vit.what_if(image, **changes)
 
     def _parts_of(self, analysis: Analysis) -> tuple[LookPart, ...]:
-        self._forget_if_retrained()
+        self._forget_if_changed()
         if analysis.name not in self._parts:
             self._parts[analysis.name] = parts_of(self.vit, analysis)
         return self._parts[analysis.name]
@@ -249,7 +249,7 @@ class LiveModel:
 
     def _record(self, image: Image.Image, mask: np.ndarray | Image.Image | None = None) -> OneImage:
         """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
-        self._forget_if_retrained()
+        self._forget_if_changed()
         ids = None if mask is None else ids_of(mask, image.size)
         key = image_digest(image) + ("" if ids is None else image_digest(Image.fromarray(ids.astype(np.int32))))
         if key not in self._images:
@@ -259,11 +259,12 @@ class LiveModel:
             self._images.popitem(last=False)
         return self._images[key]
 
-    def _forget_if_retrained(self) -> None:
-        if not self._weights.is_of(self.vit.model):
+    def _forget_if_changed(self) -> None:
+        model = self.vit.model
+        if not all(state.is_of(model) for state in self._states):
             self._images.clear()
             self._parts.clear()
-            self._weights = WeightState(self.vit.model)
+            self._states = WeightState(model), ModuleState(model)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.vit.n_layers:

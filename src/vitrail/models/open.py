@@ -23,7 +23,7 @@ from vitrail.models.task import Task, as_target, resolve_task
 from vitrail.models.zero_shot import Prompts, parse_prompts
 from vitrail.tap.anatomy import Anatomy, discover
 from vitrail.tap.anatomy_table import anatomy_html
-from vitrail.tap.clone import WeightState, clone_sharing, image_channels, same_tensors, unwrap_compiled
+from vitrail.tap.clone import ModuleState, WeightState, clone_sharing, image_channels, unwrap_compiled
 from vitrail.tap.tap import Tap
 
 __all__ = ["PRECISIONS", "Vit", "open_vit"]
@@ -34,9 +34,14 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 class Vit:
     """An opened vision transformer: the model as it is, its anatomy, and a tap per thread.
 
+    Every pass is one of `model` as it then is: its weights, buffers, hooks and attributes may change after opening, its
+    blocks and heads may not. Hooks of your own are called in these passes too. `weight_digest` is of weights and
+    buffers alone: studies of a model with a hook and without one have the same.
+
     Attributes:
         name: what it was opened with, such as "timm:deit_tiny_patch16_224".
-        model: the user's own module, never edited (of a compiled one, the module inside).
+        model: the user's own module, never edited (of a compiled one, the module inside; a copy where `open_vit` had to
+            bring it to another device or precision).
         anatomy: blocks, heads, grid, prefix tokens, as found by tracing.
         task: what its output means: classes, labels, values, a feature vector.
         n_classes: classes or labels it tells apart; None for a model whose output is neither.
@@ -60,7 +65,7 @@ class Vit:
         self.opened_with: dict[str, Any] | None = None
         self._taps = threading.local()
         self._digest: tuple[WeightState, str] | None = None
-        self._clone: nn.Module | None = None
+        self._clone: tuple[ModuleState, nn.Module] | None = None
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -223,10 +228,9 @@ class Vit:
     @property
     def _plain(self) -> nn.Module:
         """An untapped clone in evaluation mode: the user's module keeps its own mode."""
-        clone = self._clone
-        if clone is None or not same_tensors(self.model, clone):
-            self._clone = clone = clone_sharing(self.model)
-        return clone
+        if self._clone is None or not self._clone[0].is_of(self.model):
+            self._clone = ModuleState(self.model), clone_sharing(self.model)
+        return self._clone[1]
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
