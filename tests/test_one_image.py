@@ -69,6 +69,18 @@ def test_weights_that_are_no_numbers_are_said_and_never_looked_at():
             ask()
 
 
+def test_a_photograph_in_any_form_is_one_look(vit, tmp_path):
+    photo().save(tmp_path / "photo.png")
+    expected = look(vit, photo(), measures="objects", mask=halves())
+    for given in (tmp_path / "photo.png", np.asarray(photo()), torch.from_numpy(np.array(photo())).permute(2, 0, 1)):
+        looked = look(vit, given, measures="objects", mask=halves())
+        assert looked.identical(expected)
+        assert_array_equal(record_image(vit, given).logits, vit.logits(vit.prepare([photo()])))
+        assert_array_equal(
+            vit.what_if(given, heads_off="L0H0")["probability"], vit.what_if(photo(), heads_off="L0H0")["probability"]
+        )
+
+
 def test_a_look_is_written_as_netcdf(looked, tmp_path):
     pytest.importorskip("h5netcdf", reason="h5netcdf writes netCDF, and is not installed")
     looked.to_netcdf(tmp_path / "look.nc")

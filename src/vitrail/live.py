@@ -19,7 +19,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 from vitrail.analysis import Analysis, analyses, unavailable
-from vitrail.data import ids_of, image_digest
+from vitrail.data import PhotographLike, as_photograph, ids_of, image_digest
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.regions import mode_edits, modes_offered
 from vitrail.models.open import Vit
@@ -72,14 +72,14 @@ class LiveModel:
         """SHA-256 of the weights, as a study's plan has it of its own model."""
         return self.vit.weight_digest
 
-    def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
+    def attention(self, image: PhotographLike, layer: int) -> Float32[np.ndarray, "head token token"]:
         """Attention after the softmax of every head of a layer, over all its tokens.
 
         Windowed attention is put back on the image grid, zero between windows. Of a layer with several attention calls
         the heads of all that join the same tokens; NaN for the others.
 
         Args:
-            image: Any size and mode; prepared as the model asks.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it; prepared as the model asks.
             layer: Counted from 0.
 
         Returns:
@@ -96,11 +96,11 @@ class LiveModel:
             tap.run_from(layer, recorded.replay, readers=Readers(attention=maps.read))
         return maps.joined().numpy()
 
-    def head_maps(self, image: Image.Image) -> Float32[np.ndarray, "layer head patch"]:
+    def head_maps(self, image: PhotographLike) -> Float32[np.ndarray, "layer head patch"]:
         """What every head gives each patch: the class token's attention, or without one the mean over all patches.
 
         Args:
-            image: Any size and mode; prepared as the model asks.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it; prepared as the model asks.
 
         Returns:
             Attention weights [layer, head, patch]; NaN for heads and patches that a layer lacks, and for layers whose
@@ -130,11 +130,11 @@ class LiveModel:
             tap.run_from(0, recorded.replay, readers=Readers(attention=read))
         return maps
 
-    def modes(self, image: Image.Image, layer: int, head: int) -> Float32[np.ndarray, "mode class"]:
+    def modes(self, image: PhotographLike, layer: int, head: int) -> Float32[np.ndarray, "mode class"]:
         """Class probabilities with parts of one head's map set to zero (modes of `heads.regions`).
 
         Args:
-            image: Any size and mode.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it.
             layer: Counted from 0.
             head: Counted from 0 within the layer.
 
@@ -180,7 +180,7 @@ class LiveModel:
 
     def look_part(
         self,
-        image: Image.Image,
+        image: PhotographLike,
         analysis: str,
         part: Sequence[str],
         patch: int | None = None,
@@ -190,7 +190,7 @@ class LiveModel:
         """Some arrays of one image, as `vitrail.look` has them.
 
         Args:
-            image: Any size and mode.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it.
             analysis: The name of a registered analysis.
             part: Names of arrays that are computed together, one of `parts(analysis).names`.
             patch: The patch to look at, row by row on the first layer's grid; None for the one that the prediction
@@ -216,11 +216,11 @@ class LiveModel:
             one = replace(one, asked_patch=self._place(patch), asked_channel=channel, left_out={})
             return together.compute(one)
 
-    def what_if(self, image: Image.Image, **changes: Any) -> xr.Dataset:
+    def what_if(self, image: PhotographLike, **changes: Any) -> xr.Dataset:
         """What the answer becomes if something is changed, as `vitrail.what_if.what_if`.
 
         Args:
-            image: Any size and mode.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it.
             changes: The keyword arguments of `vitrail.what_if.what_if`.
 
         Returns:
@@ -247,9 +247,10 @@ class LiveModel:
             raise UsageError(f"Patch {patch} was asked for; the first layer's grid is {grid} (rows, columns).")
         return divmod(patch, grid[1])
 
-    def _record(self, image: Image.Image, mask: np.ndarray | Image.Image | None = None) -> OneImage:
+    def _record(self, image: PhotographLike, mask: np.ndarray | Image.Image | None = None) -> OneImage:
         """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
         self._forget_if_changed()
+        image = as_photograph(image)
         ids = None if mask is None else ids_of(mask, image.size)
         key = image_digest(image) + ("" if ids is None else image_digest(Image.fromarray(ids.astype(np.int32))))
         if key not in self._images:

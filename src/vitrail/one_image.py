@@ -39,7 +39,7 @@ from vitrail.analysis import (
     unavailable,
 )
 from vitrail.contract.outlook import require_finite
-from vitrail.data import ImageEntry, Manifest, ids_of, image_digest
+from vitrail.data import ImageEntry, Manifest, PhotographLike, as_photograph, ids_of, image_digest
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import Unsupported, UsageError
 from vitrail.measure import Measure
@@ -182,7 +182,7 @@ def parts_of(vit: Vit, analysis: Analysis, options: Mapping[str, str] | None = N
 @torch.no_grad()
 def record_image(
     vit: Vit,
-    image: Image.Image,
+    image: PhotographLike,
     *,
     mask: np.ndarray | Image.Image | None = None,
     patch: tuple[int, int] | None = None,
@@ -192,7 +192,7 @@ def record_image(
 
     Args:
         vit: the model.
-        image: the photograph.
+        image: the photograph, as `vitrail.data.as_photograph` takes it.
         mask: [row column] instance ids of its objects, an array or an image, as large as the photograph.
         patch: row and column of the patch to look at, as for `look`.
         channel: the neuron to look at, as for `look`.
@@ -201,11 +201,13 @@ def record_image(
         The image with its plain pass and without measures.
 
     Raises:
-        UsageError: the patch is not on the grid.
-        DataError: the mask holds no instance ids, or has another size than the image.
+        UsageError: the patch is not on the grid, or the image is no photograph.
+        DataError: the image is broken or its black and white are not defined; the mask holds no instance ids, or has
+            another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
     """
     _check_patch(vit, patch)
+    image = as_photograph(image)
     ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     pixels = vit.prepare([image])
     replay, logits = vit.tap().record(pixels)
@@ -248,7 +250,7 @@ def _image_part(
 
 def look(
     vit: Vit,
-    image: Image.Image,
+    image: PhotographLike,
     *,
     name: str = "image",
     measures: str | Sequence[str] | None = None,
@@ -261,7 +263,7 @@ def look(
 
     Args:
         vit: the model.
-        image: the photograph, as `vitrail.decode_image` gives it.
+        image: the photograph, as `vitrail.data.as_photograph` takes it: a picture, a path, an array.
         name: the id of the image in the dataset.
         measures: names of analyses; None for all.
         mask: [row column] instance ids of the photograph's objects, an array or an image, as large as the photograph, 0
@@ -277,8 +279,9 @@ def look(
         and `patch`: row and column of the patch that was looked at.
 
     Raises:
-        UsageError: an analysis, the patch or the channel is not known.
-        DataError: the mask holds no instance ids, or has another size than the image.
+        UsageError: an analysis, the patch or the channel is not known, or the image is no photograph.
+        DataError: the image is broken or its black and white are not defined; the mask holds no instance ids, or has
+            another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
 
     Example:
@@ -291,6 +294,7 @@ def look(
     chosen = list(analyses().values()) if measures is None else [analyses()[BASE], *analyses_named(measures)]
     names = [name for analysis in chosen for name in analysis.measure_names]
     _check_patch(vit, patch)
+    image = as_photograph(image)
     ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     options = {} if mask is None else {"masks": "given"}
     reasons = unavailable(vit, names, options)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from vitrail.data import PhotographLike
 from vitrail.errors import UsageError
 from vitrail.markup import html_table
 from vitrail.models.choose import OutputReader
@@ -131,31 +132,34 @@ class Vit:
             digest.update(_as_numbers(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def prepare(self, images: Sequence[Image.Image]) -> Float[Tensor, "image channel row column"]:
+    def prepare(self, images: Iterable[PhotographLike] | PhotographLike) -> Float[Tensor, "image channel row column"]:
         """Photographs as the model's input.
 
         Args:
-            images: photographs of any size and colour mode.
+            images: photographs of any size and colour mode, as `vitrail.data.as_photograph` takes them; or one.
 
         Returns:
             [image, channel, row, column] on the model's device and in its precision.
 
         Raises:
-            UsageError: the preprocessing is not known.
+            UsageError: the preprocessing is not known, they are no photographs, or there is none.
+            BadImage: one is broken, or its black and white are not defined.
         """
-        return self.prepare_views([self.view(image) for image in images])
+        return self._as_input(self.preprocessing.tensor(images))
 
-    def view(self, image: Image.Image) -> Image.Image:
+    def view(self, image: PhotographLike) -> Image.Image:
         """The part of a photograph that the model sees: resized and cropped, not normalised.
 
         Args:
-            image: a photograph of any size and colour mode.
+            image: a photograph of any size and colour mode: a picture of Pillow, a path, the bytes of a file, an array
+                or a tensor, as `vitrail.data.as_photograph` takes them.
 
         Returns:
             An RGB image of `image_size`.
 
         Raises:
-            UsageError: the preprocessing is not known.
+            UsageError: the preprocessing is not known, or it is no photograph.
+            BadImage: it is broken, or its black and white are not defined.
         """
         return self.preprocessing.view(image)
 
@@ -169,9 +173,12 @@ class Vit:
             [image, channel, row, column] on the model's device and in its precision.
 
         Raises:
-            UsageError: the preprocessing is not known.
+            UsageError: the preprocessing is not known, or there is no view.
         """
-        return self.preprocessing.normalize(views).to(self.device, PRECISIONS[self.precision])
+        return self._as_input(self.preprocessing.normalize(views))
+
+    def _as_input(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.device, PRECISIONS[self.precision])
 
     def tap(self) -> Tap:
         """This thread's tap, made on first use.
@@ -196,11 +203,11 @@ class Vit:
         """
         return self.read_output(self._plain(images))
 
-    def look(self, image: Image.Image, **options: Any) -> xr.Dataset:
+    def look(self, image: PhotographLike, **options: Any) -> xr.Dataset:
         """Every analysis of one image: `vitrail.look` of this model.
 
         Args:
-            image: the photograph.
+            image: the photograph, as `view` takes it.
             options: those of `vitrail.look`, such as `measures="heads"` or `patch=(3, 4)`.
 
         Returns:
@@ -210,11 +217,11 @@ class Vit:
 
         return look(self, image, **options)
 
-    def what_if(self, image: Image.Image, **changes: Any) -> xr.Dataset:
+    def what_if(self, image: PhotographLike, **changes: Any) -> xr.Dataset:
         """What the answer becomes if heads, patches or windows are changed: `vitrail.what_if.what_if` of this model.
 
         Args:
-            image: the photograph.
+            image: the photograph, as `view` takes it.
             changes: `heads_off="L2H0,L3H1"`, `patches=[(3, 4)]` with `how="removed"`, `windows=[..]`, and the other
                 options of `vitrail.what_if.what_if`.
 

@@ -1,8 +1,9 @@
 """From a photograph to the tensor the model was trained on, stated so that a study can be repeated."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vitrail.data import PhotographLike, as_photograph
 from vitrail.data.channels import channels_of
 from vitrail.data.geometry import (
     CROP_MODES,
     INTERPOLATIONS,
     crop_center,
-    in_rgb,
     resize_and_crop,
     resize_target,
     resized_sides,
@@ -136,23 +137,27 @@ class Preprocessing:
         """
         return asdict(self)
 
-    def view(self, image: Image.Image) -> Image.Image:
+    def view(self, image: PhotographLike) -> Image.Image:
         """The part of a photograph that the model sees: resized and cropped, not normalised.
 
         Args:
-            image: a photograph of any size and colour mode.
+            image: a photograph of any size and colour mode, as `vitrail.data.as_photograph` takes it.
 
         Returns:
             An RGB image of `size`.
+
+        Raises:
+            UsageError: it is no photograph.
+            BadImage: its black and white are not defined, or it is too narrow.
         """
-        settings = self.as_dict()
+        image, settings = as_photograph(image), self.as_dict()
         if self.resampler == "pillow" or self.interpolation == "nearest" or channels_of(image) is not None:
             return resize_and_crop(image, settings)
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 
         columns, rows = resized_sides(image.width, image.height, settings)
-        pixels = pil_to_tensor(in_rgb(image))
+        pixels = pil_to_tensor(image)
         mode = InterpolationMode(self.interpolation)
         with_size = to_pil_image(resize(pixels, [rows, columns], interpolation=mode, antialias=True))
         return crop_center(with_size, settings)
@@ -167,8 +172,10 @@ class Preprocessing:
             float32, [image, channel, row, column]; one channel is their brightness.
 
         Raises:
-            UsageError: the model takes neither one channel nor three.
+            UsageError: the model takes neither one channel nor three, or there is no view.
         """
+        if not views:
+            raise UsageError("No photograph was given; give one or more.")
         pixels = torch.stack([self._pixels_of(view) for view in views])
         return pixels.sub_(self._column(self.mean)).div_(self._column(self.std))
 
@@ -192,15 +199,21 @@ class Preprocessing:
         pixels: Tensor = pil_to_tensor(view.convert(_MODES[n_channels])).float().div_(255)
         return pixels
 
-    def tensor(self, images: Sequence[Image.Image]) -> Float[Tensor, "image channel row column"]:
+    def tensor(self, images: Iterable[PhotographLike] | PhotographLike) -> Float[Tensor, "image channel row column"]:
         """Photographs as the model's input.
 
         Args:
-            images: photographs of any size and colour mode.
+            images: photographs of any size and colour mode, as `vitrail.data.as_photograph` takes them; or one.
 
         Returns:
             float32, [image, channel, row, column].
+
+        Raises:
+            UsageError: they are no photographs, there is none, or the model takes neither one channel nor three.
+            BadImage: one is broken, too narrow, or its black and white are not defined.
         """
+        if isinstance(images, (Image.Image, str, Path, bytes)) or getattr(images, "ndim", 4) < 4:
+            images = [images]
         return self.normalize([self.view(image) for image in images])
 
     def pixels(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image channel row column"]:

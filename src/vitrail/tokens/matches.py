@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vitrail.data import ImageSource, Manifest, load_image
+from vitrail.data import ImageSource, Manifest, PhotographLike, load_image
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import Vit
 from vitrail.stats import mean_interval
@@ -43,7 +43,7 @@ class _Match(NamedTuple):
 
 def match_patches(
     vit: Vit,
-    photo: Image.Image,
+    photo: PhotographLike,
     source: ImageSource,
     manifest: Manifest,
     patch: tuple[int, int],
@@ -58,7 +58,7 @@ def match_patches(
 
     Args:
         vit: The model; the tokens of `layer` lie on a grid.
-        photo: A photograph.
+        photo: A photograph, as `vitrail.data.as_photograph` takes it.
         source: Images to search, from `vitrail.open_images`.
         manifest: The scan of `source`.
         patch: Row and column on the layer's grid, counted from 0.

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
-from PIL import Image
 from torch import Tensor
 
 from vitrail.contract.outlook import require_finite
+from vitrail.data import PhotographLike
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid, boxes_of_sides, pixels_moved, window_masks
@@ -76,7 +76,7 @@ class _Outcome(NamedTuple):
 @torch.no_grad()
 def what_if(
     vit: Vit,
-    image: Image.Image,
+    image: PhotographLike,
     *,
     heads_off: str | Sequence[Any] = (),
     patches: Sequence[Any] | np.ndarray = (),
@@ -90,7 +90,7 @@ def what_if(
 
     Args:
         vit: the model.
-        image: the photograph.
+        image: the photograph, as `vitrail.data.as_photograph` takes it.
         heads_off: heads to switch off, as "L2H0,L3H1" or (layer, head); (layer, head, mode) for a part of its map.
         patches: which patches change, as indices row by row, as (row, column), or as a mask of the grid.
         how: what happens to them, one of `HOW`.
