@@ -1,6 +1,7 @@
 """One image as data: the same numbers as a study and as plain PyTorch, with the words of the declarations."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -67,6 +68,35 @@ def test_weights_that_are_no_numbers_are_said_and_never_looked_at():
     ):
         with pytest.raises(ModelError, match=r"not finite .* Check the weights"):
             ask()
+
+
+@contextmanager
+def bfloat16_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, bfloat16_autocast])
+def test_the_callers_modes_of_torch_change_nothing(vit, looked, mode, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo().save(tmp_path / "photos" / "noise.png")
+    images = vit.prepare([photo()])
+    expected = vit.logits(images)
+    with mode():
+        same = look(vit, photo(), name="noise.png", measures="tokens,exciting")
+        study = run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures="tokens", batch_size=1)
+        opened = small_vit()
+        answers = [vit.logits(images), vit.tap().read(images)]
+        changed = vit.what_if(photo(), patches=[(0, 1)])
+    for name in same.data_vars:
+        assert_array_equal(same[name], looked[name], err_msg=name)
+    assert same.attrs["left_out"].keys() <= looked.attrs["left_out"].keys()
+    for name in {*study.data_vars} & {*looked.data_vars}:
+        assert_array_equal(study[name], looked[name], err_msg=name)
+    for answer in answers:
+        assert_array_equal(answer.detach(), expected)
+    assert_array_equal(changed["probability"], vit.what_if(photo(), patches=[(0, 1)])["probability"])
+    assert "gradient" not in opened.look(photo(), measures="tokens").attrs["left_out"].get("relevance", "")
 
 
 def test_a_photograph_in_any_form_is_one_look(vit, tmp_path):

@@ -50,6 +50,7 @@ from vitrail.models.token_grid import pad_patches
 from vitrail.study.ownership import remove_arrays
 from vitrail.study.plan import N_TOP
 from vitrail.study.planning import make_plan
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers, Replay
 
 __all__ = [
@@ -179,6 +180,7 @@ def parts_of(vit: Vit, analysis: Analysis, options: Mapping[str, str] | None = N
     return tuple(parts)
 
 
+@plain_modes()
 @torch.no_grad()
 def record_image(
     vit: Vit,
@@ -221,6 +223,7 @@ def _base_part(one: OneImage) -> xr.Dataset:
 
 
 def _collector_part(collector: Collector) -> Callable[[OneImage], xr.Dataset]:
+    @plain_modes()
     def compute(one: OneImage) -> xr.Dataset:
         masks = None if one.instance_ids is None else [one.instance_ids]
         arrays = _collect(one.vit, one.pixels, [collector], masks)[0]
@@ -233,6 +236,7 @@ def _collector_part(collector: Collector) -> Callable[[OneImage], xr.Dataset]:
 def _image_part(
     names: tuple[str, ...], compute: Callable[[OneImage], Mapping[str, Any]]
 ) -> Callable[[OneImage], xr.Dataset]:
+    @plain_modes()
     def compute_or_leave_out(one: OneImage) -> xr.Dataset:
         arrays = xr.Dataset()
         reasons = unavailable(one.vit, names, {} if one.instance_ids is None else {"masks": "given"})
@@ -248,6 +252,7 @@ def _image_part(
     return compute_or_leave_out
 
 
+@plain_modes()
 def look(
     vit: Vit,
     image: PhotographLike,

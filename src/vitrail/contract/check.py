@@ -20,6 +20,7 @@ from vitrail.tap.anatomy_table import ANATOMY_COLUMNS, anatomy_notes, anatomy_ro
 from vitrail.tap.attention import LayerAttention, Readers
 from vitrail.tap.clone import first_weight, has_compiled_parts
 from vitrail.tap.edits import Edit
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.rounding import rounding_bound
 
 __all__ = ["PROMISES", "Finding", "Report", "check_vit", "differences", "footprint"]
@@ -141,6 +142,7 @@ class Report:
         return html_table(f"{self.model}: what can be trusted", rows, ("", "promise", ""), self.verdict)
 
 
+@plain_modes()
 @torch.no_grad()
 def check_vit(
     vit: Vit, images: Float[Tensor, "image channel row column"] | None = None, *, quick: bool = False

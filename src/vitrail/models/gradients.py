@@ -10,6 +10,7 @@ from vitrail.errors import Unsupported
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
 from vitrail.tap.clone import ModuleState
+from vitrail.tap.modes import autocast_off
 
 __all__ = ["gradients_enabled", "reason_against_gradients"]
 
@@ -37,7 +38,7 @@ def gradients_enabled() -> Iterator[None]:
         Unsupported: The model lets no gradient through.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), autocast_off():
             yield
     except RuntimeError as error:
         message = " ".join(str(error).split())

@@ -25,6 +25,7 @@ from vitrail.models.zero_shot import Prompts, parse_prompts
 from vitrail.tap.anatomy import Anatomy, discover
 from vitrail.tap.anatomy_table import anatomy_html
 from vitrail.tap.clone import ModuleState, WeightState, clone_sharing, image_channels, unwrap_compiled
+from vitrail.tap.modes import autocast_off, plain_modes
 from vitrail.tap.tap import Tap
 
 __all__ = ["PRECISIONS", "Vit", "open_vit"]
@@ -201,7 +202,8 @@ class Vit:
         Returns:
             [image, class] logits; [image, channel] for a model without classifier.
         """
-        return self.read_output(self._plain(images))
+        with autocast_off():
+            return self.read_output(self._plain(images))
 
     def look(self, image: PhotographLike, **options: Any) -> xr.Dataset:
         """Every analysis of one image: `vitrail.look` of this model.
@@ -260,6 +262,7 @@ class Vit:
         return html_table(self.name, facts) + anatomy_html(self.anatomy)
 
 
+@plain_modes()
 def open_vit(
     model: str | Path | nn.Module,
     *,

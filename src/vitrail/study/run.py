@@ -48,10 +48,12 @@ from vitrail.study.progress import Progress
 from vitrail.study.reopen import save_model_arguments
 from vitrail.study.store import IMAGES, arrays_by_part, open_study, read_manifest
 from vitrail.study.writing import StudyFolder, plan_of
+from vitrail.tap.modes import plain_modes
 
 __all__ = ["run_study"]
 
 
+@plain_modes()
 def run_study(
     vit: Vit,
     images: object,

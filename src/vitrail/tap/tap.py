@@ -26,6 +26,7 @@ from vitrail.tap.clone import CANNOT_RUN, ModuleState, clone_sharing
 from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
 from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
 from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, own_tensors, repeat_images
+from vitrail.tap.modes import autocast_off
 from vitrail.tap.places import KeyPlaces, find_key_places
 from vitrail.tap.rounding import rounding_bound
 from vitrail.tap.slots import measure_window_slots
@@ -309,7 +310,11 @@ class Tap:
             )
         self._pass = state
         try:
-            with torch._C._EnableTorchFunction(), self._mode:  # a reader of another model may be the caller
+            with (
+                autocast_off(),
+                torch._C._EnableTorchFunction(),
+                self._mode,
+            ):  # a reader of another model may be the caller
                 output = self._clone(images)
         except Captured:
             if state.start is None or not state.start.stop_at_residual:

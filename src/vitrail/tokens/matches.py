@@ -20,6 +20,7 @@ from vitrail.data import ImageSource, Manifest, PhotographLike, load_image
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import Vit
 from vitrail.stats import mean_interval
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers
 from vitrail.tokens.levels import layers_of_own_grid
 
@@ -41,6 +42,7 @@ class _Match(NamedTuple):
     likeness: Float[np.ndarray, "patch"]
 
 
+@plain_modes()
 def match_patches(
     vit: Vit,
     photo: PhotographLike,

@@ -24,6 +24,7 @@ from vitrail.study.plan import N_TOP
 from vitrail.tap.anatomy import Anatomy, Block
 from vitrail.tap.edits import Edit
 from vitrail.tap.layer_maps import LayerMaps
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers, Replay, Tap
 from vitrail.tokens.levels import block_returned
 from vitrail.tokens.robustness import move_pixels, paint, run_without
@@ -73,6 +74,7 @@ class _Outcome(NamedTuple):
     attention: Float[Tensor, "head query key"] | None
 
 
+@plain_modes()
 @torch.no_grad()
 def what_if(
     vit: Vit,
