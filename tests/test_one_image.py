@@ -119,6 +119,26 @@ def test_a_look_is_written_as_netcdf(looked, tmp_path):
         assert json.loads(read.attrs["left_out"]) == looked.attrs["left_out"]
 
 
+def test_attributes_that_a_user_adds_are_written_as_xarray_writes_them(looked, tmp_path):
+    pytest.importorskip("h5netcdf", reason="h5netcdf writes netCDF, and is not installed")
+    added = {"fold": np.int64(3), "rate": np.float32(0.5), "row": np.arange(2), "table": {"n": np.int64(4)}}
+    looked[["probability"]].assign_attrs(added).to_netcdf(tmp_path / "look.nc")
+    with xr.open_dataset(tmp_path / "look.nc", engine="h5netcdf") as read:
+        assert (read.attrs["fold"], read.attrs["rate"], list(read.attrs["row"])) == (3, 0.5, [0, 1])
+        assert json.loads(read.attrs["table"]) == {"n": 4}
+
+
+def test_places_are_whole_numbers_of_any_kind(vit, tmp_path):
+    one = record_image(vit, photo(), patch=np.array([1, 2]), channel=np.int64(3))
+    assert (one.patch, one.asked_channel) == ((1, 2), 3)
+    looked = look(vit, photo(), measures="objects", patch=np.array([1, 2]))
+    assert looked.attrs["patch"] == [1, 2]
+    for numbers in (looked.attrs["patch"], one.patch):
+        assert {type(number) for number in numbers} == {int}
+    with pytest.raises(UsageError, match=r"The patch \(1, 2, 3\) has no meaning; give 2 whole numbers"):
+        record_image(vit, photo(), patch=(1, 2, 3))
+
+
 def test_a_look_has_the_measures_of_a_study_with_the_same_numbers(vit, looked, tmp_path):
     (tmp_path / "photos").mkdir()
     photo().save(tmp_path / "photos" / "noise.png")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from vitrail.analysis import (
     places,
     unavailable,
 )
+from vitrail.arguments import whole_number, whole_numbers
 from vitrail.contract.outlook import require_finite
 from vitrail.data import ImageEntry, Manifest, PhotographLike, as_photograph, ids_of, image_digest
 from vitrail.dataset import MeasureDataset
@@ -187,8 +188,8 @@ def record_image(
     image: PhotographLike,
     *,
     mask: np.ndarray | Image.Image | None = None,
-    patch: tuple[int, int] | None = None,
-    channel: int | None = None,
+    patch: Iterable[SupportsIndex] | None = None,
+    channel: SupportsIndex | None = None,
 ) -> OneImage:
     """Passes one image through the model, for the parts that are computed from it.
 
@@ -208,13 +209,13 @@ def record_image(
             another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
     """
-    _check_patch(vit, patch)
+    place, channel = _place(vit, patch), None if channel is None else whole_number("The channel", channel)
     image = as_photograph(image)
     ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     pixels = vit.prepare([image])
     replay, logits = vit.tap().record(pixels)
     require_finite(vit.name, logits)
-    return OneImage(vit, vit.view(image), pixels, replay, logits, {}, patch, channel, ids)
+    return OneImage(vit, vit.view(image), pixels, replay, logits, {}, place, channel, ids)
 
 
 def _base_part(one: OneImage) -> xr.Dataset:
@@ -260,8 +261,8 @@ def look(
     name: str = "image",
     measures: str | Sequence[str] | None = None,
     mask: np.ndarray | Image.Image | None = None,
-    patch: tuple[int, int] | None = None,
-    channel: int | None = None,
+    patch: Iterable[SupportsIndex] | None = None,
+    channel: SupportsIndex | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> xr.Dataset:
     """Computes every analysis of one image.
@@ -298,7 +299,7 @@ def look(
     """
     chosen = list(analyses().values()) if measures is None else [analyses()[BASE], *analyses_named(measures)]
     names = [name for analysis in chosen for name in analysis.measure_names]
-    _check_patch(vit, patch)
+    place, channel = _place(vit, patch), None if channel is None else whole_number("The channel", channel)
     image = as_photograph(image)
     ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     options = {} if mask is None else {"masks": "given"}
@@ -307,7 +308,7 @@ def look(
     pixels = vit.prepare([image])
     arrays, replay, logits = measure_image(vit, pixels, names, None if ids is None else [ids])
     arrays, empty = _part_empty(arrays)
-    one = OneImage(vit, vit.view(image), pixels, replay, logits, arrays, patch, channel, ids, {**reasons, **empty})
+    one = OneImage(vit, vit.view(image), pixels, replay, logits, arrays, place, channel, ids, {**reasons, **empty})
     dataset = _dataset(vit, arrays)
     for analysis in chosen:
         progress(analysis.title.lower())
@@ -325,7 +326,7 @@ def _merge(dataset: xr.Dataset, part: xr.Dataset) -> xr.Dataset:
         if any(0 < each.sizes.get(dim, 0) < widest for each in (dataset, part)):
             pad = partial(_pad, dim, widest)
             dataset, part = dataset.map(pad, keep_attrs=True), part.map(pad, keep_attrs=True)
-    return dataset.merge(part)
+    return dataset.merge(part, compat="no_conflicts")
 
 
 def _pad(dim: str, size: int, array: xr.DataArray) -> xr.DataArray:
@@ -468,13 +469,17 @@ def _predictions(task: Task, logits: Float[Tensor, "image class"]) -> dict[str, 
     }
 
 
-def _check_patch(vit: Vit, patch: tuple[int, int] | None) -> None:
+def _place(vit: Vit, patch: Iterable[SupportsIndex] | None) -> tuple[int, int] | None:
+    """Row and column of the patch to look at, if one was asked for."""
+    if patch is None:
+        return None
+    row, column = whole_numbers("The patch", patch, 2)
     grid = vit.anatomy.blocks[0].grid
-    if patch is not None and (grid is None or not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1])):
+    if grid is None or not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise UsageError(
-            f"The patch at row {patch[0]}, column {patch[1]} was asked for; this model's grid is {grid} (rows, "
-            "columns)."
+            f"The patch at row {row}, column {column} was asked for; this model's grid is {grid} (rows, columns)."
         )
+    return row, column
 
 
 def _dataset(vit: Vit, arrays: Mapping[str, np.ndarray | xr.DataArray]) -> xr.Dataset:

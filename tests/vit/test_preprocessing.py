@@ -11,13 +11,14 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitrail.data import as_photograph, decode_image
 from vitrail.data.channels import channels_of
 from vitrail.errors import BadImage, ModelError, UsageError
 from vitrail.models.open import open_vit
-from vitrail.models.preprocessing import Preprocessing, override
+from vitrail.models.preprocessing import Preprocessing, override, read_sides
 from vitrail.models.processors import read_preprocessing, timm_preprocessing
 from vitrail.models.sources import Request, load_model
 
@@ -625,3 +626,27 @@ def test_one_photograph_is_a_batch_of_one_and_none_is_refused():
         assert_array_equal(preprocessing.tensor(given), expected)
     with pytest.raises(UsageError, match="give one or more"):
         preprocessing.tensor([])
+
+
+def test_numbers_of_numpy_and_torch_become_those_of_python():
+    plain = Preprocessing((16, 24), (0.25, 0.5, 0.5), HALF, crop_pct=0.5, resize=(32, 48), fill=(1, 2, 3))
+    of_libraries = replace(plain)
+    vars(of_libraries).update(  # tests check types before a constructor is reached
+        size=np.array([16, 24]),
+        mean=torch.tensor([0.25, 0.5, 0.5]),
+        std=np.float32(HALF),
+        crop_pct=np.float32(0.5),
+        resize=tuple(np.int64([32, 48])),
+        fill=np.uint8([1, 2, 3]),
+    )
+    of_libraries.__post_init__()
+    assert json.dumps(of_libraries.as_dict()) == json.dumps(plain.as_dict())
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=np.int64(5))
+    given = {"image_size": np.int64(32), "mean": np.float32(0.5), "std": np.float32(HALF), "n_classes": np.int64(5)}
+    vit = open_vit(model, **given)
+    assert (vit.image_size, vit.preprocessing.mean, vit.preprocessing.std) == ((32, 32), HALF, HALF)
+    assert type(vit.n_classes) is int
+    with pytest.raises(UsageError, match=r"image size 64\.5 has no meaning; give a whole number"):
+        read_sides(64.5)
+    with pytest.raises(UsageError, match=r"give 2 whole numbers"):
+        read_sides((1, 2, 3))

@@ -5,19 +5,21 @@ import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
+import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from vitrail.arguments import whole_number
 from vitrail.data import PhotographLike
 from vitrail.errors import UsageError
 from vitrail.markup import html_table
 from vitrail.models.choose import OutputReader
-from vitrail.models.preprocessing import HALF, Preprocessing, UnknownPreprocessing, override
+from vitrail.models.preprocessing import HALF, ImageSize, Preprocessing, UnknownPreprocessing, override, read_sides
 from vitrail.models.processors import read_preprocessing
 from vitrail.models.sources import LoadedModel, Request, describe_module, load_model, split_python_name
 from vitrail.models.task import Task, as_target, resolve_task
@@ -266,19 +268,19 @@ class Vit:
 def open_vit(
     model: str | Path | nn.Module,
     *,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize | None = None,
     weights: str | Path | None = None,
     device: str = "cpu",
     precision: str = "float32",
-    n_classes: int | None = None,
+    n_classes: SupportsIndex | None = None,
     class_names: Iterable[str] | None = None,
     task: str | None = None,
     output: str | int | None = None,
     target: Any = None,
     prompts: Any = None,
     preprocessing: Any = None,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
+    mean: SupportsFloat | Iterable[SupportsFloat] | None = None,
+    std: SupportsFloat | Iterable[SupportsFloat] | None = None,
     interpolation: str | None = None,
     crop: float | str | None = None,
 ) -> Vit:
@@ -337,6 +339,8 @@ def open_vit(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"There is no precision {precision!r}; choose from {', '.join(PRECISIONS)}.")
+    image_size = None if image_size is None else _plain_size(image_size)
+    n_classes = None if n_classes is None else whole_number("n_classes", n_classes)
     stated = None if preprocessing is None else read_preprocessing(preprocessing)
     names = None if class_names is None else tuple(map(str, class_names))
     by_class = None if prompts is None else parse_prompts(prompts)
@@ -386,19 +390,24 @@ def _as_numbers(tensor: Tensor) -> Tensor:
     return plain if type(plain) is Tensor else plain.dequantize()
 
 
-def _per_channel(
-    name: str, values: float | Sequence[float] | None, module: nn.Module
-) -> Sequence[float] | float | None:
+def _plain_size(size: Any) -> int | tuple[int, int]:
+    """An image size in numbers of Python; one number stays one, as some libraries take no two."""
+    rows, columns = read_sides(size)
+    return rows if np.ndim(size) == 0 else (rows, columns)
+
+
+def _per_channel(name: str, values: Any, module: nn.Module) -> Sequence[Any] | None:
     """One number for each channel of the model's images."""
+    if values is None:
+        return None
     channels = image_channels(module)
-    if isinstance(values, (int, float)):
-        return (float(values),) * channels
-    if values is not None and len(values) != channels:
+    by_channel = [values] * channels if np.ndim(values) == 0 else list(values)
+    if len(by_channel) != channels:
         raise UsageError(
-            f"{name} has {len(values)} numbers and this model's images {channels} channel{'s' * (channels != 1)}; give "
-            f"one number for each (--{name}), or one for all."
+            f"{name} has {len(by_channel)} numbers and this model's images {channels} channel{'s' * (channels != 1)}; "
+            f"give one number for each (--{name}), or one for all."
         )
-    return values
+    return by_channel
 
 
 def _as_plain_data(prompts: Prompts | None) -> dict[str, Any] | None:

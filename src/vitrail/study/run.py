@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from vitrail.analysis import (
     unavailable,
 )
 from vitrail.analysis import measures as all_measures
+from vitrail.arguments import whole_number
 from vitrail.data import MAX_PIXELS, EarlierScan, ImageEntry, ImageSource, Manifest, open_images, scan, with_masks
 from vitrail.data.files import some
 from vitrail.errors import DamagedStudy, DataError, PlanMismatch, Unsupported, UsageError
@@ -60,16 +61,16 @@ def run_study(
     *,
     out: str | Path,
     measures: str | Sequence[str] = "heads",
-    limit: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
+    limit: SupportsIndex | None = None,
+    batch_size: SupportsIndex = 16,
+    seed: SupportsIndex = 0,
     options: Mapping[str, str] | None = None,
     masks: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
     progress: bool = False,
     worker: bool = False,
     allow_mixed: bool = False,
-    part_images: int | None = None,
+    part_images: SupportsIndex | None = None,
     engine: str = "local",
     n_workers: int = 1,
 ) -> xr.Dataset:
@@ -117,11 +118,13 @@ def run_study(
         >>> vit = vitrail.open_vit("vitrail:photos")
         >>> study = vitrail.run_study(vit, "vitrail:photos", out="study", limit=64)  # doctest: +SKIP
     """
+    batch_size, seed = whole_number("batch_size", batch_size), require_seed(seed)
+    limit = None if limit is None else whole_number("limit", limit)
+    part_images = None if part_images is None else whole_number("part_images", part_images)
     if batch_size < 1:
         raise UsageError(f"A batch of {batch_size} images cannot be run; give 1 or more.")
     if part_images is not None and part_images < 1:
         raise UsageError(f"A part of {part_images} images cannot be made; give 1 or more.")
-    require_seed(seed)
     if engine not in ENGINES:
         raise UsageError(f"There is no engine {engine!r}; choose from {', '.join(ENGINES)}.")
     if engine == "ray":
@@ -277,6 +280,8 @@ def _select_measures(
     left_out = {name: reason for name, reason in left_out.items() if name in by_name or not is_of_other_models(name)}
     if refused or all(each.analysis == BASE for each in selected):
         reasons = refused or [f"{name}: {reason}" for name, reason in left_out.items()]
+        if not reasons:
+            raise UsageError(f"Every study has {measures}; name what else is to be measured, such as heads.")
         raise Unsupported(f"{vit.name} cannot give what was asked for:\n  " + "\n  ".join(reasons))
     return selected, left_out
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vitrail.arguments import whole_number
 from vitrail.contract.outlook import require_finite
 from vitrail.data import PhotographLike
 from vitrail.dataset import MeasureDataset
@@ -84,9 +85,9 @@ def what_if(
     patches: Sequence[Any] | np.ndarray = (),
     how: str = "mean",
     windows: Sequence[WindowMove | Sequence[Any]] = (),
-    attention_layer: int | None = None,
+    attention_layer: SupportsIndex | None = None,
     cumulative: bool = True,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
 ) -> xr.Dataset:
     """Changes the model or the image, one thing after the other, and asks again.
 
@@ -120,14 +121,14 @@ def what_if(
         >>> changed["step"].values.tolist()
         ['unchanged', 'L0H0 off', 'L1H2 off']
     """
-    require_seed(seed)
+    seed = require_seed(seed)
     off, moves = parse_heads_off(vit, heads_off), [parse_window(vit, window) for window in windows]
     mask = parse_patches(vit, patches)
     if how not in HOW:
         raise UsageError(f"Patches cannot be {how!r}; choose from {', '.join(HOW)}.")
     if not off and not moves and mask is None:
         raise UsageError("Nothing was changed: give heads_off, patches or windows.")
-    layer = vit.n_layers - 1 if attention_layer is None else attention_layer
+    layer = vit.n_layers - 1 if attention_layer is None else whole_number("attention_layer", attention_layer)
     if not 0 <= layer < vit.n_layers:
         raise UsageError(f"Attention of L{layer} was asked for; the model has L0 to L{vit.n_layers - 1}.")
     left_out: dict[str, str] = {}
