@@ -22,7 +22,7 @@ from vitrail.analysis import Analysis, analyses, unavailable
 from vitrail.data import PhotographLike, as_photograph, ids_of, image_digest
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.regions import mode_edits, modes_offered
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.models.token_grid import token_grids
 from vitrail.one_image import LookPart, OneImage, parts_of, record_image
 from vitrail.tap.clone import ModuleState, WeightState
@@ -61,6 +61,7 @@ class LiveModel:
         Args:
             vit: The model.
         """
+        require_vit(vit)
         self.vit = vit
         self._lock = RLock()
         self._images: OrderedDict[str, OneImage] = OrderedDict()

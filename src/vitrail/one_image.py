@@ -45,7 +45,7 @@ from vitrail.dataset import MeasureDataset
 from vitrail.errors import Unsupported, UsageError
 from vitrail.measure import Measure
 from vitrail.models.objects import in_view, object_shares
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.models.task import Task
 from vitrail.models.token_grid import pad_patches
 from vitrail.study.ownership import remove_arrays
@@ -209,6 +209,7 @@ def record_image(
             another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
     """
+    require_vit(vit)
     place, channel = _place(vit, patch), None if channel is None else whole_number("The channel", channel)
     image = as_photograph(image)
     ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
@@ -297,6 +298,7 @@ def look(
         >>> looked["head_probability"].dims
         ('image', 'layer', 'head')
     """
+    require_vit(vit)
     chosen = list(analyses().values()) if measures is None else [analyses()[BASE], *analyses_named(measures)]
     names = [name for analysis in chosen for name in analysis.measure_names]
     place, channel = _place(vit, patch), None if channel is None else whole_number("The channel", channel)

@@ -1,5 +1,7 @@
 """The tap beside other threads, modes, precisions, gradients, compilers and failing readers."""
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 
@@ -14,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from vitrail.contract.check import check_vit, differences, footprint
 from vitrail.contract.tiny_models import FAMILIES, Family, run_contract
 from vitrail.contract.tiny_models.other_models import torchvision_vit
-from vitrail.errors import NoAttention, TapError, Unsupported
-from vitrail.models.open import open_vit
+from vitrail.errors import NoAttention, TapError, Unsupported, UsageError
+from vitrail.models.open import open_vit, require_vit
 from vitrail.tap.attention import Readers
+from vitrail.tap.clone import require_images
 from vitrail.tap.edits import Edit
 from vitrail.tap.tap import Tap
 
@@ -411,6 +414,41 @@ def test_the_weights_are_shared_not_copied(opened):
     vit = opened(VIT)
     theirs = {parameter.data_ptr() for parameter in vit.model.parameters()}
     assert {parameter.data_ptr() for parameter in vit.tap()._clone.parameters()} == theirs
+
+
+def test_images_of_another_type_than_the_weights_are_refused_with_what_to_do(fresh, noise):
+    vit = open_vit(fresh(VIT), image_size=64)
+    images = noise(vit).double()
+    for run in (vit.logits, vit.tap().read, vit.tap().record):
+        with pytest.raises(UsageError, match=r"images are torch\.float64 on cpu, and the weights torch\.float32"):
+            run(images)
+    vit.model.half()
+    with pytest.raises(UsageError, match="open a model anew once it was moved or cast"):
+        vit.logits(noise(vit).float())
+
+
+@pytest.mark.parametrize("given", [torch.zeros(3, 64, 64), [1], None, "cat.png"])
+def test_what_is_no_batch_of_images_is_refused(given):
+    with pytest.raises(UsageError, match=r"tensor \[image, channel, row, column\], and .* was given"):
+        require_images(given)
+
+
+def test_a_module_is_refused_where_an_opened_model_is_needed(fresh):
+    with pytest.raises(UsageError, match=r"a VisionTransformer was given: vit = vitrail\.open_vit"):
+        require_vit(fresh(VIT))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda vit: pickle.loads(pickle.dumps(vit))])
+def test_an_opened_model_is_copied_and_pickled(fresh, noise, copied):
+    vit = open_vit(fresh(VIT), image_size=64)
+    images = noise(vit)
+    with torch.no_grad():
+        expected = vit.tap().read(images)
+        other = copied(vit)
+        _equal(other.tap().read(images), expected)
+        _equal(other.logits(images), expected)
+    assert other.weight_digest == vit.weight_digest
+    assert other.model is not vit.model
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrail.contract.surgery import NoProjection, Projection, projection_inputs, projections, run_without_head
 from vitrail.errors import Unsupported
 from vitrail.markup import html_table
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Kind, layer_ranges
 from vitrail.tap.anatomy_table import ANATOMY_COLUMNS, anatomy_notes, anatomy_rows
 from vitrail.tap.attention import LayerAttention, Readers
@@ -165,6 +165,7 @@ def check_vit(
     images = _noise(vit) if images is None else images
     trial = _Trial(vit, images, quick)
     own = trial.users_own_logits()
+    require_vit(vit)
     before = footprint(vit.model)
     findings = [
         _logits_unchanged(trial, own),

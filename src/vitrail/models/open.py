@@ -26,11 +26,19 @@ from vitrail.models.task import Task, as_target, resolve_task
 from vitrail.models.zero_shot import Prompts, parse_prompts
 from vitrail.tap.anatomy import Anatomy, discover
 from vitrail.tap.anatomy_table import anatomy_html
-from vitrail.tap.clone import ModuleState, WeightState, clone_sharing, image_channels, unwrap_compiled
+from vitrail.tap.clone import (
+    ModuleState,
+    WeightState,
+    clone_sharing,
+    image_channels,
+    images_of_model,
+    require_images,
+    unwrap_compiled,
+)
 from vitrail.tap.modes import autocast_off, plain_modes
 from vitrail.tap.tap import Tap
 
-__all__ = ["PRECISIONS", "Vit", "open_vit"]
+__all__ = ["PRECISIONS", "Vit", "open_vit", "require_vit"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -203,8 +211,12 @@ class Vit:
 
         Returns:
             [image, class] logits; [image, channel] for a model without classifier.
+
+        Raises:
+            UsageError: These are no images for the model.
         """
-        with autocast_off():
+        require_images(images)
+        with images_of_model(self._plain, images), autocast_off():
             return self.read_output(self._plain(images))
 
     def look(self, image: PhotographLike, **options: Any) -> xr.Dataset:
@@ -236,6 +248,13 @@ class Vit:
 
         return what_if(self, image, **changes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what a copy makes for itself when it is used."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_THIS_COPY}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _taps=threading.local(), _digest=None, _clone=None)
+
     @property
     def _plain(self) -> nn.Module:
         """An untapped clone in evaluation mode: the user's module keeps its own mode."""
@@ -262,6 +281,25 @@ class Vit:
             ("runs", f"{self.precision} on {self.device}"),
         ]
         return html_table(self.name, facts) + anatomy_html(self.anatomy)
+
+
+_OF_THIS_COPY = ("_taps", "_digest", "_clone")
+
+
+def require_vit(vit: object) -> None:
+    """Refuses what is no opened model, as a module.
+
+    Args:
+        vit: As a user gave it.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(vit, Vit):
+        raise UsageError(
+            f"An opened model is needed, and a {type(vit).__name__} was given: vit = vitrail.open_vit(..) opens "
+            "modules and names."
+        )
 
 
 @plain_modes()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 
 from vitrail.data.labels import LabelSource
 from vitrail.errors import Unsupported, UsageError
@@ -16,7 +17,7 @@ from vitrail.pruning.study_images import StudyImages
 from vitrail.study.ownership import write_atomic
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import reopen
-from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.store import open_study, read_manifest, read_plan, study_folder
 
 __all__ = ["measure_curves"]
 
@@ -28,7 +29,7 @@ SHARES = (0, 1 / 18, 1 / 9, 7 / 36, 5 / 18, 7 / 18, 19 / 36, 13 / 18, 1)
 
 
 def measure_curves(
-    study: str | Path,
+    study: str | Path | xr.Dataset,
     *,
     rankings: Sequence[str] | None = None,
     n_test: int = 200,
@@ -44,7 +45,7 @@ def measure_curves(
     Heads are ranked on one half of the images and pruned on images of the other half. The report then shows the curves.
 
     Args:
-        study: The folder of a study of heads, of a classifier.
+        study: The folder of a study of heads, of a classifier, or the study as `open_study` gives it.
         rankings: Names of rankings (`vitrail.pruning.ranking.scores`); None: six of them, as far as the study has them
             for every head.
         n_test: Images of the other half that are asked, at most; drawn at random.
@@ -67,6 +68,7 @@ def measure_curves(
         >>> from vitrail.pruning.curves import measure_curves
         >>> measure_curves("study").accuracy("least", "flips")  # doctest: +SKIP
     """
+    study = study_folder(study)
     dataset = open_study(study)
     vit = reopen(study, model=model, weights=weights, device=device)
     if vit.n_classes is None:

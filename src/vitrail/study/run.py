@@ -33,7 +33,7 @@ from vitrail.data import MAX_PIXELS, EarlierScan, ImageEntry, ImageSource, Manif
 from vitrail.data.files import some
 from vitrail.errors import DamagedStudy, DataError, PlanMismatch, Unsupported, UsageError
 from vitrail.measure import Measure
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.outputs import is_address, local_path
 from vitrail.stats import require_seed
@@ -118,6 +118,7 @@ def run_study(
         >>> vit = vitrail.open_vit("vitrail:photos")
         >>> study = vitrail.run_study(vit, "vitrail:photos", out="study", limit=64)  # doctest: +SKIP
     """
+    require_vit(vit)
     batch_size, seed = whole_number("batch_size", batch_size), require_seed(seed)
     limit = None if limit is None else whole_number("limit", limit)
     part_images = None if part_images is None else whole_number("part_images", part_images)

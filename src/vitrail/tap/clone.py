@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrail.errors import Unsupported
+from vitrail.errors import Unsupported, UsageError
 
 __all__ = [
     "CANNOT_RUN",
@@ -31,6 +31,8 @@ __all__ = [
     "has_compiled_parts",
     "image_channels",
     "images_accepted",
+    "images_of_model",
+    "require_images",
     "unwrap_compiled",
 ]
 
@@ -297,6 +299,52 @@ def _reads(module: nn.Module) -> str | None:
 
 
 _USUAL_CHANNELS, _MOST_CHANNELS = 3, 16
+
+
+def require_images(images: object) -> None:
+    """Refuses what no model is run on.
+
+    Args:
+        images: As a user gave them.
+
+    Raises:
+        UsageError: It is no tensor of four axes.
+    """
+    if not isinstance(images, torch.Tensor) or images.ndim != len(_IMAGE_AXES):
+        given = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise UsageError(
+            f"A model is run on a tensor [{', '.join(_IMAGE_AXES)}], and {given} was given; vit.prepare([photograph]) "
+            "makes one."
+        )
+
+
+@contextmanager
+def images_of_model(model: nn.Module, images: torch.Tensor) -> Iterator[None]:
+    """Around a run, says so where it fails on images of another type, or on another device, than the weights.
+
+    Args:
+        model: What is run.
+        images: What it is given.
+
+    Returns:
+        Nothing; a context manager.
+
+    Raises:
+        UsageError: The model raised an error on such images.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        weight = first_weight(model)
+        if isinstance(error, torch.OutOfMemoryError) or (images.dtype, images.device) == (weight.dtype, weight.device):
+            raise
+        raise UsageError(
+            f"The images are {images.dtype} on {images.device}, and the weights {weight.dtype} on {weight.device}: "
+            "give images as vit.prepare makes them, and open a model anew once it was moved or cast."
+        ) from error
+
+
+_IMAGE_AXES = ("image", "channel", "row", "column")
 
 
 def image_channels(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from vitrail.errors import TapError, Unsupported, UsageError
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Call
 from vitrail.tap.attention import CallResult, LayerAttention, Readers
-from vitrail.tap.clone import CANNOT_RUN, ModuleState, clone_sharing
+from vitrail.tap.clone import CANNOT_RUN, ModuleState, clone_sharing, images_of_model, require_images
 from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
 from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
 from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, own_tensors, repeat_images
@@ -208,10 +208,11 @@ class Tap:
             Logits; without edits bitwise the model's own.
 
         Raises:
-            UsageError: An edit names a layer, call, head or key that does not exist.
+            UsageError: An edit names a layer, call, head or key that does not exist, or these are no images for it.
             Unsupported: An edit would not mean what it says on that kind of attention.
             TapError: The pass went another way than when the model was opened, or a reader ran this model.
         """
+        require_images(images)
         self._follow_model()
         return self._logits(self._run(images, _Pass(len(images), 1, readers or Readers(), self._validate(edits, 1))))
 
@@ -234,8 +235,10 @@ class Tap:
             The record, and the logits.
 
         Raises:
+            UsageError: These are no images for the model.
             TapError: The pass went another way than when the model was opened, or a reader ran this model.
         """
+        require_images(images)
         self._follow_model()
         replay = Replay(images)
         state = _Pass(len(images), readers=readers or Readers(), record=replay if keep else None)
@@ -310,11 +313,8 @@ class Tap:
             )
         self._pass = state
         try:
-            with (
-                autocast_off(),
-                torch._C._EnableTorchFunction(),
-                self._mode,
-            ):  # a reader of another model may be the caller
+            # a reader of another model may be the caller
+            with images_of_model(self._clone, images), autocast_off(), torch._C._EnableTorchFunction(), self._mode:
                 output = self._clone(images)
         except Captured:
             if state.start is None or not state.start.stop_at_residual:

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrail.arguments import whole_number, whole_numbers
 from vitrail.data import ImageSource, Manifest, PhotographLike, load_image
 from vitrail.errors import Unsupported, UsageError
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.stats import mean_interval
 from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers
@@ -86,6 +86,7 @@ def match_patches(
         >>> matches = match_patches(vit, photo, source, vitrail.data.scan(source), patch=(3, 4))  # doctest: +SKIP
         >>> matches["cosine"].sortby("cosine", ascending=False)[:5]  # doctest: +SKIP
     """
+    require_vit(vit)
     patch, n_matches = whole_numbers("The patch", patch, 2), whole_number("n_matches", n_matches)
     if n_matches < 1:
         raise UsageError(f"{n_matches} matches cannot be kept; give 1 or more.")
