@@ -135,6 +135,16 @@ def test_the_same_image_is_run_once_and_old_ones_are_let_go(vit, monkeypatch):
     assert len(recorded) == 2 + live_module.MAX_RECORDED_IMAGES
 
 
+def test_an_image_is_run_again_once_the_model_has_a_hook():
+    vit = small_vit()
+    live = LiveModel(vit)
+    before = live.attention(photo(), 2)
+    vit.model.blocks[0].register_forward_hook(lambda module, args, output: output * 0.1)
+    after = live.attention(photo(), 2)
+    assert np.abs(after - before).max() > 1e-3
+    assert_array_equal(after, LiveModel(vit).attention(photo(), 2))
+
+
 def test_images_of_one_picture_with_other_colours_are_two_images(vit):
     pixels = Image.fromarray(np.random.default_rng(0).integers(0, 4, (64, 64), dtype=np.uint8)).convert("P")
     other = pixels.copy()

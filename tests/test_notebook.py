@@ -126,6 +126,8 @@ def test_a_study_is_not_shown_with_the_attention_of_another_model(vit, tmp_path)
 def test_what_cannot_be_shown_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(UsageError, match="vitrail report FOLDER"):
         vitrail.show(xr.Dataset({"probability": ("image", [0.5, 0.25])}))
+    with pytest.raises(UsageError, match="no images any more"):
+        vitrail.show(vitrail.open_study(write_study(tmp_path / "mine", 6)).mean("image", keep_attrs=True))
     with pytest.raises(UsageError, match="give a study, its folder"):
         vitrail.show(3)
     with pytest.raises(StudyError, match="absent"):

@@ -1,6 +1,7 @@
 """One image as data: the same numbers as a study and as plain PyTorch, with the words of the declarations."""
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -69,12 +70,73 @@ def test_weights_that_are_no_numbers_are_said_and_never_looked_at():
             ask()
 
 
+@contextmanager
+def bfloat16_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, bfloat16_autocast])
+def test_the_callers_modes_of_torch_change_nothing(vit, looked, mode, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo().save(tmp_path / "photos" / "noise.png")
+    images = vit.prepare([photo()])
+    expected = vit.logits(images)
+    with mode():
+        same = look(vit, photo(), name="noise.png", measures="tokens,exciting")
+        study = run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures="tokens", batch_size=1)
+        opened = small_vit()
+        answers = [vit.logits(images), vit.tap().read(images)]
+        changed = vit.what_if(photo(), patches=[(0, 1)])
+    for name in same.data_vars:
+        assert_array_equal(same[name], looked[name], err_msg=name)
+    assert same.attrs["left_out"].keys() <= looked.attrs["left_out"].keys()
+    for name in {*study.data_vars} & {*looked.data_vars}:
+        assert_array_equal(study[name], looked[name], err_msg=name)
+    for answer in answers:
+        assert_array_equal(answer.detach(), expected)
+    assert_array_equal(changed["probability"], vit.what_if(photo(), patches=[(0, 1)])["probability"])
+    assert "gradient" not in opened.look(photo(), measures="tokens").attrs["left_out"].get("relevance", "")
+
+
+def test_a_photograph_in_any_form_is_one_look(vit, tmp_path):
+    photo().save(tmp_path / "photo.png")
+    expected = look(vit, photo(), measures="objects", mask=halves())
+    for given in (tmp_path / "photo.png", np.asarray(photo()), torch.from_numpy(np.array(photo())).permute(2, 0, 1)):
+        looked = look(vit, given, measures="objects", mask=halves())
+        assert looked.identical(expected)
+        assert_array_equal(record_image(vit, given).logits, vit.logits(vit.prepare([photo()])))
+        assert_array_equal(
+            vit.what_if(given, heads_off="L0H0")["probability"], vit.what_if(photo(), heads_off="L0H0")["probability"]
+        )
+
+
 def test_a_look_is_written_as_netcdf(looked, tmp_path):
     pytest.importorskip("h5netcdf", reason="h5netcdf writes netCDF, and is not installed")
     looked.to_netcdf(tmp_path / "look.nc")
     with xr.open_dataset(tmp_path / "look.nc", engine="h5netcdf") as read:
         assert_array_equal(read["head_probability"], looked["head_probability"])
         assert json.loads(read.attrs["left_out"]) == looked.attrs["left_out"]
+
+
+def test_attributes_that_a_user_adds_are_written_as_xarray_writes_them(looked, tmp_path):
+    pytest.importorskip("h5netcdf", reason="h5netcdf writes netCDF, and is not installed")
+    added = {"fold": np.int64(3), "rate": np.float32(0.5), "row": np.arange(2), "table": {"n": np.int64(4)}}
+    looked[["probability"]].assign_attrs(added).to_netcdf(tmp_path / "look.nc")
+    with xr.open_dataset(tmp_path / "look.nc", engine="h5netcdf") as read:
+        assert (read.attrs["fold"], read.attrs["rate"], list(read.attrs["row"])) == (3, 0.5, [0, 1])
+        assert json.loads(read.attrs["table"]) == {"n": 4}
+
+
+def test_places_are_whole_numbers_of_any_kind(vit, tmp_path):
+    one = record_image(vit, photo(), patch=np.array([1, 2]), channel=np.int64(3))
+    assert (one.patch, one.asked_channel) == ((1, 2), 3)
+    looked = look(vit, photo(), measures="objects", patch=np.array([1, 2]))
+    assert looked.attrs["patch"] == [1, 2]
+    for numbers in (looked.attrs["patch"], one.patch):
+        assert {type(number) for number in numbers} == {int}
+    with pytest.raises(UsageError, match=r"The patch \(1, 2, 3\) has no meaning; give 2 whole numbers"):
+        record_image(vit, photo(), patch=(1, 2, 3))
 
 
 def test_a_look_has_the_measures_of_a_study_with_the_same_numbers(vit, looked, tmp_path):

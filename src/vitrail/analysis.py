@@ -263,7 +263,6 @@ class Analysis:
         paper: the paper to cite.
         aliases: older names that `--measures` accepts too.
         only_for: the models that have it ("a WinT"); empty for any model.
-        on_demand: whether a look at one image computes it only if asked for by name.
         places: given the attributes of a study (its plan), what the places along dimensions of its measures are called
             or which values they stand for, by dimension; they become coordinates of the dataset. Dimensions without
             are counted from 0.
@@ -286,7 +285,6 @@ class Analysis:
     paper: str = ""
     aliases: tuple[str, ...] = ()
     only_for: str = ""
-    on_demand: bool = False
     places: "Callable[[Mapping[str, Any]], Mapping[str, Sequence[Any]]] | None" = None
 
     def __post_init__(self) -> None:

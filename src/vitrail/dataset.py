@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from vitrail.errors import MissingLibrary
@@ -48,8 +49,19 @@ class MeasureDataset(xr.Dataset):  # type: ignore[no-untyped-call]  # xarray has
 
 
 def _as_text(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Texts and numbers as they are, everything else as JSON."""
+    """Texts, numbers and rows of numbers as they are, everything else as JSON."""
     return {
-        name: value if isinstance(value, str | float) or type(value) is int else json.dumps(value)
-        for name, value in attributes.items()
+        name: value if _is_plain(value) else json.dumps(value, default=_in_python) for name, value in attributes.items()
     }
+
+
+def _is_plain(value: Any) -> bool:
+    is_row = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iuf"
+    return isinstance(value, str | float | np.integer | np.floating) or type(value) is int or is_row
+
+
+def _in_python(value: Any) -> Any:
+    """What a number or array of NumPy inside of a table is in JSON."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"An attribute holds a {type(value).__name__}, which no file takes; write it as text.")

@@ -19,15 +19,15 @@ from jaxtyping import Float32
 from PIL import Image
 
 from vitrail.analysis import Analysis, analyses, unavailable
-from vitrail.data import ids_of, image_digest
+from vitrail.data import PhotographLike, as_photograph, ids_of, image_digest
 from vitrail.errors import Unsupported, UsageError
 from vitrail.heads.regions import mode_edits, modes_offered
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.models.token_grid import token_grids
 from vitrail.one_image import LookPart, OneImage, parts_of, record_image
 from vitrail.study.plan import ModelIdentity
 from vitrail.study.planning import model_identity
-from vitrail.tap.clone import WeightState
+from vitrail.tap.clone import ModuleState, WeightState
 from vitrail.tap.layer_maps import LayerMaps
 from vitrail.tap.tap import LayerAttention, Readers
 
@@ -52,7 +52,7 @@ class AnalysisParts(NamedTuple):
 class LiveModel:
     """A model that computes measures of single images; any number of threads may call it, one at a time is served.
 
-    An image that comes again is recognised by its pixels, as long as the weights stay as they are. All numbers are
+    An image that comes again is recognised by its pixels, as long as the model stays as it is. All numbers are
     exact; a study made with `importance="estimate"` holds estimates instead, and pruned heads are zero also where a
     study put their mean.
     """
@@ -63,25 +63,26 @@ class LiveModel:
         Args:
             vit: The model.
         """
+        require_vit(vit)
         self.vit = vit
         self._lock = RLock()
         self._images: OrderedDict[str, OneImage] = OrderedDict()
         self._parts: dict[str, tuple[LookPart, ...]] = {}
-        self._weights = WeightState(vit.model)
+        self._states = WeightState(vit.model), ModuleState(vit.model)
 
     @property
     def identity(self) -> ModelIdentity:
         """What tells the model from others, as a study's plan has it of its own."""
         return model_identity(self.vit)
 
-    def attention(self, image: Image.Image, layer: int) -> Float32[np.ndarray, "head token token"]:
+    def attention(self, image: PhotographLike, layer: int) -> Float32[np.ndarray, "head token token"]:
         """Attention after the softmax of every head of a layer, over all its tokens.
 
         Windowed attention is put back on the image grid, zero between windows. Of a layer with several attention calls
         the heads of all that join the same tokens; NaN for the others.
 
         Args:
-            image: Any size and mode; prepared as the model asks.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it; prepared as the model asks.
             layer: Counted from 0.
 
         Returns:
@@ -98,11 +99,11 @@ class LiveModel:
             tap.run_from(layer, recorded.replay, readers=Readers(attention=maps.read))
         return maps.joined().numpy()
 
-    def head_maps(self, image: Image.Image) -> Float32[np.ndarray, "layer head patch"]:
+    def head_maps(self, image: PhotographLike) -> Float32[np.ndarray, "layer head patch"]:
         """What every head gives each patch: the class token's attention, or without one the mean over all patches.
 
         Args:
-            image: Any size and mode; prepared as the model asks.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it; prepared as the model asks.
 
         Returns:
             Attention weights [layer, head, patch]; NaN for heads and patches that a layer lacks, and for layers whose
@@ -132,11 +133,11 @@ class LiveModel:
             tap.run_from(0, recorded.replay, readers=Readers(attention=read))
         return maps
 
-    def modes(self, image: Image.Image, layer: int, head: int) -> Float32[np.ndarray, "mode class"]:
+    def modes(self, image: PhotographLike, layer: int, head: int) -> Float32[np.ndarray, "mode class"]:
         """Class probabilities with parts of one head's map set to zero (modes of `heads.regions`).
 
         Args:
-            image: Any size and mode.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it.
             layer: Counted from 0.
             head: Counted from 0 within the layer.
 
@@ -182,7 +183,7 @@ class LiveModel:
 
     def look_part(
         self,
-        image: Image.Image,
+        image: PhotographLike,
         analysis: str,
         part: Sequence[str],
         patch: int | None = None,
@@ -192,7 +193,7 @@ class LiveModel:
         """Some arrays of one image, as `vitrail.look` has them.
 
         Args:
-            image: Any size and mode.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it.
             analysis: The name of a registered analysis.
             part: Names of arrays that are computed together, one of `parts(analysis).names`.
             patch: The patch to look at, row by row on the first layer's grid; None for the one that the prediction
@@ -218,11 +219,11 @@ class LiveModel:
             one = replace(one, asked_patch=self._place(patch), asked_channel=channel, left_out={})
             return together.compute(one)
 
-    def what_if(self, image: Image.Image, **changes: Any) -> xr.Dataset:
+    def what_if(self, image: PhotographLike, **changes: Any) -> xr.Dataset:
         """What the answer becomes if something is changed, as `vitrail.what_if.what_if`.
 
         Args:
-            image: Any size and mode.
+            image: Any size and mode, as `vitrail.data.as_photograph` takes it.
             changes: The keyword arguments of `vitrail.what_if.what_if`.
 
         Returns:
@@ -236,7 +237,7 @@ class LiveModel:
             return self.vit.what_if(image, **changes)
 
     def _parts_of(self, analysis: Analysis) -> tuple[LookPart, ...]:
-        self._forget_if_retrained()
+        self._forget_if_changed()
         if analysis.name not in self._parts:
             self._parts[analysis.name] = parts_of(self.vit, analysis)
         return self._parts[analysis.name]
@@ -249,9 +250,10 @@ class LiveModel:
             raise UsageError(f"Patch {patch} was asked for; the first layer's grid is {grid} (rows, columns).")
         return divmod(patch, grid[1])
 
-    def _record(self, image: Image.Image, mask: np.ndarray | Image.Image | None = None) -> OneImage:
+    def _record(self, image: PhotographLike, mask: np.ndarray | Image.Image | None = None) -> OneImage:
         """The image with its plain pass, from memory if it is one of the last; with a mask it is another."""
-        self._forget_if_retrained()
+        self._forget_if_changed()
+        image = as_photograph(image)
         ids = None if mask is None else ids_of(mask, image.size)
         key = image_digest(image) + ("" if ids is None else image_digest(Image.fromarray(ids.astype(np.int32))))
         if key not in self._images:
@@ -261,11 +263,12 @@ class LiveModel:
             self._images.popitem(last=False)
         return self._images[key]
 
-    def _forget_if_retrained(self) -> None:
-        if not self._weights.is_of(self.vit.model):
+    def _forget_if_changed(self) -> None:
+        model = self.vit.model
+        if not all(state.is_of(model) for state in self._states):
             self._images.clear()
             self._parts.clear()
-            self._weights = WeightState(self.vit.model)
+            self._states = WeightState(model), ModuleState(model)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.vit.n_layers:

@@ -89,6 +89,8 @@ def show(item: Any, vit: Any = None, *, images: Sequence[int] | None = None, hei
         >>> import vitrail
         >>> vitrail.show("study")  # doctest: +SKIP
     """
+    if isinstance(item, xr.Dataset) and "image" not in (*item.dims, *item.coords):
+        raise UsageError('These numbers have no images any more, as after mean("image"); give the study itself.')
     if isinstance(item, xr.Dataset) and "source" in item.encoding:
         images = _positions_in_study(item) if images is None else images
         item = item.encoding["source"]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -38,18 +38,20 @@ from vitrail.analysis import (
     places,
     unavailable,
 )
+from vitrail.arguments import whole_number, whole_numbers
 from vitrail.contract.outlook import require_finite
-from vitrail.data import ImageEntry, Manifest, ids_of, image_digest
+from vitrail.data import ImageEntry, Manifest, PhotographLike, as_photograph, ids_of, image_digest
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import Unsupported, UsageError
 from vitrail.measure import Measure
 from vitrail.models.objects import in_view, object_shares
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.models.task import Task
 from vitrail.models.token_grid import pad_patches
 from vitrail.study.ownership import remove_arrays
 from vitrail.study.plan import N_TOP
 from vitrail.study.planning import make_plan
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers, Replay
 
 __all__ = [
@@ -179,20 +181,21 @@ def parts_of(vit: Vit, analysis: Analysis, options: Mapping[str, str] | None = N
     return tuple(parts)
 
 
+@plain_modes()
 @torch.no_grad()
 def record_image(
     vit: Vit,
-    image: Image.Image,
+    image: PhotographLike,
     *,
     mask: np.ndarray | Image.Image | None = None,
-    patch: tuple[int, int] | None = None,
-    channel: int | None = None,
+    patch: Iterable[SupportsIndex] | None = None,
+    channel: SupportsIndex | None = None,
 ) -> OneImage:
     """Passes one image through the model, for the parts that are computed from it.
 
     Args:
         vit: the model.
-        image: the photograph.
+        image: the photograph, as `vitrail.data.as_photograph` takes it.
         mask: [row column] instance ids of its objects, an array or an image, as large as the photograph.
         patch: row and column of the patch to look at, as for `look`.
         channel: the neuron to look at, as for `look`.
@@ -201,16 +204,19 @@ def record_image(
         The image with its plain pass and without measures.
 
     Raises:
-        UsageError: the patch is not on the grid.
-        DataError: the mask holds no instance ids, or has another size than the image.
+        UsageError: the patch is not on the grid, or the image is no photograph.
+        DataError: the image is broken or its black and white are not defined; the mask holds no instance ids, or has
+            another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
     """
-    _check_patch(vit, patch)
+    require_vit(vit)
+    place, channel = _place(vit, patch), None if channel is None else whole_number("The channel", channel)
+    image = as_photograph(image)
     ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     pixels = vit.prepare([image])
     replay, logits = vit.tap().record(pixels)
     require_finite(vit.name, logits)
-    return OneImage(vit, vit.view(image), pixels, replay, logits, {}, patch, channel, ids)
+    return OneImage(vit, vit.view(image), pixels, replay, logits, {}, place, channel, ids)
 
 
 def _base_part(one: OneImage) -> xr.Dataset:
@@ -219,6 +225,7 @@ def _base_part(one: OneImage) -> xr.Dataset:
 
 
 def _collector_part(collector: Collector) -> Callable[[OneImage], xr.Dataset]:
+    @plain_modes()
     def compute(one: OneImage) -> xr.Dataset:
         masks = None if one.instance_ids is None else [one.instance_ids]
         arrays = _collect(one.vit, one.pixels, [collector], masks)[0]
@@ -231,6 +238,7 @@ def _collector_part(collector: Collector) -> Callable[[OneImage], xr.Dataset]:
 def _image_part(
     names: tuple[str, ...], compute: Callable[[OneImage], Mapping[str, Any]]
 ) -> Callable[[OneImage], xr.Dataset]:
+    @plain_modes()
     def compute_or_leave_out(one: OneImage) -> xr.Dataset:
         arrays = xr.Dataset()
         reasons = unavailable(one.vit, names, {} if one.instance_ids is None else {"masks": "given"})
@@ -246,22 +254,23 @@ def _image_part(
     return compute_or_leave_out
 
 
+@plain_modes()
 def look(
     vit: Vit,
-    image: Image.Image,
+    image: PhotographLike,
     *,
     name: str = "image",
     measures: str | Sequence[str] | None = None,
     mask: np.ndarray | Image.Image | None = None,
-    patch: tuple[int, int] | None = None,
-    channel: int | None = None,
+    patch: Iterable[SupportsIndex] | None = None,
+    channel: SupportsIndex | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> xr.Dataset:
     """Computes every analysis of one image.
 
     Args:
         vit: the model.
-        image: the photograph, as `vitrail.decode_image` gives it.
+        image: the photograph, as `vitrail.data.as_photograph` takes it: a picture, a path, an array.
         name: the id of the image in the dataset.
         measures: names of analyses; None for all.
         mask: [row column] instance ids of the photograph's objects, an array or an image, as large as the photograph, 0
@@ -277,8 +286,9 @@ def look(
         and `patch`: row and column of the patch that was looked at.
 
     Raises:
-        UsageError: an analysis, the patch or the channel is not known.
-        DataError: the mask holds no instance ids, or has another size than the image.
+        UsageError: an analysis, the patch or the channel is not known, or the image is no photograph.
+        DataError: the image is broken or its black and white are not defined; the mask holds no instance ids, or has
+            another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
 
     Example:
@@ -288,9 +298,11 @@ def look(
         >>> looked["head_probability"].dims
         ('image', 'layer', 'head')
     """
+    require_vit(vit)
     chosen = list(analyses().values()) if measures is None else [analyses()[BASE], *analyses_named(measures)]
     names = [name for analysis in chosen for name in analysis.measure_names]
-    _check_patch(vit, patch)
+    place, channel = _place(vit, patch), None if channel is None else whole_number("The channel", channel)
+    image = as_photograph(image)
     ids = None if mask is None else in_view(ids_of(mask, image.size), vit.preprocessing)
     options = {} if mask is None else {"masks": "given"}
     reasons = unavailable(vit, names, options)
@@ -298,7 +310,7 @@ def look(
     pixels = vit.prepare([image])
     arrays, replay, logits = measure_image(vit, pixels, names, None if ids is None else [ids])
     arrays, empty = _part_empty(arrays)
-    one = OneImage(vit, vit.view(image), pixels, replay, logits, arrays, patch, channel, ids, {**reasons, **empty})
+    one = OneImage(vit, vit.view(image), pixels, replay, logits, arrays, place, channel, ids, {**reasons, **empty})
     dataset = _dataset(vit, arrays)
     for analysis in chosen:
         progress(analysis.title.lower())
@@ -316,7 +328,7 @@ def _merge(dataset: xr.Dataset, part: xr.Dataset) -> xr.Dataset:
         if any(0 < each.sizes.get(dim, 0) < widest for each in (dataset, part)):
             pad = partial(_pad, dim, widest)
             dataset, part = dataset.map(pad, keep_attrs=True), part.map(pad, keep_attrs=True)
-    return dataset.merge(part)
+    return dataset.merge(part, compat="no_conflicts")
 
 
 def _pad(dim: str, size: int, array: xr.DataArray) -> xr.DataArray:
@@ -459,13 +471,17 @@ def _predictions(task: Task, logits: Float[Tensor, "image class"]) -> dict[str, 
     }
 
 
-def _check_patch(vit: Vit, patch: tuple[int, int] | None) -> None:
+def _place(vit: Vit, patch: Iterable[SupportsIndex] | None) -> tuple[int, int] | None:
+    """Row and column of the patch to look at, if one was asked for."""
+    if patch is None:
+        return None
+    row, column = whole_numbers("The patch", patch, 2)
     grid = vit.anatomy.blocks[0].grid
-    if patch is not None and (grid is None or not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1])):
+    if grid is None or not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise UsageError(
-            f"The patch at row {patch[0]}, column {patch[1]} was asked for; this model's grid is {grid} (rows, "
-            "columns)."
+            f"The patch at row {row}, column {column} was asked for; this model's grid is {grid} (rows, columns)."
         )
+    return row, column
 
 
 def _dataset(vit: Vit, arrays: Mapping[str, np.ndarray | xr.DataArray]) -> xr.Dataset:

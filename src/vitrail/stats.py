@@ -19,11 +19,12 @@ be among n of them. Whether something can be neglected is therefore asked of `up
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from vitrail.arguments import whole_number
 from vitrail.errors import UsageError
 
 __all__ = [
@@ -80,7 +81,7 @@ _CELLS_AT_ONCE = 2**24
 """Numbers in one intermediate array (128 MiB): columns are taken in steps of so many."""
 
 
-def require_seed(seed: int) -> int:
+def require_seed(seed: SupportsIndex) -> int:
     """Refuses a seed that not every generator takes, before anything is computed.
 
     Args:
@@ -90,8 +91,9 @@ def require_seed(seed: int) -> int:
         The seed.
 
     Raises:
-        UsageError: It is negative, or has more than 32 bits.
+        UsageError: It is no whole number, negative, or has more than 32 bits.
     """
+    seed = whole_number("The seed", seed)
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"The seed {seed} cannot be used; give a whole number from 0 to {MAX_SEED}.")
     return seed

@@ -58,5 +58,7 @@ def test_one_figure_is_drawn_by_its_name_or_refused_with_what_there_is() -> None
         draw_figure(norms, "nothing")
     with pytest.raises(UsageError, match="--measures patches"):
         draw_figure(norms, "hub_map")
+    with pytest.raises(UsageError, match="these numbers have none any more"):
+        draw_figure(norms.isel(image=0), "norms_by_layer")
     with pytest.raises(UsageError, match="no figure 'norms_by_layer' of one image"):
         draw_figure(norms, "norms_by_layer", one_image=True)

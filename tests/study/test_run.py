@@ -437,6 +437,15 @@ class TestRefusals:
         with pytest.raises(UsageError, match="batch of 0"):
             run(vit, photos, tmp_path / "study", batch_size=0)
 
+    def test_numbers_of_numpy_are_those_of_python(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        numbers = {"limit": np.int64(3), "batch_size": np.int32(2), "seed": np.int64(1), "part_images": np.int64(2)}
+        study = run(vit, photos, tmp_path / "study", measures="attention_distance", **numbers)
+        assert (study.sizes["image"], study.attrs["batch_size"], study.attrs["seed"]) == (3, 2, 1)
+
+    def test_a_study_of_what_every_study_has_is_refused(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="Every study has base; name what else is to be measured"):
+            run(vit, photos, tmp_path / "study", measures="base")
+
 
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_studies import folder_bytes, part_values, write_photos, write_study
 
 from vitrail.data import open_images, scan
-from vitrail.errors import DamagedStudy, StudyError
+from vitrail.errors import DamagedStudy, StudyError, UsageError
 from vitrail.study import image_map, store
 from vitrail.study.image_map import image_xy
 from vitrail.study.ownership import write_access
 from vitrail.study.plan import Plan, differences
-from vitrail.study.store import open_study, read_plan, verify
+from vitrail.study.store import open_study, read_plan, study_folder, verify
 from vitrail.study.writing import StudyFolder
 
 
@@ -30,6 +31,17 @@ from vitrail.study.writing import StudyFolder
 def study(tmp_path: Path, any_plan: Plan, photos: Path) -> Path:
     write_study(tmp_path / "study", any_plan, photos)
     return tmp_path / "study"
+
+
+def test_the_folder_of_a_study_is_known_by_its_dataset(study: Path) -> None:
+    opened = open_study(study)
+    assert study_folder(study) is study
+    assert Path(study_folder(opened)) == study.resolve()
+    for part in (opened.isel(image=[0]), opened.mean("image")):
+        with pytest.raises(UsageError, match="A part of a study was given"):
+            study_folder(part)
+    with pytest.raises(UsageError, match="were not read from a study"):
+        study_folder(xr.Dataset())
 
 
 class TestOpening:

@@ -10,10 +10,12 @@ import vitrail
 from heads.head_models import timm_vit
 from tokens.hierarchies import pvt
 from vitrail import open_study, open_vit, run_study
+from vitrail.contract.check import differences, footprint
 from vitrail.errors import UsageError
 from vitrail.figures.exciting import exciting_photographs, made_images
 from vitrail.report.exciting import exciting
 from vitrail.report.parts import ReportData
+from vitrail.tokens.excite import maximise_activation
 from vitrail.tokens.peaks import peak_images, peak_layer, selective_neurons, selectivity
 
 N_IMAGES = 12
@@ -101,3 +103,46 @@ def test_look_makes_an_image_for_the_neuron_that_is_asked_for(vit, folder):
     for channel in (48, -1):
         with pytest.raises(UsageError, match=f"Neuron {channel} was asked for; .* neurons 0 to 47"):
             vitrail.look(vit, photo, measures=["exciting"], channel=channel)
+
+
+def test_a_look_writes_no_gradient_into_the_model_and_trains_nothing(folder):
+    vit = open_vit(timm_vit(), image_size=(48, 80))
+    steps = []
+    for weight in vit.model.parameters():
+        weight.register_post_accumulate_grad_hook(steps.append)
+    before = footprint(vit.model)
+    looked = vitrail.look(vit, Image.open(folder / "photos" / "0.png"))
+    assert "exciting_image" in looked
+    assert differences(before, footprint(vit.model)) == []
+    assert steps == []
+
+
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_the_image_is_the_same_where_the_caller_has_switched_gradients_off(vit, switched_off):
+    expected = maximise_activation(vit, 2, 3, n_steps=8)
+    assert expected.after > expected.before + 0.1
+    with switched_off():
+        made = maximise_activation(vit, 2, 3, n_steps=8)
+    np.testing.assert_array_equal(made.pixels, expected.pixels)
+    assert (made.before, made.after) == (expected.before, expected.after)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float64"])
+def test_a_model_of_any_precision_has_its_image(vit, precision):
+    expected = maximise_activation(vit, 2, 3, n_steps=8)
+    made = maximise_activation(open_vit(timm_vit(), image_size=(48, 80), precision=precision), 2, 3, n_steps=8)
+    assert made.pixels.dtype == np.float32
+    assert made.after > made.before + 0.1
+    if precision == "float64":
+        assert_allclose(made.pixels, expected.pixels, atol=1e-4)
+
+
+def test_the_default_type_of_torch_changes_no_image(vit):
+    expected = maximise_activation(vit, 2, 3, n_steps=2)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = maximise_activation(vit, 2, 3, n_steps=2)
+    finally:
+        torch.set_default_dtype(before)
+    np.testing.assert_array_equal(made.pixels, expected.pixels)

@@ -126,6 +126,8 @@ def test_sentences_hold_both_controls_and_the_figure_is_drawn(found):
     [
         ({"patch": (4, 0)}, UsageError, "4 rows and 4 columns"),
         ({"layer": 7}, UsageError, "layers 0 to 1"),
+        ({"patch": (1, 2, 3)}, UsageError, "patch .* has no meaning; give 2 whole numbers"),
+        ({"n_matches": 0}, UsageError, "0 matches cannot be kept; give 1 or more"),
     ],
 )
 def test_what_is_not_there_is_refused(vit, photo, folder, options, error, words):

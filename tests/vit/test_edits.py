@@ -1,5 +1,6 @@
 """Edits against results written out by hand, and the ones that are refused."""
 
+import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
@@ -184,6 +185,23 @@ def test_an_edit_of_what_is_not_there_is_refused_with_what_is(edit, says, opened
     with pytest.raises(UsageError, match=says):
         vit.tap().read(noise(vit), edits=[edit])
     assert torch._C._len_torch_function_stack() == 0
+
+
+def edit_of(**given):
+    """An edit of what a user may give; tests check types before a constructor is reached."""
+    edit = Edit(0)
+    vars(edit).update(given)
+    edit.__post_init__()
+    return edit
+
+
+def test_heads_and_keys_are_named_by_numbers_of_any_kind_and_by_nothing_else():
+    for numbers in ([0, 2], np.array([0, 2]), torch.tensor([0, 2]), (np.int64(0), np.int64(2))):
+        edit = edit_of(prune=numbers, drop_keys=numbers)
+        assert (edit.prune, edit.drop_keys) == ((0, 2), (0, 2))
+    for numbers in (2, "02", (0.0, 2.0)):
+        with pytest.raises(UsageError, match=r"prune .* has no meaning; give whole numbers"):
+            edit_of(prune=numbers)
 
 
 @pytest.mark.parametrize("key", [17, -1])

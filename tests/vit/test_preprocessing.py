@@ -1,5 +1,6 @@
 """From a photograph to the model's input, against the libraries' own pipelines."""
 
+import io
 import json
 from dataclasses import replace
 from functools import cache
@@ -10,15 +11,19 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitrail.errors import ModelError, UsageError
+from vitrail.data import as_photograph, decode_image
+from vitrail.data.channels import channels_of
+from vitrail.errors import BadImage, ModelError, UsageError
 from vitrail.models.open import open_vit
-from vitrail.models.preprocessing import Preprocessing, override
+from vitrail.models.preprocessing import Preprocessing, override, read_sides
 from vitrail.models.processors import read_preprocessing, timm_preprocessing
 from vitrail.models.sources import Request, load_model
 
 HALF = (0.5, 0.5, 0.5)
+RANDOM = np.random.default_rng(0)
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 CENTRED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CLIP = {
@@ -520,3 +525,128 @@ def test_numbers_on_the_command_line_are_read_or_refused(option):
     assert f"{option} 'grey' has no meaning" in str(refused.exception)
     short = CliRunner().invoke(app, [*arguments, "0.4,0.5"])
     assert "give one number for each" in str(short.exception)
+
+
+# --- what a notebook has at hand --------------------------------------------------------------------------------------
+
+
+def _halves(first: int, second: int) -> Image.Image:
+    """16 x 16 pixels of one grey on the left, of another on the right."""
+    values = np.full((16, 16), first, np.uint8)
+    values[:, 8:] = second
+    return Image.fromarray(values)
+
+
+def _encoded(image: Image.Image, suffix: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, suffix, **options)
+    return file.getvalue()
+
+
+def _half_clear(mode: str) -> Image.Image:
+    image = _halves(0, 0).convert(mode)
+    image.putalpha(_halves(255, 0))
+    return image
+
+
+PICTURES = {
+    "16 bits": Image.fromarray(np.asarray(_halves(40, 200)).astype(np.uint16) * 257),
+    "12 of 16 bits": Image.fromarray(np.asarray(_halves(40, 200)).astype(np.uint16) * 16),
+    "grey with transparency": _half_clear("LA"),
+    "colours with transparency": _half_clear("RGBA"),
+    "palette": _halves(40, 200).convert("P"),
+    "two values": _halves(0, 255).convert("1"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_shown_to_the_model_as_its_file_is(name):
+    preprocessing = Preprocessing((16, 16), HALF, HALF, crop_mode="squash")
+    expected = preprocessing.view(decode_image(_encoded(PICTURES[name], "PNG")))
+    assert_array_equal(preprocessing.view(PICTURES[name]), expected)
+    assert np.ptp(np.asarray(expected).astype(int)) > 100
+
+
+def test_a_picture_is_turned_as_its_orientation_says():
+    content = _encoded(photograph("small"), "JPEG", exif=_turned())
+    with Image.open(io.BytesIO(content)) as opened:
+        turned = as_photograph(opened)
+    assert turned.size == photograph("small").size[::-1]
+    assert_array_equal(turned, decode_image(content))
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_paths_bytes_arrays_and_tensors_are_photographs(tmp_path):
+    picture = photograph("small")
+    path, values = tmp_path / "small.png", np.asarray(picture)
+    path.write_bytes(_encoded(picture, "PNG"))
+    assert as_photograph(picture) is picture
+    channels_first = torch.from_numpy(values.copy()).permute(2, 0, 1)
+    for given in (str(path), path, path.read_bytes(), values, values / 255, channels_first, channels_first / 255):
+        assert_array_equal(as_photograph(given), picture)
+    half = channels_first.div(255).half().requires_grad_()
+    assert_allclose(np.asarray(as_photograph(half)).astype(int), values.astype(int), atol=1)
+    grey = values[..., 0]
+    for given in (grey, grey[..., None], torch.from_numpy(grey.copy())[None]):
+        assert_array_equal(np.asarray(as_photograph(given))[..., 1], grey)
+    assert channels_of(as_photograph(RANDOM.random((6, 9, 5)))).shape == (6, 9, 5)
+    preprocessing = Preprocessing((16, 16), HALF, HALF)
+    assert_array_equal(preprocessing.tensor(values[None]), preprocessing.tensor([picture]))
+
+
+@pytest.mark.parametrize(
+    ("given", "refusal"),
+    [
+        (None, "NoneType is no photograph"),
+        ([photograph("small")], "list is no photograph; give one picture"),
+        (Image.fromarray(np.ones((8, 8), np.float32)), "32 bits, whose black and white are not defined"),
+        (Image.fromarray(np.ones((8, 8), np.int32)), "32 bits, whose black and white are not defined"),
+        (RANDOM.normal(size=(3, 8, 8)), "What is prepared already goes to vit.logits"),
+        (np.ones((8, 8, 3), np.int64), "array of int64 from 1 to 1 is no photograph"),
+        (np.zeros((2, 3, 8, 8), np.uint8), "an image is"),
+        (np.zeros((0, 8, 3), np.uint8), "an image is"),
+        ("nowhere.png", "nowhere.png: there is no such file"),
+        (b"text", "not an image in a format that is read here"),
+    ],
+)
+def test_what_is_no_photograph_is_refused_in_a_sentence(given, refusal):
+    with pytest.raises((UsageError, BadImage), match=refusal):
+        as_photograph(given)
+
+
+def test_one_photograph_is_a_batch_of_one_and_none_is_refused():
+    preprocessing, picture = Preprocessing((16, 16), HALF, HALF), photograph("small")
+    expected = preprocessing.tensor([picture])
+    for given in (picture, np.asarray(picture), torch.from_numpy(np.array(picture)), [np.asarray(picture)]):
+        assert_array_equal(preprocessing.tensor(given), expected)
+    with pytest.raises(UsageError, match="give one or more"):
+        preprocessing.tensor([])
+
+
+def test_numbers_of_numpy_and_torch_become_those_of_python():
+    plain = Preprocessing((16, 24), (0.25, 0.5, 0.5), HALF, crop_pct=0.5, resize=(32, 48), fill=(1, 2, 3))
+    of_libraries = replace(plain)
+    vars(of_libraries).update(  # tests check types before a constructor is reached
+        size=np.array([16, 24]),
+        mean=torch.tensor([0.25, 0.5, 0.5]),
+        std=np.float32(HALF),
+        crop_pct=np.float32(0.5),
+        resize=tuple(np.int64([32, 48])),
+        fill=np.uint8([1, 2, 3]),
+    )
+    of_libraries.__post_init__()
+    assert json.dumps(of_libraries.as_dict()) == json.dumps(plain.as_dict())
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=np.int64(5))
+    given = {"image_size": np.int64(32), "mean": np.float32(0.5), "std": np.float32(HALF), "n_classes": np.int64(5)}
+    vit = open_vit(model, **given)
+    assert (vit.image_size, vit.preprocessing.mean, vit.preprocessing.std) == ((32, 32), HALF, HALF)
+    assert type(vit.n_classes) is int
+    with pytest.raises(UsageError, match=r"image size 64\.5 has no meaning; give a whole number"):
+        read_sides(64.5)
+    with pytest.raises(UsageError, match=r"give 2 whole numbers"):
+        read_sides((1, 2, 3))

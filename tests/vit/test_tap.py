@@ -1,5 +1,7 @@
 """The tap beside other threads, modes, precisions, gradients, compilers and failing readers."""
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 
@@ -8,14 +10,16 @@ import timm
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
 from vitrail.contract.check import check_vit, differences, footprint
 from vitrail.contract.tiny_models import FAMILIES, Family, run_contract
 from vitrail.contract.tiny_models.other_models import torchvision_vit
-from vitrail.errors import NoAttention, TapError, Unsupported
-from vitrail.models.open import open_vit
+from vitrail.errors import NoAttention, TapError, Unsupported, UsageError
+from vitrail.models.open import open_vit, require_vit
 from vitrail.tap.attention import Readers
+from vitrail.tap.clone import require_images
 from vitrail.tap.edits import Edit
 from vitrail.tap.tap import Tap
 
@@ -310,6 +314,87 @@ def test_weights_replaced_after_opening_are_seen(fresh, noise):
     assert vit.weight_digest != digest
 
 
+class _Steered(nn.Module):
+    """A ViT whose answer a buffer, plain attributes, what a list holds and an object's state change."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale, self.shifts, self.by_name = inner, 1.0, [0.0], {"last": {"gain": 1.0}}
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def forward(self, images):
+        logits = self.inner(images) * self.temperature * self.scale * self.by_name["last"]["gain"]
+        return logits + self.shifts[-1]
+
+
+class _Ablation:
+    def __init__(self):
+        self.gain = 1.0
+
+    def hook(self, module, args, output):
+        return output * self.gain
+
+
+def _add_hook(model):
+    model.handle = model.inner.blocks[1].register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+CHANGES = {
+    "a hook is added": _add_hook,
+    "it is removed": lambda model: model.handle.remove(),
+    "a hook's object is changed": lambda model: setattr(model.ablation, "gain", 0.25),
+    "a buffer is replaced": lambda model: setattr(model, "temperature", torch.tensor(3.0)),
+    "a buffer is written to": lambda model: model.temperature.fill_(2.0),
+    "an attribute": lambda model: setattr(model, "scale", 2.0),
+    "what a list holds": lambda model: model.shifts.append(1.0),
+    "what an inner dictionary holds": lambda model: model.by_name["last"].update(gain=0.5),
+    "a module is taken out": lambda model: setattr(model.inner.blocks[0], "mlp", nn.Identity()),
+    "pruned": lambda model: prune.l1_unstructured(model.inner.head, "weight", amount=0.1),
+    "pruned again": lambda model: prune.l1_unstructured(model.inner.head, "weight", amount=0.8),
+    "a parametrisation": lambda model: parametrize.register_parametrization(model.inner.head, "bias", _Doubled()),
+}
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@torch.no_grad()
+def test_whatever_is_changed_after_opening_is_followed(fresh, noise):
+    model = _Steered(fresh(VIT)).eval()
+    ablation = _Ablation()
+    model.inner.blocks[2].register_forward_hook(ablation.hook)
+    model.ablation = ablation
+    vit = open_vit(model, image_size=64)
+    images, before = noise(vit), vit.tap().read(noise(vit))
+    for change, apply in CHANGES.items():
+        apply(model)
+        expected = model(images)
+        assert not torch.equal(expected, before), change
+        assert torch.equal(vit.logits(images), expected), change
+        assert torch.equal(vit.tap().read(images), expected), change
+        replay, logits = vit.tap().record(images)
+        assert_allclose(vit.tap().run_from(1, replay), logits, rtol=1e-5, atol=1e-5)
+        before = expected
+
+
+@torch.no_grad()
+def test_a_clone_is_kept_as_long_as_nothing_but_numbers_and_the_mode_change(fresh, noise):
+    model = fresh(VIT)
+    vit = open_vit(model, image_size=64)
+    images = noise(vit)
+    before, tap = vit.tap().read(images), vit.tap()
+    tapped, plain = tap._clone, vit._plain
+    model.train()
+    for weight in model.parameters():
+        weight.mul_(1.1)
+    after = tap.read(images)
+    assert not torch.equal(after, before)
+    assert torch.equal(vit.logits(images), after)
+    assert (tap._clone, vit._plain) == (tapped, plain)
+
+
 @torch.no_grad()
 def test_a_model_in_training_mode_is_read_in_evaluation_mode_and_stays_in_training(fresh, noise):
     model = fresh(VIT)
@@ -329,6 +414,41 @@ def test_the_weights_are_shared_not_copied(opened):
     vit = opened(VIT)
     theirs = {parameter.data_ptr() for parameter in vit.model.parameters()}
     assert {parameter.data_ptr() for parameter in vit.tap()._clone.parameters()} == theirs
+
+
+def test_images_of_another_type_than_the_weights_are_refused_with_what_to_do(fresh, noise):
+    vit = open_vit(fresh(VIT), image_size=64)
+    images = noise(vit).double()
+    for run in (vit.logits, vit.tap().read, vit.tap().record):
+        with pytest.raises(UsageError, match=r"images are torch\.float64 on cpu, and the weights torch\.float32"):
+            run(images)
+    vit.model.half()
+    with pytest.raises(UsageError, match="open a model anew once it was moved or cast"):
+        vit.logits(noise(vit).float())
+
+
+@pytest.mark.parametrize("given", [torch.zeros(3, 64, 64), [1], None, "cat.png"])
+def test_what_is_no_batch_of_images_is_refused(given):
+    with pytest.raises(UsageError, match=r"tensor \[image, channel, row, column\], and .* was given"):
+        require_images(given)
+
+
+def test_a_module_is_refused_where_an_opened_model_is_needed(fresh):
+    with pytest.raises(UsageError, match=r"a VisionTransformer was given: vit = vitrail\.open_vit"):
+        require_vit(fresh(VIT))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda vit: pickle.loads(pickle.dumps(vit))])
+def test_an_opened_model_is_copied_and_pickled(fresh, noise, copied):
+    vit = open_vit(fresh(VIT), image_size=64)
+    images = noise(vit)
+    with torch.no_grad():
+        expected = vit.tap().read(images)
+        other = copied(vit)
+        _equal(other.tap().read(images), expected)
+        _equal(other.logits(images), expected)
+    assert other.weight_digest == vit.weight_digest
+    assert other.model is not vit.model
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------

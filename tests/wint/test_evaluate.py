@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from vitrail import open_vit
 from vitrail.analysis import analyses, is_of_other_models, make_collectors, unavailable
 from vitrail.cli import app
+from vitrail.contract.check import differences, footprint
 from vitrail.errors import DataError, NoImages, UsageError
 from vitrail.figures.whole import draw_figures
 from vitrail.one_image import look
@@ -129,6 +130,19 @@ def test_measured_windows_hold_the_windows_that_the_model_has():
     for layer, own in enumerate(predicted):
         outside = hard_mask(own, GRID) & ~hard_mask(found[layer], GRID)
         assert float(outside.sum(-1).float().mean()) < 0.05
+
+
+def test_predicting_windows_leaves_the_model_in_its_mode_also_where_it_fails():
+    vit = open_small(small().train())
+    for module in vit.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.eval()  # frozen, as when the windows alone are trained
+    before = footprint(vit.model)
+    assert len(predict_windows(vit, vit.prepare([pictures().image(0)]))) == 2
+    assert differences(before, footprint(vit.model)) == []
+    with pytest.raises(RuntimeError):
+        predict_windows(vit, torch.zeros(1, 3, 20, 20))
+    assert differences(before, footprint(vit.model)) == []
 
 
 def test_attention_that_can_lie_nowhere_else_agrees_with_windows_of_the_query_alone():

@@ -95,5 +95,4 @@ EXCITING = Analysis(
     look=_look,
     figures=_figures,
     sections=_sections,
-    on_demand=True,
 )

@@ -60,6 +60,5 @@ REGIONS = Analysis(
     collectors=_collectors,
     needs=(Need("class_rows", "a map with a row and a column of a class token", _no_class_rows),),
     paper=PAPER_LI,
-    on_demand=True,
     places=lambda study: {"mode": ("class token", "patches")},
 )

@@ -14,6 +14,7 @@ from vitrail.data import LabelSource
 from vitrail.dataset import MeasureDataset
 from vitrail.measure import Measure
 from vitrail.stats import mean_interval, require_seed, sign_flip_p_values, simultaneous_intervals
+from vitrail.study.store import study_folder
 
 __all__ = ["CORRECT", "compare"]
 
@@ -40,7 +41,13 @@ SUFFIXES = ("a", "b", "difference", "low", "high", "low_all", "high_all", "p")
 """What is said of every cell of a measure."""
 
 
-def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | None = None, seed: int = 0) -> xr.Dataset:
+def compare(
+    a: str | Path | xr.Dataset,
+    b: str | Path | xr.Dataset,
+    *,
+    measures: str | Sequence[str] | None = None,
+    seed: int = 0,
+) -> xr.Dataset:
     """Compares two studies of the same images: two models, or one before and after fine-tuning or pruning.
 
     Images are joined by what is in their files, whatever they are called. Models with as many blocks, such as one
@@ -48,8 +55,8 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
     where both have the same heads. Lengths in patches are shares of the image's side where patches are not all alike.
 
     Args:
-        a: Folder of the first study.
-        b: Folder of the second; differences are b less a.
+        a: Folder of the first study, or the study as `open_study` gives it.
+        b: The second alike; differences are b less a.
         measures: Names of measures; None for all that both hold.
         seed: Of resampled images, signs and orders.
 
@@ -82,7 +89,7 @@ def compare(a: str | Path, b: str | Path, *, measures: str | Sequence[str] | Non
         >>> compared["mean_difference"].sel(measure="attention_distance")
     """
     require_seed(seed)
-    pair = open_pair(a, b)
+    pair = open_pair(study_folder(a), study_folder(b))
     names = None if measures is None else split_names(measures)
     usable, left_out = comparable_measures(pair, names)
     result: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}

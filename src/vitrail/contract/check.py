@@ -15,12 +15,13 @@ from vitrail.contract.surgery import NoProjection, Projection, projection_inputs
 from vitrail.data.files import some
 from vitrail.errors import ModelError, Unsupported
 from vitrail.markup import html_table
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Kind, layer_ranges
 from vitrail.tap.anatomy_table import ANATOMY_COLUMNS, anatomy_notes, anatomy_rows
 from vitrail.tap.attention import LayerAttention, Readers
 from vitrail.tap.clone import first_weight, has_compiled_parts
 from vitrail.tap.edits import Edit
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.rounding import rounding_bound
 
 __all__ = ["PROMISES", "Finding", "Report", "check_vit", "differences", "footprint"]
@@ -142,6 +143,7 @@ class Report:
         return html_table(f"{self.model}: what can be trusted", rows, ("", "promise", ""), self.verdict)
 
 
+@plain_modes()
 @torch.no_grad()
 def check_vit(
     vit: Vit, images: Float[Tensor, "image channel row column"] | None = None, *, quick: bool = False
@@ -168,6 +170,7 @@ def check_vit(
     trial = _Trial(vit, images, quick)
     _require_finite(trial)
     own = trial.users_own_logits()
+    require_vit(vit)
     before = footprint(vit.model)
     findings = [
         _logits_unchanged(trial, own),

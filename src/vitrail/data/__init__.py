@@ -19,7 +19,7 @@ anything is decoded, and a file that cannot be used is a `BadImage` with its rea
 """
 
 from vitrail.data.channels import image_of_channels
-from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
+from vitrail.data.decode import MAX_BYTES, MAX_PIXELS, PhotographLike, as_photograph, decode_image
 from vitrail.data.images import ImageEntry, ImageSource, Manifest, Skipped
 from vitrail.data.labels import LabelSource, class_title, read_class_names
 from vitrail.data.masks import ids_of, load_mask, read_mask, with_masks
@@ -34,7 +34,9 @@ __all__ = [
     "ImageSource",
     "LabelSource",
     "Manifest",
+    "PhotographLike",
     "Skipped",
+    "as_photograph",
     "class_title",
     "decode_image",
     "ids_of",

@@ -1,4 +1,7 @@
-"""`decode_image`: bytes from anywhere into an upright RGB image, or a reason why not."""
+"""`decode_image`: bytes from anywhere into an upright RGB image, or a reason why not.
+
+`as_photograph`: the same of what a notebook has at hand, a picture or an array.
+"""
 
 import importlib
 import importlib.util
@@ -10,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import (
@@ -27,12 +30,21 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from vitrail.data.channels import read_channels
+from vitrail.data.channels import channels_of, image_of_channels, read_channels
 from vitrail.data.dicom import is_dicom, read_dicom
 from vitrail.data.files import file_bytes, sentence, too_many_bytes
-from vitrail.errors import BadImage
+from vitrail.errors import BadImage, UsageError
 
-__all__ = ["BROKEN", "MAX_BYTES", "MAX_PIXELS", "Decoded", "decode_content", "decode_image"]
+__all__ = [
+    "BROKEN",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "Decoded",
+    "PhotographLike",
+    "as_photograph",
+    "decode_content",
+    "decode_image",
+]
 
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 80_000_000
@@ -146,6 +158,86 @@ def decode_image(
     if len(content) > max_bytes:
         raise BadImage(too_many_bytes(len(content), max_bytes))
     return decode_content(content, max_pixels).image
+
+
+@runtime_checkable
+class _ArrayLike(Protocol):
+    """An array of NumPy, a tensor of torch."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    def __array__(self) -> Any: ...
+
+
+PhotographLike = Image.Image | str | Path | bytes | _ArrayLike
+"""What `as_photograph` takes."""
+
+
+def as_photograph(image: object) -> Image.Image:
+    """An upright RGB picture of what is at hand, as `decode_image` has it of the same photograph in a file.
+
+    Args:
+        image: A picture of Pillow in any mode; a path or an encoded image; an array or tensor [row, column],
+            [row, column, colour] or [colour, row, column] of bytes, or of floating-point numbers from 0 to 1. Arrays of
+            2 or of 5 to 16 channels are taken as `vitrail.data.image_of_channels` takes them.
+
+    Returns:
+        The photograph; the picture itself where it is upright and RGB already, or carries channels.
+
+    Raises:
+        BadImage: It is broken, or black and white of its values are not defined.
+        UsageError: It is no photograph.
+    """
+    if isinstance(image, Image.Image):
+        return image if channels_of(image) is not None else _upright_rgb(image)
+    if isinstance(image, bytes):
+        return decode_image(image)
+    if isinstance(image, (str, Path)):
+        try:
+            return decode_image(image)
+        except BadImage as reason:
+            raise BadImage(f"{image}: {reason}") from reason
+    if isinstance(image, _ArrayLike):
+        return _of_array(_as_array(image))
+    raise UsageError(
+        f"A {type(image).__name__} is no photograph; give one picture of Pillow, a path, the bytes of a file, or an "
+        "array [row, column, colour]."
+    )
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return _as_rgb(_as_8_bit(image, getattr(image, "tag_v2", {}))[0])
+
+
+def _as_array(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):  # a tensor, known by what it can do: no torch here
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    return np.asarray(values)
+
+
+def _of_array(values: np.ndarray) -> Image.Image:
+    if values.ndim == 3 and values.shape[-1] not in _COLOURS and values.shape[0] in _COLOURS:
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if 0 in values.shape or (values.ndim != 2 and (values.ndim != 3 or values.shape[-1] not in _COLOURS)):
+        return image_of_channels(values)  # or its refusal
+    if values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1:
+        values = (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise UsageError(
+            f"An array of {values.dtype} from {values.min():.3g} to {values.max():.3g} is no photograph; give bytes "
+            "(uint8), or floating-point numbers from 0 to 1. What is prepared already goes to vit.logits and vit.tap()."
+        )
+    return _as_rgb(Image.fromarray(np.ascontiguousarray(values)))
+
+
+_COLOURS = (1, 3, 4)
+"""Channels of photographs: grey, colours, colours with transparency."""
 
 
 def decode_content(content: bytes, max_pixels: int, draft_px: int | None = None) -> Decoded:

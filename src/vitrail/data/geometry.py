@@ -19,7 +19,6 @@ __all__ = [
     "INTERPOLATIONS",
     "crop_center",
     "crop_corner",
-    "in_rgb",
     "resize_and_crop",
     "resize_target",
     "resized_sides",
@@ -111,7 +110,7 @@ def resize_and_crop(image: Image.Image, settings: Mapping[str, Any]) -> Image.Im
     """The part of a photograph that reaches the model, not normalised, resized by Pillow.
 
     Args:
-        image: the photograph.
+        image: the photograph, upright and RGB.
         settings: as in a plan.
 
     Returns:
@@ -122,21 +121,9 @@ def resize_and_crop(image: Image.Image, settings: Mapping[str, Any]) -> Image.Im
     """
     sides = resized_sides(image.width, image.height, settings)
     method = Image.Resampling[settings["interpolation"].upper()]
-    view = crop_center(in_rgb(image).resize(sides, method), settings)
+    view = crop_center(image.resize(sides, method), settings)
     values = channels_of(image)
     return view if values is None else with_channels(view, _resize_and_crop_channels(values, sides, method, settings))
-
-
-def in_rgb(image: Image.Image) -> Image.Image:
-    """A photograph in three colours; Pillow's own conversion copies one that has them already.
-
-    Args:
-        image: A photograph.
-
-    Returns:
-        The photograph itself where it is RGB.
-    """
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resize_and_crop_channels(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import xarray as xr
+
 from vitrail import __version__
 from vitrail.data.files import sentence, some
 from vitrail.errors import StudyError, UsageError
@@ -20,6 +22,7 @@ from vitrail.exports.source import ExportSource, open_source
 from vitrail.exports.tables import csv_names, parquet_names, write_csv, write_parquet
 from vitrail.outputs import EXPORT_SIGN as SIGN
 from vitrail.outputs import export_listing, local_folder
+from vitrail.study.store import study_folder
 
 __all__ = ["FORMATS", "Format", "export_study"]
 
@@ -58,12 +61,16 @@ FORMATS: Mapping[str, Format] = {
 
 
 def export_study(
-    study: str | Path, to: str, out: str | Path | None = None, *, measures: str | Sequence[str] | None = None
+    study: str | Path | xr.Dataset,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    measures: str | Sequence[str] | None = None,
 ) -> tuple[Path, str]:
     """Writes a finished study in another tool's format.
 
     Args:
-        study: Folder of the study.
+        study: Folder of the study, or the study as `open_study` gives it.
         to: A name of `FORMATS`.
         out: Folder to write; default: `exports/FORMAT` in the study.
         measures: Measures or analyses to write, as names or as `--measures` takes them; default: all.
@@ -83,6 +90,7 @@ def export_study(
     """
     if to not in FORMATS:
         raise UsageError(f"There is no export to {to!r}; choose from {', '.join(FORMATS)}.")
+    study = study_folder(study)
     source = open_source(study, measures)
     folder = local_folder(out if out is not None else Path(study) / "exports" / to)
     try:

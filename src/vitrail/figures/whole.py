@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xarray as xr
 
@@ -54,11 +54,12 @@ def draw_figure(study: xr.Dataset, stem: str, *, one_image: bool = False) -> Fig
         The figure; `.savefig("hub_map.pdf")` writes it.
 
     Raises:
-        UsageError: No analysis has such a figure, or the study does not hold its numbers.
+        UsageError: No analysis has such a figure, the study does not hold its numbers, or it is no study.
 
     Example:
         >>> vitrail.draw_figure(study, "overview").savefig("overview.pdf")
     """
+    _refuse_other(study)
     named = {
         each.stem: (name, each)
         for name, analysis in analyses().items()
@@ -100,7 +101,11 @@ def draw_all(study: xr.Dataset, *, only: Sequence[str] = (), one_image: bool = F
 
     Yields:
         Figures, analysis by analysis.
+
+    Raises:
+        UsageError: It is neither a study nor a look.
     """
+    _refuse_other(study)
     for name, analysis in analyses().items():
         if (only and name not in only) or not _holds(study, analysis):
             continue
@@ -122,6 +127,19 @@ def save_figures(figures: Iterable[WholeFigure], folder: str | Path, formats: Se
         The files written.
     """
     return [save(each.figure, Path(folder) / f"{each.stem}.{ending}") for each in figures for ending in formats]
+
+
+def _refuse_other(study: Any) -> None:
+    if not isinstance(study, xr.Dataset):
+        raise UsageError(
+            f"Figures are drawn of a study or a look, and a {type(study).__name__} was given: "
+            "vitrail.draw_figure(vitrail.open_study(FOLDER), NAME)."
+        )
+    if "image" not in study.dims:
+        raise UsageError(
+            "Figures are drawn over images, and these numbers have none any more (as after mean or isel): give the "
+            "study, or isel(image=[0]) for one image of it."
+        )
 
 
 def _holds(study: xr.Dataset, analysis: Analysis) -> bool:

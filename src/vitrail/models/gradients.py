@@ -9,6 +9,8 @@ import torch
 from vitrail.errors import Unsupported
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
+from vitrail.tap.clone import ModuleState
+from vitrail.tap.modes import autocast_off
 
 __all__ = ["gradients_enabled", "reason_against_gradients"]
 
@@ -36,7 +38,7 @@ def gradients_enabled() -> Iterator[None]:
         Unsupported: The model lets no gradient through.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), autocast_off():
             yield
     except RuntimeError as error:
         message = " ".join(str(error).split())
@@ -48,11 +50,12 @@ def gradients_enabled() -> Iterator[None]:
         ) from error
 
 
-_REASONS: WeakKeyDictionary[Vit, str] = WeakKeyDictionary()
+_REASONS: WeakKeyDictionary[Vit, tuple[ModuleState, str]] = WeakKeyDictionary()
 
 
 def reason_against_gradients(vit: Vit) -> str:
-    """Why no gradient of the output reaches the image that a model is given. Tried once, on an image of noise.
+    """Why no gradient of the output reaches the image that a model is given. Tried on an image of noise, once as long
+    as the model's modules stay as they are.
 
     Args:
         vit: The model.
@@ -60,9 +63,9 @@ def reason_against_gradients(vit: Vit) -> str:
     Returns:
         A sentence; empty where one reaches them.
     """
-    if vit not in _REASONS:
-        _REASONS[vit] = _reason_of_trial(vit)
-    return _REASONS[vit]
+    if vit not in _REASONS or not _REASONS[vit][0].is_of(vit.model):
+        _REASONS[vit] = ModuleState(vit.model), _reason_of_trial(vit)
+    return _REASONS[vit][1]
 
 
 def _reason_of_trial(vit: Vit) -> str:

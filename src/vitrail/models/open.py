@@ -6,28 +6,40 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
+import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from vitrail.arguments import whole_number
+from vitrail.data import PhotographLike
 from vitrail.errors import UsageError
 from vitrail.markup import html_table
 from vitrail.models.choose import OutputReader
-from vitrail.models.preprocessing import HALF, Preprocessing, UnknownPreprocessing, override
+from vitrail.models.preprocessing import HALF, ImageSize, Preprocessing, UnknownPreprocessing, override, read_sides
 from vitrail.models.processors import read_preprocessing
 from vitrail.models.sources import LoadedModel, Request, describe_module, load_model, split_python_name
 from vitrail.models.task import Task, as_target, resolve_task
 from vitrail.models.zero_shot import Prompts, parse_prompts
 from vitrail.tap.anatomy import Anatomy, discover
 from vitrail.tap.anatomy_table import anatomy_html
-from vitrail.tap.clone import WeightState, clone_sharing, image_channels, same_tensors, unwrap_compiled
+from vitrail.tap.clone import (
+    ModuleState,
+    WeightState,
+    clone_sharing,
+    image_channels,
+    images_of_model,
+    require_images,
+    unwrap_compiled,
+)
+from vitrail.tap.modes import autocast_off, plain_modes
 from vitrail.tap.tap import Tap
 
-__all__ = ["PRECISIONS", "Vit", "open_vit"]
+__all__ = ["PRECISIONS", "Vit", "open_vit", "require_vit"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -35,9 +47,14 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 class Vit:
     """An opened vision transformer: the model as it is, its anatomy, and a tap per thread.
 
+    Every pass is one of `model` as it then is: its weights, buffers, hooks and attributes may change after opening, its
+    blocks and heads may not. Hooks of your own are called in these passes too. `weight_digest` is of weights and
+    buffers alone: studies of a model with a hook and without one have the same.
+
     Attributes:
         name: what it was opened with, such as "timm:deit_tiny_patch16_224".
-        model: the user's own module, never edited (of a compiled one, the module inside).
+        model: the user's own module, never edited (of a compiled one, the module inside; a copy where `open_vit` had to
+            bring it to another device or precision).
         anatomy: blocks, heads, grid, prefix tokens, as found by tracing.
         task: what its output means: classes, labels, values, a feature vector.
         n_classes: classes or labels it tells apart; None for a model whose output is neither.
@@ -61,7 +78,7 @@ class Vit:
         self.opened_with: dict[str, Any] | None = None
         self._taps = threading.local()
         self._digest: tuple[WeightState, str, str] | None = None
-        self._clone: nn.Module | None = None
+        self._clone: tuple[ModuleState, nn.Module] | None = None
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -130,31 +147,34 @@ class Vit:
             self._digest = WeightState(self.model), _digest_of(state), _digest_of(buffers)
         return self._digest[1:]
 
-    def prepare(self, images: Sequence[Image.Image]) -> Float[Tensor, "image channel row column"]:
+    def prepare(self, images: Iterable[PhotographLike] | PhotographLike) -> Float[Tensor, "image channel row column"]:
         """Photographs as the model's input.
 
         Args:
-            images: photographs of any size and colour mode.
+            images: photographs of any size and colour mode, as `vitrail.data.as_photograph` takes them; or one.
 
         Returns:
             [image, channel, row, column] on the model's device and in its precision.
 
         Raises:
-            UsageError: the preprocessing is not known.
+            UsageError: the preprocessing is not known, they are no photographs, or there is none.
+            BadImage: one is broken, or its black and white are not defined.
         """
-        return self.prepare_views([self.view(image) for image in images])
+        return self._as_input(self.preprocessing.tensor(images))
 
-    def view(self, image: Image.Image) -> Image.Image:
+    def view(self, image: PhotographLike) -> Image.Image:
         """The part of a photograph that the model sees: resized and cropped, not normalised.
 
         Args:
-            image: a photograph of any size and colour mode.
+            image: a photograph of any size and colour mode: a picture of Pillow, a path, the bytes of a file, an array
+                or a tensor, as `vitrail.data.as_photograph` takes them.
 
         Returns:
             An RGB image of `image_size`.
 
         Raises:
-            UsageError: the preprocessing is not known.
+            UsageError: the preprocessing is not known, or it is no photograph.
+            BadImage: it is broken, or its black and white are not defined.
         """
         return self.preprocessing.view(image)
 
@@ -168,9 +188,12 @@ class Vit:
             [image, channel, row, column] on the model's device and in its precision.
 
         Raises:
-            UsageError: the preprocessing is not known.
+            UsageError: the preprocessing is not known, or there is no view.
         """
-        return self.preprocessing.normalize(views).to(self.device, PRECISIONS[self.precision])
+        return self._as_input(self.preprocessing.normalize(views))
+
+    def _as_input(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.device, PRECISIONS[self.precision])
 
     def tap(self) -> Tap:
         """This thread's tap, made on first use.
@@ -192,14 +215,19 @@ class Vit:
 
         Returns:
             [image, class] logits; [image, channel] for a model without classifier.
-        """
-        return self.read_output(self._plain(images))
 
-    def look(self, image: Image.Image, **options: Any) -> xr.Dataset:
+        Raises:
+            UsageError: These are no images for the model.
+        """
+        require_images(images)
+        with images_of_model(self._plain, images), autocast_off():
+            return self.read_output(self._plain(images))
+
+    def look(self, image: PhotographLike, **options: Any) -> xr.Dataset:
         """Every analysis of one image: `vitrail.look` of this model.
 
         Args:
-            image: the photograph.
+            image: the photograph, as `view` takes it.
             options: those of `vitrail.look`, such as `measures="heads"` or `patch=(3, 4)`.
 
         Returns:
@@ -209,11 +237,11 @@ class Vit:
 
         return look(self, image, **options)
 
-    def what_if(self, image: Image.Image, **changes: Any) -> xr.Dataset:
+    def what_if(self, image: PhotographLike, **changes: Any) -> xr.Dataset:
         """What the answer becomes if heads, patches or windows are changed: `vitrail.what_if.what_if` of this model.
 
         Args:
-            image: the photograph.
+            image: the photograph, as `view` takes it.
             changes: `heads_off="L2H0,L3H1"`, `patches=[(3, 4)]` with `how="removed"`, `windows=[..]`, and the other
                 options of `vitrail.what_if.what_if`.
 
@@ -224,13 +252,19 @@ class Vit:
 
         return what_if(self, image, **changes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what a copy makes for itself when it is used."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_THIS_COPY}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _taps=threading.local(), _digest=None, _clone=None)
+
     @property
     def _plain(self) -> nn.Module:
         """An untapped clone in evaluation mode: the user's module keeps its own mode."""
-        clone = self._clone
-        if clone is None or not same_tensors(self.model, clone):
-            self._clone = clone = clone_sharing(self.model)
-        return clone
+        if self._clone is None or not self._clone[0].is_of(self.model):
+            self._clone = ModuleState(self.model), clone_sharing(self.model)
+        return self._clone[1]
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
@@ -253,22 +287,42 @@ class Vit:
         return html_table(self.name, facts) + anatomy_html(self.anatomy)
 
 
+_OF_THIS_COPY = ("_taps", "_digest", "_clone")
+
+
+def require_vit(vit: object) -> None:
+    """Refuses what is no opened model, as a module.
+
+    Args:
+        vit: As a user gave it.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(vit, Vit):
+        raise UsageError(
+            f"An opened model is needed, and a {type(vit).__name__} was given: vit = vitrail.open_vit(..) opens "
+            "modules and names."
+        )
+
+
+@plain_modes()
 def open_vit(
     model: str | Path | nn.Module,
     *,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize | None = None,
     weights: str | Path | None = None,
     device: str = "cpu",
     precision: str = "float32",
-    n_classes: int | None = None,
+    n_classes: SupportsIndex | None = None,
     class_names: Iterable[str] | None = None,
     task: str | None = None,
     output: str | int | None = None,
     target: Any = None,
     prompts: Any = None,
     preprocessing: Any = None,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
+    mean: SupportsFloat | Iterable[SupportsFloat] | None = None,
+    std: SupportsFloat | Iterable[SupportsFloat] | None = None,
     interpolation: str | None = None,
     crop: float | str | None = None,
 ) -> Vit:
@@ -328,6 +382,8 @@ def open_vit(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"There is no precision {precision!r}; choose from {', '.join(PRECISIONS)}.")
+    image_size = None if image_size is None else _plain_size(image_size)
+    n_classes = None if n_classes is None else whole_number("n_classes", n_classes)
     stated = None if preprocessing is None else read_preprocessing(preprocessing)
     names = None if class_names is None else tuple(map(str, class_names))
     by_class = None if prompts is None else parse_prompts(prompts)
@@ -387,19 +443,24 @@ def _as_numbers(tensor: Tensor) -> Tensor:
     return plain.to_dense().resolve_conj().resolve_neg()
 
 
-def _per_channel(
-    name: str, values: float | Sequence[float] | None, module: nn.Module
-) -> Sequence[float] | float | None:
+def _plain_size(size: Any) -> int | tuple[int, int]:
+    """An image size in numbers of Python; one number stays one, as some libraries take no two."""
+    rows, columns = read_sides(size)
+    return rows if np.ndim(size) == 0 else (rows, columns)
+
+
+def _per_channel(name: str, values: Any, module: nn.Module) -> Sequence[Any] | None:
     """One number for each channel of the model's images."""
+    if values is None:
+        return None
     channels = image_channels(module)
-    if isinstance(values, (int, float)):
-        return (float(values),) * channels
-    if values is not None and len(values) != channels:
+    by_channel = [values] * channels if np.ndim(values) == 0 else list(values)
+    if len(by_channel) != channels:
         raise UsageError(
-            f"{name} has {len(values)} numbers and this model's images {channels} channel{'s' * (channels != 1)}; give "
-            f"one number for each (--{name}), or one for all."
+            f"{name} has {len(by_channel)} numbers and this model's images {channels} channel{'s' * (channels != 1)}; "
+            f"give one number for each (--{name}), or one for all."
         )
-    return values
+    return by_channel
 
 
 def _as_plain_data(prompts: Prompts | None) -> dict[str, Any] | None:

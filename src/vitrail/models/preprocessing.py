@@ -1,9 +1,10 @@
 """From a photograph to the tensor the model was trained on, stated so that a study can be repeated."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
@@ -11,21 +12,25 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vitrail.arguments import whole_number, whole_numbers
+from vitrail.data import PhotographLike, as_photograph
 from vitrail.data.channels import channels_of
 from vitrail.data.geometry import (
     CROP_MODES,
     INTERPOLATIONS,
     crop_center,
-    in_rgb,
     resize_and_crop,
     resize_target,
     resized_sides,
 )
 from vitrail.errors import UsageError
 
-__all__ = ["HALF", "Preprocessing", "UnknownPreprocessing", "override"]
+__all__ = ["HALF", "ImageSize", "Preprocessing", "UnknownPreprocessing", "override", "read_sides"]
 
 HALF = (0.5, 0.5, 0.5)
+
+ImageSize = SupportsIndex | Iterable[SupportsIndex]
+"""One number of pixels, or rows and columns."""
 
 _MODES = {1: "L", 3: "RGB"}
 """Pillow's modes of photographs, by number of channels."""
@@ -63,6 +68,11 @@ class Preprocessing:
     source: str = field(default="given", compare=False)
 
     def __post_init__(self) -> None:
+        self._set_plain("size", read_sides(self.size))
+        self._set_plain("resize", read_sides(self.resize) if self.resize is not None else None)
+        self._set_plain("fill", whole_numbers("fill", self.fill, 3))
+        self._set_plain("mean", _per_channel("mean", self.mean))
+        self._set_plain("std", _per_channel("std", self.std))
         _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         _check_choice("crop mode", self.crop_mode, CROP_MODES)
         _check_choice("resampler", self.resampler, ("pillow", "torchvision"))
@@ -75,6 +85,7 @@ class Preprocessing:
                 f"mean {self.mean} and std {self.std} have no meaning together: give one number for each channel, no "
                 "std of 0, on values 0..1."
             )
+        self._set_plain("crop_pct", float(self.crop_pct))
         if not self.crop_pct > 0:
             raise UsageError(f"A crop of {self.crop_pct} of the resized picture has no meaning; write 0.875 or so.")
         rows, columns = resize_target(self.as_dict())
@@ -84,6 +95,9 @@ class Preprocessing:
                 f"{rows} x {columns} ({self.source}): the model would see a photograph in a black frame. Give "
                 "preprocessing=, or crop= (--crop), such as 1.0."
             )
+
+    def _set_plain(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # a plan holds numbers of Python alone
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "Preprocessing":
@@ -103,10 +117,10 @@ class Preprocessing:
         }
         try:
             return cls(**pairs)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UsageError(f"This is no preprocessing ({error}): {dict(settings)}.") from error
 
-    def with_size(self, size: int | tuple[int, int]) -> "Preprocessing":
+    def with_size(self, size: ImageSize) -> "Preprocessing":
         """The same for another image size: the sides before the crop grow as the crop does.
 
         Args:
@@ -118,7 +132,7 @@ class Preprocessing:
         Raises:
             UsageError: a size without pixels.
         """
-        rows, columns = _sides(size)
+        rows, columns = read_sides(size)
         if (rows, columns) == self.size:
             return self
         if rows < 1 or columns < 1:
@@ -136,23 +150,27 @@ class Preprocessing:
         """
         return asdict(self)
 
-    def view(self, image: Image.Image) -> Image.Image:
+    def view(self, image: PhotographLike) -> Image.Image:
         """The part of a photograph that the model sees: resized and cropped, not normalised.
 
         Args:
-            image: a photograph of any size and colour mode.
+            image: a photograph of any size and colour mode, as `vitrail.data.as_photograph` takes it.
 
         Returns:
             An RGB image of `size`.
+
+        Raises:
+            UsageError: it is no photograph.
+            BadImage: its black and white are not defined, or it is too narrow.
         """
-        settings = self.as_dict()
+        image, settings = as_photograph(image), self.as_dict()
         if self.resampler == "pillow" or self.interpolation == "nearest" or channels_of(image) is not None:
             return resize_and_crop(image, settings)
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 
         columns, rows = resized_sides(image.width, image.height, settings)
-        pixels = pil_to_tensor(in_rgb(image))
+        pixels = pil_to_tensor(image)
         mode = InterpolationMode(self.interpolation)
         with_size = to_pil_image(resize(pixels, [rows, columns], interpolation=mode, antialias=True))
         return crop_center(with_size, settings)
@@ -167,8 +185,10 @@ class Preprocessing:
             float32, [image, channel, row, column]; one channel is their brightness.
 
         Raises:
-            UsageError: the model takes neither one channel nor three.
+            UsageError: the model takes neither one channel nor three, or there is no view.
         """
+        if not views:
+            raise UsageError("No photograph was given; give one or more.")
         pixels = torch.stack([self._pixels_of(view) for view in views])
         return pixels.sub_(self._column(self.mean)).div_(self._column(self.std))
 
@@ -192,16 +212,22 @@ class Preprocessing:
         pixels: Tensor = pil_to_tensor(view.convert(_MODES[n_channels])).float().div_(255)
         return pixels
 
-    def tensor(self, images: Sequence[Image.Image]) -> Float[Tensor, "image channel row column"]:
+    def tensor(self, images: Iterable[PhotographLike] | PhotographLike) -> Float[Tensor, "image channel row column"]:
         """Photographs as the model's input.
 
         Args:
-            images: photographs of any size and colour mode.
+            images: photographs of any size and colour mode, as `vitrail.data.as_photograph` takes them; or one.
 
         Returns:
             float32, [image, channel, row, column].
+
+        Raises:
+            UsageError: they are no photographs, there is none, or the model takes neither one channel nor three.
+            BadImage: one is broken, too narrow, or its black and white are not defined.
         """
-        return self.normalize([self.view(image) for image in images])
+        is_one = isinstance(images, (Image.Image, str, Path, bytes)) or getattr(images, "ndim", 4) < 4
+        several: Any = [images] if is_one else images
+        return self.normalize([self.view(image) for image in several])
 
     def pixels(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image channel row column"]:
         """The inverse of the normalisation.
@@ -216,7 +242,7 @@ class Preprocessing:
 
     @staticmethod
     def _column(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values).view(1, -1, 1, 1)
+        return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -231,7 +257,7 @@ class UnknownPreprocessing:
     size: tuple[int, int]
     reason: str
 
-    def with_size(self, size: int | tuple[int, int]) -> "UnknownPreprocessing":
+    def with_size(self, size: ImageSize) -> "UnknownPreprocessing":
         """The same for another image size.
 
         Args:
@@ -240,14 +266,14 @@ class UnknownPreprocessing:
         Returns:
             The statement for that size.
         """
-        return replace(self, size=_sides(size))
+        return replace(self, size=read_sides(size))
 
 
 def override(
     preprocessing: Preprocessing | UnknownPreprocessing,
     *,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
+    mean: SupportsFloat | Iterable[SupportsFloat] | None = None,
+    std: SupportsFloat | Iterable[SupportsFloat] | None = None,
     interpolation: str | None = None,
     crop: float | str | None = None,
 ) -> Preprocessing | UnknownPreprocessing:
@@ -297,9 +323,9 @@ def override(
     return replace(preprocessing, **changes, source=f"given: {', '.join(words)}; the rest: {preprocessing.source}")
 
 
-def _per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+def _per_channel(name: str, values: Any) -> tuple[float, ...]:
     try:
-        return (float(values),) * 3 if isinstance(values, (int, float)) else tuple(map(float, values))
+        return (float(values),) * 3 if np.ndim(values) == 0 else tuple(map(float, values))
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} {values!r} has no meaning; write one number, or one per channel.") from error
 
@@ -323,5 +349,20 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(f"There is no {name} {value!r}; choose from {', '.join(choices)}.")
 
 
-def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+def read_sides(size: Any) -> tuple[int, int]:
+    """The sides of an image size.
+
+    Args:
+        size: One number, or (rows, columns), of Python or NumPy.
+
+    Returns:
+        (rows, columns).
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if np.ndim(size) == 0:
+        side = whole_number("The image size", size)
+        return side, side
+    rows, columns = whole_numbers("The image size", size, 2)
+    return rows, columns

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 
 from vitrail.data.labels import LabelSource
 from vitrail.errors import StudyError, Unsupported, UsageError
@@ -18,7 +19,7 @@ from vitrail.study.ownership import UNFINISHED, write_atomic
 from vitrail.study.plan import Plan
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import reopen
-from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.store import open_study, read_manifest, read_plan, study_folder
 
 __all__ = ["measure_curves"]
 
@@ -30,7 +31,7 @@ SHARES = (0, 1 / 18, 1 / 9, 7 / 36, 5 / 18, 7 / 18, 19 / 36, 13 / 18, 1)
 
 
 def measure_curves(
-    study: str | Path,
+    study: str | Path | xr.Dataset,
     *,
     rankings: str | Sequence[str] | None = None,
     n_test: int = 200,
@@ -46,7 +47,7 @@ def measure_curves(
     Heads are ranked on one half of the images and pruned on images of the other half. The report then shows the curves.
 
     Args:
-        study: The folder of a study of heads, of a classifier.
+        study: The folder of a study of heads, of a classifier, or the study as `open_study` gives it.
         rankings: Names of rankings (`vitrail.pruning.ranking.scores`), or one name; None: six of them, as far as the
             study has them for every head.
         n_test: Images of the other half that are asked, at most, 1 or more; drawn at random.
@@ -73,6 +74,7 @@ def measure_curves(
     if n_test < 1:
         raise UsageError(f"n_test={n_test} leaves no image to ask; give 1 or more (--test).")
     rankings = [rankings] if isinstance(rankings, str) else rankings
+    study = study_folder(study)
     plan, dataset = read_plan(study), open_study(study)
     _refuse_unwritable(Path(study))
     vit = reopen(study, model=model, weights=weights, device=device)

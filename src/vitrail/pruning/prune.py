@@ -32,7 +32,7 @@ from vitrail.stats import mean_interval
 from vitrail.study.ownership import UNFINISHED, write_atomic
 from vitrail.study.progress import Progress
 from vitrail.study.reopen import reopen
-from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.store import open_study, read_manifest, read_plan, study_folder
 
 __all__ = ["KeptAccuracy", "Pruned", "Speed", "prune_study"]
 
@@ -111,7 +111,7 @@ class Pruned:
 
 
 def prune_study(
-    study: str | Path,
+    study: str | Path | xr.Dataset,
     out: str | Path,
     *,
     heads: str | Iterable[Any] | None = None,
@@ -131,7 +131,7 @@ def prune_study(
     masked model before anything is reported.
 
     Args:
-        study: The folder of a study.
+        study: The folder of a study, or the study as `open_study` gives it.
         out: Folder of the smaller model, new or empty. It opens with `open_vit(out)` and, by its load.py, with the
             model's library alone; its `pruning.json` holds what is returned.
         heads: The (layer, head) to remove, or their names, "L0H1,L9H2"; or give `keep_accuracy`.
@@ -160,6 +160,7 @@ def prune_study(
     _check_request(heads, keep_accuracy)
     named = None if heads is None else as_heads(heads)
     refuse_full_folder(out)
+    study = study_folder(study)
     dataset = open_study(study)
     vit = reopen(study, model=model, weights=weights, device=device)
     reason = why_not_removable(vit)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from vitrail.analysis import (
     unavailable,
 )
 from vitrail.analysis import measures as all_measures
+from vitrail.arguments import whole_number
 from vitrail.data import MAX_PIXELS, EarlierScan, ImageEntry, ImageSource, Manifest, open_images, scan, with_masks
 from vitrail.data.files import some
 from vitrail.errors import DamagedStudy, DataError, PlanMismatch, Unsupported, UsageError
 from vitrail.measure import Measure
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.models.preprocessing import Preprocessing
 from vitrail.outputs import is_address, local_path
 from vitrail.stats import require_seed
@@ -49,6 +50,7 @@ from vitrail.study.progress import Progress
 from vitrail.study.reopen import save_model_arguments
 from vitrail.study.store import IMAGES, arrays_by_part, open_study, read_manifest
 from vitrail.study.writing import StudyFolder, plan_of
+from vitrail.tap.modes import plain_modes
 
 __all__ = ["run_study"]
 
@@ -57,22 +59,23 @@ MOST_IN_A_BATCH = 2**20
 """Images in a pass, at most: more is a slip, and no number that torch takes as a size."""
 
 
+@plain_modes()
 def run_study(
     vit: Vit,
     images: object,
     *,
     out: str | Path,
     measures: str | Sequence[str] = "heads",
-    limit: int | None = None,
-    batch_size: int = BATCH_SIZE,
-    seed: int = 0,
+    limit: SupportsIndex | None = None,
+    batch_size: SupportsIndex = BATCH_SIZE,
+    seed: SupportsIndex = 0,
     options: Mapping[str, str] | None = None,
     masks: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
     progress: bool = False,
     worker: bool = False,
     allow_mixed: bool = False,
-    part_images: int | None = None,
+    part_images: SupportsIndex | None = None,
     engine: str = "local",
     n_workers: int = 1,
 ) -> xr.Dataset:
@@ -120,13 +123,16 @@ def run_study(
         >>> vit = vitrail.open_vit("vitrail:photos")
         >>> study = vitrail.run_study(vit, "vitrail:photos", out="study", limit=64)  # doctest: +SKIP
     """
+    require_vit(vit)
+    batch_size, seed = whole_number("batch_size", batch_size), require_seed(seed)
+    limit = None if limit is None else whole_number("limit", limit)
+    part_images = None if part_images is None else whole_number("part_images", part_images)
     if batch_size < 1:
         raise UsageError(f"A batch of {batch_size} images cannot be run; give 1 or more.")
     if batch_size > MOST_IN_A_BATCH:
         raise UsageError(f"A batch of {batch_size} images fits no machine; give {MOST_IN_A_BATCH:,} or fewer.")
     if part_images is not None and part_images < 1:
         raise UsageError(f"A part of {part_images} images cannot be made; give 1 or more.")
-    require_seed(seed)
     if engine not in ENGINES:
         raise UsageError(f"There is no engine {engine!r}; choose from {', '.join(ENGINES)}.")
     if engine == "ray":
@@ -292,6 +298,8 @@ def _select_measures(
     left_out = {name: reason for name, reason in left_out.items() if name in by_name or not is_of_other_models(name)}
     if refused or all(each.analysis == BASE for each in selected):
         reasons = refused or [f"{name}: {reason}" for name, reason in left_out.items()]
+        if not reasons:
+            raise UsageError(f"Every study has {measures}; name what else is to be measured, such as heads.")
         raise Unsupported(f"{vit.name} cannot give what was asked for:\n  " + "\n  ".join(reasons))
     return selected, left_out
 

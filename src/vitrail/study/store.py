@@ -33,7 +33,7 @@ from vitrail.analysis import measures, places
 from vitrail.data import Manifest
 from vitrail.data.files import sentence, some
 from vitrail.dataset import MeasureDataset
-from vitrail.errors import DamagedStudy, StudyError
+from vitrail.errors import DamagedStudy, StudyError, UsageError
 from vitrail.outputs import STUDY_PLAN, is_address
 from vitrail.study.plan import Part, Plan
 
@@ -54,6 +54,7 @@ __all__ = [
     "part_file",
     "read_manifest",
     "read_plan",
+    "study_folder",
     "verify",
     "zarr_options",
 ]
@@ -75,6 +76,30 @@ DERIVED_PART = "derived"
 
 FROM_ALL_PARTS = (DERIVED_PART, PATTERNS)
 """Parts that are made of all others."""
+
+
+def study_folder(study: str | Path | xr.Dataset) -> str | Path:
+    """The folder of a study that is given as its folder or as `open_study` gives it.
+
+    Args:
+        study: Either.
+
+    Returns:
+        The folder, or the address that was given.
+
+    Raises:
+        UsageError: A dataset is of no study, or of a part of one.
+    """
+    if not isinstance(study, xr.Dataset):
+        return study
+    if "source" not in study.encoding:
+        raise UsageError("These numbers were not read from a study; give its folder, or what open_study gives.")
+    if study.sizes.get("image") != study.attrs.get("n_images", 0) - study.attrs.get("missing_images", 0):
+        raise UsageError(
+            "A part of a study was given, and this is of a whole study: give its folder, or what open_study gives."
+        )
+    folder: str = study.encoding["source"]
+    return folder
 
 
 def open_study(path: str | Path, *, partial: bool = False) -> xr.Dataset:

@@ -8,25 +8,31 @@ import copy
 import inspect
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
+from itertools import chain, compress
+from operator import is_
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitrail.errors import Unsupported
+from vitrail.errors import Unsupported, UsageError
 
 __all__ = [
     "CANNOT_RUN",
+    "ModuleState",
     "WeightState",
     "clone_sharing",
     "first_weight",
     "has_compiled_parts",
     "image_channels",
     "images_accepted",
-    "same_tensors",
+    "images_of_model",
+    "require_images",
     "unwrap_compiled",
 ]
 
@@ -49,7 +55,7 @@ def clone_sharing(model: nn.Module) -> nn.Module:
     """
     model = unwrap_compiled(model)
     _refuse_quantised_activations(model)
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    memo: dict[int, Any] = {id(part): part for part in _reachable(model) if isinstance(part, torch.Tensor)}
     try:
         for module in reversed([*model.modules()]):  # inner ones first
             if _COMPILED in module._modules:
@@ -82,22 +88,89 @@ _PACKED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic
 """Where torch keeps the modules whose weights are packed integers and whose inputs are quantised as they run."""
 
 
-def same_tensors(model: nn.Module, clone: nn.Module) -> bool:
-    """Whether a clone still shares all its parameters with the model.
+class ModuleState:
+    """What `clone_sharing` copies of a model, to tell whether a clone made then is still like it.
+
+    That is everything but the numbers in tensors, which are shared, and training flags: which modules, parameters,
+    buffers and hooks there are, and the attributes of modules and of all that these hold, such as the factors of LoRA
+    layers. Objects are compared by identity and without a loop in Python, since every pass asks.
 
     Args:
-        model: The model; after `load_state_dict(assign=True)` it has other tensors.
-        clone: What `clone_sharing` gave for it.
-
-    Returns:
-        True where each parameter of the model is the very tensor of the clone.
+        model: The model as it is now; what it holds is kept alive.
     """
-    of_clone = dict(clone.named_parameters(remove_duplicate=False))
-    of_model = {
-        name.replace(f"{_COMPILED}.", ""): tensor
-        for name, tensor in unwrap_compiled(model).named_parameters(remove_duplicate=False)
-    }
-    return of_clone.keys() == of_model.keys() and all(of_clone[name] is of_model[name] for name in of_clone)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap_compiled(model)
+        dicts, sequences, self._objects = list[tuple[dict[Any, Any], bool]](), list[Any](), list[Any]()
+        for part in _reachable(model):
+            if isinstance(part, dict):
+                dicts.append((part, False))
+            elif isinstance(part, (list, set, deque)):
+                sequences.append(part)
+            elif not isinstance(part, _SHARED) and isinstance(getattr(part, "__dict__", None), dict):
+                dicts.append((vars(part), isinstance(part, nn.Module)))
+                self._objects.append(part)
+        self._empty = [part for part in (*(part for part, _ in dicts), *sequences) if not part]
+        self._dicts = [part for part, _ in dicts if part]
+        self._sequences = [part for part in sequences if part]
+        self._compared = [not (of_module and name == "training") for part, of_module in dicts for name in part]
+        self._size, self._parts = self._size_now(), list(self._parts_now())
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether a clone made then is still like the model.
+
+        Args:
+            model: The model.
+
+        Returns:
+            True where nothing that a clone copies has changed.
+        """
+        return (
+            unwrap_compiled(model) is self._model
+            and not any(self._empty)
+            and self._size_now() == self._size
+            and all(map(is_, self._parts_now(), self._parts))
+        )
+
+    def _size_now(self) -> int:
+        return sum(map(len, self._dicts)) + sum(map(len, self._sequences))
+
+    def _parts_now(self) -> Iterator[Any]:
+        return chain(
+            map(type, self._objects),  # parametrisations exchange the class of a module
+            chain.from_iterable(self._dicts),
+            compress(chain.from_iterable(map(dict.values, self._dicts)), self._compared),
+            chain.from_iterable(self._sequences),
+        )
+
+
+def _reachable(model: nn.Module) -> Iterator[Any]:
+    """Every object that a deep copy of the model would come to, each once; of what was compiled, what it was before."""
+    reached: dict[int, Any] = {}
+    waiting: list[Any] = [unwrap_compiled(model)]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, nn.Module) and _COMPILED in part._modules:
+            part = part._modules[_COMPILED]
+        if id(part) not in reached:
+            reached[id(part)] = part
+            yield part
+            waiting.extend(_parts_of(part))
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, _SHARED):
+        return ()
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    attributes = getattr(value, "__dict__", None)
+    return attributes.values() if isinstance(attributes, dict) else ()
 
 
 class WeightState:
@@ -139,6 +212,9 @@ def _mark(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
     version = 0 if tensor.is_inference() else tensor._version
     return version, tensor.dtype, tensor.data_ptr() if plain else 0
 
+
+_SHARED = (str, int, float, type(None), torch.Tensor, type, FunctionType, BuiltinFunctionType, ModuleType)
+"""What a clone does not copy."""
 
 _COMPILED = "_orig_mod"
 """Where `torch.compile`'s wrapper holds the module that it was given."""
@@ -225,6 +301,52 @@ def _reads(module: nn.Module) -> str | None:
 _USUAL_CHANNELS, _MOST_CHANNELS = 3, 16
 
 
+def require_images(images: object) -> None:
+    """Refuses what no model is run on.
+
+    Args:
+        images: As a user gave them.
+
+    Raises:
+        UsageError: It is no tensor of four axes.
+    """
+    if not isinstance(images, torch.Tensor) or images.ndim != len(_IMAGE_AXES):
+        given = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise UsageError(
+            f"A model is run on a tensor [{', '.join(_IMAGE_AXES)}], and {given} was given; vit.prepare([photograph]) "
+            "makes one."
+        )
+
+
+@contextmanager
+def images_of_model(model: nn.Module, images: torch.Tensor) -> Iterator[None]:
+    """Around a run, says so where it fails on images of another type, or on another device, than the weights.
+
+    Args:
+        model: What is run.
+        images: What it is given.
+
+    Returns:
+        Nothing; a context manager.
+
+    Raises:
+        UsageError: The model raised an error on such images.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        weight = first_weight(model)
+        if isinstance(error, torch.OutOfMemoryError) or (images.dtype, images.device) == (weight.dtype, weight.device):
+            raise
+        raise UsageError(
+            f"The images are {images.dtype} on {images.device}, and the weights {weight.dtype} on {weight.device}: "
+            "give images as vit.prepare makes them, and open a model anew once it was moved or cast."
+        ) from error
+
+
+_IMAGE_AXES = ("image", "channel", "row", "column")
+
+
 def image_channels(model: nn.Module) -> int:
     """How many channels the images of a model have: as many as its first convolution takes.
 
@@ -291,15 +413,3 @@ def has_compiled_parts(model: nn.Module) -> bool:
         _COMPILED in module._modules or module._compiled_call_impl is not None  # `module.compile()` in place
         for module in model.modules()
     )
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Every tensor that hangs on a module: parameters, buffers and plain attributes."""
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, torch.Tensor):
-                yield value
-            elif isinstance(value, (list, tuple)):
-                yield from (item for item in value if isinstance(item, torch.Tensor))
-            elif isinstance(value, dict):
-                yield from (item for item in value.values() if isinstance(item, torch.Tensor))

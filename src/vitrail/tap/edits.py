@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vitrail.arguments import whole_numbers
 from vitrail.errors import Unsupported
 from vitrail.tap.anatomy import Block, Call
 
@@ -47,6 +48,10 @@ class Edit:
     drop_keys: tuple[int, ...] = ()
     drop_queries: bool = False
     gate: Float[Tensor, "..."] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prune", "drop_keys"):
+            object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
 
     @property
     def changes_scores(self) -> bool:

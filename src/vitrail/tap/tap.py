@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_flatten
 from vitrail.errors import TapError, Unsupported, UsageError
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Call
 from vitrail.tap.attention import CallResult, LayerAttention, Readers
-from vitrail.tap.clone import CANNOT_RUN, clone_sharing, same_tensors
+from vitrail.tap.clone import CANNOT_RUN, ModuleState, clone_sharing, images_of_model, require_images
 from vitrail.tap.edits import Edit, apply_regions, apply_to_output, edits_by_call, score_bias
 from vitrail.tap.intercept import Captured, Interceptor, RawCall, Region, has_native_path, native_path_enabled
 from vitrail.tap.layout import MAP_AXES, MIN_TOKEN_AXES, own_tensors, repeat_images
+from vitrail.tap.modes import autocast_off
 from vitrail.tap.places import KeyPlaces, find_key_places
 from vitrail.tap.rounding import rounding_bound
 from vitrail.tap.slots import measure_window_slots
@@ -165,13 +166,15 @@ class Tap:
         self._original = model
         self._choose = choose
         self._pass: _Pass | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Clones the model as it is now; what was tried on an earlier clone is tried anew."""
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._places: dict[tuple[int, int], KeyPlaces] = {}
         self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
         self._class_token_suffices: bool | None = None
-        self._prepare()
-
-    def _prepare(self) -> None:
+        self._state = ModuleState(self._original)
         self._clone = clone_sharing(self._original)
         self._mode = Interceptor(self)
         for path, module in self._clone.named_modules():
@@ -205,10 +208,12 @@ class Tap:
             Logits; without edits bitwise the model's own.
 
         Raises:
-            UsageError: An edit names a layer, call, head or key that does not exist.
+            UsageError: An edit names a layer, call, head or key that does not exist, or these are no images for it.
             Unsupported: An edit would not mean what it says on that kind of attention.
             TapError: The pass went another way than when the model was opened, or a reader ran this model.
         """
+        require_images(images)
+        self._follow_model()
         return self._logits(self._run(images, _Pass(len(images), 1, readers or Readers(), self._validate(edits, 1))))
 
     @torch.no_grad()
@@ -230,8 +235,11 @@ class Tap:
             The record, and the logits.
 
         Raises:
+            UsageError: These are no images for the model.
             TapError: The pass went another way than when the model was opened, or a reader ran this model.
         """
+        require_images(images)
+        self._follow_model()
         replay = Replay(images)
         state = _Pass(len(images), readers=readers or Readers(), record=replay if keep else None)
         replay.logits = self._logits(self._run(images, state))
@@ -268,6 +276,7 @@ class Tap:
             TapError: An edit before `layer`, or a layer without an observable residual with `until_residual`.
         """
         self._check_layer(layer)
+        self._follow_model()
         if not replay.blocks:
             raise UsageError("This pass was recorded with keep=False, so no run can start from it; record it anew.")
         needs_all_tokens = until_residual or (readers is not None and readers.output is not None)
@@ -302,11 +311,10 @@ class Tap:
                 "This model is already being tapped in this thread: a reader may not run the model it reads. "
                 "Keep what you need and run after the pass, or open the model a second time."
             )
-        if not same_tensors(self._original, self._clone):
-            self._prepare()
         self._pass = state
         try:
-            with torch._C._EnableTorchFunction(), self._mode:  # a reader of another model may be the caller
+            # a reader of another model may be the caller
+            with images_of_model(self._clone, images), autocast_off(), torch._C._EnableTorchFunction(), self._mode:
                 output = self._clone(images)
         except Captured:
             if state.start is None or not state.start.stop_at_residual:
@@ -317,6 +325,11 @@ class Tap:
             self._mode.forget()
         self._check_pass(state, complete=output is not None)
         return output
+
+    def _follow_model(self) -> None:
+        """The user may have changed modules, hooks or attributes since the last pass."""
+        if self._pass is None and not self._state.is_of(self._original):
+            self._prepare()
 
     def _check_pass(self, state: _Pass, *, complete: bool) -> None:
         missing = [index for index in range(len(self.anatomy.blocks)) if index not in state.visited]
@@ -701,6 +714,7 @@ class Tap:
         Raises:
             Unsupported: Tokens are not each in exactly one slot (convolution or pooling inside the block).
         """
+        self._follow_model()
         if (layer, call) not in self._slots:
             self._slots[layer, call] = measure_window_slots(self._original, self.anatomy, layer, call)
         return self._slots[layer, call]
@@ -718,6 +732,7 @@ class Tap:
         Raises:
             Unsupported: The layer has no grid, its attention has no keys that are tokens, or no patch moves a key.
         """
+        self._follow_model()
         if (layer, call) not in self._places:
             self._places[layer, call] = find_key_places(self._original, self.anatomy, layer, call)
         return self._places[layer, call]

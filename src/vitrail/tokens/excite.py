@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitrail.errors import UsageError
 from vitrail.models.gradients import gradients_enabled
-from vitrail.models.open import Vit
+from vitrail.models.open import PRECISIONS, Vit
 from vitrail.tap.tap import Readers, Replay, Tap
 from vitrail.tokens.levels import layers_of_own_grid
 from vitrail.tokens.pictures import as_picture
@@ -215,30 +215,32 @@ def maximise_activation(
         raise UsageError(f"There is no level {level} to excite: {vit.name} has levels 1 to {vit.n_layers}.")
     generator = torch.Generator().manual_seed(seed)
     rows, columns = vit.image_size
-    scale = _frequency_scale(rows, columns)
-    spectrum = (NOISE * torch.randn((vit.n_channels, rows, columns // 2 + 1, 2), generator=generator)).requires_grad_(
-        True
-    )
-    optimiser = torch.optim.Adam([spectrum], lr=lr)
     activations = []
-    for _ in range(n_steps):
-        pixels = _pixels(spectrum, scale, (rows, columns))
-        shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator).tolist()
-        activation = _activation(vit, torch.roll(pixels, shift, (1, 2)), level, channel, token)
-        activations.append(float(activation.detach()))
-        optimiser.zero_grad()
-        with gradients_enabled():
-            (-activation).backward()
-        optimiser.step()
+    with gradients_enabled():  # also where the caller has switched gradients off
+        scale = _frequency_scale(rows, columns)
+        spectrum = NOISE * torch.randn((vit.n_channels, rows, columns // 2 + 1, 2), generator=generator, **_ON_CPU)
+        optimiser = torch.optim.Adam([spectrum.requires_grad_()], lr=lr)
+        for _ in range(n_steps):
+            pixels = _pixels(spectrum, scale, (rows, columns))
+            shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator, device="cpu").tolist()
+            activation = _activation(vit, torch.roll(pixels, shift, (1, 2)), level, channel, token)
+            activations.append(float(activation.detach()))
+            (spectrum.grad,) = torch.autograd.grad(-activation, [spectrum])  # nothing is added to the model's own
+            optimiser.step()
     with torch.no_grad():
         final = _pixels(spectrum, scale, (rows, columns))
         after = float(_activation(vit, final, level, channel, token))
     return ExcitingImage(final.permute(1, 2, 0).numpy(), activations[0], after)
 
 
+_ON_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Where an image is made, whatever the device and precision of the model: the same noise everywhere."""
+
+
 def _frequency_scale(rows: int, columns: int) -> Float[Tensor, "row frequency"]:
     """1 / frequency, as in photographs."""
-    frequency = (torch.fft.fftfreq(rows)[:, None] ** 2 + torch.fft.rfftfreq(columns)[None] ** 2).sqrt()
+    down, across = torch.fft.fftfreq(rows, **_ON_CPU), torch.fft.rfftfreq(columns, **_ON_CPU)
+    frequency = (down[:, None] ** 2 + across[None] ** 2).sqrt()
     scale: Tensor = (rows * columns) ** 0.5 / frequency.clamp(min=1 / max(rows, columns))
     return scale
 
@@ -249,15 +251,17 @@ def _pixels(spectrum: Tensor, scale: Tensor, size: tuple[int, int]) -> Float[Ten
 
 
 def _activation(vit: Vit, pixels: Tensor, level: int, channel: int, token: int | None) -> Tensor:
-    """Gradients flow to the pixels."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (vit.preprocessing.mean, vit.preprocessing.std))
+    """Gradients flow to the pixels where they are enabled."""
+    preprocessing = vit.preprocessing
+    mean, std = (torch.tensor(values, **_ON_CPU).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    images = ((pixels - mean) / std)[None].to(vit.device, PRECISIONS[vit.precision])
     prefix = vit.anatomy.blocks[level - 1].prefix
     activations: list[Tensor] = []
 
     def keep(layer: int, tokens: Tensor) -> None:
         if layer == level - 1:
-            activations.append(tokens[0, prefix:, channel].mean() if token is None else tokens[0, token, channel])
+            values = tokens[0, :, channel].float()
+            activations.append(values[prefix:].mean() if token is None else values[token])
 
-    with gradients_enabled():
-        vit.tap().read(((pixels - mean) / std)[None], Readers(output=keep))
+    vit.tap().read(images, Readers(output=keep))
     return activations[0]

@@ -5,8 +5,8 @@ ours: how well other patches of the same photograph are matched, and how often t
 """
 
 import heapq
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vitrail.data import ImageSource, Manifest, load_image
+from vitrail.arguments import whole_number, whole_numbers
+from vitrail.data import ImageSource, Manifest, PhotographLike, load_image
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import sides_in_patches
-from vitrail.models.open import Vit
+from vitrail.models.open import Vit, require_vit
 from vitrail.stats import mean_interval
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers
 from vitrail.tokens.levels import layers_of_own_grid
 
@@ -42,15 +44,16 @@ class _Match(NamedTuple):
     likeness: Float[np.ndarray, "patch"]
 
 
+@plain_modes()
 def match_patches(
     vit: Vit,
-    photo: Image.Image,
+    photo: PhotographLike,
     source: ImageSource,
     manifest: Manifest,
-    patch: tuple[int, int],
+    patch: Iterable[SupportsIndex],
     *,
-    layer: int | None = None,
-    n_matches: int = 11,
+    layer: SupportsIndex | None = None,
+    n_matches: SupportsIndex = 11,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Finds the patches of a folder's images whose tokens are most like that of one patch of a photograph.
@@ -59,7 +62,7 @@ def match_patches(
 
     Args:
         vit: The model; the tokens of `layer` lie on a grid.
-        photo: A photograph.
+        photo: A photograph, as `vitrail.data.as_photograph` takes it.
         source: Images to search, from `vitrail.open_images`.
         manifest: The scan of `source`.
         patch: Row and column on the layer's grid, counted from 0.
@@ -77,7 +80,7 @@ def match_patches(
         all those kept lie below.
 
     Raises:
-        UsageError: There is no such layer or patch, or no image is left to search.
+        UsageError: There is no such layer or patch, no match is to be kept, or no image is left to search.
         Unsupported: The layer returns no token for each patch of a grid.
 
     Example:
@@ -85,7 +88,11 @@ def match_patches(
         >>> matches = match_patches(vit, photo, source, vitrail.data.scan(source), patch=(3, 4))  # doctest: +SKIP
         >>> matches["cosine"].sortby("cosine", ascending=False)[:5]  # doctest: +SKIP
     """
-    layer = _layer(vit, layer)
+    require_vit(vit)
+    patch, n_matches = whole_numbers("The patch", patch, 2), whole_number("n_matches", n_matches)
+    if n_matches < 1:
+        raise UsageError(f"{n_matches} matches cannot be kept; give 1 or more.")
+    layer = _layer(vit, None if layer is None else whole_number("layer", layer))
     grid = vit.anatomy.blocks[layer].grid
     assert grid is not None
     if not all(0 <= at < n for at, n in zip(patch, grid, strict=True)):

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
-from PIL import Image
 from torch import Tensor
 
+from vitrail.arguments import whole_number
 from vitrail.contract.outlook import require_finite
+from vitrail.data import PhotographLike
 from vitrail.dataset import MeasureDataset
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid, boxes_of_sides, pixels_moved, window_masks
@@ -24,6 +25,7 @@ from vitrail.study.plan import N_TOP
 from vitrail.tap.anatomy import Anatomy, Block
 from vitrail.tap.edits import Edit
 from vitrail.tap.layer_maps import LayerMaps
+from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers, Replay, Tap
 from vitrail.tokens.levels import block_returned
 from vitrail.tokens.robustness import move_pixels, paint, run_without
@@ -73,24 +75,25 @@ class _Outcome(NamedTuple):
     attention: Float[Tensor, "head query key"] | None
 
 
+@plain_modes()
 @torch.no_grad()
 def what_if(
     vit: Vit,
-    image: Image.Image,
+    image: PhotographLike,
     *,
     heads_off: str | Sequence[Any] = (),
     patches: Sequence[Any] | np.ndarray = (),
     how: str = "mean",
     windows: Sequence[WindowMove | Sequence[Any]] = (),
-    attention_layer: int | None = None,
+    attention_layer: SupportsIndex | None = None,
     cumulative: bool = True,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
 ) -> xr.Dataset:
     """Changes the model or the image, one thing after the other, and asks again.
 
     Args:
         vit: the model.
-        image: the photograph.
+        image: the photograph, as `vitrail.data.as_photograph` takes it.
         heads_off: heads to switch off, as "L2H0,L3H1" or (layer, head); (layer, head, mode) for a part of its map.
         patches: which patches change, as indices row by row, as (row, column), or as a mask of the grid.
         how: what happens to them, one of `HOW`.
@@ -119,14 +122,14 @@ def what_if(
         >>> changed["step"].values.tolist()
         ['unchanged', 'L0H0 off', 'L1H2 off']
     """
-    require_seed(seed)
+    seed = require_seed(seed)
     off, moves = parse_heads_off(vit, heads_off), [parse_window(vit, window) for window in windows]
     mask = parse_patches(vit, patches)
     if how not in HOW:
         raise UsageError(f"Patches cannot be {how!r}; choose from {', '.join(HOW)}.")
     if not off and not moves and mask is None:
         raise UsageError("Nothing was changed: give heads_off, patches or windows.")
-    layer = vit.n_layers - 1 if attention_layer is None else attention_layer
+    layer = vit.n_layers - 1 if attention_layer is None else whole_number("attention_layer", attention_layer)
     if not 0 <= layer < vit.n_layers:
         raise UsageError(f"Attention of L{layer} was asked for; the model has L0 to L{vit.n_layers - 1}.")
     left_out: dict[str, str] = {}

@@ -12,6 +12,8 @@ from vitrail.grid import Grid, positions
 from vitrail.models.open import Vit
 from vitrail.patches import windows
 from vitrail.patches.interaction import indicator
+from vitrail.tap.clone import clone_sharing
+from vitrail.tap.modes import autocast_off
 from vitrail.tap.tap import LayerAttention, Readers, Replay, Tap
 from vitrail.wint.model import hard_mask, record_sides, round_sides
 
@@ -108,11 +110,9 @@ def predict_windows(vit: Vit, images: Float[Tensor, "image channel row column"])
     Returns:
         For each layer patches left, top, right, bottom of each query, not rounded.
     """
-    training = vit.model.training
-    vit.model.eval()
-    with record_sides(vit.model) as sides:
-        vit.model(images)
-    vit.model.train(training)
+    model = clone_sharing(vit.model)
+    with record_sides(model) as sides, autocast_off():
+        model(images)
     return list(sides)
 
 
