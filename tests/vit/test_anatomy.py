@@ -368,6 +368,37 @@ def test_flex_attention_is_read_and_edited_with_its_score_function(monkeypatch):
         torch.testing.assert_close(without, model(images))
 
 
+def _mixed_by_einsum(tokens):
+    mixing = torch.tensor([[1.0, -0.5], [0.25, 2.0]])
+    weights = torch.einsum("b h i j, h g -> b g i j", _map_of(tokens), mixing)
+    return weights, (weights @ tokens).transpose(1, 2)
+
+
+def test_heads_mixed_by_an_einsum_after_the_softmax_are_still_maps():
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(_mixed_by_einsum)
+    vit = open_vit(model, image_size=64, weights="random")
+    maps = []
+    logits, weights = _logits_and_map(model, images)
+    read = vit.tap().read(images, Readers(attention=lambda each: maps.append(each.weights())))
+    torch.testing.assert_close(read, logits, rtol=0, atol=0)
+    torch.testing.assert_close(maps[0], weights)
+    assert not vit.anatomy.blocks[0].calls[0].row_stochastic
+
+
+def test_positions_added_to_the_values_are_refused():
+    """Relative positions of Shaw et al.: each pair of a query and a key has values of its own."""
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    positions = torch.randn((16, 16, 16), generator=torch.Generator().manual_seed(1))
+
+    def product(tokens):
+        weights = _map_of(tokens)
+        return weights, (weights @ tokens + torch.einsum("bhij,ijd->bhid", weights, positions)).transpose(1, 2)
+
+    with pytest.raises(Unsupported, match="values of their own for each pair of a query and a key"):
+        discover(_ModelByHand(product), images)
+
+
 def test_an_einsum_that_sums_another_axis_than_the_softmax_is_refused():
     images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
 

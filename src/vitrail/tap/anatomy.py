@@ -77,6 +77,7 @@ class Call:
         repeat: How many calls of the block have run the same heads before it: 0, but for weights that are used several
             times in a block (a loop) and for heads that are the difference of two maps.
         follows: It works on what an earlier call of the block gave; else they run beside each other.
+        softmaxes: Which of the block's softmaxes its map comes from; none for fused calls, and for a softmax outside.
     """
 
     path: str
@@ -91,6 +92,7 @@ class Call:
     first_head: int = 0
     repeat: int = 0
     follows: bool = False
+    softmaxes: tuple[int, ...] = ()
 
     @property
     def heads(self) -> int:
@@ -364,7 +366,10 @@ class _Describer:
             self._input_channels,
         )
         follows = self._follows(unit, [one for one, _ in pairs])
-        calls = tuple(replace(call, follows=each) for call, each in zip(calls, follows, strict=True))
+        softmaxes = [self._softmaxes_in(unit, one) for one, _ in pairs]
+        calls = tuple(
+            replace(call, follows=one, softmaxes=two) for call, one, two in zip(calls, follows, softmaxes, strict=True)
+        )
         grid = self._grid(run, main, layout, tokens, previous, pairs[0][0].step if pairs else run.step)
         prefix = tokens - grid[0] * grid[1] if grid else 0
         return Block(
@@ -424,6 +429,15 @@ class _Describer:
             ]
             self.follows[kind] = (False, *moved)
         return self.follows[kind]
+
+    def _softmaxes_in(self, unit: Unit, call: TracedCall) -> tuple[int, ...]:
+        """Which of a block's softmaxes the map of a call comes from."""
+        own = [
+            number
+            for number, frames in enumerate(self.two.softmaxes)
+            if next((frame.unit for frame in reversed(frames) if frame.unit in self.units), None) == unit
+        ]
+        return tuple(own.index(number) for number in call.softmaxes if number in own)
 
     def _input_channels(self, weight: str) -> int:
         """Channels that a linear map or convolution takes."""

@@ -89,12 +89,14 @@ class _Position:
         stream: The token tensors it was given, and their sums with what its attention calls gave so far, by identity:
             the residual is the first sum with one of them after the last call.
         n_calls: Attention calls so far.
+        n_softmaxes: Softmaxes so far that may be maps.
         residual_added: All attention has been added to the input.
     """
 
     layer: int
     stream: tuple[Tensor, ...]
     n_calls: int = 0
+    n_softmaxes: int = 0
     residual_added: bool = False
 
 
@@ -132,9 +134,10 @@ class _Pass:
     n_convolution_runs: dict[str, int] = field(default_factory=dict)
     native: Literal["off", "kernel", "shadow"] = "off"
 
-    def edits_of(self, position: _Position) -> tuple[Edit, ...]:
-        """Edits of the attention call that comes next."""
-        return tuple(edit for edit in self.edits if edit.layer == position.layer and edit.call == position.n_calls)
+    def edits_of(self, position: _Position, call: int | None = None) -> tuple[Edit, ...]:
+        """Edits of an attention call of the block that is running, by default of the one that comes next."""
+        call = position.n_calls if call is None else call
+        return tuple(edit for edit in self.edits if edit.layer == position.layer and edit.call == call)
 
     def stops_at_residual(self, layer: int) -> bool:
         """Whether the pass ends at this layer's residual."""
@@ -360,7 +363,7 @@ class Tap:
             parts = edits_by_call(edit, block)
             for part in parts:
                 assert part.call is not None
-                _check_kind(part, block.calls[part.call])
+                _check_kind(part, block)
                 _check_keys(part, block.calls[part.call])
             by_call.extend(parts)
         return tuple(by_call)
@@ -645,10 +648,12 @@ class Tap:
         position = None if state is None else state.position
         if state is None or position is None:
             return None
+        number, position.n_softmaxes = position.n_softmaxes, position.n_softmaxes + 1
         calls = self.anatomy.blocks[position.layer].calls
-        if position.n_calls >= len(calls):
+        takers = [index for index, call in enumerate(calls) if number in call.softmaxes]
+        if len(takers) != 1:
             return None
-        return _bias_in_layout(state, calls[position.n_calls], state.edits_of(position), scores)
+        return _bias_in_layout(state, calls[takers[0]], state.edits_of(position, takers[0]), scores)
 
     def addition(self, left: Any, right: Any, result: Tensor) -> Tensor:
         """Recognises the residual: the first sum after the last attention call with the block's own input, or with what
@@ -775,11 +780,19 @@ def _check_keys(edit: Edit, call: Call) -> None:
         raise UsageError(f"L{edit.layer} attends to tokens 0 to {call.keys - 1}; an edit drops {absent[0]}.")
 
 
-def _check_kind(edit: Edit, call: Call) -> None:
+def _check_kind(edit: Edit, block: Block) -> None:
+    assert edit.call is not None
+    call = block.calls[edit.call]
     if edit.changes_scores and not call.row_stochastic:
         raise Unsupported(
             f"L{edit.layer} mixes its heads' maps after softmax, so a bias or a dropped key does not mean what it "
             "says. Pruning and regions work."
+        )
+    others = {number for other in block.calls if other is not call for number in other.softmaxes}
+    if edit.changes_scores and others.intersection(call.softmaxes):
+        raise Unsupported(
+            f"L{edit.layer} uses one softmax for several attention calls, so a bias or a dropped key of one would be "
+            "that of the others too. Pruning and regions work."
         )
     if (edit.region is not None or edit.changes_scores) and call.kind in MAPLESS_KINDS:
         raise Unsupported(f"L{edit.layer} has no token map (kind {call.kind!r}); its heads can be pruned, no more.")

@@ -56,6 +56,7 @@ class TracedCall:
         weights: Shape of the map.
         fused: Made by `scaled_dot_product_attention`.
         row_error: Largest distance of a row's sum from 1.
+        softmaxes: Which softmaxes of the pass the map comes from; none for fused calls.
         projection: Name of the first weight that a linear map or convolution used after it; None where none did.
     """
 
@@ -66,6 +67,7 @@ class TracedCall:
     weights: tuple[int, ...]
     fused: bool
     row_error: float
+    softmaxes: tuple[int, ...] = ()
     projection: str | None = None
 
     @property
@@ -118,11 +120,13 @@ class Trace:
 
     Attributes:
         calls: Attention calls, in order.
+        softmaxes: The modules that each softmax that may be a map was inside, outermost first.
         runs: By path, the runs of every module whose inputs and outputs are recorded.
         convolutions: What convolutions put out, in order.
     """
 
     calls: list[TracedCall] = field(default_factory=list)
+    softmaxes: list[tuple[Frame, ...]] = field(default_factory=list)
     runs: dict[str, list[ModuleRun]] = field(default_factory=dict)
     convolutions: list[ConvolutionGrid] = field(default_factory=list)
 
@@ -239,12 +243,21 @@ class Tracer(PassiveHandler):
                 shape,
                 call.fused,
                 row_error,
+                call.softmaxes,
             )
         )
         out = super().attention(call)
         if self._without_attention:
             return torch.zeros_like(out)
         return _plus_one(out) if self._step == self._disturb_step else out
+
+    def score_bias(self, scores: Tensor) -> None:
+        """Notes where a softmax is.
+
+        Args:
+            scores: What it is taken of.
+        """
+        self._trace.softmaxes.append(tuple(self._stack))
 
     def addition(self, left: Any, right: Any, result: Tensor) -> Tensor:
         """Notes sums in place of what may be tokens.
@@ -361,7 +374,8 @@ def units_of(tracer: Tracer, trace: Trace, images: Tensor) -> dict[Unit | None, 
         images: What was traced.
 
     Returns:
-        Unit -> indices of its calls in the trace. The key None holds calls outside all blocks.
+        Unit -> indices of its calls in the trace. The key None holds calls outside all blocks. Products with a map that
+        another block has made (maps that are handed on) are in none: that block ends before they run.
     """
     children: dict[str, list[Unit]] = {}
     for call in trace.calls:
@@ -377,7 +391,17 @@ def units_of(tracer: Tracer, trace: Trace, images: Tensor) -> dict[Unit | None, 
     units: dict[Unit | None, list[int]] = {}
     for index, (call, around) in enumerate(zip(trace.calls, unit_by_call, strict=True)):
         units.setdefault(_without_other_units(call, around, paths), []).append(index)
-    return units
+    for unit, indices in units.items():
+        others = units.keys() - {unit, None}
+        indices[:] = [index for index in indices if not _takes_a_map_of(others, trace, trace.calls[index])]
+    return {unit: indices for unit, indices in units.items() if indices}
+
+
+def _takes_a_map_of(units: Collection[Unit | None], trace: Trace, call: TracedCall) -> bool:
+    """Whether the map of a call comes from a softmax inside one of these units, which the call is not inside."""
+    own = {frame.unit for frame in call.frames}
+    around_softmax = {frame.unit for number in call.softmaxes for frame in trace.softmaxes[number]}
+    return any(unit in around_softmax and unit not in own for unit in units)
 
 
 def _parent(path: str) -> str:
