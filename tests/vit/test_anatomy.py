@@ -386,6 +386,50 @@ def test_heads_mixed_by_an_einsum_after_the_softmax_are_still_maps():
     assert not vit.anatomy.blocks[0].calls[0].row_stochastic
 
 
+def _heads_first(tokens):
+    """[head, image, ..], as where a stack of heads is taken apart along the channels first."""
+    heads = tokens.transpose(0, 1)
+    weights = _map_of(heads)
+    return weights.transpose(0, 1), (weights @ heads).permute(1, 2, 0, 3)
+
+
+def _heads_folded_first(tokens):
+    """[head * image, ..], as the Set Transformer has them: `torch.cat(q.split(channels, 2), 0)`."""
+    heads = tokens.transpose(0, 1).flatten(0, 1)
+    weights = _map_of(heads)
+    parts = [each.unflatten(0, (2, -1)) for each in (weights, torch.bmm(weights, heads))]
+    return parts[0].transpose(0, 1), parts[1].permute(1, 2, 0, 3)
+
+
+@pytest.mark.parametrize("product", [_heads_first, _heads_folded_first])
+def test_heads_in_front_of_the_images_are_those_of_each_image(product):
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(product)
+    vit = open_vit(model, image_size=64, weights="random", task="classes")
+    maps = []
+    logits, weights = _logits_and_map(model, images)
+    read = vit.tap().read(images, Readers(attention=lambda each: maps.append(each.weights())))
+    torch.testing.assert_close(read, logits, rtol=0, atol=0)
+    torch.testing.assert_close(maps[0], weights)
+    without = vit.tap().run_from(0, vit.tap().record(images)[0], [Edit(0, copy=1, prune=(1,))], copies=2)
+    with torch.no_grad():
+        model.blocks[0].proj.weight[:, 16:] = 0
+        torch.testing.assert_close(without, torch.cat([logits, model(images)]))
+
+
+def _windows_in_front(tokens):
+    """Four windows in front of the images, in one dimension with them."""
+    windows = tokens.unflatten(2, (4, 4)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    weights = _map_of(windows)
+    return weights, (weights @ windows).unflatten(0, (4, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+
+def test_windows_in_front_of_the_images_are_refused():
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Unsupported, match="it is not known which are whose"):
+        discover(_ModelByHand(_windows_in_front), images)
+
+
 def test_positions_added_to_the_values_are_refused():
     """Relative positions of Shaw et al.: each pair of a query and a key has values of its own."""
     images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))

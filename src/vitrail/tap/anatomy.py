@@ -55,6 +55,9 @@ _MAX_PREFIX_SHARE = 1 / 4
 _FIRST_PATCH_SHARE = 1 / 16
 """Side of the changed corner of the image, as a share: at most one patch of the usual 4 x 4 grids and larger."""
 
+_MOVED_SHARE = 1e-3
+"""Values have moved if they did by this share of the most that any did: what other kernels round is far below."""
+
 _TINY = 1e-12
 """Keeps a share of nothing from being a division by zero."""
 
@@ -289,6 +292,7 @@ class _Describer:
         self.two, self.three, self.units = two, three, units
         self.notes: list[str] = []
         self.follows: dict[tuple[Any, ...], tuple[bool, ...]] = {}
+        self.own_images: dict[tuple[type[nn.Module], CallLayout], CallLayout] = {}
 
     def anatomy(self) -> Anatomy:
         """Describes blocks, in the order they run, and what is outside them."""
@@ -341,7 +345,7 @@ class _Describer:
         run, other = self.two.runs[unit.path][unit.run], self.three.runs[unit.path][unit.run]
         inputs = _batch_dimensions(run.inputs, other.inputs)
         outputs = _batch_dimensions(run.outputs, other.outputs)
-        layouts = [self._call_layout(one, two) for one, two in pairs]
+        layouts = [self._of_own_images(one, self._call_layout(one, two)) for one, two in pairs]
         maps = {(each.heads, *one.weights[-2:]) for each, (one, _) in zip(layouts, pairs, strict=True)}
         main = _main_leaf(run.inputs, inputs, unit.path, maps | {(1, *shape[1:]) for shape in maps})
         self._require_own_rows(unit, run, main, inputs[main])
@@ -445,7 +449,7 @@ class _Describer:
 
     def _call_layout(self, one: TracedCall, two: TracedCall) -> CallLayout:
         lead, lead_three = one.weights[:-2], two.weights[:-2]
-        fixed = [axis for axis in range(1, len(lead)) if lead[axis] == lead_three[axis]]
+        fixed = [axis for axis in range(len(lead)) if lead[axis] == lead_three[axis]]
         for heads in self._head_counts(one):
             axes = [axis for axis in fixed if lead[axis] == heads]
             if axes:
@@ -460,12 +464,41 @@ class _Describer:
             n_tokens = {shape[1] for frame in one.frames for shape in frame.inputs if len(shape) == MIN_TOKEN_AXES}
             if lead[1] in n_tokens and one.weights[-2] not in n_tokens:
                 return CallLayout(1, folded=True)  # each token weighs things of its own (a mixture its experts)
-            return CallLayout(lead[1])
+            return CallLayout(lead[fixed[-1]], fixed[-1])
         if lead == (2,):
             return CallLayout(1, folded=True)  # one map an image: one head, which nothing needs to count
         raise Unsupported(
             f"The attention in {one.path or 'the model'} has weights of shape {list(one.weights)} for 2 images and no "
             f"attribute that says how many heads it has ({', '.join(_HEAD_COUNT)}). Give the module one of them."
+        )
+
+    def _of_own_images(self, call: TracedCall, layout: CallLayout) -> CallLayout:
+        """The layout with heads in front of the images where the model has them there; asked once per kind of module.
+
+        Another first image moves values of the first image alone, or the layout mixes images.
+        """
+        if call.weights[:-2] == (2, layout.heads):
+            return layout
+        kind = type(self.model.get_submodule(call.path)), replace(layout, heads=1)
+        if kind not in self.own_images:
+            self.own_images[kind] = self._layout_of_own_images(call, layout)
+        return replace(layout, axis=self.own_images[kind].axis)
+
+    def _layout_of_own_images(self, call: TracedCall, layout: CallLayout) -> CallLayout:
+        images = self.images[:2]
+        plain = self.tracer.values_of(call, images)
+        moved = (self.tracer.values_of(call, torch.cat([self.images[2:3], images[1:]])) - plain).abs()
+        moved = moved > _MOVED_SHARE * moved.max()
+        heads_first = [replace(layout, axis=0)] if layout.folded and layout.heads > 1 else []
+        for each in [layout, *heads_first]:
+            if not each.canonical(moved, 2)[1].any():
+                return each
+        if not torch.equal(self.tracer.values_of(call, images), plain):
+            return layout  # drawn at random, so that nothing is told
+        raise Unsupported(
+            f"The attention in {call.path or 'the model'} has values of shape {list(call.v)} for 2 images, and another "
+            "first image moves those of both where the images are expected, so it is not known which are whose. Let "
+            "the batch be the first dimension."
         )
 
     def _head_axis(self, call: TracedCall, axes: list[int]) -> int:

@@ -1,8 +1,8 @@
 """How models lay their tensors out, and the one order that everything else uses.
 
 Canonical order of attention: [row, window, head, .., ..], where a row is one image of one copy. Models use at least
-five others: (B, h, N, D); (B*W, h, S, D) with W windows (Swin); (B, h, W, S, D) (Hiera); (B, W, h, S, D) (Twins);
-(B*h, N, D) (SAM, `nn.MultiheadAttention`).
+seven others: (B, h, N, D); (B*W, h, S, D) with W windows (Swin); (B, h, W, S, D) (Hiera); (B, W, h, S, D) (Twins);
+(B*h, N, D) (SAM, `nn.MultiheadAttention`); (h*B, N, D) (the Set Transformer); (h, B, N, D).
 
 Canonical order of tokens: those that are no patches, then the patches. A model may have tokens behind the patches
 (detection tokens, prompts); in canonical order they follow the tokens in front.
@@ -136,7 +136,7 @@ class CallLayout:
     Attributes:
         heads: Number of heads.
         axis: Head axis of the tensor, after unfolding if `folded`.
-        folded: Heads are folded into the first dimension, (B*h, N, D).
+        folded: Heads are folded into the first dimension, (B*h, N, D), or (h*B, N, D) with `axis` 0.
         span: Number of axes from `axis` on that count heads: 2 where groups of heads share keys, (B, group, h, N, D).
         non_patches: Tokens that are no patches, among those that attend and are attended to.
     """
@@ -161,7 +161,7 @@ class CallLayout:
         for axis in token_axes:
             tensor = self.non_patches.canonical(tensor, axis)
         if self.folded:
-            tensor = tensor.unflatten(0, (-1, self.heads))
+            tensor = tensor.unflatten(0, (self.heads, -1) if self.axis == 0 else (-1, self.heads))
         tensor = tensor.flatten(self.axis, self.axis + self.span - 1) if self.span > 1 else tensor
         tensor = tensor.movedim(self.axis, -3)
         return tensor.reshape(rows, -1, *tensor.shape[-3:])
@@ -179,7 +179,8 @@ class CallLayout:
         """
         for axis in token_axes:
             canonical = self.non_patches.original(canonical, axis)
-        lead = (like.shape[0] // self.heads, self.heads, *like.shape[1:-2]) if self.folded else like.shape[:-2]
+        first = (like.shape[0] // self.heads, self.heads) if self.folded else like.shape[:1]
+        lead = (*(reversed(first) if self.axis == 0 else first), *like.shape[1:-2])
         head_axes = range(self.axis, self.axis + self.span)
         others = [size for axis, size in enumerate(lead) if axis not in head_axes]
         tensor = canonical.reshape(*others, *canonical.shape[-3:]).movedim(-3, self.axis)
