@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import NoAttention, Unsupported
-from vitrail.tap.class_token import has_class_token
+from vitrail.tap.class_token import find_class_tokens
 from vitrail.tap.clone import clone_sharing, images_accepted
 from vitrail.tap.layout import (
     MIN_TOKEN_AXES,
@@ -129,6 +129,7 @@ class Block:
         patch_step: (rows, columns) of pixels from one patch to the next, where a convolution of the image makes the
             patches; None where that is not known, as in later stages of a hierarchy.
         in_place: Tensors that it is given, sums up or returns are changed in place, by itself or after it.
+        class_token: The class token is among its tokens, the first of them in canonical order, or its only query.
     """
 
     path: str
@@ -144,6 +145,7 @@ class Block:
     output_layout: TokenLayout
     patch_step: tuple[int, int] | None
     in_place: bool
+    class_token: bool = False
 
     @property
     def behind(self) -> int:
@@ -205,14 +207,12 @@ class Anatomy:
     Attributes:
         blocks: All blocks, in the order they run.
         pools: Module paths of attention calls outside the blocks.
-        class_token: Whether the model has a class token.
         image_shape: (channels, rows, columns) of the images that were traced, in pixels.
         notes: What was uncertain, as sentences.
     """
 
     blocks: tuple[Block, ...]
     pools: tuple[str, ...]
-    class_token: bool
     image_shape: tuple[int, int, int]
     notes: tuple[str, ...] = ()
 
@@ -222,6 +222,11 @@ class Anatomy:
         grids = {block.grid for block in self.blocks}
         return next(iter(grids)) if len(grids) == 1 else None
 
+    @property
+    def class_token(self) -> bool:
+        """Whether the model has a class token."""
+        return any(block.class_token for block in self.blocks)
+
     def class_index(self, layer: int) -> int | None:
         """Which token of the layer is the class token; None where the model has none or it joins later.
 
@@ -229,10 +234,9 @@ class Anatomy:
             layer: Zero-based index of the block.
 
         Returns:
-            Position of the token in the sequence, or None.
+            Position of the token in canonical order, or None.
         """
-        block = self.blocks[layer]
-        return 0 if self.class_token and (block.prefix > 0 or block.kind == "class") else None
+        return 0 if self.blocks[layer].class_token else None
 
     def _repr_html_(self) -> str:
         """A row for each run of equal blocks, for notebooks."""
@@ -312,10 +316,11 @@ class _Describer:
         self.notes += _notes_on_calls(blocks)
         blocks = self._confirm_grids(blocks)
         self._check_prefix(blocks)
+        places = find_class_tokens(self.tracer, blocks, self.images[:2])
+        blocks = [_with_class_token(block, place) for block, place in zip(blocks, places, strict=True)]
         return Anatomy(
             tuple(blocks),
             tuple(self.two.calls[index].path for index in self.units.get(None, [])),
-            has_class_token(self.model, blocks, self.images[:2]),
             (self.images.shape[1], self.images.shape[2], self.images.shape[3]),
             tuple(self.notes),
         )
@@ -687,7 +692,7 @@ def _on_raster(block: Block, raster: Raster) -> Block:
 
 def _with_non_patches(block: Block, non_patches: NonPatches) -> Block:
     """The block with its tokens in canonical order, and those of its attention calls that attend to all of them."""
-    if not non_patches.behind:
+    if not non_patches.move_tokens:
         return block
     calls = tuple(
         replace(call, layout=replace(call.layout, non_patches=non_patches))
@@ -697,6 +702,14 @@ def _with_non_patches(block: Block, non_patches: NonPatches) -> Block:
     )
     layout, output_layout = (replace(each, non_patches=non_patches) for each in (block.layout, block.output_layout))
     return replace(block, calls=calls, layout=layout, output_layout=output_layout)
+
+
+def _with_class_token(block: Block, place: int | None) -> Block:
+    """The block with the class token first; `place` is which of its tokens that are no patches it is."""
+    if place is None:
+        return block
+    non_patches = NonPatches(block.prefix - block.behind, block.behind, place)
+    return replace(_with_non_patches(block, non_patches), class_token=True)
 
 
 def _numbered_heads(

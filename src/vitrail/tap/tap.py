@@ -398,7 +398,8 @@ class Tap:
             last = len(self.anatomy.blocks) - 1
             block = self.anatomy.blocks[last]
             self._class_token_suffices = False
-            if self.anatomy.class_index(last) == 0 and block.kind == "token" and block.layout.token_axis is not None:
+            in_order = block.layout.token_axis is not None and not block.layout.non_patches.move_tokens
+            if block.class_token and block.kind == "token" and in_order:
                 start = _Start(last, replay, class_token_only=True)
                 self._class_token_suffices = self._gives_logits(start, copies=1)
         return self._class_token_suffices
@@ -614,7 +615,7 @@ class Tap:
             return spec.layout.original(edited, weights, MAP_AXES)
 
         has_region = any(edit.region is not None for edit in edits)
-        region = Region(change, by_query=spec.layout.non_patches.behind == 0) if has_region else None
+        region = Region(change, by_query=not spec.layout.non_patches.move_tokens) if has_region else None
         out = first_query() if first_query else raw.run(bias, region)
         if any(edit.changes_output for edit in edits):
             canonical = apply_to_output(spec.layout.canonical(out, state.n_rows), edits, state.copies)
