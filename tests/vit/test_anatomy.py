@@ -150,6 +150,43 @@ def test_tokens_that_lie_in_another_order_than_the_image_have_no_grid(opened):
     assert any("not lie in raster order" in note for note in anatomy.notes)
 
 
+class _Overlapping(nn.Module):
+    """A ViT whose patches come from overlapping kernels, so that a corner of the image moves several tokens."""
+
+    def __init__(self, arrange):
+        super().__init__()
+        strides = ((3, 12, 4), (12, 24, 2), (24, 24, 2))
+        self.stem = nn.Sequential(*(nn.Conv2d(one, two, 5, step, 2) for one, two, step in strides))
+        self.others, self.arrange = nn.Parameter(torch.randn(1, 3, 24)), arrange
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(24, 3, 48, 0.0, batch_first=True) for _ in range(2)))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, images):
+        patches = self.stem(images).flatten(2).mT
+        return self.head(self.blocks(self.arrange(patches, self.others.expand(len(images), -1, -1))).mean(1))
+
+
+_BY_WINDOWS = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).flatten()
+"""The patches of a 4 x 4 grid, window by window."""
+
+
+@pytest.mark.parametrize(
+    ("arrange", "expected"),
+    [
+        (lambda patches, others: torch.cat([others, patches], 1), [(3, 0, (4, 4))] * 2),
+        (lambda patches, others: torch.cat([patches, others], 1), [(3, 3, (4, 4))] * 2),
+        (lambda patches, others: patches[:, _BY_WINDOWS], [(0, 0, None)] * 2),
+        (lambda patches, others: torch.cat([others[:, :1], patches[:, _BY_WINDOWS]], 1), [(0, 0, None)] * 2),
+        (lambda patches, others: others.repeat(1, 6, 1) + 0 * patches[:, :1], [(0, 0, None)] * 2),  # latents
+    ],
+)
+def test_patches_of_overlapping_kernels_lie_where_the_corners_say(arrange, expected):
+    torch.manual_seed(2)
+    anatomy = discover(_Overlapping(arrange).eval(), torch.randn(3, 3, 64, 64))
+    assert [(block.prefix, block.behind, block.grid) for block in anatomy.blocks] == expected
+    assert bool(anatomy.notes) is (expected[0][2] is None)
+
+
 @pytest.mark.parametrize("name", ["transformers ViT-MAE, mask_ratio 0", "transformers ViT-MAE, mask_ratio 0.75"])
 def test_tokens_drawn_or_shuffled_at_random_have_no_grid(name, opened):
     anatomy = opened(name).anatomy

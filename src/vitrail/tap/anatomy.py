@@ -623,7 +623,8 @@ class _Describer:
                 confirmed[index] = _with_non_patches(block, before.layout.non_patches)
                 continue
             corners = self._corners(block, without_attention=True)
-            if corners is not None and corners.certain:
+            told = corners is not None and (corners.certain or (block.prefix > 0 and not corners.still))
+            if corners is not None and told:  # without attention, nothing of the image may arrive
                 confirmed[index] = self._on_raster_of(block, corners)
         return confirmed
 
@@ -640,25 +641,28 @@ class _Describer:
                 )
                 return blocks
             return [_on_raster(block, raster) if block.tokens == first.tokens else block for block in blocks]
-        if corners is not None and certain:
-            on_raster = self._on_raster_of(first, corners)
-            if on_raster.grid is None:
-                return [replace(block, prefix=0, grid=None) for block in blocks]
-            return [on_raster, *blocks[1:]]
-        if not same_each_time(self.tracer, self.images, Unit(first.path, first.run), first.layout, first.main_input):
+        unit = Unit(first.path, first.run)
+        if not certain and not same_each_time(self.tracer, self.images, unit, first.layout, first.main_input):
             self.notes.append(f"{first.path}: tokens are drawn or shuffled at random in each pass; no grid measures.")
             return [replace(block, prefix=0, grid=None) for block in blocks]
-        rows, columns = first.grid
-        self.notes.append(f"{first.path}: the {rows}x{columns} grid could not be confirmed at the image's corners.")
-        return blocks
+        confirmed = first if corners is None else self._on_raster_of(first, corners)
+        if confirmed.grid is None:
+            return [replace(block, prefix=0, grid=None) for block in blocks]
+        if corners is None or (not certain and raster_of_corners(corners, first.tokens) is None):
+            rows, columns = first.grid
+            self.notes.append(f"{first.path}: the {rows}x{columns} grid could not be confirmed at the image's corners.")
+        return [confirmed, *blocks[1:]]
 
     def _on_raster_of(self, block: Block, corners: Corners) -> Block:
-        """The block with its patches where the corners say they are; without a grid where that is no raster."""
+        """The block with its patches where the corners say they are; without a grid where that is no raster.
+
+        Where the corners say nothing, patches that fill the grid keep it, and those among other tokens have none.
+        """
         assert block.grid is not None
         exact, expected = raster_of_corners(corners, block.tokens), Raster(block.prefix, block.grid)
         if exact is not None and exact.grid == block.grid:
             return _on_raster(block, exact)
-        if fits_raster(corners, expected):
+        if fits_raster(corners, expected) or (corners.diffuse and not block.prefix):
             return block
         self.notes.append(
             f"{block.path}: tokens do not lie in raster order (the image's corners are not tokens "
