@@ -160,6 +160,34 @@ def test_what_does_not_fit_the_output_is_refused(options, message):
         open_vit(_timm(), image_size=64, **options)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "last_step"),
+    [
+        (lambda self, x: self.head(x).softmax(-1), "softmax"),
+        (lambda self, x: self.head(x).exp() / self.head(x).exp().sum(-1, keepdim=True), "softmax"),
+        (lambda self, x: torch.sigmoid(self.head(x)), "sigmoid"),
+        (lambda self, x: {"scores": nn.functional.softmax(self.head(x), 1)}, "softmax"),
+    ],
+)
+def test_probabilities_are_no_logits(wrap, last_step):
+    """Another softmax or sigmoid of them gave wrong probabilities, and wrong importance of heads."""
+    model = _own(wrap, head=nn.Linear(48, 7))
+    for options in ({"task": "classes"}, {"task": "labels"}):
+        with pytest.raises(UsageError, match=f"its last step is a {last_step}"):
+            open_vit(model, image_size=64, **options)
+    model.num_classes = 7
+    with pytest.raises(UsageError, match=f"without that {last_step}"):
+        open_vit(model, image_size=64)
+    assert _task(model, task="none")[0] == "none"
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda self, x: self.head(x).log_softmax(-1), lambda self, x: self.head(x * x.sigmoid())]
+)
+def test_log_probabilities_are_logits_and_a_sigmoid_inside_says_nothing(wrap):
+    assert _task(_own(wrap, head=nn.Linear(48, 7)), task="classes") == ("classes", 7)
+
+
 def test_one_output_cannot_be_classes():
     with pytest.raises(UsageError, match='"labels"'):
         open_vit(_timm(num_classes=1), image_size=64, task="classes")
