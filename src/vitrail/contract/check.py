@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.contract.surgery import NoProjection, Projection, projection_inputs, projections, run_without_head
-from vitrail.errors import Unsupported
+from vitrail.errors import TapError, Unsupported
 from vitrail.markup import html_table
 from vitrail.models.open import Vit
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Kind, layer_ranges
 from vitrail.tap.anatomy_table import ANATOMY_COLUMNS, anatomy_notes, anatomy_rows
 from vitrail.tap.attention import LayerAttention, Readers
-from vitrail.tap.clone import first_weight, has_compiled_parts
+from vitrail.tap.clone import CANNOT_RUN, first_weight, has_compiled_parts
 from vitrail.tap.edits import Edit
 from vitrail.tap.rounding import rounding_bound
 
@@ -168,8 +168,8 @@ def check_vit(
         _logits_unchanged(trial, own),
         *_maps(trial),
         *_pruning(trial),
-        _from_the_middle(trial),
-        _heads_batched(trial),
+        _or_failure("run from the middle", _from_the_middle, trial),
+        _or_failure("heads batched", _heads_batched, trial),
         _on_grid(trial),
         _nothing_left(trial, before),
     ]
@@ -422,6 +422,16 @@ class _Effects:
 
 def _output_reader(layer: int, tokens: list[Tensor]) -> Readers:
     return Readers(output=lambda index, output: tokens.append(output) if index == layer else None)
+
+
+def _or_failure(name: str, promise: Callable[[_Trial], Finding], trial: _Trial) -> Finding:
+    """A promise of runs that start at a block, which a model may not take: that is what is found then."""
+    try:
+        return promise(trial)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model
+    except (TapError, *CANNOT_RUN) as error:
+        return Finding(name, False, None, f"runs that start at a block fail: {error}")
 
 
 def _from_the_middle(trial: _Trial) -> Finding:

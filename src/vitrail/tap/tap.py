@@ -69,6 +69,7 @@ class _Start:
         layer: The first block that runs; blocks before it return their recorded output.
         replay: The recorded pass.
         from_stem: Copies are on the batch from the images on, not only from `layer` on.
+        anew: Blocks before `layer` run all the same, for what they keep on the model for later blocks.
         stop_at_residual: The pass ends when block `layer` has added attention to its input.
         class_token_only: From the last block's residual on only the class token is carried.
     """
@@ -76,6 +77,7 @@ class _Start:
     layer: int
     replay: Replay
     from_stem: bool = False
+    anew: bool = False
     stop_at_residual: bool = False
     class_token_only: bool = False
 
@@ -171,6 +173,7 @@ class Tap:
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._places: dict[tuple[int, int], KeyPlaces] = {}
         self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
+        self._keeps_state: bool | None = None
         self._class_token_suffices: bool | None = None
         self._prepare()
 
@@ -274,10 +277,12 @@ class Tap:
         if not replay.blocks:
             raise UsageError("This pass was recorded with keep=False, so no run can start from it; record it anew.")
         needs_all_tokens = until_residual or (readers is not None and readers.output is not None)
+        anew = layer > 0 and self._blocks_keep_state(replay)
         start = _Start(
             layer,
             replay,
-            from_stem=copies > 1 and self._needs_copies_from_stem(replay),
+            from_stem=anew or (copies > 1 and self._needs_copies_from_stem(replay)),
+            anew=anew,
             stop_at_residual=until_residual,
             class_token_only=not needs_all_tokens and self._class_token_is_enough(replay),
         )
@@ -369,6 +374,38 @@ class Tap:
         return tuple(by_call)
 
     # --- what a run from the middle may leave out --------------------------------------------------------------------
+
+    def _blocks_keep_state(self, replay: Replay) -> bool:
+        """Whether blocks read what earlier blocks of a pass keep on the model, such as the values of the first.
+
+        Tried once: what a changed pass leaves behind must not show in a run from a later block. Where it does, and does
+        not once the earlier blocks run too, they run.
+        """
+        if self._keeps_state is None:
+            self._keeps_state = False
+            blocks = self.anatomy.blocks
+            first, last = next((layer for layer, block in enumerate(blocks) if block.calls), 0), len(blocks) - 1
+            layers = sorted({first + 1, (first + 1 + last) // 2, last}, reverse=True)  # a run hides what it makes anew
+            if blocks[first].calls and first < last:
+                device = replay.images.device
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    self._run_without_heads_of(first, replay.images)
+                    if not all(self._gives_logits(_Start(layer, replay), copies=1) for layer in layers):
+                        self._run_without_heads_of(first, replay.images)
+                        starts = (_Start(layer, replay, from_stem=True, anew=True) for layer in layers)
+                        self._keeps_state = all(self._gives_logits(start, copies=1) for start in starts)
+        return self._keeps_state
+
+    def _run_without_heads_of(self, layer: int, images: Tensor) -> None:
+        """A pass that leaves other things behind than one of these images does: pruned, and of another number."""
+        edits = [Edit(layer, prune=tuple(range(self.anatomy.blocks[layer].heads)))]
+        others = images[:1].repeat(3 if len(images) == 2 else 2, *[1] * (images.ndim - 1))
+        try:
+            self.read(others, edits=edits)
+        except torch.OutOfMemoryError:
+            raise
+        except CANNOT_RUN:  # a model that keeps its batch size
+            self.read(images, edits=edits)
 
     def _needs_copies_from_stem(self, replay: Replay) -> bool:
         """Whether copies must be on the batch from the images on. Tried once: most models take them at any block.
@@ -468,6 +505,8 @@ class Tap:
         state.visited.append(index)
         own = own_tensors if block.in_place else _as_it_is  # the model writes to these: neither record nor reader
         if start is not None and index < start.layer:  # may hold them
+            if start.anew:
+                inner(*args, **kwargs)
             output = own(start.replay.blocks[index].output)
             return repeat_images(output, block.outputs, n_images, state.copies) if start.from_stem else output
         if start is not None and index == start.layer:
