@@ -597,6 +597,77 @@ class _UsedTwice(nn.Module):
         return tokens.mean(1)
 
 
+class _Held(nn.Module):
+    """The same blocks, held in a list, as attributes or some of them in a list."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.patches = how, nn.Conv2d(3, 32, 16, 16)
+        blocks = [nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True) for _ in range(4)]
+        if how == "attributes":
+            self.one, self.two, self.three, self.four = blocks
+        else:
+            self.one, self.four = (None, None) if how == "list" else (blocks[0], blocks[3])
+            self.blocks = nn.ModuleList(blocks if how == "list" else blocks[1:3])
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        between = [self.two, self.three] if self.how == "attributes" else self.blocks
+        for block in (self.one, *between, self.four):
+            tokens = tokens if block is None else block(tokens)
+        return tokens.mean(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "paths"),
+    [
+        ("list", ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
+        ("attributes", ["one", "two", "three", "four"]),
+        ("both", ["one", "blocks.0", "blocks.1", "four"]),
+    ],
+)
+def test_blocks_are_blocks_whatever_holds_them(how, paths):
+    torch.manual_seed(0)
+    model = _Held(how).eval()
+    vit = open_vit(model, image_size=64, weights="random")
+    blocks = vit.anatomy.blocks
+    assert [block.path for block in blocks] == paths
+    assert [(block.prefix, block.grid, len(block.calls)) for block in blocks] == [(0, (4, 4), 1)] * 4
+    assert vit.anatomy.pools == ()
+    images, read = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(0)), {}
+    vit.tap().read(images, Readers(output=read.__setitem__))
+    with torch.no_grad():
+        tokens = model.patches(images).flatten(2).mT
+        for path in paths:
+            tokens = model.get_submodule(path)(tokens)
+    torch.testing.assert_close(read[3], tokens)
+
+
+class _Pairs(nn.Module):
+    """Attention and MLP in turns, and a pool of the same class as the attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.query = nn.Conv2d(3, 32, 16, 16), nn.Parameter(torch.randn(1, 1, 32))
+        attention = [nn.MultiheadAttention(32, 2, batch_first=True) for _ in range(3)]
+        self.layers = nn.ModuleList(nn.ModuleList([each, nn.Linear(32, 32)]) for each in attention[:2])
+        self.pool = attention[2]
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        for attention, mlp in self.layers:
+            tokens = tokens + attention(tokens, tokens, tokens)[0]
+            tokens = tokens + mlp(tokens)
+        return self.pool(self.query.expand(len(images), 1, -1), tokens, tokens)[0][:, 0]
+
+
+def test_a_pool_of_the_class_of_the_layers_is_none():
+    anatomy = open_vit(_Pairs().eval(), image_size=64).anatomy
+    assert [block.path for block in anatomy.blocks] == ["layers.0.0", "layers.1.0"]
+    assert anatomy.pools == ("pool",)
+    assert anatomy.outside == ("Attention in pool is outside the blocks: no layer has it.",)
+
+
 def test_a_block_that_runs_again_is_a_layer_each_time():
     anatomy = open_vit(_UsedTwice().eval(), image_size=64).anatomy
     assert [(block.path, block.run) for block in anatomy.blocks] == [

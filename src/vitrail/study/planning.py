@@ -89,7 +89,7 @@ def make_plan(
         task=vit.task.kind,
         output=vit.read_output.output,
         weights_from=vit.weights_source,
-        notes=list(vit.anatomy.notes),
+        notes=[*vit.anatomy.outside, *vit.anatomy.notes],
         target=vit.task.target.name if vit.task.target is not None else None,
         versions={"vitrail": vitrail.__version__, **_versions(measures)},
     )

@@ -227,6 +227,13 @@ class Anatomy:
         """Whether the model has a class token."""
         return any(block.class_token for block in self.blocks)
 
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Which attention is in no layer, as sentences."""
+        return tuple(
+            f"Attention in {path or 'the model'} is outside the blocks: no layer has it." for path in self.pools
+        )
+
     def class_index(self, layer: int) -> int | None:
         """Which token of the layer is the class token; None where the model has none or it joins later.
 
@@ -279,7 +286,7 @@ def discover(model: nn.Module, images: Tensor) -> Anatomy:
     units = units_of(tracer, two, images[:2])
     paths = {unit.path for unit in units if unit}
     if any(path not in two.runs for path in paths):
-        tracer = Tracer(clone_sharing(model), record=paths)
+        tracer.watch(paths)
         two, three = tracer.run(images[:2]), tracer.run(images[:3])
     if tracer.in_place:  # what was recorded has been written to; from now on the tracer copies it
         two, three = tracer.run(images[:2]), tracer.run(images[:3])

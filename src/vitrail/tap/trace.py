@@ -1,11 +1,13 @@
 """Forward passes of a clone whose modules report their path, and which of those modules are the blocks.
 
 Blocks are found, not configured: for each attention call the innermost child of a container (`ModuleList`,
-`Sequential`) whose siblings with attention are *chained*, that is, work on what the one before gave. A module that runs
-several times in a pass (shared weights) is a block each time.
+`Sequential`) whose siblings with attention are *chained*, that is, work on what the one before gave. A module of the
+same class outside the container is one more block if it is chained with them; without containers, chained modules that
+take and return tokens are the blocks. A module that runs several times in a pass (shared weights) is a block each time.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -135,8 +137,8 @@ class Tracer(PassiveHandler):
     """Runs a clone whose modules report their path.
 
     Args:
-        clone: A copy of the model; its modules' `forward`s are replaced.
-        record: Paths of modules whose inputs and outputs are recorded, besides the children of containers.
+        clone: A copy of the model; its modules' `forward`s are replaced. Inputs and outputs are recorded of children of
+            containers, and of modules that `watch` names.
 
     Attributes:
         model: The clone.
@@ -144,10 +146,10 @@ class Tracer(PassiveHandler):
             All of them under `torch.inference_mode`, which counts no writes.
     """
 
-    def __init__(self, clone: nn.Module, record: Collection[str] = ()) -> None:
+    def __init__(self, clone: nn.Module) -> None:
         self.model = clone
         self.in_place: set[Unit] = set()
-        self._record = frozenset(record)
+        self._watched = {path for path, _ in clone.named_modules() if not path or self.container_of(path) is not None}
         self._trace = Trace()
         self._stack: list[Frame] = []
         self._n_runs: dict[str, int] = {}
@@ -162,6 +164,14 @@ class Tracer(PassiveHandler):
         self._sides = torch.Size()
         for path, module in clone.named_modules():
             self._wrap(path, module)
+
+    def watch(self, paths: Collection[str]) -> None:
+        """Records inputs and outputs of more modules from the next pass on.
+
+        Args:
+            paths: Of the modules.
+        """
+        self._watched.update(paths)
 
     def run(self, images: Tensor, disturb: str | None = None, *, without_attention: bool = False) -> Trace:
         """Traces one pass.
@@ -285,9 +295,9 @@ class Tracer(PassiveHandler):
 
     def _wrap(self, path: str, module: nn.Module) -> None:
         inner = module.forward
-        record = not path or path in self._record or self.container_of(path) is not None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            record = path in self._watched
             shapes = tuple(tuple(leaf.shape) for leaf in _tensors(tree_flatten((args, kwargs))[0]))
             run = self._n_runs.get(path, 0)
             self._n_runs[path] = run + 1
@@ -386,7 +396,9 @@ def units_of(tracer: Tracer, trace: Trace, images: Tensor) -> dict[Unit | None, 
     chained = {parent: _is_chain(tracer, trace, images, siblings) for parent, siblings in children.items()}
     unit_by_call = [_unit_of(tracer, call, children, chained) for call in trace.calls]
     if not any(unit_by_call):
-        unit_by_call = list[Unit | None](call.frames[-1].unit for call in trace.calls)
+        unit_by_call = [*_units_without_container(tracer, trace, images)]
+    elif not all(unit_by_call):
+        unit_by_call = _with_units_outside(tracer, trace, images, unit_by_call)
     paths = {unit.path for unit in unit_by_call if unit}
     units: dict[Unit | None, list[int]] = {}
     for index, (call, around) in enumerate(zip(trace.calls, unit_by_call, strict=True)):
@@ -425,6 +437,65 @@ def _unit_of(
         if len(children[_parent(unit.path)]) == 1:
             return unit
     return None
+
+
+def _units_without_container(tracer: Tracer, trace: Trace, images: Tensor) -> list[Unit]:
+    """Of each call the outermost module around it alone that takes and returns tokens, if these are chained.
+
+    Else the module that makes it.
+    """
+    innermost = [call.frames[-1].unit for call in trace.calls]
+    if len(trace.calls) == 1:
+        return innermost
+    n_calls = Counter(frame.unit for call in trace.calls for frame in call.frames)
+    around = [[frame.unit for frame in call.frames if n_calls[frame.unit] == 1] for call in trace.calls]
+    tracer.watch({unit.path for units in around for unit in units})
+    trace = tracer.run(images)
+    outermost = [
+        next((unit for unit in units if _keeps_tokens(trace, unit)), own)
+        for units, own in zip(around, innermost, strict=True)
+    ]
+    tracer.watch({unit.path for unit in outermost})
+    return outermost if _is_chain(tracer, tracer.run(images), images, outermost) else innermost
+
+
+def _keeps_tokens(trace: Trace, unit: Unit) -> bool:
+    """Whether a module returns as many tokens and channels as it is given; one that pools returns fewer."""
+    run = trace.runs[unit.path][unit.run]
+    given, returned = (
+        max((leaf.shape for leaf in _token_tensors(leaves)), key=torch.Size.numel, default=None)
+        for leaves in (run.inputs, run.outputs)
+    )
+    return given is not None and given == returned
+
+
+def _with_units_outside(
+    tracer: Tracer, trace: Trace, images: Tensor, unit_by_call: Sequence[Unit | None]
+) -> list[Unit | None]:
+    """Calls outside all containers are those of modules of the blocks' class that are chained with the blocks."""
+    classes = {type(tracer.model.get_submodule(unit.path)) for unit in unit_by_call if unit} - {nn.Sequential}
+    around = [
+        unit or next((frame.unit for frame in call.frames if _class_of(tracer, frame) in classes), None)
+        for unit, call in zip(unit_by_call, trace.calls, strict=True)
+    ]
+    if around == [*unit_by_call]:
+        return around
+    tracer.watch({unit.path for unit in around if unit})
+    trace = tracer.run(images)
+    blocks = {unit for unit in unit_by_call if unit}
+    for place, unit in enumerate(around):
+        if unit is None or unit in blocks:
+            continue
+        before = next((each for each in reversed(around[:place]) if each in blocks), None)
+        after = next((each for each in around[place:] if each in blocks), None)
+        pair = (before, unit) if before is not None else (unit, after) if after is not None else None
+        if pair and _keeps_tokens(trace, unit) and _feeds(tracer, trace, images, *pair):
+            blocks.add(unit)
+    return [unit if unit in blocks else None for unit in around]
+
+
+def _class_of(tracer: Tracer, frame: Frame) -> type[nn.Module]:
+    return type(tracer.model.get_submodule(frame.path))
 
 
 def _without_other_units(call: TracedCall, unit: Unit | None, paths: set[str]) -> Unit | None:
@@ -471,3 +542,7 @@ def _versions(leaves: list[Any]) -> tuple[int | None, ...]:
 
 def _tensors(leaves: list[Any]) -> Iterator[Tensor]:
     return (leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _token_tensors(leaves: list[Any]) -> Iterator[Tensor]:
+    return (leaf for leaf in _tensors(leaves) if leaf.ndim == MIN_TOKEN_AXES and leaf.is_floating_point())
