@@ -666,6 +666,47 @@ def test_a_pool_of_the_class_of_the_layers_is_none():
     assert [block.path for block in anatomy.blocks] == ["layers.0.0", "layers.1.0"]
     assert anatomy.pools == ("pool",)
     assert anatomy.outside == ("Attention in pool is outside the blocks: no layer has it.",)
+    assert [note.partition(":")[0] for note in anatomy.notes] == ["L0-L1"]
+    assert "adds what these layers return to other tokens outside them" in anatomy.notes[0]
+
+
+class _Mirrored(_UsedTwice):
+    """One encoder that is shown the image and then its mirror image."""
+
+    def encode(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens.mean(1)
+
+    def forward(self, images):
+        return self.encode(images) + self.encode(images.flip(-1))
+
+
+def test_layers_of_a_mirror_image_do_not_have_the_grid_of_the_image():
+    anatomy = open_vit(_Mirrored().eval(), image_size=64).anatomy
+    assert [(block.grid, block.fed) for block in anatomy.blocks] == [
+        ((4, 4), False),
+        ((4, 4), True),
+        (None, False),
+        (None, True),
+    ]
+
+
+class _Positions(_UsedTwice):
+    """Positions are added on the way to each block."""
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        for block in self.blocks:
+            tokens = block(tokens + torch.linspace(0, 1, 32))
+        return tokens.mean(1)
+
+
+def test_a_sum_on_the_way_to_the_next_block_does_not_make_a_branch():
+    anatomy = open_vit(_Positions().eval(), image_size=64).anatomy
+    assert [block.fed for block in anatomy.blocks] == [False, True]
+    assert anatomy.notes == ()
 
 
 def test_a_block_that_runs_again_is_a_layer_each_time():

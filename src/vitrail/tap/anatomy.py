@@ -27,7 +27,7 @@ from vitrail.tap.layout import (
     main_output,
 )
 from vitrail.tap.raster import Corners, Raster, corners_of, fits_raster, raster_of_corners, same_each_time
-from vitrail.tap.trace import ModuleRun, Trace, TracedCall, Tracer, Unit, units_of
+from vitrail.tap.trace import ModuleRun, Trace, TracedCall, Tracer, Unit, bypassed, is_fed, units_of
 
 __all__ = ["MAPLESS_KINDS", "Anatomy", "Block", "Call", "Kind", "discover", "layer_ranges"]
 
@@ -129,6 +129,8 @@ class Block:
         patch_step: (rows, columns) of pixels from one patch to the next, where a convolution of the image makes the
             patches; None where that is not known, as in later stages of a hierarchy.
         in_place: Tensors that it is given, sums up or returns are changed in place, by itself or after it.
+        fed: It works on what the block before it gave; the first block does not, nor the first of a second encoder, nor
+            that of a run for another picture.
         class_token: The class token is among its tokens, the first of them in canonical order, or its only query.
     """
 
@@ -145,6 +147,7 @@ class Block:
     output_layout: TokenLayout
     patch_step: tuple[int, int] | None
     in_place: bool
+    fed: bool
     class_token: bool = False
 
     @property
@@ -321,6 +324,7 @@ class _Describer:
                     "it keeps its number and has no heads here."
                 )
         self.notes += _notes_on_calls(blocks)
+        self._note_streams(blocks)
         blocks = self._confirm_grids(blocks)
         self._check_prefix(blocks)
         places = find_class_tokens(self.tracer, blocks, self.images[:2])
@@ -402,7 +406,30 @@ class _Describer:
             output_layout,
             patch_step=self._patch_step(grid),
             in_place=unit in self.tracer.in_place,
+            fed=previous is not None
+            and is_fed(self.tracer, self.two, self.images[:2], Unit(previous.path, previous.run), unit),
         )
+
+    def _note_streams(self, blocks: list[Block]) -> None:
+        """Says where another chain of blocks begins, and which layers are branches of the tokens that go on."""
+        starts = [layer for layer, block in enumerate(blocks) if not block.fed]
+        units = [Unit(block.path, block.run) for block in blocks]
+        past = bypassed(self.tracer, self.two, self.images[:2], units)
+        branches = [layer for layer, unit in enumerate(units) if unit in past]
+        for start, stop in pairwise([*starts, len(blocks)]):  # after the last of a chain, nothing tells
+            branches += [stop - 1] * (stop - start > 1 and set(range(start, stop - 1)) <= {*branches})
+        if len(starts) > 1:
+            self.notes.append(
+                f"{layer_ranges(starts[1:])} {'does' if len(starts) == 2 else 'do'} not work on what the layer before "
+                "gives: the model has several encoders, or runs one for several pictures. Measures of the whole model "
+                "are of the last; what is followed from layer to layer is left out."
+            )
+        if branches:
+            self.notes.append(
+                f"{layer_ranges(branches)}: the model adds what these layers return to other tokens outside them, as "
+                "where attention and MLP are modules in turns. Measures of tokens are of what they return, not of the "
+                "sum that goes on."
+            )
 
     def _require_own_rows(self, unit: Unit, run: ModuleRun, main: int, batch: BatchAxis | None) -> None:
         """Refuses blocks whose batch holds several pictures for each image, or whose sequence holds several images."""
@@ -626,7 +653,11 @@ class _Describer:
             before = confirmed[index - 1]
             if index == 0 or block.grid is None or block.layout.token_axis is None:
                 continue
-            if (block.tokens, block.grid) == (before.tokens, before.grid):
+            same = block.fed and (block.tokens, block.grid) == (blocks[index - 1].tokens, blocks[index - 1].grid)
+            if same and before.grid is None:
+                confirmed[index] = replace(block, prefix=0, grid=None)
+                continue
+            if same or (block.fed and (block.tokens, block.grid) == (before.tokens, before.grid)):
                 confirmed[index] = _with_non_patches(block, before.layout.non_patches)
                 continue
             corners = self._corners(block, without_attention=True)

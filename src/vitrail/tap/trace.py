@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vitrail.tap.intercept import Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import MIN_TOKEN_AXES
 
-__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "units_of"]
+__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "bypassed", "is_fed", "units_of"]
 
 _PROJECTING = {F.linear, F.conv1d, F.conv2d}
 
@@ -162,6 +162,8 @@ class Tracer(PassiveHandler):
         self._disturb_step: int | None = None
         self._turn: Frame | None = None
         self._sides = torch.Size()
+        self._answers: dict[Unit, list[Any]] = {}
+        self._moves: dict[tuple[Unit, Unit], bool] = {}
         for path, module in clone.named_modules():
             self._wrap(path, module)
 
@@ -192,6 +194,42 @@ class Tracer(PassiveHandler):
         for path, runs in self._trace.runs.items():
             self.in_place.update(Unit(path, number) for number, run in enumerate(runs) if run.changed_in_place)
         return self._trace
+
+    def run_with_outputs(self, images: Tensor, trace: Trace, units: Collection[Unit]) -> Trace:
+        """Traces one pass in which some modules return what they did in another, whatever they are given.
+
+        Args:
+            images: As many as in the other pass [image, channel, row, column].
+            trace: Of the other pass.
+            units: The modules, and which of their runs.
+
+        Returns:
+            What the pass did.
+        """
+        self._answers = {unit: trace.runs[unit.path][unit.run].outputs for unit in units}
+        try:
+            return self.run(images)
+        finally:
+            self._answers = {}
+
+    def moves(self, trace: Trace, images: Tensor, one: Unit, two: Unit) -> bool:
+        """Whether what a module is given moves with what another gives. Asked once for each pair.
+
+        Args:
+            trace: Of a pass.
+            images: Of that pass.
+            one: The module whose output is changed.
+            two: The module that is given something.
+
+        Returns:
+            True where any tensor among its inputs does.
+        """
+        if (one, two) not in self._moves:
+            plain, other = (
+                runs[two.path][two.run].inputs for runs in (trace.runs, self.run(images, disturb=one.path).runs)
+            )
+            self._moves[one, two] = _differ(plain, other)
+        return self._moves[one, two]
 
     def values_of(
         self, call: TracedCall, images: Tensor, disturb: TracedCall | None = None, turn: Frame | None = None
@@ -316,6 +354,11 @@ class Tracer(PassiveHandler):
                 self._stack.pop()
             if path == self._disturb:
                 out = _plus_one(out)
+            if (path, run) in self._answers:
+                answers = [
+                    leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._answers[Unit(path, run)]
+                ]
+                out = tree_unflatten(answers, tree_flatten(out)[1])
             if record:
                 outputs = tree_flatten(out)[0]
                 entry = ModuleRun(step, inputs, outputs, versions + _versions(outputs))
@@ -403,10 +446,11 @@ def units_of(tracer: Tracer, trace: Trace, images: Tensor) -> dict[Unit | None, 
     units: dict[Unit | None, list[int]] = {}
     for index, (call, around) in enumerate(zip(trace.calls, unit_by_call, strict=True)):
         units.setdefault(_without_other_units(call, around, paths), []).append(index)
-    for unit, indices in units.items():
-        others = units.keys() - {unit, None}
-        indices[:] = [index for index in indices if not _takes_a_map_of(others, trace, trace.calls[index])]
-    return {unit: indices for unit, indices in units.items() if indices}
+    own = {
+        unit: [i for i in indices if not _takes_a_map_of(units.keys() - {unit, None}, trace, trace.calls[i])]
+        for unit, indices in units.items()
+    }
+    return {unit: indices for unit, indices in own.items() if indices}
 
 
 def _takes_a_map_of(units: Collection[Unit | None], trace: Trace, call: TracedCall) -> bool:
@@ -522,17 +566,66 @@ def _is_chain(tracer: Tracer, trace: Trace, images: Tensor, siblings: list[Unit]
 
 def _feeds(tracer: Tracer, trace: Trace, images: Tensor, one: Unit, two: Unit) -> bool:
     """Whether unit `two` works on the output of `one`: the same tensor object, or its input moves with it."""
-    source, target = trace.runs[one.path][one.run], trace.runs[two.path][two.run]
-    target_ids = {id(leaf) for leaf in _tensors(target.inputs)}
-    if any(id(leaf) in target_ids for leaf in _tensors(source.outputs)):
+    if _hands_on(trace, one, two):
         return True
-    if any(id(leaf) in target_ids for leaf in _tensors(source.inputs) if leaf.ndim >= MIN_TOKEN_AXES):
+    tokens = {id(leaf) for leaf in _tensors(trace.runs[one.path][one.run].inputs) if leaf.ndim >= MIN_TOKEN_AXES}
+    if any(id(leaf) in tokens for leaf in _tensors(trace.runs[two.path][two.run].inputs)):
         return False  # both take the same tokens: they are parallel
-    disturbed = tracer.run(images, disturb=one.path).runs[two.path][two.run]
+    return tracer.moves(trace, images, one, two)
+
+
+def _differ(some: list[Any], others: list[Any]) -> bool:
     return any(
-        isinstance(before, Tensor) and before.is_floating_point() and not equal(before, after)
-        for before, after in zip(target.inputs, disturbed.inputs, strict=True)
+        isinstance(one, Tensor) and one.is_floating_point() and not equal(one, other)
+        for one, other in zip(some, others, strict=True)
     )
+
+
+def is_fed(tracer: Tracer, trace: Trace, images: Tensor, one: Unit, two: Unit) -> bool:
+    """Whether a block works on what the block before it gave.
+
+    Args:
+        tracer: The tracer that made the trace; it runs again where that cannot be seen from identities.
+        trace: A trace of the model.
+        images: What was traced.
+        one: The block before.
+        two: The block.
+
+    Returns:
+        False where they are beside each other: two encoders, or one that starts over with another picture.
+    """
+    return _hands_on(trace, one, two) or tracer.moves(trace, images, one, two)
+
+
+def _hands_on(trace: Trace, one: Unit, two: Unit) -> bool:
+    """Whether a block is given the very tensor that another returned."""
+    returned, given = trace.runs[one.path][one.run].outputs, trace.runs[two.path][two.run].inputs
+    given_ids = {id(leaf) for leaf in _tensors(given)}
+    return any(id(leaf) in given_ids for leaf in _tensors(returned))
+
+
+def bypassed(tracer: Tracer, trace: Trace, images: Tensor, units: Sequence[Unit]) -> set[Unit]:
+    """The blocks whose output the model adds to other tokens, on the way to the next block.
+
+    Such a block is a branch, as attention in turns with an MLP. All blocks return what they did in the trace, while the
+    images change: what still moves has come past them.
+
+    Args:
+        tracer: The tracer that made the trace.
+        trace: A trace of the model.
+        images: What was traced.
+        units: All blocks, in the order they run.
+
+    Returns:
+        Some of those that feed the next.
+    """
+    pairs = [pair for pair in pairwise(units) if not _hands_on(trace, *pair) and tracer.moves(trace, images, *pair)]
+    if not pairs:
+        return set()
+    one, two = (tracer.run_with_outputs(each, trace, units).runs for each in (images, images.flip(0)))
+    return {
+        before for before, unit in pairs if _differ(one[unit.path][unit.run].inputs, two[unit.path][unit.run].inputs)
+    }
 
 
 def _versions(leaves: list[Any]) -> tuple[int | None, ...]:
