@@ -343,6 +343,8 @@ def _no_change(trial: _Trial, layer: int) -> Edit:
 def _pruning(trial: _Trial) -> list[Finding]:
     """Prunes one head of each attention module, at the tap and at the input of the output projection of a copy."""
     blocks = trial.vit.anatomy.blocks
+    tap = trial.vit.tap()
+    past = tap.blocks_keep_state(trial.run_seeded(tap.record, trial.images)[0])
     by_call = projections(trial.vit.model, trial.vit.anatomy, trial.images)
     differences, refused, effects = [], dict[str, list[int]](), _Effects()
     for layer in trial.layers:
@@ -352,6 +354,8 @@ def _pruning(trial: _Trial) -> list[Finding]:
             edit = Edit(layer, prune=(spec.first_head + head,))
             of_calls = [by_call[layer, call] for call in calls]
             reason = next((each.reason for each in of_calls if isinstance(each, NoProjection)), None)
+            if past:
+                reason = "blocks keep something on the model for later ones, which goes past their projections"
             if reason is not None:
                 refused.setdefault(reason, []).append(layer)
                 effects.add_output(trial, edit)

@@ -277,7 +277,7 @@ class Tap:
         if not replay.blocks:
             raise UsageError("This pass was recorded with keep=False, so no run can start from it; record it anew.")
         needs_all_tokens = until_residual or (readers is not None and readers.output is not None)
-        anew = layer > 0 and self._blocks_keep_state(replay)
+        anew = layer > 0 and self.blocks_keep_state(replay)
         start = _Start(
             layer,
             replay,
@@ -375,11 +375,18 @@ class Tap:
 
     # --- what a run from the middle may leave out --------------------------------------------------------------------
 
-    def _blocks_keep_state(self, replay: Replay) -> bool:
+    @torch.no_grad()
+    def blocks_keep_state(self, replay: Replay) -> bool:
         """Whether blocks read what earlier blocks of a pass keep on the model, such as the values of the first.
 
         Tried once: what a changed pass leaves behind must not show in a run from a later block. Where it does, and does
         not once the earlier blocks run too, they run.
+
+        Args:
+            replay: What `record` gave.
+
+        Returns:
+            False for models that hand on all that they compute.
         """
         if self._keeps_state is None:
             self._keeps_state = False
