@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vitrail.errors import ModelError, UsageError
+from vitrail.errors import ModelError, Unsupported, UsageError
 from vitrail.models.choose import OutputReader
 from vitrail.tap.clone import clone_sharing, first_weight, image_channels, images_accepted
 
@@ -416,6 +416,11 @@ def module_task(module: nn.Module, size: tuple[int, int], reader: OutputReader) 
         for hook in hooks:
             hook.remove()
     output = reader(whole)
+    if len(output) != len(images):
+        raise Unsupported(
+            f"The model returns {len(output)} rows for {len(images)} image; one vector per image is needed. Wrap it in "
+            "a module whose forward returns [image, class]."
+        )
     same = [(path, inner) for path, inner, raw in returned if _same(raw, output)]
     task = _task_of_layers(module, same, output, pooled=not isinstance(whole, Tensor) or whole.ndim != 2)
     return replace(task, last_step=_last_step(output, sigmoids.results))
