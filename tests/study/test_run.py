@@ -471,3 +471,13 @@ def test_a_disk_that_takes_no_more_is_told_and_the_study_goes_on_later(
     run(vit, photos, out)
     assert verify(out) == 3
     assert folder_bytes(out) == folder_bytes(finished)
+
+
+def test_attention_outside_the_layers_is_named_in_the_plan(tmp_path: Path) -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3,
+        global_pool="map", class_token=False,
+    )  # fmt: skip
+    vit = open_vit(model, class_names=["a", "b", "c"])
+    run_study(vit, write_photos(tmp_path / "photos", 2), out=tmp_path / "study", measures="head_probability")
+    assert read_plan(tmp_path / "study").notes == ["Attention in attn_pool is outside the blocks: no layer has it."]

@@ -150,6 +150,43 @@ def test_tokens_that_lie_in_another_order_than_the_image_have_no_grid(opened):
     assert any("not lie in raster order" in note for note in anatomy.notes)
 
 
+class _Overlapping(nn.Module):
+    """A ViT whose patches come from overlapping kernels, so that a corner of the image moves several tokens."""
+
+    def __init__(self, arrange):
+        super().__init__()
+        strides = ((3, 12, 4), (12, 24, 2), (24, 24, 2))
+        self.stem = nn.Sequential(*(nn.Conv2d(one, two, 5, step, 2) for one, two, step in strides))
+        self.others, self.arrange = nn.Parameter(torch.randn(1, 3, 24)), arrange
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(24, 3, 48, 0.0, batch_first=True) for _ in range(2)))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, images):
+        patches = self.stem(images).flatten(2).mT
+        return self.head(self.blocks(self.arrange(patches, self.others.expand(len(images), -1, -1))).mean(1))
+
+
+_BY_WINDOWS = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).flatten()
+"""The patches of a 4 x 4 grid, window by window."""
+
+
+@pytest.mark.parametrize(
+    ("arrange", "expected"),
+    [
+        (lambda patches, others: torch.cat([others, patches], 1), [(3, 0, (4, 4))] * 2),
+        (lambda patches, others: torch.cat([patches, others], 1), [(3, 3, (4, 4))] * 2),
+        (lambda patches, others: patches[:, _BY_WINDOWS], [(0, 0, None)] * 2),
+        (lambda patches, others: torch.cat([others[:, :1], patches[:, _BY_WINDOWS]], 1), [(0, 0, None)] * 2),
+        (lambda patches, others: others.repeat(1, 6, 1) + 0 * patches[:, :1], [(0, 0, None)] * 2),  # latents
+    ],
+)
+def test_patches_of_overlapping_kernels_lie_where_the_corners_say(arrange, expected):
+    torch.manual_seed(2)
+    anatomy = discover(_Overlapping(arrange).eval(), torch.randn(3, 3, 64, 64))
+    assert [(block.prefix, block.behind, block.grid) for block in anatomy.blocks] == expected
+    assert bool(anatomy.notes) is (expected[0][2] is None)
+
+
 @pytest.mark.parametrize("name", ["transformers ViT-MAE, mask_ratio 0", "transformers ViT-MAE, mask_ratio 0.75"])
 def test_tokens_drawn_or_shuffled_at_random_have_no_grid(name, opened):
     anatomy = opened(name).anatomy
@@ -368,6 +405,81 @@ def test_flex_attention_is_read_and_edited_with_its_score_function(monkeypatch):
         torch.testing.assert_close(without, model(images))
 
 
+def _mixed_by_einsum(tokens):
+    mixing = torch.tensor([[1.0, -0.5], [0.25, 2.0]])
+    weights = torch.einsum("b h i j, h g -> b g i j", _map_of(tokens), mixing)
+    return weights, (weights @ tokens).transpose(1, 2)
+
+
+def test_heads_mixed_by_an_einsum_after_the_softmax_are_still_maps():
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(_mixed_by_einsum)
+    vit = open_vit(model, image_size=64, weights="random")
+    maps = []
+    logits, weights = _logits_and_map(model, images)
+    read = vit.tap().read(images, Readers(attention=lambda each: maps.append(each.weights())))
+    torch.testing.assert_close(read, logits, rtol=0, atol=0)
+    torch.testing.assert_close(maps[0], weights)
+    assert not vit.anatomy.blocks[0].calls[0].row_stochastic
+
+
+def _heads_first(tokens):
+    """[head, image, ..], as where a stack of heads is taken apart along the channels first."""
+    heads = tokens.transpose(0, 1)
+    weights = _map_of(heads)
+    return weights.transpose(0, 1), (weights @ heads).permute(1, 2, 0, 3)
+
+
+def _heads_folded_first(tokens):
+    """[head * image, ..], as the Set Transformer has them: `torch.cat(q.split(channels, 2), 0)`."""
+    heads = tokens.transpose(0, 1).flatten(0, 1)
+    weights = _map_of(heads)
+    parts = [each.unflatten(0, (2, -1)) for each in (weights, torch.bmm(weights, heads))]
+    return parts[0].transpose(0, 1), parts[1].permute(1, 2, 0, 3)
+
+
+@pytest.mark.parametrize("product", [_heads_first, _heads_folded_first])
+def test_heads_in_front_of_the_images_are_those_of_each_image(product):
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    model = _ModelByHand(product)
+    vit = open_vit(model, image_size=64, weights="random", task="classes")
+    maps = []
+    logits, weights = _logits_and_map(model, images)
+    read = vit.tap().read(images, Readers(attention=lambda each: maps.append(each.weights())))
+    torch.testing.assert_close(read, logits, rtol=0, atol=0)
+    torch.testing.assert_close(maps[0], weights)
+    without = vit.tap().run_from(0, vit.tap().record(images)[0], [Edit(0, copy=1, prune=(1,))], copies=2)
+    with torch.no_grad():
+        model.blocks[0].proj.weight[:, 16:] = 0
+        torch.testing.assert_close(without, torch.cat([logits, model(images)]))
+
+
+def _windows_in_front(tokens):
+    """Four windows in front of the images, in one dimension with them."""
+    windows = tokens.unflatten(2, (4, 4)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    weights = _map_of(windows)
+    return weights, (weights @ windows).unflatten(0, (4, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+
+def test_windows_in_front_of_the_images_are_refused():
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Unsupported, match="it is not known which are whose"):
+        discover(_ModelByHand(_windows_in_front), images)
+
+
+def test_positions_added_to_the_values_are_refused():
+    """Relative positions of Shaw et al.: each pair of a query and a key has values of its own."""
+    images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    positions = torch.randn((16, 16, 16), generator=torch.Generator().manual_seed(1))
+
+    def product(tokens):
+        weights = _map_of(tokens)
+        return weights, (weights @ tokens + torch.einsum("bhij,ijd->bhid", weights, positions)).transpose(1, 2)
+
+    with pytest.raises(Unsupported, match="values of their own for each pair of a query and a key"):
+        discover(_ModelByHand(product), images)
+
+
 def test_an_einsum_that_sums_another_axis_than_the_softmax_is_refused():
     images = torch.randn((3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
 
@@ -483,6 +595,118 @@ class _UsedTwice(nn.Module):
             for block in self.blocks:
                 tokens = block(tokens)
         return tokens.mean(1)
+
+
+class _Held(nn.Module):
+    """The same blocks, held in a list, as attributes or some of them in a list."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.patches = how, nn.Conv2d(3, 32, 16, 16)
+        blocks = [nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True) for _ in range(4)]
+        if how == "attributes":
+            self.one, self.two, self.three, self.four = blocks
+        else:
+            self.one, self.four = (None, None) if how == "list" else (blocks[0], blocks[3])
+            self.blocks = nn.ModuleList(blocks if how == "list" else blocks[1:3])
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        between = [self.two, self.three] if self.how == "attributes" else self.blocks
+        for block in (self.one, *between, self.four):
+            tokens = tokens if block is None else block(tokens)
+        return tokens.mean(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "paths"),
+    [
+        ("list", ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
+        ("attributes", ["one", "two", "three", "four"]),
+        ("both", ["one", "blocks.0", "blocks.1", "four"]),
+    ],
+)
+def test_blocks_are_blocks_whatever_holds_them(how, paths):
+    torch.manual_seed(0)
+    model = _Held(how).eval()
+    vit = open_vit(model, image_size=64, weights="random")
+    blocks = vit.anatomy.blocks
+    assert [block.path for block in blocks] == paths
+    assert [(block.prefix, block.grid, len(block.calls)) for block in blocks] == [(0, (4, 4), 1)] * 4
+    assert vit.anatomy.pools == ()
+    images, read = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(0)), {}
+    vit.tap().read(images, Readers(output=read.__setitem__))
+    with torch.no_grad():
+        tokens = model.patches(images).flatten(2).mT
+        for path in paths:
+            tokens = model.get_submodule(path)(tokens)
+    torch.testing.assert_close(read[3], tokens)
+
+
+class _Pairs(nn.Module):
+    """Attention and MLP in turns, and a pool of the same class as the attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.query = nn.Conv2d(3, 32, 16, 16), nn.Parameter(torch.randn(1, 1, 32))
+        attention = [nn.MultiheadAttention(32, 2, batch_first=True) for _ in range(3)]
+        self.layers = nn.ModuleList(nn.ModuleList([each, nn.Linear(32, 32)]) for each in attention[:2])
+        self.pool = attention[2]
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        for attention, mlp in self.layers:
+            tokens = tokens + attention(tokens, tokens, tokens)[0]
+            tokens = tokens + mlp(tokens)
+        return self.pool(self.query.expand(len(images), 1, -1), tokens, tokens)[0][:, 0]
+
+
+def test_a_pool_of_the_class_of_the_layers_is_none():
+    anatomy = open_vit(_Pairs().eval(), image_size=64).anatomy
+    assert [block.path for block in anatomy.blocks] == ["layers.0.0", "layers.1.0"]
+    assert anatomy.pools == ("pool",)
+    assert anatomy.outside == ("Attention in pool is outside the blocks: no layer has it.",)
+    assert [note.partition(":")[0] for note in anatomy.notes] == ["L0-L1"]
+    assert "adds what these layers return to other tokens outside them" in anatomy.notes[0]
+
+
+class _Mirrored(_UsedTwice):
+    """One encoder that is shown the image and then its mirror image."""
+
+    def encode(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens.mean(1)
+
+    def forward(self, images):
+        return self.encode(images) + self.encode(images.flip(-1))
+
+
+def test_layers_of_a_mirror_image_do_not_have_the_grid_of_the_image():
+    anatomy = open_vit(_Mirrored().eval(), image_size=64).anatomy
+    assert [(block.grid, block.fed) for block in anatomy.blocks] == [
+        ((4, 4), False),
+        ((4, 4), True),
+        (None, False),
+        (None, True),
+    ]
+
+
+class _Positions(_UsedTwice):
+    """Positions are added on the way to each block."""
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).mT
+        for block in self.blocks:
+            tokens = block(tokens + torch.linspace(0, 1, 32))
+        return tokens.mean(1)
+
+
+def test_a_sum_on_the_way_to_the_next_block_does_not_make_a_branch():
+    anatomy = open_vit(_Positions().eval(), image_size=64).anatomy
+    assert [block.fed for block in anatomy.blocks] == [False, True]
+    assert anatomy.notes == ()
 
 
 def test_a_block_that_runs_again_is_a_layer_each_time():

@@ -122,6 +122,85 @@ def test_blocks_that_share_their_attention_weights_break_no_promise(fresh):
     assert report.ok, report.text()
 
 
+class _Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 16, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return (self.q(x) @ self.k(x).mT / 4).softmax(-1) @ self.v(x)
+
+
+class _HeadModules(nn.Module):
+    """A module for each head, whose outputs meet in one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.proj = nn.LayerNorm(32), nn.Linear(32, 32)
+        self.heads = nn.ModuleList(_Head() for _ in range(2))
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.proj(torch.cat([head(y) for head in self.heads], -1))
+
+
+class _GateAfter(nn.Module):
+    """A gate that is computed from the tokens after attention; a tensor that the first block keeps for the others."""
+
+    def __init__(self, kept: dict[str, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.kept, self.first, self.num_heads = kept, kept == {}, 2
+        if kept is not None:
+            kept["out"] = torch.zeros(1)
+        self.norm, self.qkv, self.gate, self.proj = nn.LayerNorm(32), *(nn.Linear(32, n) for n in (96, 32, 32))
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = self.qkv(y).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.kept is None:
+            return x + self.proj(out * self.gate(y).sigmoid())
+        if self.first:
+            self.kept["out"] = out
+        return x + self.proj(out + self.kept["out"])
+
+
+class _Blocks(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.patches, self.blocks, self.head = nn.Conv2d(3, 32, 16, 16), nn.Sequential(*blocks), nn.Linear(32, 5)
+
+    def forward(self, images):
+        return self.head(self.blocks(self.patches(images).flatten(2).mT).mean(1))
+
+
+@pytest.mark.parametrize("block", [_HeadModules, _GateAfter])
+def test_the_projection_is_the_weight_that_takes_what_all_heads_give(block):
+    torch.manual_seed(0)
+    model = _Blocks(block(), block()).eval()
+    vit = open_vit(model, image_size=64, weights="random")
+    assert vit.n_heads == (2, 2)
+    images = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(1))
+    for (layer, number), projection in projections(model, vit.anatomy, images).items():
+        assert not isinstance(projection, NoProjection)
+        assert projection.weight == f"blocks.{layer}.proj.weight"
+        first = vit.anatomy.blocks[layer].calls[number].first_head
+        for head, channels in enumerate(projection.channels, first):
+            assert channels.nonzero().flatten().tolist() == [*range(16 * head, 16 * head + 16)]
+    report = check_vit(vit)
+    assert report.ok, report.text()
+    assert report.finding("prune = surgery").holds is True
+
+
+def test_what_blocks_keep_for_later_ones_is_no_broken_promise():
+    torch.manual_seed(0)
+    kept: dict[str, torch.Tensor] = {}
+    report = check_vit(open_vit(_Blocks(_GateAfter(kept), _GateAfter(kept)).eval(), image_size=64, weights="random"))
+    assert report.ok, report.text()
+    assert report.finding("prune = surgery").holds is None
+    assert report.finding("heads batched").holds is True
+
+
 class _Adapter(nn.Module):
     """A low-rank path beside a linear map, as adapters of fine-tuning are."""
 

@@ -97,6 +97,40 @@ class _Difference(nn.Module):
         return tokens + self.proj(out.transpose(1, 2).flatten(2))
 
 
+class _MapsFirst(nn.Module):
+    """All maps are made before the first of them meets values; heads one by one, or two maps of all heads."""
+
+    def __init__(self, *, by_head):
+        super().__init__()
+        self.num_heads, self.by_head = HEADS, by_head
+        self.qkv, self.qk, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens):
+        q, k, v = heads_apart(self.qkv(tokens), 3)
+        if self.by_head:
+            maps = [(q[:, head] @ k[:, head].mT * HEAD**-0.5).softmax(-1) for head in range(HEADS)]
+            return tokens + self.proj(torch.cat([each @ v[:, head] for head, each in enumerate(maps)], -1))
+        others = heads_apart(self.qk(tokens), 2)
+        near, far = ((one @ two.mT * HEAD**-0.5).softmax(-1) for one, two in ((q, k), others))
+        return tokens + self.proj((near @ v + far @ v.flip(-2)).transpose(1, 2).flatten(2))
+
+
+class _HandedOn(nn.Module):
+    """Blocks of which the second takes the map of the first."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.num_heads, self.maps, self.first = HEADS, maps, not maps
+        maps.append(None)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens):
+        q, k, v = heads_apart(self.qkv(tokens), 3)
+        if self.first:
+            self.maps[0] = (q @ k.mT * HEAD**-0.5).softmax(-1)
+        return tokens + self.proj((self.maps[0] @ v).transpose(1, 2).flatten(2))
+
+
 class _Model(nn.Module):
     def __init__(self, *blocks):
         super().__init__()
@@ -348,6 +382,55 @@ def test_a_head_that_is_a_difference_of_two_maps_is_one_head(fused):
     assert_allclose(pruned(vit, Edit(1, prune=(3,))), expected, rtol=1e-4, atol=1e-5)
     report = check_vit(vit)
     assert report.ok, report.text()
+
+
+@pytest.mark.parametrize("by_head", [True, False])
+def test_maps_that_are_all_made_before_their_products_are_all_read_and_edited(by_head):
+    model = model_of(_MapsFirst(by_head=by_head), _MapsFirst(by_head=by_head))
+    vit = open_vit(model, image_size=64, weights="random", task="classes")
+    assert vit.n_heads == (HEADS, HEADS)
+    assert [len(block.calls) for block in vit.anatomy.blocks] == [HEADS if by_head else 2] * 2
+    for layer in (0, 1):
+        for head in range(HEADS):
+            expected = without_columns(model, f"blocks.{layer}.proj", head).numpy()
+            assert_allclose(pruned(vit, Edit(layer, prune=(head,))), expected, atol=1e-5)
+    maps = []
+    reader = Readers(attention=lambda attention: maps.append((attention.layer, attention.call, attention.weights())))
+    vit.tap().read(IMAGES, reader, [Edit(0, call=1, drop_keys=(3,))])
+    assert [(layer, call) for layer, call, weights in maps if not weights[..., 3].any()] == [(0, 1)]
+
+
+def test_a_map_that_another_block_has_made_is_not_that_blocks_own():
+    maps = []
+    vit = open_vit(model_of(_HandedOn(maps), _HandedOn(maps)), image_size=64, weights="random", task="classes")
+    assert vit.n_heads == (HEADS, 0)
+    assert any("blocks.1 (L1)" in note for note in vit.anatomy.notes)
+    read = []
+    vit.tap().read(IMAGES, Readers(attention=lambda attention: read.append(attention.layer)))
+    assert read == [0]
+
+
+class _OneSoftmax(nn.Module):
+    """One softmax of all heads, and a product for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = HEADS, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens):
+        q, k, v = heads_apart(self.qkv(tokens), 3)
+        weights = (q @ k.mT * HEAD**-0.5).softmax(-1)
+        return tokens + self.proj(torch.cat([weights[:, head] @ v[:, head] for head in range(HEADS)], -1))
+
+
+def test_a_softmax_of_several_calls_takes_no_bias_of_one_of_them():
+    model = model_of(_OneSoftmax(), _OneSoftmax())
+    vit = open_vit(model, image_size=64, weights="random", task="classes")
+    assert vit.n_heads == (HEADS, HEADS)
+    expected = without_columns(model, "blocks.1.proj", 2).numpy()
+    assert_allclose(pruned(vit, Edit(1, prune=(2,))), expected, atol=1e-5)
+    with pytest.raises(Unsupported, match="L0 uses one softmax for several attention calls"):
+        vit.tap().read(IMAGES, edits=[Edit(0, drop_keys=(3,))])
 
 
 def test_a_module_that_is_several_layers_is_pruned_in_the_layer_that_is_named():

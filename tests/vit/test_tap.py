@@ -772,3 +772,61 @@ def test_runs_from_a_block_that_never_give_the_models_answer_are_withheld(noise)
     replay, _ = vit.tap().record(noise(vit))
     with pytest.raises(TapError, match="do not give the model's own answer"):
         vit.tap().run_from(1, replay, copies=2)
+    finding = check_vit(vit, quick=True).finding("heads batched")
+    assert finding.holds is False
+    assert "do not give the model's own answer" in finding.sentence
+
+
+class _KeepingBlock(nn.Module):
+    """Takes something of what the first block kept on the model: its values, or what its heads gave."""
+
+    def __init__(self, kept: dict[str, torch.Tensor], kind: str) -> None:
+        super().__init__()
+        self.kept, self.kind, self.num_heads = kept, kind, 2
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, *, first: bool) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        v = self._with_kept("values", v, first=first)
+        out = self._with_kept("outputs", nn.functional.scaled_dot_product_attention(q, k, v), first=first)
+        return x + self.proj(out.transpose(1, 2).flatten(2))
+
+    def _with_kept(self, kind: str, each: torch.Tensor, *, first: bool) -> torch.Tensor:
+        if kind != self.kind:
+            return each
+        if first:
+            self.kept[kind] = each
+        return each + self.kept[kind]
+
+
+class _KeepingModel(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.head = nn.Conv2d(3, 32, 16, 16), nn.Linear(32, 5)
+        kept: dict[str, torch.Tensor] = {}
+        self.blocks = nn.ModuleList(_KeepingBlock(kept, kind) for _ in range(3))
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patches(images).flatten(2).mT
+        for index, block in enumerate(self.blocks):
+            x = block(x, first=index == 0)
+        return self.head(x.mean(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["values", "outputs"])
+@pytest.mark.parametrize("n_images", [1, 3])
+def test_runs_from_a_block_have_what_earlier_blocks_keep_on_the_model(kind, n_images, noise):
+    """Each run has it of its own pass, whatever the run before it pruned and however many copies it had."""
+    vit = open_vit(_KeepingModel(kind), image_size=64, weights="random", task="classes")
+    tap, images = vit.tap(), noise(vit, n_images)
+    replay, logits = tap.record(images)
+    for layer in (0, 1, 2, 0, 2):
+        edits = [Edit(layer, copy=copy, prune=(copy,)) for copy in range(2)]
+        rows = tap.run_from(layer, replay, [*edits, Edit(2, prune=(1,))], copies=3)
+        pruned = [tap.read(images, edits=[Edit(layer, prune=(copy,)), Edit(2, prune=(1,))]) for copy in range(2)]
+        expected = torch.cat([*pruned, tap.read(images, edits=[Edit(2, prune=(1,))])])
+        assert_allclose(rows.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
+        assert_allclose(tap.run_from(layer, replay).numpy(), logits.numpy(), rtol=1e-4, atol=1e-5)

@@ -1,5 +1,8 @@
 """What a model's output means: found from its library, its configuration or its last layer, or asked for."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import timm
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 
 from vitrail.analysis import unavailable
 from vitrail.contract.check import check_vit
-from vitrail.errors import UsageError
+from vitrail.errors import Unsupported, UsageError
 from vitrail.models.choose import OutputReader
 from vitrail.models.open import open_vit
 from vitrail.models.task import module_task
@@ -24,6 +27,17 @@ def _timm(name="vit_tiny_patch16_224", **options):
 def _transformers(**options):
     config = transformers.ViTConfig(**SMALL, image_size=64, **options)
     return transformers.ViTForImageClassification(config).eval()
+
+
+@dataclass
+class _Fields:
+    features: torch.Tensor
+    scores: torch.Tensor
+
+
+class _Named(NamedTuple):
+    features: torch.Tensor
+    scores: torch.Tensor
 
 
 class _Own(nn.Module):
@@ -160,6 +174,34 @@ def test_what_does_not_fit_the_output_is_refused(options, message):
         open_vit(_timm(), image_size=64, **options)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "last_step"),
+    [
+        (lambda self, x: self.head(x).softmax(-1), "softmax"),
+        (lambda self, x: self.head(x).exp() / self.head(x).exp().sum(-1, keepdim=True), "softmax"),
+        (lambda self, x: torch.sigmoid(self.head(x)), "sigmoid"),
+        (lambda self, x: {"scores": nn.functional.softmax(self.head(x), 1)}, "softmax"),
+    ],
+)
+def test_probabilities_are_no_logits(wrap, last_step):
+    """Another softmax or sigmoid of them gave wrong probabilities, and wrong importance of heads."""
+    model = _own(wrap, head=nn.Linear(48, 7))
+    for options in ({"task": "classes"}, {"task": "labels"}):
+        with pytest.raises(UsageError, match=f"its last step is a {last_step}"):
+            open_vit(model, image_size=64, **options)
+    model.num_classes = 7
+    with pytest.raises(UsageError, match=f"without that {last_step}"):
+        open_vit(model, image_size=64)
+    assert _task(model, task="none")[0] == "none"
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda self, x: self.head(x).log_softmax(-1), lambda self, x: self.head(x * x.sigmoid())]
+)
+def test_log_probabilities_are_logits_and_a_sigmoid_inside_says_nothing(wrap):
+    assert _task(_own(wrap, head=nn.Linear(48, 7)), task="classes") == ("classes", 7)
+
+
 def test_one_output_cannot_be_classes():
     with pytest.raises(UsageError, match='"labels"'):
         open_vit(_timm(num_classes=1), image_size=64, task="classes")
@@ -179,6 +221,9 @@ def test_a_single_number_beside_the_features_is_no_output_of_its_own():
     [
         (lambda self, x: (x, self.head(x)), r"0 \[1, 48\], 1 \[1, 7\]", 1),
         (lambda self, x: {"features": x, "scores": self.head(x)}, r"'features' .*'scores' \[1, 7\]", "scores"),
+        (lambda self, x: _Fields(x, self.head(x)), r"'features' .*'scores' \[1, 7\]", "scores"),
+        (lambda self, x: _Named(x, self.head(x)), r"'features' .*'scores' \[1, 7\]", "scores"),
+        (lambda self, x: _Named(x, self.head(x)), r"'features' .*'scores' \[1, 7\]", 1),
     ],
 )
 def test_several_outputs_are_listed_at_opening_and_one_is_named(wrap, listed, output):
@@ -191,5 +236,20 @@ def test_several_outputs_are_listed_at_opening_and_one_is_named(wrap, listed, ou
     assert vit.n_classes == 7
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(vit.logits(images), model(images)[output], rtol=0, atol=0)
+        returned = model(images)
+        expected = returned[output] if not hasattr(returned, "scores") else returned.scores
+        torch.testing.assert_close(vit.logits(images), expected, rtol=0, atol=0)
     assert check_vit(vit, quick=True).ok
+
+
+def test_one_number_for_each_image_is_a_value():
+    """As a mean squared error needs it, `head(x).squeeze(-1)`."""
+    model = _own(lambda self, x: self.head(x).squeeze(-1), head=nn.Linear(48, 1))
+    vit = open_vit(model, image_size=64)
+    assert (vit.task.kind, vit.task.n_outputs) == ("regression", 1)
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(vit.logits(images), model(images)[:, None], rtol=0, atol=0)
+    assert check_vit(vit, quick=True).ok
+    with pytest.raises(Unsupported, match="7 rows for 1 image"):
+        open_vit(_own(lambda self, x: self.head(x)[0], head=nn.Linear(48, 7)), image_size=64)

@@ -12,12 +12,14 @@ from PIL import Image
 from torch import nn
 
 import vitrail
+from vitrail.analysis import unavailable
 from vitrail.contract.check import check_vit
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import open_vit
 from vitrail.tap.attention import Readers
 from vitrail.tap.clone import image_channels
 from vitrail.tap.edits import Edit
+from vitrail.tokens.levels import require_one_grid
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -117,6 +119,12 @@ def test_two_pictures_stacked_on_the_batch_are_refused_and_one_after_the_other_a
     vit = open_vit(model, image_size=64, weights="random")
     runs = [(f"encoder.blocks.{block}", run) for run in (0, 1) for block in (0, 1)]
     assert [(block.path, block.run) for block in vit.anatomy.blocks] == runs
+    assert [block.fed for block in vit.anatomy.blocks] == [False, True, False, True]
+    assert [note.partition(":")[0] for note in vit.anatomy.notes] == ["L2 does not work on what the layer before gives"]
+    assert require_one_grid(vit.anatomy, 2) == (4, 4)
+    with pytest.raises(Unsupported, match="L2 does not work on what L1 gives"):
+        require_one_grid(vit.anatomy)
+    assert "L2 does not work on what L1 gives" in unavailable(vit, ["occlusion_drift"])["occlusion_drift"]
     images = torch.randn((2, 3, 64, 64), generator=GENERATOR)
     with torch.no_grad():
         torch.testing.assert_close(vit.tap().read(images), model(images))

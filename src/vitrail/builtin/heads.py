@@ -23,7 +23,7 @@ PRUNED_HEAD = ("importance", "ablation")
 
 NO_RESIDUAL = (
     "is seen to add its attention to the tokens that it was given: something comes in between, such as a convolution, "
-    "or one operation does both"
+    "one operation does both, or the sum is outside the layer"
 )
 """Why shifts of tokens are left out, after the layers that are meant."""
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from vitrail.contract.surgery import NoProjection, Projection, projection_inputs, projections, run_without_head
 from vitrail.data.files import some
-from vitrail.errors import ModelError, Unsupported
+from vitrail.errors import ModelError, TapError, Unsupported
 from vitrail.markup import html_table
 from vitrail.models.open import Vit, require_vit
 from vitrail.tap.anatomy import MAPLESS_KINDS, Anatomy, Block, Kind, layer_ranges
 from vitrail.tap.anatomy_table import ANATOMY_COLUMNS, anatomy_notes, anatomy_rows
 from vitrail.tap.attention import LayerAttention, Readers
-from vitrail.tap.clone import first_weight, has_compiled_parts
+from vitrail.tap.clone import CANNOT_RUN, first_weight, has_compiled_parts
 from vitrail.tap.edits import Edit
 from vitrail.tap.modes import plain_modes
 from vitrail.tap.rounding import rounding_bound
@@ -176,8 +176,8 @@ def check_vit(
         _logits_unchanged(trial, own),
         *_maps(trial),
         *_pruning(trial),
-        _from_the_middle(trial),
-        _heads_batched(trial),
+        _or_failure("run from the middle", _from_the_middle, trial),
+        _or_failure("heads batched", _heads_batched, trial),
         _on_grid(trial),
         _nothing_left(trial, before),
     ]
@@ -361,6 +361,8 @@ def _no_change(trial: _Trial, layer: int) -> Edit:
 def _pruning(trial: _Trial) -> list[Finding]:
     """Prunes one head of each attention module, at the tap and at the input of the output projection of a copy."""
     blocks = trial.vit.anatomy.blocks
+    tap = trial.vit.tap()
+    past = tap.blocks_keep_state(trial.run_seeded(tap.record, trial.images)[0])
     by_call = projections(trial.vit.model, trial.vit.anatomy, trial.images)
     differences, refused, effects = [], dict[str, list[int]](), _Effects()
     for layer in trial.layers:
@@ -370,6 +372,8 @@ def _pruning(trial: _Trial) -> list[Finding]:
             edit = Edit(layer, prune=(spec.first_head + head,))
             of_calls = [by_call[layer, call] for call in calls]
             reason = next((each.reason for each in of_calls if isinstance(each, NoProjection)), None)
+            if past:
+                reason = "blocks keep something on the model for later ones, which goes past their projections"
             if reason is not None:
                 refused.setdefault(reason, []).append(layer)
                 effects.add_output(trial, edit)
@@ -440,6 +444,16 @@ class _Effects:
 
 def _output_reader(layer: int, tokens: list[Tensor]) -> Readers:
     return Readers(output=lambda index, output: tokens.append(output) if index == layer else None)
+
+
+def _or_failure(name: str, promise: Callable[[_Trial], Finding], trial: _Trial) -> Finding:
+    """A promise of runs that start at a block, which a model may not take: that is what is found then."""
+    try:
+        return promise(trial)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model
+    except (TapError, *CANNOT_RUN) as error:
+        return Finding(name, False, None, f"runs that start at a block fail: {error}")
 
 
 def _from_the_middle(trial: _Trial) -> Finding:

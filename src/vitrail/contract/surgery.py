@@ -2,7 +2,9 @@
 
 Which channels are a head's is asked of the model: in some passes the attention outputs of chosen heads are ones and
 those of the others zeros, and the projection's input shows where they arrive. So interleaved heads (NesT) are found as
-well as heads side by side. Channels are closed at one use of the weight only, since blocks may share their weights.
+well as heads side by side, and heads of several calls that meet in one projection. The projection is the first weight
+of the block after the call whose input is zero where all heads give zeros: what makes gates or the next head is not.
+Channels are closed at one use of the weight only, since blocks may share their weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,13 +67,42 @@ class _WeightUse(NamedTuple):
         return self.x.movedim(self.channel_axis, 0).flatten(1)
 
 
-class _FirstUse(NamedTuple):
-    """The first use of a weight after an attention call, and at which input channels something arrives."""
+class _LaterUse(NamedTuple):
+    """A use of a weight after an attention call, and at which input channels something arrives."""
 
     weight: str
     use: int
     projects: bool
     nonzero: Bool[Tensor, "channel"]
+
+
+class _Turn(NamedTuple):
+    """A call of a module: its path, and how many calls it has made before."""
+
+    path: str
+    number: int
+
+
+@dataclass(frozen=True)
+class _NumberedCall:
+    """An attention call whose heads are numbered among those of its block, from 1.
+
+    Attributes:
+        layer: Of its block.
+        number: Of the call in the block.
+        call: Its description.
+        n_heads: Of its block.
+    """
+
+    layer: int
+    number: int
+    call: Call
+    n_heads: int
+
+    @property
+    def heads(self) -> range:
+        """The numbers of its heads."""
+        return range(self.call.layer_heads.start + 1, self.call.layer_heads.stop + 1)
 
 
 class _WeightUses(TorchFunctionMode):
@@ -112,63 +143,67 @@ def projections(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dict[tupl
     """
     clone = clone_sharing(model)
     specs = _calls_by_turn(anatomy)
-    n_bits = max(call.heads for block in anatomy.blocks for call in block.calls).bit_length()
+    n_bits = max(block.heads for block in anatomy.blocks).bit_length()
     coded = _CodedHeads(clone, specs)
-    silent, *by_bit = (coded.first_uses(images, bit) for bit in (None, *range(n_bits)))
+    silent, *by_bit = (coded.later_uses(images, bit) for bit in (None, *range(n_bits)))
     return {
-        number: _projection(specs[turn][1], silent.get(turn), [uses.get(turn) for uses in by_bit])
-        for turn, (number, _) in specs.items()
+        (spec.layer, spec.number): _projection(spec, silent.get(turn, []), [uses.get(turn, []) for uses in by_bit])
+        for turn, spec in specs.items()
     }
 
 
-def _calls_by_turn(anatomy: Anatomy) -> dict[tuple[str, int], tuple[tuple[int, int], Call]]:
-    """(module path, how many calls it has made before) -> ((layer, call), its description)."""
+def _calls_by_turn(anatomy: Anatomy) -> dict[_Turn, _NumberedCall]:
+    """The attention calls of all blocks, as a pass comes to them."""
     counts: dict[str, int] = {}
-    calls: dict[tuple[str, int], tuple[tuple[int, int], Call]] = {}
+    calls: dict[_Turn, _NumberedCall] = {}
     for layer, block in enumerate(anatomy.blocks):
         for number, call in enumerate(block.calls):
             turn = counts.get(call.path, 0)
             counts[call.path] = turn + 1
-            calls[call.path, turn] = ((layer, number), call)
+            calls[_Turn(call.path, turn)] = _NumberedCall(layer, number, call, block.heads)
     return calls
 
 
-def _projection(call: Call, silent: _FirstUse | None, by_bit: list[_FirstUse | None]) -> Projection | NoProjection:
-    if silent is None:
+def _projection(
+    spec: _NumberedCall, silent: list[_LaterUse], by_bit: list[list[_LaterUse]]
+) -> Projection | NoProjection:
+    if not silent:
         return NoProjection("nothing with weights takes what attention gives")
-    uses = [use for use in by_bit if use is not None and use.weight == silent.weight and use.projects]
-    if len(uses) < len(by_bit):
-        return NoProjection(f"attention goes into {silent.weight}, which is no projection")
-    if bool(silent.nonzero.any()):
+    taker = next((use for use in silent if not bool(use.nonzero.any())), None)
+    if taker is None:
         return NoProjection("the model adds to the heads before their projection, so a pruned head leaves that sum")
-    code = sum(use.nonzero.long() << bit for bit, use in enumerate(uses))
-    channels = torch.as_tensor(code)[None] == torch.arange(1, call.heads + 1, device=silent.nonzero.device)[:, None]
-    if not bool((channels.sum(0) == 1).all()) or not bool(channels.any(1).all()):
-        return NoProjection(f"channels that go into {silent.weight} do not belong to one head each")
-    return Projection(silent.weight, silent.use, channels)
+    same = [[use for use in uses if (use.weight, use.use) == (taker.weight, taker.use)] for uses in by_bit]
+    if not taker.projects or not all(same):
+        return NoProjection(f"attention goes into {taker.weight}, which is no projection")
+    code = torch.as_tensor(sum(use.nonzero.long() << bit for bit, (use, *_) in enumerate(same)))
+    channels = code[None] == torch.tensor([*spec.heads], device=code.device)[:, None]
+    of_block = (code >= 1) & (code <= spec.n_heads)
+    if not bool(of_block.all()) or not bool(channels.any(1).all()):
+        return NoProjection(f"channels that go into {taker.weight} do not belong to one head each")
+    return Projection(taker.weight, taker.use, channels)
 
 
 class _CodedHeads(PassiveHandler):
-    """Gives ones for some heads of every attention call and zeros for the rest; notes which weight is used next."""
+    """Gives ones for some heads of every attention call and zeros for the rest; notes which weights are used then."""
 
-    def __init__(self, clone: nn.Module, specs: dict[tuple[str, int], tuple[tuple[int, int], Call]]) -> None:
+    def __init__(self, clone: nn.Module, specs: dict[_Turn, _NumberedCall]) -> None:
         self.model, self.specs = clone, specs
         self.stack: list[str] = []
         self.bit: int | None = None
         self.n_images = 0
         self.turns: dict[str, int] = {}
-        self.waiting: list[tuple[str, int]] = []
-        self.uses: dict[tuple[str, int], _FirstUse] = {}
+        self.waiting: list[_Turn] = []
+        self.uses: dict[_Turn, list[_LaterUse]] = {}
         for path, module in clone.named_modules():
             self._wrap(path, module)
 
     @torch.no_grad()
-    def first_uses(self, images: Tensor, bit: int | None) -> dict[tuple[str, int], _FirstUse]:
-        """By (module path, turn), the first use of a weight after each call.
+    def later_uses(self, images: Tensor, bit: int | None) -> dict[_Turn, list[_LaterUse]]:
+        """The uses of weights after each call, up to the first call of another block.
 
         Args:
             images: A batch of prepared images.
-            bit: Heads whose number from 1 has this bit give ones; None: every head gives zeros.
+            bit: Heads whose number has this bit give ones; None: every head gives zeros.
         """
         self.bit, self.n_images, self.turns, self.waiting, self.uses = bit, len(images), {}, [], {}
         with torch.random.fork_rng(devices=[]), _WeightUses(self.model, self._note), Interceptor(self):
@@ -178,25 +213,28 @@ class _CodedHeads(PassiveHandler):
     def attention(self, call: RawCall) -> Tensor:
         """Gives zeros and ones instead of the output."""
         path = self.stack[-1]
-        turn = (path, self.turns.get(path, 0))
-        self.turns[path] = turn[1] + 1
-        self.waiting.append(turn)
+        turn = _Turn(path, self.turns.get(path, 0))
+        self.turns[path] = turn.number + 1
         out = torch.zeros_like(super().attention(call))
-        if self.bit is None or turn not in self.specs:
+        spec = self.specs.get(turn)
+        if spec is None:
+            self.waiting = []
             return out
-        layout = self.specs[turn][1].layout
+        self.waiting = [*(each for each in self.waiting if self.specs[each].layer == spec.layer), turn]
+        if self.bit is None:
+            return out
+        layout = spec.call.layout
         canonical = layout.canonical(out, self.n_images).clone()
-        heads = torch.arange(1, layout.heads + 1, device=out.device)
+        heads = torch.tensor([*spec.heads], device=out.device)
         canonical[:, :, (heads >> self.bit & 1).bool()] = 1
         # written into the same strides as the kernel's result, so that views in the model stay possible
         return out.copy_(layout.original(canonical, out))
 
     def _note(self, use: _WeightUse) -> None:
         if self.waiting:
-            nonzero = (use.by_channel() != 0).any(1)
-            first_use = _FirstUse(use.weight, use.use, use.func in _PROJECTING, nonzero)
-            self.uses |= dict.fromkeys(self.waiting, first_use)
-            self.waiting = []
+            later = _LaterUse(use.weight, use.use, use.func in _PROJECTING, (use.by_channel() != 0).any(1))
+            for turn in self.waiting:
+                self.uses.setdefault(turn, []).append(later)
 
     def _wrap(self, path: str, module: nn.Module) -> None:
         inner = module.forward

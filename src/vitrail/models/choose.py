@@ -1,7 +1,7 @@
 """Which tensor of what a model returns is looked at: logits where it classifies, else one feature vector per image."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,8 @@ class OutputReader:
         if self.output is None:
             return feature_or_logits(returned)
         outputs = _outputs(returned)
+        if isinstance(self.output, int) and isinstance(returned, tuple):
+            outputs |= _with_tensors(dict(enumerate(returned)))  # fields of a named tuple have places too
         if self.output not in outputs:
             available = _listing(outputs) or "one tensor, which needs no name"
             raise UsageError(f"The output {self.output!r} was asked for; this model returns {available}.")
@@ -80,17 +82,21 @@ def _field(output: Any, name: str) -> Any:
 
 
 def _outputs(returned: Any) -> dict[str | int, Any]:
-    """What a mapping or sequence holds that is a tensor, or holds tensors itself, by name or index.
-
-    A single number is none: a loss, or the temperature that CLIP models return, is of no image.
-    """
+    """What a mapping, sequence or data class holds that is a tensor, or holds tensors itself, by name or index."""
     if isinstance(returned, Mapping):
-        items: Any = returned.items()
-    elif isinstance(returned, (tuple, list)):
-        items = enumerate(returned)
-    else:
-        return {}
-    return {key: value for key, value in items if (value.ndim if isinstance(value, Tensor) else _outputs(value))}
+        return _with_tensors(returned)
+    if is_dataclass(returned) and not isinstance(returned, type):
+        return _with_tensors({field.name: getattr(returned, field.name) for field in fields(returned)})
+    if isinstance(returned, tuple) and hasattr(returned, "_fields"):
+        return _with_tensors(dict(zip(returned._fields, returned, strict=True)))
+    return _with_tensors(dict(enumerate(returned))) if isinstance(returned, (tuple, list)) else {}
+
+
+def _with_tensors(items: Mapping[Any, Any]) -> dict[str | int, Any]:
+    """Those that are tensors or hold some. A single number (a loss, the temperature of CLIP) is of no image."""
+    return {
+        key: value for key, value in items.items() if (value.ndim if isinstance(value, Tensor) else _outputs(value))
+    }
 
 
 def _listing(outputs: Mapping[str | int, Any]) -> str:
@@ -106,6 +112,8 @@ def _is_of_transformers(output: Any) -> bool:
 
 
 def _pool(value: Tensor) -> Tensor:
+    if value.ndim == 1:  # one number for each image
+        return value[:, None]
     if value.ndim == 2:
         return value
     if value.ndim == 3:

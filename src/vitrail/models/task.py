@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from vitrail.errors import ModelError, UsageError
+from vitrail.errors import ModelError, Unsupported, UsageError
 from vitrail.models.choose import OutputReader
 from vitrail.tap.clone import clone_sharing, first_weight, image_channels, images_accepted
 
@@ -33,6 +34,11 @@ _CLASSIFIER_NAMES = frozenset(
     {"classification_head", "classifier", "fc", "head", "heads", "linear_head", "logits", "mlp_head", "to_logits"}
 )
 """What people call the layer that gives the logits."""
+
+_SIGMOID = {torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, nn.functional.sigmoid, torch.special.expit}
+
+_SUM_TOLERANCE = 1e-3
+"""Rows of probabilities sum to 1 up to this; half precision rounds sums of many classes so."""
 
 _WITHOUT = {
     REGRESSION: "the model has no classifier, its outputs are values",
@@ -86,12 +92,15 @@ class Task:
         source: Where that comes from, in words.
         n_outputs: Numbers per image: classes, labels, values or channels; None where nobody counted them.
         target: A number of the user's, read off the output.
+        last_step: "softmax" or "sigmoid" where the output is probabilities already; empty where it is logits or other
+            numbers.
     """
 
     kind: str
     source: str
     n_outputs: int | None = None
     target: Target | None = None
+    last_step: str = ""
 
     @property
     def n_classes(self) -> int | None:
@@ -283,6 +292,12 @@ def resolve_task(
                 f'task="{task}" was given, and the output has {width or "no known number of"} numbers per image '
                 f'({stated.source}). For one number choose "labels" (its sigmoid) or "regression".'
             )
+        if stated.last_step:
+            raise UsageError(
+                f"The model returns probabilities: its last step is a {stated.last_step}, and Vitrail, which takes "
+                f"logits, would take another. Open it without that {stated.last_step}, or with "
+                'task="none" for what needs no classes.'
+            )
     elif n_classes:
         raise UsageError(f'n_classes={n_classes} has no meaning with task="{task}"; leave one of them out.')
     return replace(stated, kind=task, source=source, n_outputs=width, target=target)
@@ -395,15 +410,44 @@ def module_task(module: nn.Module, size: tuple[int, int], reader: OutputReader) 
         for path, inner in clone.named_modules()
         if path and (isinstance(inner, (nn.Linear, nn.Identity)) or library_task(inner) is not None)
     ]
+    sigmoids = _Sigmoids()
     try:
-        with images_accepted(module, images.shape):
+        with images_accepted(module, images.shape), sigmoids:
             whole = clone(images)
     finally:
         for hook in hooks:
             hook.remove()
     output = reader(whole)
+    if len(output) != len(images):
+        raise Unsupported(
+            f"The model returns {len(output)} rows for {len(images)} image; one vector per image is needed. Wrap it in "
+            "a module whose forward returns [image, class]."
+        )
     same = [(path, inner) for path, inner, raw in returned if _same(raw, output)]
-    return _task_of_layers(module, same, output, pooled=not isinstance(whole, Tensor) or whole.ndim != 2)
+    task = _task_of_layers(module, same, output, pooled=not isinstance(whole, Tensor) or whole.ndim != 2)
+    return replace(task, last_step=_last_step(output, sigmoids.results))
+
+
+class _Sigmoids(TorchFunctionMode):
+    """Keeps what sigmoids give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _SIGMOID:
+            self.results.append(result)
+        return result
+
+
+def _last_step(output: Tensor, sigmoids: Sequence[Tensor]) -> str:
+    """The function that makes the output probabilities: rows that sum to 1 are no logits."""
+    if any(_same(each, output) for each in sigmoids):
+        return "sigmoid"
+    sums_to_one = bool(((output.float().sum(-1) - 1).abs() <= _SUM_TOLERANCE).all())
+    return "softmax" if output.shape[-1] > 1 and sums_to_one and bool((output >= 0).all()) else ""
 
 
 def _same(returned: Any, output: Tensor) -> bool:

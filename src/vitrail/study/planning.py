@@ -102,7 +102,7 @@ def make_plan(
         task=vit.task.kind,
         output=vit.read_output.output,
         weights_from=vit.weights_source,
-        notes=list(vit.anatomy.notes),
+        notes=[*vit.anatomy.outside, *vit.anatomy.notes],
         **asdict(model_identity(vit)),
         versions={"vitrail": vitrail.__version__, **_versions(measures)},
     )

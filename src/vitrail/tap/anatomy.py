@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import NoAttention, Unsupported
-from vitrail.tap.class_token import has_class_token
+from vitrail.tap.class_token import find_class_tokens
 from vitrail.tap.clone import clone_sharing, images_accepted
 from vitrail.tap.layout import (
     MIN_TOKEN_AXES,
@@ -27,7 +27,7 @@ from vitrail.tap.layout import (
     main_output,
 )
 from vitrail.tap.raster import Corners, Raster, corners_of, fits_raster, raster_of_corners, same_each_time
-from vitrail.tap.trace import ModuleRun, Trace, TracedCall, Tracer, Unit, units_of
+from vitrail.tap.trace import ModuleRun, Trace, TracedCall, Tracer, Unit, bypassed, is_fed, units_of
 
 __all__ = ["MAPLESS_KINDS", "Anatomy", "Block", "Call", "Kind", "discover", "layer_ranges"]
 
@@ -55,6 +55,9 @@ _MAX_PREFIX_SHARE = 1 / 4
 _FIRST_PATCH_SHARE = 1 / 16
 """Side of the changed corner of the image, as a share: at most one patch of the usual 4 x 4 grids and larger."""
 
+_MOVED_SHARE = 1e-3
+"""Values have moved if they did by this share of the most that any did: what other kernels round is far below."""
+
 _TINY = 1e-12
 """Keeps a share of nothing from being a division by zero."""
 
@@ -77,6 +80,7 @@ class Call:
         repeat: How many calls of the block have run the same heads before it: 0, but for weights that are used several
             times in a block (a loop) and for heads that are the difference of two maps.
         follows: It works on what an earlier call of the block gave; else they run beside each other.
+        softmaxes: Which of the block's softmaxes its map comes from; none for fused calls, and for a softmax outside.
     """
 
     path: str
@@ -91,6 +95,7 @@ class Call:
     first_head: int = 0
     repeat: int = 0
     follows: bool = False
+    softmaxes: tuple[int, ...] = ()
 
     @property
     def heads(self) -> int:
@@ -124,6 +129,9 @@ class Block:
         patch_step: (rows, columns) of pixels from one patch to the next, where a convolution of the image makes the
             patches; None where that is not known, as in later stages of a hierarchy.
         in_place: Tensors that it is given, sums up or returns are changed in place, by itself or after it.
+        fed: It works on what the block before it gave; the first block does not, nor the first of a second encoder, nor
+            that of a run for another picture.
+        class_token: The class token is among its tokens, the first of them in canonical order, or its only query.
     """
 
     path: str
@@ -139,6 +147,8 @@ class Block:
     output_layout: TokenLayout
     patch_step: tuple[int, int] | None
     in_place: bool
+    fed: bool
+    class_token: bool = False
 
     @property
     def behind(self) -> int:
@@ -200,14 +210,12 @@ class Anatomy:
     Attributes:
         blocks: All blocks, in the order they run.
         pools: Module paths of attention calls outside the blocks.
-        class_token: Whether the model has a class token.
         image_shape: (channels, rows, columns) of the images that were traced, in pixels.
         notes: What was uncertain, as sentences.
     """
 
     blocks: tuple[Block, ...]
     pools: tuple[str, ...]
-    class_token: bool
     image_shape: tuple[int, int, int]
     notes: tuple[str, ...] = ()
 
@@ -217,6 +225,18 @@ class Anatomy:
         grids = {block.grid for block in self.blocks}
         return next(iter(grids)) if len(grids) == 1 else None
 
+    @property
+    def class_token(self) -> bool:
+        """Whether the model has a class token."""
+        return any(block.class_token for block in self.blocks)
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Which attention is in no layer, as sentences."""
+        return tuple(
+            f"Attention in {path or 'the model'} is outside the blocks: no layer has it." for path in self.pools
+        )
+
     def class_index(self, layer: int) -> int | None:
         """Which token of the layer is the class token; None where the model has none or it joins later.
 
@@ -224,10 +244,9 @@ class Anatomy:
             layer: Zero-based index of the block.
 
         Returns:
-            Position of the token in the sequence, or None.
+            Position of the token in canonical order, or None.
         """
-        block = self.blocks[layer]
-        return 0 if self.class_token and (block.prefix > 0 or block.kind == "class") else None
+        return 0 if self.blocks[layer].class_token else None
 
     def _repr_html_(self) -> str:
         """A row for each run of equal blocks, for notebooks."""
@@ -270,7 +289,7 @@ def discover(model: nn.Module, images: Tensor) -> Anatomy:
     units = units_of(tracer, two, images[:2])
     paths = {unit.path for unit in units if unit}
     if any(path not in two.runs for path in paths):
-        tracer = Tracer(clone_sharing(model), record=paths)
+        tracer.watch(paths)
         two, three = tracer.run(images[:2]), tracer.run(images[:3])
     if tracer.in_place:  # what was recorded has been written to; from now on the tracer copies it
         two, three = tracer.run(images[:2]), tracer.run(images[:3])
@@ -287,6 +306,7 @@ class _Describer:
         self.two, self.three, self.units = two, three, units
         self.notes: list[str] = []
         self.follows: dict[tuple[Any, ...], tuple[bool, ...]] = {}
+        self.own_images: dict[tuple[type[nn.Module], CallLayout], CallLayout] = {}
 
     def anatomy(self) -> Anatomy:
         """Describes blocks, in the order they run, and what is outside them."""
@@ -304,12 +324,14 @@ class _Describer:
                     "it keeps its number and has no heads here."
                 )
         self.notes += _notes_on_calls(blocks)
+        self._note_streams(blocks)
         blocks = self._confirm_grids(blocks)
         self._check_prefix(blocks)
+        places = find_class_tokens(self.tracer, blocks, self.images[:2])
+        blocks = [_with_class_token(block, place) for block, place in zip(blocks, places, strict=True)]
         return Anatomy(
             tuple(blocks),
             tuple(self.two.calls[index].path for index in self.units.get(None, [])),
-            has_class_token(self.model, blocks, self.images[:2]),
             (self.images.shape[1], self.images.shape[2], self.images.shape[3]),
             tuple(self.notes),
         )
@@ -339,7 +361,7 @@ class _Describer:
         run, other = self.two.runs[unit.path][unit.run], self.three.runs[unit.path][unit.run]
         inputs = _batch_dimensions(run.inputs, other.inputs)
         outputs = _batch_dimensions(run.outputs, other.outputs)
-        layouts = [self._call_layout(one, two) for one, two in pairs]
+        layouts = [self._of_own_images(one, self._call_layout(one, two)) for one, two in pairs]
         maps = {(each.heads, *one.weights[-2:]) for each, (one, _) in zip(layouts, pairs, strict=True)}
         main = _main_leaf(run.inputs, inputs, unit.path, maps | {(1, *shape[1:]) for shape in maps})
         self._require_own_rows(unit, run, main, inputs[main])
@@ -364,7 +386,10 @@ class _Describer:
             self._input_channels,
         )
         follows = self._follows(unit, [one for one, _ in pairs])
-        calls = tuple(replace(call, follows=each) for call, each in zip(calls, follows, strict=True))
+        softmaxes = [self._softmaxes_in(unit, one) for one, _ in pairs]
+        calls = tuple(
+            replace(call, follows=one, softmaxes=two) for call, one, two in zip(calls, follows, softmaxes, strict=True)
+        )
         grid = self._grid(run, main, layout, tokens, previous, pairs[0][0].step if pairs else run.step)
         prefix = tokens - grid[0] * grid[1] if grid else 0
         return Block(
@@ -381,7 +406,30 @@ class _Describer:
             output_layout,
             patch_step=self._patch_step(grid),
             in_place=unit in self.tracer.in_place,
+            fed=previous is not None
+            and is_fed(self.tracer, self.two, self.images[:2], Unit(previous.path, previous.run), unit),
         )
+
+    def _note_streams(self, blocks: list[Block]) -> None:
+        """Says where another chain of blocks begins, and which layers are branches of the tokens that go on."""
+        starts = [layer for layer, block in enumerate(blocks) if not block.fed]
+        units = [Unit(block.path, block.run) for block in blocks]
+        past = bypassed(self.tracer, self.two, self.images[:2], units)
+        branches = [layer for layer, unit in enumerate(units) if unit in past]
+        for start, stop in pairwise([*starts, len(blocks)]):  # after the last of a chain, nothing tells
+            branches += [stop - 1] * (stop - start > 1 and set(range(start, stop - 1)) <= {*branches})
+        if len(starts) > 1:
+            self.notes.append(
+                f"{layer_ranges(starts[1:])} {'does' if len(starts) == 2 else 'do'} not work on what the layer before "
+                "gives: the model has several encoders, or runs one for several pictures. Measures of the whole model "
+                "are of the last; what is followed from layer to layer is left out."
+            )
+        if branches:
+            self.notes.append(
+                f"{layer_ranges(branches)}: the model adds what these layers return to other tokens outside them, as "
+                "where attention and MLP are modules in turns. Measures of tokens are of what they return, not of the "
+                "sum that goes on."
+            )
 
     def _require_own_rows(self, unit: Unit, run: ModuleRun, main: int, batch: BatchAxis | None) -> None:
         """Refuses blocks whose batch holds several pictures for each image, or whose sequence holds several images."""
@@ -425,13 +473,22 @@ class _Describer:
             self.follows[kind] = (False, *moved)
         return self.follows[kind]
 
+    def _softmaxes_in(self, unit: Unit, call: TracedCall) -> tuple[int, ...]:
+        """Which of a block's softmaxes the map of a call comes from."""
+        own = [
+            number
+            for number, frames in enumerate(self.two.softmaxes)
+            if next((frame.unit for frame in reversed(frames) if frame.unit in self.units), None) == unit
+        ]
+        return tuple(own.index(number) for number in call.softmaxes if number in own)
+
     def _input_channels(self, weight: str) -> int:
         """Channels that a linear map or convolution takes."""
         return int(self.model.get_parameter(weight).shape[1])
 
     def _call_layout(self, one: TracedCall, two: TracedCall) -> CallLayout:
         lead, lead_three = one.weights[:-2], two.weights[:-2]
-        fixed = [axis for axis in range(1, len(lead)) if lead[axis] == lead_three[axis]]
+        fixed = [axis for axis in range(len(lead)) if lead[axis] == lead_three[axis]]
         for heads in self._head_counts(one):
             axes = [axis for axis in fixed if lead[axis] == heads]
             if axes:
@@ -446,12 +503,41 @@ class _Describer:
             n_tokens = {shape[1] for frame in one.frames for shape in frame.inputs if len(shape) == MIN_TOKEN_AXES}
             if lead[1] in n_tokens and one.weights[-2] not in n_tokens:
                 return CallLayout(1, folded=True)  # each token weighs things of its own (a mixture its experts)
-            return CallLayout(lead[1])
+            return CallLayout(lead[fixed[-1]], fixed[-1])
         if lead == (2,):
             return CallLayout(1, folded=True)  # one map an image: one head, which nothing needs to count
         raise Unsupported(
             f"The attention in {one.path or 'the model'} has weights of shape {list(one.weights)} for 2 images and no "
             f"attribute that says how many heads it has ({', '.join(_HEAD_COUNT)}). Give the module one of them."
+        )
+
+    def _of_own_images(self, call: TracedCall, layout: CallLayout) -> CallLayout:
+        """The layout with heads in front of the images where the model has them there; asked once per kind of module.
+
+        Another first image moves values of the first image alone, or the layout mixes images.
+        """
+        if call.weights[:-2] == (2, layout.heads):
+            return layout
+        kind = type(self.model.get_submodule(call.path)), replace(layout, heads=1)
+        if kind not in self.own_images:
+            self.own_images[kind] = self._layout_of_own_images(call, layout)
+        return replace(layout, axis=self.own_images[kind].axis)
+
+    def _layout_of_own_images(self, call: TracedCall, layout: CallLayout) -> CallLayout:
+        images = self.images[:2]
+        plain = self.tracer.values_of(call, images)
+        moved = (self.tracer.values_of(call, torch.cat([self.images[2:3], images[1:]])) - plain).abs()
+        moved = moved > _MOVED_SHARE * moved.max()
+        heads_first = [replace(layout, axis=0)] if layout.folded and layout.heads > 1 else []
+        for each in [layout, *heads_first]:
+            if not each.canonical(moved, 2)[1].any():
+                return each
+        if not torch.equal(self.tracer.values_of(call, images), plain):
+            return layout  # drawn at random, so that nothing is told
+        raise Unsupported(
+            f"The attention in {call.path or 'the model'} has values of shape {list(call.v)} for 2 images, and another "
+            "first image moves those of both where the images are expected, so it is not known which are whose. Let "
+            "the batch be the first dimension."
         )
 
     def _head_axis(self, call: TracedCall, axes: list[int]) -> int:
@@ -567,11 +653,16 @@ class _Describer:
             before = confirmed[index - 1]
             if index == 0 or block.grid is None or block.layout.token_axis is None:
                 continue
-            if (block.tokens, block.grid) == (before.tokens, before.grid):
+            same = block.fed and (block.tokens, block.grid) == (blocks[index - 1].tokens, blocks[index - 1].grid)
+            if same and before.grid is None:
+                confirmed[index] = replace(block, prefix=0, grid=None)
+                continue
+            if same or (block.fed and (block.tokens, block.grid) == (before.tokens, before.grid)):
                 confirmed[index] = _with_non_patches(block, before.layout.non_patches)
                 continue
             corners = self._corners(block, without_attention=True)
-            if corners is not None and corners.certain:
+            told = corners is not None and (corners.certain or (block.prefix > 0 and not corners.still))
+            if corners is not None and told:  # without attention, nothing of the image may arrive
                 confirmed[index] = self._on_raster_of(block, corners)
         return confirmed
 
@@ -588,25 +679,28 @@ class _Describer:
                 )
                 return blocks
             return [_on_raster(block, raster) if block.tokens == first.tokens else block for block in blocks]
-        if corners is not None and certain:
-            on_raster = self._on_raster_of(first, corners)
-            if on_raster.grid is None:
-                return [replace(block, prefix=0, grid=None) for block in blocks]
-            return [on_raster, *blocks[1:]]
-        if not same_each_time(self.tracer, self.images, Unit(first.path, first.run), first.layout, first.main_input):
+        unit = Unit(first.path, first.run)
+        if not certain and not same_each_time(self.tracer, self.images, unit, first.layout, first.main_input):
             self.notes.append(f"{first.path}: tokens are drawn or shuffled at random in each pass; no grid measures.")
             return [replace(block, prefix=0, grid=None) for block in blocks]
-        rows, columns = first.grid
-        self.notes.append(f"{first.path}: the {rows}x{columns} grid could not be confirmed at the image's corners.")
-        return blocks
+        confirmed = first if corners is None else self._on_raster_of(first, corners)
+        if confirmed.grid is None:
+            return [replace(block, prefix=0, grid=None) for block in blocks]
+        if corners is None or (not certain and raster_of_corners(corners, first.tokens) is None):
+            rows, columns = first.grid
+            self.notes.append(f"{first.path}: the {rows}x{columns} grid could not be confirmed at the image's corners.")
+        return [confirmed, *blocks[1:]]
 
     def _on_raster_of(self, block: Block, corners: Corners) -> Block:
-        """The block with its patches where the corners say they are; without a grid where that is no raster."""
+        """The block with its patches where the corners say they are; without a grid where that is no raster.
+
+        Where the corners say nothing, patches that fill the grid keep it, and those among other tokens have none.
+        """
         assert block.grid is not None
         exact, expected = raster_of_corners(corners, block.tokens), Raster(block.prefix, block.grid)
         if exact is not None and exact.grid == block.grid:
             return _on_raster(block, exact)
-        if fits_raster(corners, expected):
+        if fits_raster(corners, expected) or (corners.diffuse and not block.prefix):
             return block
         self.notes.append(
             f"{block.path}: tokens do not lie in raster order (the image's corners are not tokens "
@@ -640,7 +734,7 @@ def _on_raster(block: Block, raster: Raster) -> Block:
 
 def _with_non_patches(block: Block, non_patches: NonPatches) -> Block:
     """The block with its tokens in canonical order, and those of its attention calls that attend to all of them."""
-    if not non_patches.behind:
+    if not non_patches.move_tokens:
         return block
     calls = tuple(
         replace(call, layout=replace(call.layout, non_patches=non_patches))
@@ -650,6 +744,14 @@ def _with_non_patches(block: Block, non_patches: NonPatches) -> Block:
     )
     layout, output_layout = (replace(each, non_patches=non_patches) for each in (block.layout, block.output_layout))
     return replace(block, calls=calls, layout=layout, output_layout=output_layout)
+
+
+def _with_class_token(block: Block, place: int | None) -> Block:
+    """The block with the class token first; `place` is which of its tokens that are no patches it is."""
+    if place is None:
+        return block
+    non_patches = NonPatches(block.prefix - block.behind, block.behind, place)
+    return replace(_with_non_patches(block, non_patches), class_token=True)
 
 
 def _numbered_heads(

@@ -36,7 +36,7 @@ class LayerAttention:
 
     Tensors are in canonical order, [image, (window,) head, ..]. An image is a row of the batch: a run with `copies` has
     copies x image of them, copy-major. Tokens that are no patches come first, also those that the model has behind the
-    patches (`Block.behind`). Everything is computed when it is asked for.
+    patches (`Block.behind`), and the class token before all others. Everything is computed when it is asked for.
 
     Attributes:
         layer: Zero-based index of the block.

@@ -1,7 +1,8 @@
-"""Whether a model has a class token: by the name of a parameter, or because the answer reads the first token alone."""
+"""Which token is the class token: the one that a parameter of that name moves, or that the answer reads alone."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,39 +11,122 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrail.tap.clone import images_accepted
 from vitrail.tap.rounding import rounding_bound
+from vitrail.tap.trace import Tracer
 
 if TYPE_CHECKING:
     from vitrail.tap.anatomy import Block
 
-__all__ = ["has_class_token"]
+__all__ = ["find_class_tokens"]
 
 _NAME = re.compile(r"(^|\.)(cls|class)_?(token|tok|embedding|embed|emb)s?(_?\d+)?$")
 
+_MOST = 0.5
+"""Of several class tokens (one for each class), all of which move about as far, the first is taken: the first that
+moves by this share of the most that any token does."""
 
-def has_class_token(model: nn.Module, blocks: Sequence["Block"], images: Tensor) -> bool:
-    """Whether a parameter is called so, or the answer reads of the last block the first token and no other.
+
+def find_class_tokens(tracer: Tracer, blocks: Sequence["Block"], images: Tensor) -> tuple[int | None, ...]:
+    """Which of each block's tokens that are no patches is the class token.
 
     Args:
-        model: The model or its clone, run up to three times where no name tells.
+        tracer: Runs the model: a few times, and once more for each token that is no patch where no name tells.
         blocks: Its blocks.
         images: Two images [image, channel, row, column] or more.
 
     Returns:
-        False where all tokens are patches.
+        For each block a position among the tokens that are no patches, in front and behind, in the model's order; 0 too
+        where the class token is the only query. None where the class token is not among them.
     """
     if not any(block.prefix or block.kind == "class" for block in blocks):
-        return False
-    if any(_NAME.search(name) for name, _ in model.named_parameters()):
-        return True
-    last = blocks[-1]
-    axis = last.layout.token_axis
-    if axis is None or not last.prefix or (last.behind and not last.layout.non_patches.in_front):
-        return False
-    plain = _answer(model, images)
-    others_disturbed = _answer(model, images, last, axis, slice(1, None))
-    return _all_close(plain, others_disturbed) and not _all_close(
-        plain, _answer(model, images, last, axis, slice(0, 1))
+        return (None,) * len(blocks)
+    named = {name: weight for name, weight in tracer.model.named_parameters() if _NAME.search(name)}
+    if named:
+        moved = _moved_by(tracer, named, blocks, images)
+        places = tuple(0 if block.kind == "class" else place for block, place in zip(blocks, moved, strict=True))
+        if any(place is not None for place in places):
+            return places
+    read = _read_alone(tracer.model, blocks[-1], images)
+    if read is None:
+        return (None,) * len(blocks)
+    last = (blocks[-1].tokens, blocks[-1].prefix, blocks[-1].behind)
+    alike = [(block.tokens, block.prefix, block.behind) == last for block in blocks]
+    return tuple(
+        read if same else 0 if block.prefix == 1 or block.kind == "class" else None
+        for block, same in zip(blocks, alike, strict=True)
     )
+
+
+# --- by the name of a parameter --------------------------------------------------------------------------------------
+
+
+def _moved_by(
+    tracer: Tracer, named: Mapping[str, Tensor], blocks: Sequence["Block"], images: Tensor
+) -> list[int | None]:
+    """Which of each block's tokens that are no patches moves with these parameters; None where a patch does, or none.
+
+    Attention is off meanwhile, so that the tokens are not mixed; where nothing moves then, it is on.
+    """
+    moved = _movements(tracer, named, blocks, images, without_attention=True)
+    if any(block.prefix and not each.any() for block, each in zip(blocks, moved, strict=True)):
+        mixed = _movements(tracer, named, blocks, images, without_attention=False)
+        moved = [one if one.any() else two for one, two in zip(moved, mixed, strict=True)]
+    places = [int((each >= _MOST * each.max()).nonzero()[0]) if each.any() else len(each) for each in moved]
+    return [place if place < block.prefix else None for block, place in zip(blocks, places, strict=True)]
+
+
+def _movements(
+    tracer: Tracer, named: Mapping[str, Tensor], blocks: Sequence["Block"], images: Tensor, *, without_attention: bool
+) -> list[Tensor]:
+    """How far each token that a block is given moves with the parameters; empty for blocks without tokens to tell."""
+    plain = tracer.run(images, without_attention=without_attention).runs
+    with _changed(tracer.model, named):
+        other = tracer.run(images, without_attention=without_attention).runs
+    movements = []
+    for block in blocks:
+        if not block.prefix or block.layout.token_axis is None:
+            movements.append(torch.zeros(0))
+            continue
+        one, two = (
+            block.layout.canonical(runs[block.path][block.run].inputs[block.main_input]).float()
+            for runs in (plain, other)
+        )
+        movements.append((two - one).nan_to_num().norm(dim=-1).amax(0))
+    return movements
+
+
+@contextmanager
+def _changed(model: nn.Module, named: Mapping[str, Tensor]) -> Iterator[None]:
+    """Meanwhile the model, a copy that shares its tensors, has other tensors for these parameters."""
+    generator = torch.Generator().manual_seed(0)
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in named]
+    try:
+        for (owner, name), weight in zip(owners, named.values(), strict=True):
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            setattr(owner, name, nn.Parameter(weight.detach() + noise, requires_grad=False))
+        yield
+    finally:
+        for (owner, name), weight in zip(owners, named.values(), strict=True):
+            setattr(owner, name, weight)
+
+
+# --- by what the answer reads ----------------------------------------------------------------------------------------
+
+
+def _read_alone(model: nn.Module, last: "Block", images: Tensor) -> int | None:
+    """Which token that is no patch the answer reads of the last block, if it reads one and no patch."""
+    axis = last.layout.token_axis
+    if axis is None or not last.prefix:
+        return None
+    in_front, n_patches = last.prefix - last.behind, last.tokens - last.prefix
+    plain = _answer(model, images)
+    if not _all_close(plain, _answer(model, images, last, axis, slice(in_front, in_front + n_patches))):
+        return None
+    read = []
+    for place in range(last.prefix):
+        token = place if place < in_front else place + n_patches
+        if not _all_close(plain, _answer(model, images, last, axis, slice(token, token + 1))):
+            read.append(place)
+    return read[0] if len(read) == 1 else None
 
 
 def _answer(

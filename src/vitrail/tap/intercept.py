@@ -6,7 +6,7 @@ A `TorchFunctionMode` sees every torch function a model calls. Three kinds of th
    `flex_attention`, whose map comes from the operator itself.
 2. `multi_head_attention_forward`: its own body runs with the mode entered again, so the call inside arrives as 1 or 3.
 3. `softmax` over the last dimension: its result is followed by identity through dropout, casts, views and head mixing
-   to the product that consumes it. The operand of that product is the attention map; nothing is recomputed.
+   to every product with values. The operand of that product is the attention map; nothing is recomputed.
 
 Additions are reported too: the one that joins the attention branch to the block's input is the residual.
 """
@@ -14,6 +14,7 @@ Additions are reported too: the one that joins the attention branch to the block
 import math
 import operator
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -83,7 +84,9 @@ class RawCall:
             before softmax, `region` maps the weights to other weights. Without either the model's own kernel runs on
             the exact arguments it received.
         weights: `weights(bias)` gives the map [.., query, key] after softmax, float32 or wider for fused calls.
-        scores_changed: A bias has been added to the scores on their way to a hand-written softmax.
+        softmaxes: Which softmaxes the map comes from, of those that `Handler.score_bias` was asked about since the
+            interceptor last forgot, from 0; none for fused calls.
+        scores_changed: A bias has been added to the scores on their way to each of these softmaxes.
         first_query: Computes the output of the first query only, with zeros for the others; None where that is not
             possible.
         is_softmax_of_qk: The map is softmax(scale q k^T + mask), so that a reader may compute any part of it itself.
@@ -99,6 +102,7 @@ class RawCall:
     fused: bool
     run: Callable[[Tensor | None, Region | None], Tensor]
     weights: Callable[[Tensor | None], Tensor]
+    softmaxes: tuple[int, ...] = ()
     scores_changed: bool = False
     first_query: Callable[[], Tensor] | None = None
     is_softmax_of_qk: bool = False
@@ -215,12 +219,16 @@ class Interceptor(TorchFunctionMode):
     def __init__(self, handler: Handler) -> None:
         super().__init__()
         self.handler = handler
-        self._live: dict[int, tuple[Tensor, _Softmax]] = {}
-        """By id, the tensors that carry a softmax result on its way to a product. The reference keeps the id unique."""
+        self._live: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
+        """By id, the tensors that carry softmax results on their way to products, and which softmaxes those are. An
+        entry goes when the model lets go of the tensor."""
+        self._scores_changed: list[bool] = []
+        """Of each softmax so far, whether the handler has added to its scores."""
 
     def forget(self) -> None:
-        """Drops softmax results that no product has consumed (at the end of a block)."""
+        """Drops softmax results that the model still has (at the end of a block), and counts softmaxes from 0 again."""
         self._live.clear()
+        self._scores_changed.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -252,35 +260,40 @@ class Interceptor(TorchFunctionMode):
             args = (scores + bias, *args[1:])
             kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         weights = func(*args, **kwargs)
-        self._live = {id(weights): (weights, _Softmax(scores_changed=bias is not None))}
+        self._follow(weights, frozenset({len(self._scores_changed)}))
+        self._scores_changed.append(bias is not None)
         return weights
 
+    def _follow(self, tensor: Tensor, softmaxes: frozenset[int]) -> None:
+        key = id(tensor)
+        self._live[key] = weakref.ref(tensor, lambda _: self._live.pop(key, None)), softmaxes
+
     def _track(self, func: Any, args: Any, kwargs: Any) -> Any:
-        origin = self._origin((*args, *kwargs.values()))
-        if origin is None:
+        maps = [*self._maps_among((*args, *kwargs.values()))]
+        if not maps:
             if func in _ADDITION and len(args) == 2:
                 return self.handler.addition(args[0], args[1], func(*args, **kwargs))
             return func(*args, **kwargs)
-        tensor, softmax = origin
-        product = _product_of(func, args, tensor)
+        tensor, softmaxes = maps[0][0], frozenset[int]().union(*(softmaxes for _, softmaxes in maps))
+        product = _product_of(func, args, tensor) if len(maps) == 1 else None  # a product of two maps is a map
         if product is not None:
-            self._live.clear()
-            return product.as_written(self.handler.attention(_handwritten_call(product, softmax)))
+            changed = all(self._scores_changed[number] for number in softmaxes)
+            call = _handwritten_call(product, tuple(sorted(softmaxes)), scores_changed=changed)
+            return product.as_written(self.handler.attention(call))
         result = func(*args, **kwargs)
         for each in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(each, Tensor) and _is_still_the_map(func, each, tensor):
-                self._live[id(each)] = (each, softmax)
+                self._follow(each, softmaxes)
         return result
 
-    def _origin(self, args: Any) -> "tuple[Tensor, _Softmax] | None":
+    def _maps_among(self, args: Any) -> Iterator[tuple[Tensor, frozenset[int]]]:
         for argument in args:
-            if isinstance(argument, Tensor) and id(argument) in self._live:
-                return self._live[id(argument)]
-            if isinstance(argument, (tuple, list)):
-                origin = self._origin(argument)
-                if origin is not None:
-                    return origin
-        return None
+            if isinstance(argument, Tensor):
+                reference, softmaxes = self._live.get(id(argument), (None, frozenset[int]()))
+                if reference is not None and reference() is argument:
+                    yield argument, softmaxes
+            elif isinstance(argument, (tuple, list)):
+                yield from self._maps_among(argument)
 
 
 _SELECTION = {
@@ -298,17 +311,11 @@ _SELECTION = {
 
 def _is_still_the_map(func: Any, result: Tensor, tensor: Tensor) -> bool:
     """Whether what was made of a map is a map of the same queries and keys: with as many elements after dropout, a
-    cast, a view, a bias, mixing of heads; with fewer where some of its heads were selected."""
+    cast, a view, a bias, mixing of heads; with others where heads were selected, or mixed to another number."""
     if result.numel() == tensor.numel():
         return True
-    return func in _SELECTION and result.ndim >= _MIN_ATTENTION_DIMS and result.shape[-2:] == tensor.shape[-2:]
-
-
-@dataclass
-class _Softmax:
-    """The softmax that a tracked tensor comes from."""
-
-    scores_changed: bool = False
+    keeps_heads = func in _SELECTION or func is torch.einsum
+    return keeps_heads and result.ndim >= _MIN_ATTENTION_DIMS and result.shape[-2:] == tensor.shape[-2:]
 
 
 def _unchanged(out: Tensor) -> Tensor:
@@ -368,7 +375,15 @@ def _einsum_product(args: Any, live: Tensor) -> _Product | None:
     v = operands[1 - place]
     if not set(weights_axes) - set(v_axes):
         return None  # no axis counts queries: each token weighs things of its own, as a mixture weighs its experts
+    if output[-2:] == weights_axes[-2:] and not set(v_axes) & set(output[-2:]):
+        return None  # heads are mixed: what comes out is still the map
     axes = _einsum_axes(weights_axes, v_axes, output)
+    if axes is None and {*weights_axes[-2:]} <= {*v_axes}:
+        raise Unsupported(
+            f"Attention written as einsum({args[0]!r}) has values of their own for each pair of a query and a key "
+            "(relative positions added to the values), so what a head gives is no product of its map with one set of "
+            "values, which is what Vitrail reads and prunes."
+        )
     if axes is None:
         raise Unsupported(
             f"Attention written as einsum({args[0]!r}) does not sum the keys of one map with the values of as many "
@@ -425,7 +440,7 @@ def _is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.ndim >= _MIN_ATTENTION_DIMS
 
 
-def _handwritten_call(product: _Product, softmax: _Softmax) -> RawCall:
+def _handwritten_call(product: _Product, softmaxes: tuple[int, ...], *, scores_changed: bool) -> RawCall:
     def weights(_: Tensor | None) -> Tensor:
         return product.weights
 
@@ -433,7 +448,7 @@ def _handwritten_call(product: _Product, softmax: _Softmax) -> RawCall:
         return product.multiply(product.weights if region is None else region.change(product.weights, slice(None)))
 
     _, values = _broadcast(product.weights, product.v)
-    return RawCall(None, None, values, None, 1.0, False, run, weights, softmax.scores_changed)
+    return RawCall(None, None, values, None, 1.0, False, run, weights, softmaxes, scores_changed)
 
 
 def sdpa_call(

@@ -1,11 +1,12 @@
 """How models lay their tensors out, and the one order that everything else uses.
 
 Canonical order of attention: [row, window, head, .., ..], where a row is one image of one copy. Models use at least
-five others: (B, h, N, D); (B*W, h, S, D) with W windows (Swin); (B, h, W, S, D) (Hiera); (B, W, h, S, D) (Twins);
-(B*h, N, D) (SAM, `nn.MultiheadAttention`).
+seven others: (B, h, N, D); (B*W, h, S, D) with W windows (Swin); (B, h, W, S, D) (Hiera); (B, W, h, S, D) (Twins);
+(B*h, N, D) (SAM, `nn.MultiheadAttention`); (h*B, N, D) (the Set Transformer); (h, B, N, D).
 
 Canonical order of tokens: those that are no patches, then the patches. A model may have tokens behind the patches
-(detection tokens, prompts); in canonical order they follow the tokens in front.
+(detection tokens, prompts); in canonical order they follow the tokens in front. The class token, where there is one, is
+the first of all, wherever the model has it.
 """
 
 import math
@@ -88,42 +89,63 @@ def own_tensors(tree: Any) -> Any:
 
 
 class NonPatches(NamedTuple):
-    """How many tokens that are no patches lie in front of the patches and behind them."""
+    """How many tokens that are no patches lie in front of the patches and behind them, and which of them is first.
+
+    Attributes:
+        in_front: Tokens in front of the patches.
+        behind: Tokens behind them.
+        first: Which of all these, in the model's order, is the class token; 0 where there is none.
+    """
 
     in_front: int = 0
     behind: int = 0
+    first: int = 0
+
+    @property
+    def move_tokens(self) -> bool:
+        """Whether the model's order is another than the canonical one."""
+        return bool(self.behind or self.first)
 
     def canonical(self, tensor: Tensor, axis: int) -> Tensor:
-        """Moves the tokens behind the patches between those in front and the patches.
+        """Moves the tokens behind the patches between those in front and the patches, and the class token to the front.
 
         Args:
             tensor: Tokens along `axis`, in the model's order; a sequence without patches stays as it is.
             axis: The axis of the tokens.
 
         Returns:
-            The same tokens: those in front, those behind, patches. The tensor itself where none lie behind.
+            The same tokens: the class token, those in front, those behind, patches. The tensor itself where this is
+            its order.
         """
         n_patches = tensor.shape[axis] - self.in_front - self.behind
-        if not self.behind or n_patches <= 0:
+        if not self.move_tokens or n_patches <= 0:
             return tensor
         front, patches, behind = tensor.split([self.in_front, n_patches, self.behind], axis)
-        return torch.cat([front, behind, patches], axis)
+        before, first, after = torch.cat([front, behind], axis).split(self._around_first, axis)
+        return torch.cat([first, before, after, patches], axis)
 
     def original(self, canonical: Tensor, axis: int) -> Tensor:
         """Inverts `canonical`.
 
         Args:
-            canonical: Tokens along `axis`: those in front, those behind, patches; any number of patches.
+            canonical: Tokens along `axis` in canonical order; any number of patches.
             axis: The axis of the tokens.
 
         Returns:
             The same tokens in the model's order.
         """
         n_patches = canonical.shape[axis] - self.in_front - self.behind
-        if not self.behind or n_patches <= 0:
+        if not self.move_tokens or n_patches <= 0:
             return canonical
-        front, behind, patches = canonical.split([self.in_front, self.behind, n_patches], axis)
+        n_before, n_first, n_after = self._around_first
+        first, before, after, patches = canonical.split([n_first, n_before, n_after, n_patches], axis)
+        front, behind = torch.cat([before, first, after], axis).split([self.in_front, self.behind], axis)
         return torch.cat([front, patches, behind], axis)
+
+    @property
+    def _around_first(self) -> list[int]:
+        """How many of the tokens that are no patches lie before the first in canonical order, are it, lie after it."""
+        return [self.first, 1, self.in_front + self.behind - self.first - 1]
 
 
 _ONLY_PATCHES = NonPatches()
@@ -136,7 +158,7 @@ class CallLayout:
     Attributes:
         heads: Number of heads.
         axis: Head axis of the tensor, after unfolding if `folded`.
-        folded: Heads are folded into the first dimension, (B*h, N, D).
+        folded: Heads are folded into the first dimension, (B*h, N, D), or (h*B, N, D) with `axis` 0.
         span: Number of axes from `axis` on that count heads: 2 where groups of heads share keys, (B, group, h, N, D).
         non_patches: Tokens that are no patches, among those that attend and are attended to.
     """
@@ -161,7 +183,7 @@ class CallLayout:
         for axis in token_axes:
             tensor = self.non_patches.canonical(tensor, axis)
         if self.folded:
-            tensor = tensor.unflatten(0, (-1, self.heads))
+            tensor = tensor.unflatten(0, (self.heads, -1) if self.axis == 0 else (-1, self.heads))
         tensor = tensor.flatten(self.axis, self.axis + self.span - 1) if self.span > 1 else tensor
         tensor = tensor.movedim(self.axis, -3)
         return tensor.reshape(rows, -1, *tensor.shape[-3:])
@@ -179,7 +201,8 @@ class CallLayout:
         """
         for axis in token_axes:
             canonical = self.non_patches.original(canonical, axis)
-        lead = (like.shape[0] // self.heads, self.heads, *like.shape[1:-2]) if self.folded else like.shape[:-2]
+        first = (like.shape[0] // self.heads, self.heads) if self.folded else like.shape[:1]
+        lead = (*(reversed(first) if self.axis == 0 else first), *like.shape[1:-2])
         head_axes = range(self.axis, self.axis + self.span)
         others = [size for axis, size in enumerate(lead) if axis not in head_axes]
         tensor = canonical.reshape(*others, *canonical.shape[-3:]).movedim(-3, self.axis)

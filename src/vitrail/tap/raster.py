@@ -19,6 +19,9 @@ _CORNER_SHARE = 0.3
 moves one token (share 1); overlapping kernels move a few neighbours too, so one half would be too strict; norms over
 the whole image or earlier mixing move all tokens, and then the largest share is near 1 / tokens."""
 
+_DIFFUSE = 4
+"""Movement is diffuse where no token has this many times the share of each if all moved alike."""
+
 _FINEST_PATCH_PX = 4
 """Patches are assumed to be at least this large where no grid is known yet; the smallest in use (Swin's)."""
 
@@ -36,10 +39,14 @@ class Corners(NamedTuple):
     Attributes:
         tokens: Those of left top, right top, left bottom and right bottom.
         certain: Each corner moves mainly one token.
+        still: No corner moves any token: they do not show the image, or nothing of it arrives.
+        diffuse: All corners move all tokens, no corner one of them much more than the others: nothing is told.
     """
 
     tokens: tuple[int, ...]
     certain: bool
+    still: bool = False
+    diffuse: bool = False
 
 
 class Raster(NamedTuple):
@@ -103,7 +110,12 @@ def corners_of(
         return None
     moved = (tokens[1:] - tokens[:1]).norm(dim=-1)
     share = moved.amax(1) / moved.sum(1).clamp_min(_TINY)
-    return Corners(tuple(int(index) for index in moved.argmax(1)), bool((share > _CORNER_SHARE).all()))
+    return Corners(
+        tuple(int(index) for index in moved.argmax(1)),
+        certain=bool((share > _CORNER_SHARE).all()),
+        still=not moved.any(),
+        diffuse=bool(moved.any(1).all() and (share < _DIFFUSE / moved.shape[1]).all()),
+    )
 
 
 def same_each_time(tracer: Tracer, images: Tensor, unit: Unit, layout: TokenLayout, leaf: int) -> bool:

@@ -70,6 +70,7 @@ class _Start:
         layer: The first block that runs; blocks before it return their recorded output.
         replay: The recorded pass.
         from_stem: Copies are on the batch from the images on, not only from `layer` on.
+        anew: Blocks before `layer` run all the same, for what they keep on the model for later blocks.
         stop_at_residual: The pass ends when block `layer` has added attention to its input.
         class_token_only: From the last block's residual on only the class token is carried.
     """
@@ -77,6 +78,7 @@ class _Start:
     layer: int
     replay: Replay
     from_stem: bool = False
+    anew: bool = False
     stop_at_residual: bool = False
     class_token_only: bool = False
 
@@ -90,12 +92,14 @@ class _Position:
         stream: The token tensors it was given, and their sums with what its attention calls gave so far, by identity:
             the residual is the first sum with one of them after the last call.
         n_calls: Attention calls so far.
+        n_softmaxes: Softmaxes so far that may be maps.
         residual_added: All attention has been added to the input.
     """
 
     layer: int
     stream: tuple[Tensor, ...]
     n_calls: int = 0
+    n_softmaxes: int = 0
     residual_added: bool = False
 
 
@@ -133,9 +137,10 @@ class _Pass:
     n_convolution_runs: dict[str, int] = field(default_factory=dict)
     native: Literal["off", "kernel", "shadow"] = "off"
 
-    def edits_of(self, position: _Position) -> tuple[Edit, ...]:
-        """Edits of the attention call that comes next."""
-        return tuple(edit for edit in self.edits if edit.layer == position.layer and edit.call == position.n_calls)
+    def edits_of(self, position: _Position, call: int | None = None) -> tuple[Edit, ...]:
+        """Edits of an attention call of the block that is running, by default of the one that comes next."""
+        call = position.n_calls if call is None else call
+        return tuple(edit for edit in self.edits if edit.layer == position.layer and edit.call == call)
 
     def stops_at_residual(self, layer: int) -> bool:
         """Whether the pass ends at this layer's residual."""
@@ -173,6 +178,7 @@ class Tap:
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._places: dict[tuple[int, int], KeyPlaces] = {}
         self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
+        self._keeps_state: bool | None = None
         self._class_token_suffices: bool | None = None
         self._state = ModuleState(self._original)
         self._clone = clone_sharing(self._original)
@@ -280,10 +286,12 @@ class Tap:
         if not replay.blocks:
             raise UsageError("This pass was recorded with keep=False, so no run can start from it; record it anew.")
         needs_all_tokens = until_residual or (readers is not None and readers.output is not None)
+        anew = layer > 0 and self.blocks_keep_state(replay)
         start = _Start(
             layer,
             replay,
-            from_stem=copies > 1 and self._needs_copies_from_stem(replay),
+            from_stem=anew or (copies > 1 and self._needs_copies_from_stem(replay)),
+            anew=anew,
             stop_at_residual=until_residual,
             class_token_only=not needs_all_tokens and self._class_token_is_enough(replay),
         )
@@ -373,12 +381,51 @@ class Tap:
             parts = edits_by_call(edit, block)
             for part in parts:
                 assert part.call is not None
-                _check_kind(part, block.calls[part.call])
+                _check_kind(part, block)
                 _check_keys(part, block.calls[part.call])
             by_call.extend(parts)
         return tuple(by_call)
 
     # --- what a run from the middle may leave out --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def blocks_keep_state(self, replay: Replay) -> bool:
+        """Whether blocks read what earlier blocks of a pass keep on the model, such as the values of the first.
+
+        Tried once: what a changed pass leaves behind must not show in a run from a later block. Where it does, and does
+        not once the earlier blocks run too, they run.
+
+        Args:
+            replay: What `record` gave.
+
+        Returns:
+            False for models that hand on all that they compute.
+        """
+        if self._keeps_state is None:
+            self._keeps_state = False
+            blocks = self.anatomy.blocks
+            first, last = next((layer for layer, block in enumerate(blocks) if block.calls), 0), len(blocks) - 1
+            layers = sorted({first + 1, (first + 1 + last) // 2, last}, reverse=True)  # a run hides what it makes anew
+            if blocks[first].calls and first < last:
+                device = replay.images.device
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    self._run_without_heads_of(first, replay.images)
+                    if not all(self._gives_logits(_Start(layer, replay), copies=1) for layer in layers):
+                        self._run_without_heads_of(first, replay.images)
+                        starts = (_Start(layer, replay, from_stem=True, anew=True) for layer in layers)
+                        self._keeps_state = all(self._gives_logits(start, copies=1) for start in starts)
+        return self._keeps_state
+
+    def _run_without_heads_of(self, layer: int, images: Tensor) -> None:
+        """A pass that leaves other things behind than one of these images does: pruned, and of another number."""
+        edits = [Edit(layer, prune=tuple(range(self.anatomy.blocks[layer].heads)))]
+        others = images[:1].repeat(3 if len(images) == 2 else 2, *[1] * (images.ndim - 1))
+        try:
+            self.read(others, edits=edits)
+        except torch.OutOfMemoryError:
+            raise
+        except CANNOT_RUN:  # a model that keeps its batch size
+            self.read(images, edits=edits)
 
     def _needs_copies_from_stem(self, replay: Replay) -> bool:
         """Whether copies must be on the batch from the images on. Tried once: most models take them at any block.
@@ -408,7 +455,8 @@ class Tap:
             last = len(self.anatomy.blocks) - 1
             block = self.anatomy.blocks[last]
             self._class_token_suffices = False
-            if self.anatomy.class_index(last) == 0 and block.kind == "token" and block.layout.token_axis is not None:
+            in_order = block.layout.token_axis is not None and not block.layout.non_patches.move_tokens
+            if block.class_token and block.kind == "token" and in_order:
                 start = _Start(last, replay, class_token_only=True)
                 self._class_token_suffices = self._gives_logits(start, copies=1)
         return self._class_token_suffices
@@ -477,6 +525,8 @@ class Tap:
         state.visited.append(index)
         own = own_tensors if block.in_place else _as_it_is  # the model writes to these: neither record nor reader
         if start is not None and index < start.layer:  # may hold them
+            if start.anew:
+                inner(*args, **kwargs)
             output = own(start.replay.blocks[index].output)
             return repeat_images(output, block.outputs, n_images, state.copies) if start.from_stem else output
         if start is not None and index == start.layer:
@@ -624,7 +674,7 @@ class Tap:
             return spec.layout.original(edited, weights, MAP_AXES)
 
         has_region = any(edit.region is not None for edit in edits)
-        region = Region(change, by_query=spec.layout.non_patches.behind == 0) if has_region else None
+        region = Region(change, by_query=not spec.layout.non_patches.move_tokens) if has_region else None
         out = first_query() if first_query else raw.run(bias, region)
         if any(edit.changes_output for edit in edits):
             canonical = apply_to_output(spec.layout.canonical(out, state.n_rows), edits, state.copies)
@@ -658,10 +708,12 @@ class Tap:
         position = None if state is None else state.position
         if state is None or position is None:
             return None
+        number, position.n_softmaxes = position.n_softmaxes, position.n_softmaxes + 1
         calls = self.anatomy.blocks[position.layer].calls
-        if position.n_calls >= len(calls):
+        takers = [index for index, call in enumerate(calls) if number in call.softmaxes]
+        if len(takers) != 1:
             return None
-        return _bias_in_layout(state, calls[position.n_calls], state.edits_of(position), scores)
+        return _bias_in_layout(state, calls[takers[0]], state.edits_of(position, takers[0]), scores)
 
     def addition(self, left: Any, right: Any, result: Tensor) -> Tensor:
         """Recognises the residual: the first sum after the last attention call with the block's own input, or with what
@@ -790,11 +842,19 @@ def _check_keys(edit: Edit, call: Call) -> None:
         raise UsageError(f"L{edit.layer} attends to tokens 0 to {call.keys - 1}; an edit drops {absent[0]}.")
 
 
-def _check_kind(edit: Edit, call: Call) -> None:
+def _check_kind(edit: Edit, block: Block) -> None:
+    assert edit.call is not None
+    call = block.calls[edit.call]
     if edit.changes_scores and not call.row_stochastic:
         raise Unsupported(
             f"L{edit.layer} mixes its heads' maps after softmax, so a bias or a dropped key does not mean what it "
             "says. Pruning and regions work."
+        )
+    others = {number for other in block.calls if other is not call for number in other.softmaxes}
+    if edit.changes_scores and others.intersection(call.softmaxes):
+        raise Unsupported(
+            f"L{edit.layer} uses one softmax for several attention calls, so a bias or a dropped key of one would be "
+            "that of the others too. Pruning and regions work."
         )
     if (edit.region is not None or edit.changes_scores) and call.kind in MAPLESS_KINDS:
         raise Unsupported(f"L{edit.layer} has no token map (kind {call.kind!r}); its heads can be pruned, no more.")

@@ -1,11 +1,13 @@
 """Forward passes of a clone whose modules report their path, and which of those modules are the blocks.
 
 Blocks are found, not configured: for each attention call the innermost child of a container (`ModuleList`,
-`Sequential`) whose siblings with attention are *chained*, that is, work on what the one before gave. A module that runs
-several times in a pass (shared weights) is a block each time.
+`Sequential`) whose siblings with attention are *chained*, that is, work on what the one before gave. A module of the
+same class outside the container is one more block if it is chained with them; without containers, chained modules that
+take and return tokens are the blocks. A module that runs several times in a pass (shared weights) is a block each time.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vitrail.tap.intercept import Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import MIN_TOKEN_AXES
 
-__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "units_of"]
+__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "bypassed", "is_fed", "units_of"]
 
 _PROJECTING = {F.linear, F.conv1d, F.conv2d}
 
@@ -56,6 +58,7 @@ class TracedCall:
         weights: Shape of the map.
         fused: Made by `scaled_dot_product_attention`.
         row_error: Largest distance of a row's sum from 1.
+        softmaxes: Which softmaxes of the pass the map comes from; none for fused calls.
         projection: Name of the first weight that a linear map or convolution used after it; None where none did.
     """
 
@@ -66,6 +69,7 @@ class TracedCall:
     weights: tuple[int, ...]
     fused: bool
     row_error: float
+    softmaxes: tuple[int, ...] = ()
     projection: str | None = None
 
     @property
@@ -118,11 +122,13 @@ class Trace:
 
     Attributes:
         calls: Attention calls, in order.
+        softmaxes: The modules that each softmax that may be a map was inside, outermost first.
         runs: By path, the runs of every module whose inputs and outputs are recorded.
         convolutions: What convolutions put out, in order.
     """
 
     calls: list[TracedCall] = field(default_factory=list)
+    softmaxes: list[tuple[Frame, ...]] = field(default_factory=list)
     runs: dict[str, list[ModuleRun]] = field(default_factory=dict)
     convolutions: list[ConvolutionGrid] = field(default_factory=list)
 
@@ -131,8 +137,8 @@ class Tracer(PassiveHandler):
     """Runs a clone whose modules report their path.
 
     Args:
-        clone: A copy of the model; its modules' `forward`s are replaced.
-        record: Paths of modules whose inputs and outputs are recorded, besides the children of containers.
+        clone: A copy of the model; its modules' `forward`s are replaced. Inputs and outputs are recorded of children of
+            containers, and of modules that `watch` names.
 
     Attributes:
         model: The clone.
@@ -140,10 +146,10 @@ class Tracer(PassiveHandler):
             All of them under `torch.inference_mode`, which counts no writes.
     """
 
-    def __init__(self, clone: nn.Module, record: Collection[str] = ()) -> None:
+    def __init__(self, clone: nn.Module) -> None:
         self.model = clone
         self.in_place: set[Unit] = set()
-        self._record = frozenset(record)
+        self._watched = {path for path, _ in clone.named_modules() if not path or self.container_of(path) is not None}
         self._trace = Trace()
         self._stack: list[Frame] = []
         self._n_runs: dict[str, int] = {}
@@ -156,8 +162,18 @@ class Tracer(PassiveHandler):
         self._disturb_step: int | None = None
         self._turn: Frame | None = None
         self._sides = torch.Size()
+        self._answers: dict[Unit, list[Any]] = {}
+        self._moves: dict[tuple[Unit, Unit], bool] = {}
         for path, module in clone.named_modules():
             self._wrap(path, module)
+
+    def watch(self, paths: Collection[str]) -> None:
+        """Records inputs and outputs of more modules from the next pass on.
+
+        Args:
+            paths: Of the modules.
+        """
+        self._watched.update(paths)
 
     def run(self, images: Tensor, disturb: str | None = None, *, without_attention: bool = False) -> Trace:
         """Traces one pass.
@@ -178,6 +194,42 @@ class Tracer(PassiveHandler):
         for path, runs in self._trace.runs.items():
             self.in_place.update(Unit(path, number) for number, run in enumerate(runs) if run.changed_in_place)
         return self._trace
+
+    def run_with_outputs(self, images: Tensor, trace: Trace, units: Collection[Unit]) -> Trace:
+        """Traces one pass in which some modules return what they did in another, whatever they are given.
+
+        Args:
+            images: As many as in the other pass [image, channel, row, column].
+            trace: Of the other pass.
+            units: The modules, and which of their runs.
+
+        Returns:
+            What the pass did.
+        """
+        self._answers = {unit: trace.runs[unit.path][unit.run].outputs for unit in units}
+        try:
+            return self.run(images)
+        finally:
+            self._answers = {}
+
+    def moves(self, trace: Trace, images: Tensor, one: Unit, two: Unit) -> bool:
+        """Whether what a module is given moves with what another gives. Asked once for each pair.
+
+        Args:
+            trace: Of a pass.
+            images: Of that pass.
+            one: The module whose output is changed.
+            two: The module that is given something.
+
+        Returns:
+            True where any tensor among its inputs does.
+        """
+        if (one, two) not in self._moves:
+            plain, other = (
+                runs[two.path][two.run].inputs for runs in (trace.runs, self.run(images, disturb=one.path).runs)
+            )
+            self._moves[one, two] = _differ(plain, other)
+        return self._moves[one, two]
 
     def values_of(
         self, call: TracedCall, images: Tensor, disturb: TracedCall | None = None, turn: Frame | None = None
@@ -239,12 +291,21 @@ class Tracer(PassiveHandler):
                 shape,
                 call.fused,
                 row_error,
+                call.softmaxes,
             )
         )
         out = super().attention(call)
         if self._without_attention:
             return torch.zeros_like(out)
         return _plus_one(out) if self._step == self._disturb_step else out
+
+    def score_bias(self, scores: Tensor) -> None:
+        """Notes where a softmax is.
+
+        Args:
+            scores: What it is taken of.
+        """
+        self._trace.softmaxes.append(tuple(self._stack))
 
     def addition(self, left: Any, right: Any, result: Tensor) -> Tensor:
         """Notes sums in place of what may be tokens.
@@ -272,9 +333,9 @@ class Tracer(PassiveHandler):
 
     def _wrap(self, path: str, module: nn.Module) -> None:
         inner = module.forward
-        record = not path or path in self._record or self.container_of(path) is not None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            record = path in self._watched
             shapes = tuple(tuple(leaf.shape) for leaf in _tensors(tree_flatten((args, kwargs))[0]))
             run = self._n_runs.get(path, 0)
             self._n_runs[path] = run + 1
@@ -293,6 +354,11 @@ class Tracer(PassiveHandler):
                 self._stack.pop()
             if path == self._disturb:
                 out = _plus_one(out)
+            if (path, run) in self._answers:
+                answers = [
+                    leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._answers[Unit(path, run)]
+                ]
+                out = tree_unflatten(answers, tree_flatten(out)[1])
             if record:
                 outputs = tree_flatten(out)[0]
                 entry = ModuleRun(step, inputs, outputs, versions + _versions(outputs))
@@ -361,7 +427,8 @@ def units_of(tracer: Tracer, trace: Trace, images: Tensor) -> dict[Unit | None, 
         images: What was traced.
 
     Returns:
-        Unit -> indices of its calls in the trace. The key None holds calls outside all blocks.
+        Unit -> indices of its calls in the trace. The key None holds calls outside all blocks. Products with a map that
+        another block has made (maps that are handed on) are in none: that block ends before they run.
     """
     children: dict[str, list[Unit]] = {}
     for call in trace.calls:
@@ -372,12 +439,25 @@ def units_of(tracer: Tracer, trace: Trace, images: Tensor) -> dict[Unit | None, 
     chained = {parent: _is_chain(tracer, trace, images, siblings) for parent, siblings in children.items()}
     unit_by_call = [_unit_of(tracer, call, children, chained) for call in trace.calls]
     if not any(unit_by_call):
-        unit_by_call = list[Unit | None](call.frames[-1].unit for call in trace.calls)
+        unit_by_call = [*_units_without_container(tracer, trace, images)]
+    elif not all(unit_by_call):
+        unit_by_call = _with_units_outside(tracer, trace, images, unit_by_call)
     paths = {unit.path for unit in unit_by_call if unit}
     units: dict[Unit | None, list[int]] = {}
     for index, (call, around) in enumerate(zip(trace.calls, unit_by_call, strict=True)):
         units.setdefault(_without_other_units(call, around, paths), []).append(index)
-    return units
+    own = {
+        unit: [i for i in indices if not _takes_a_map_of(units.keys() - {unit, None}, trace, trace.calls[i])]
+        for unit, indices in units.items()
+    }
+    return {unit: indices for unit, indices in own.items() if indices}
+
+
+def _takes_a_map_of(units: Collection[Unit | None], trace: Trace, call: TracedCall) -> bool:
+    """Whether the map of a call comes from a softmax inside one of these units, which the call is not inside."""
+    own = {frame.unit for frame in call.frames}
+    around_softmax = {frame.unit for number in call.softmaxes for frame in trace.softmaxes[number]}
+    return any(unit in around_softmax and unit not in own for unit in units)
 
 
 def _parent(path: str) -> str:
@@ -401,6 +481,65 @@ def _unit_of(
         if len(children[_parent(unit.path)]) == 1:
             return unit
     return None
+
+
+def _units_without_container(tracer: Tracer, trace: Trace, images: Tensor) -> list[Unit]:
+    """Of each call the outermost module around it alone that takes and returns tokens, if these are chained.
+
+    Else the module that makes it.
+    """
+    innermost = [call.frames[-1].unit for call in trace.calls]
+    if len(trace.calls) == 1:
+        return innermost
+    n_calls = Counter(frame.unit for call in trace.calls for frame in call.frames)
+    around = [[frame.unit for frame in call.frames if n_calls[frame.unit] == 1] for call in trace.calls]
+    tracer.watch({unit.path for units in around for unit in units})
+    trace = tracer.run(images)
+    outermost = [
+        next((unit for unit in units if _keeps_tokens(trace, unit)), own)
+        for units, own in zip(around, innermost, strict=True)
+    ]
+    tracer.watch({unit.path for unit in outermost})
+    return outermost if _is_chain(tracer, tracer.run(images), images, outermost) else innermost
+
+
+def _keeps_tokens(trace: Trace, unit: Unit) -> bool:
+    """Whether a module returns as many tokens and channels as it is given; one that pools returns fewer."""
+    run = trace.runs[unit.path][unit.run]
+    given, returned = (
+        max((leaf.shape for leaf in _token_tensors(leaves)), key=torch.Size.numel, default=None)
+        for leaves in (run.inputs, run.outputs)
+    )
+    return given is not None and given == returned
+
+
+def _with_units_outside(
+    tracer: Tracer, trace: Trace, images: Tensor, unit_by_call: Sequence[Unit | None]
+) -> list[Unit | None]:
+    """Calls outside all containers are those of modules of the blocks' class that are chained with the blocks."""
+    classes = {type(tracer.model.get_submodule(unit.path)) for unit in unit_by_call if unit} - {nn.Sequential}
+    around = [
+        unit or next((frame.unit for frame in call.frames if _class_of(tracer, frame) in classes), None)
+        for unit, call in zip(unit_by_call, trace.calls, strict=True)
+    ]
+    if around == [*unit_by_call]:
+        return around
+    tracer.watch({unit.path for unit in around if unit})
+    trace = tracer.run(images)
+    blocks = {unit for unit in unit_by_call if unit}
+    for place, unit in enumerate(around):
+        if unit is None or unit in blocks:
+            continue
+        before = next((each for each in reversed(around[:place]) if each in blocks), None)
+        after = next((each for each in around[place:] if each in blocks), None)
+        pair = (before, unit) if before is not None else (unit, after) if after is not None else None
+        if pair and _keeps_tokens(trace, unit) and _feeds(tracer, trace, images, *pair):
+            blocks.add(unit)
+    return [unit if unit in blocks else None for unit in around]
+
+
+def _class_of(tracer: Tracer, frame: Frame) -> type[nn.Module]:
+    return type(tracer.model.get_submodule(frame.path))
 
 
 def _without_other_units(call: TracedCall, unit: Unit | None, paths: set[str]) -> Unit | None:
@@ -427,17 +566,66 @@ def _is_chain(tracer: Tracer, trace: Trace, images: Tensor, siblings: list[Unit]
 
 def _feeds(tracer: Tracer, trace: Trace, images: Tensor, one: Unit, two: Unit) -> bool:
     """Whether unit `two` works on the output of `one`: the same tensor object, or its input moves with it."""
-    source, target = trace.runs[one.path][one.run], trace.runs[two.path][two.run]
-    target_ids = {id(leaf) for leaf in _tensors(target.inputs)}
-    if any(id(leaf) in target_ids for leaf in _tensors(source.outputs)):
+    if _hands_on(trace, one, two):
         return True
-    if any(id(leaf) in target_ids for leaf in _tensors(source.inputs) if leaf.ndim >= MIN_TOKEN_AXES):
+    tokens = {id(leaf) for leaf in _tensors(trace.runs[one.path][one.run].inputs) if leaf.ndim >= MIN_TOKEN_AXES}
+    if any(id(leaf) in tokens for leaf in _tensors(trace.runs[two.path][two.run].inputs)):
         return False  # both take the same tokens: they are parallel
-    disturbed = tracer.run(images, disturb=one.path).runs[two.path][two.run]
+    return tracer.moves(trace, images, one, two)
+
+
+def _differ(some: list[Any], others: list[Any]) -> bool:
     return any(
-        isinstance(before, Tensor) and before.is_floating_point() and not equal(before, after)
-        for before, after in zip(target.inputs, disturbed.inputs, strict=True)
+        isinstance(one, Tensor) and one.is_floating_point() and not equal(one, other)
+        for one, other in zip(some, others, strict=True)
     )
+
+
+def is_fed(tracer: Tracer, trace: Trace, images: Tensor, one: Unit, two: Unit) -> bool:
+    """Whether a block works on what the block before it gave.
+
+    Args:
+        tracer: The tracer that made the trace; it runs again where that cannot be seen from identities.
+        trace: A trace of the model.
+        images: What was traced.
+        one: The block before.
+        two: The block.
+
+    Returns:
+        False where they are beside each other: two encoders, or one that starts over with another picture.
+    """
+    return _hands_on(trace, one, two) or tracer.moves(trace, images, one, two)
+
+
+def _hands_on(trace: Trace, one: Unit, two: Unit) -> bool:
+    """Whether a block is given the very tensor that another returned."""
+    returned, given = trace.runs[one.path][one.run].outputs, trace.runs[two.path][two.run].inputs
+    given_ids = {id(leaf) for leaf in _tensors(given)}
+    return any(id(leaf) in given_ids for leaf in _tensors(returned))
+
+
+def bypassed(tracer: Tracer, trace: Trace, images: Tensor, units: Sequence[Unit]) -> set[Unit]:
+    """The blocks whose output the model adds to other tokens, on the way to the next block.
+
+    Such a block is a branch, as attention in turns with an MLP. All blocks return what they did in the trace, while the
+    images change: what still moves has come past them.
+
+    Args:
+        tracer: The tracer that made the trace.
+        trace: A trace of the model.
+        images: What was traced.
+        units: All blocks, in the order they run.
+
+    Returns:
+        Some of those that feed the next.
+    """
+    pairs = [pair for pair in pairwise(units) if not _hands_on(trace, *pair) and tracer.moves(trace, images, *pair)]
+    if not pairs:
+        return set()
+    one, two = (tracer.run_with_outputs(each, trace, units).runs for each in (images, images.flip(0)))
+    return {
+        before for before, unit in pairs if _differ(one[unit.path][unit.run].inputs, two[unit.path][unit.run].inputs)
+    }
 
 
 def _versions(leaves: list[Any]) -> tuple[int | None, ...]:
@@ -447,3 +635,7 @@ def _versions(leaves: list[Any]) -> tuple[int | None, ...]:
 
 def _tensors(leaves: list[Any]) -> Iterator[Tensor]:
     return (leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _token_tensors(leaves: list[Any]) -> Iterator[Tensor]:
+    return (leaf for leaf in _tensors(leaves) if leaf.ndim == MIN_TOKEN_AXES and leaf.is_floating_point())

@@ -103,12 +103,18 @@ def require_one_grid(anatomy: Anatomy, levels: int | None = None) -> tuple[int, 
         (rows, columns) of patches.
 
     Raises:
-        Unsupported: A layer has another grid, joins tokens late, or has no map between them.
+        Unsupported: A layer has another grid, joins tokens late, has no map between them, or does not work on what the
+            layer before gives.
     """
     blocks = anatomy.blocks[: len(anatomy.blocks) if levels is None else max(levels, 1)]
     first = blocks[0]
     for layer, block in enumerate(blocks):
         advice = "" if levels is None else f". Ask for a level up to {layer}."
+        if layer > 0 and not block.fed:
+            raise Unsupported(
+                f"L{layer} does not work on what L{layer - 1} gives (several encoders, or one that runs for several "
+                f"pictures): tokens cannot be followed through it{advice}"
+            )
         if (block.grid, block.prefix, block.tokens) != (first.grid, first.prefix, first.tokens):
             raise Unsupported(
                 f"L{layer} has {block.tokens} tokens on grid {block.grid}, and L0 has {first.tokens} on {first.grid}: "

@@ -143,7 +143,7 @@ def image_embeddings(tokens: Float[Tensor, "image token channel"], anatomy: Anat
     if index is not None:
         vector = tokens[:, index]
     elif tokens.shape[1] == block.tokens:
-        vector = tokens[:, block.prefix : block.tokens - block.behind].mean(1)
+        vector = tokens[:, block.prefix :].mean(1)
     else:  # it returns other tokens than it was given, and none of them are known not to be patches
         vector = tokens.mean(1)
     return F.layer_norm(vector.float(), vector.shape[-1:])
