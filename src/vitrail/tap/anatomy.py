@@ -361,10 +361,11 @@ class _Describer:
         run, other = self.two.runs[unit.path][unit.run], self.three.runs[unit.path][unit.run]
         inputs = _batch_dimensions(run.inputs, other.inputs)
         outputs = _batch_dimensions(run.outputs, other.outputs)
-        layouts = [self._of_own_images(one, self._call_layout(one, two)) for one, two in pairs]
+        layouts = [self._call_layout(one, two) for one, two in pairs]
         maps = {(each.heads, *one.weights[-2:]) for each, (one, _) in zip(layouts, pairs, strict=True)}
         main = _main_leaf(run.inputs, inputs, unit.path, maps | {(1, *shape[1:]) for shape in maps})
         self._require_own_rows(unit, run, main, inputs[main])
+        layouts = [self._of_own_images(one, each) for each, (one, _) in zip(layouts, pairs, strict=True)]
         inner = layouts[0].heads * pairs[0][0].v[-1] if pairs else 0
         sides = (self.images.shape[-2], self.images.shape[-1])
         if previous is not None and not pairs and previous.layout.n_axes == run.inputs[main].ndim:
@@ -516,7 +517,8 @@ class _Describer:
 
         Another first image moves values of the first image alone, or the layout mixes images.
         """
-        if call.weights[:-2] == (2, layout.heads):
+        lead = torch.Size(call.weights[:-2])
+        if lead == (2, layout.heads) or lead.numel() % (2 * layout.heads):
             return layout
         kind = type(self.model.get_submodule(call.path)), replace(layout, heads=1)
         if kind not in self.own_images:
