@@ -219,6 +219,7 @@ import os, signal, sys
 from vitrail import cli
 from vitrail.study.writing import StudyFolder
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell ignores it
 write = StudyFolder.write_part
 def interrupted(self, *given, **options):
     write(self, *given, **options)

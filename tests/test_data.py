@@ -533,7 +533,7 @@ def partial_load(source: data.ImageSource) -> Callable[[data.ImageEntry], Image.
     return lambda entry: data.load_image(source, entry)
 
 
-def test_a_file_or_a_list_of_one_folder_has_no_label_by_the_folders_name(tmp_path: Path) -> None:
+def test_a_file_or_a_list_of_one_folder_has_no_label_by_the_folders_number(tmp_path: Path) -> None:
     """A photograph in 2024/07 is none of class 7; several folders are classes, as in a folder of them."""
     for name in ("3/a.png", "3/b.png", "5/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

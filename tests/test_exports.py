@@ -225,7 +225,7 @@ def test_a_heat_map_lies_where_the_model_saw_the_photograph() -> None:
     values = 1 + np.arange(16, dtype=float).reshape(4, 4)
     for sides in ((200, 120), (90, 300), (80, 80)):
         laid = heat_map(values, sides, settings)
-        picture = Image.fromarray(laid.astype(np.uint8)).resize(sides, Image.Resampling.NEAREST)
+        picture = Image.fromarray(laid.astype(np.uint8)).resize(sides, Image.Resampling.NEAREST).convert("RGB")
         cropped = np.asarray(resize_and_crop(picture, settings))[..., 0]
         np.testing.assert_array_equal(cropped[8::16, 8::16], values)
         assert laid[0, 0] == 0

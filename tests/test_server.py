@@ -879,7 +879,7 @@ def test_the_description_lists_every_analysis_with_what_the_store_holds_of_it(cl
         assert each["command"].startswith(f"vitrail study {model} IMAGES")
     assert {name for each in described for name in each["stored"]} == set(client.get("/api/study").json()["measures"])
     assert next(each for each in described if each["name"] == "patches")["command"].endswith(
-        f"--measures patches --out {study.name}"
+        f"--measures patches --out {study}"
     )
 
 

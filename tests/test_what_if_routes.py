@@ -105,7 +105,7 @@ def test_one_head_is_told_with_what_it_costs_over_the_study(client: TestClient, 
     lost = (dataset.probability - dataset.head_probability[:, 0, 1]).values
     assert f"loses {lost.mean():.3f} of its probability without L0H1" in told["study"]
     assert f"more than 0.1 in {100 * (lost > 0.1).mean():.1f} %" in told["study"]
-    assert told["use_this"] == f"vitrail prune {study.name} --heads L0H1 --out NEW_FOLDER"
+    assert told["use_this"] == f"vitrail prune {study} --heads L0H1 --out NEW_FOLDER"
 
 
 def test_the_same_changes_are_computed_once_and_many_in_one_step(client: TestClient, live: ChangingLive) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "export_listing",
     "is_address",
     "is_figure",
+    "local_file",
     "local_folder",
     "local_path",
     "output_kind",
@@ -79,18 +80,32 @@ def local_path(path: str | Path) -> Path:
         The path.
 
     Raises:
-        UsageError: It is an address such as `s3://bucket/study`, which would become a folder of that name, or lies
-            below a file.
+        UsageError: It is an address such as `s3://bucket/study`, which would become a folder of that name.
     """
     if is_address(path):
         raise UsageError(
             f"{path} is an address, and this is written to local folders only (object stores take studies); name a "
             "folder and copy it there."
         )
-    path = Path(path)
+    return Path(path)
+
+
+def local_file(path: str | Path) -> Path:
+    """The file that results are written to, asked before there are any.
+
+    Args:
+        path: As the user wrote it; there may be none yet.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: It lies below a file, or is no path on this computer.
+    """
+    path = local_path(path)
     above = next((each for each in path.parents if os.path.lexists(each)), None)
     if above is not None and not os.path.isdir(above):
-        raise UsageError(f"{path} was to be written, and {above} is no folder; name another place.")
+        raise UsageError(f"{path} cannot be written: {above} is no folder; name another place.")
     return path
 
 
@@ -104,9 +119,9 @@ def local_folder(path: str | Path) -> Path:
         The path.
 
     Raises:
-        UsageError: A file is there, or it is no path on this computer.
+        UsageError: A file is there or above it, or it is no path on this computer.
     """
-    path = local_path(path)
+    path = local_file(path)
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UsageError(f"{path} is no folder, and one was to be written there; name another place.")
     return path

@@ -109,7 +109,7 @@ def compare(
             of_measure |= _cells(f"{measure.name}_head", dims, *aligned.by_head, aligned.limits, seed)
             heads.append(np.stack([mean_of_present(values, (0,)) for values in aligned.by_head]))
         result |= of_measure
-        cells |= dict.fromkeys(of_measure, measure)
+        cells |= dict.fromkeys(of_measure, aligned.measure)
         moved.append(_distance(aligned.b - aligned.a))
         by_image[measure.name] = _over_cells(aligned)
     if names is None and (correct := _correctness(pair)) is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from vitrail.data.decode import MAX_BYTES
 from vitrail.data.files import sentence, text, too_many_bytes
 from vitrail.data.images import Item
+from vitrail.data.labels import NUMBER
 from vitrail.errors import BadImage, DataError
 
 __all__ = ["LABEL_COLUMNS", "file_id", "file_items", "table_items", "tar_items"]
@@ -47,8 +48,8 @@ def file_items(paths: Sequence[Path], class_names: Sequence[str | None] | None =
 
     Args:
         paths: The files.
-        class_names: The name of each one's class; default: of the folder that it lies in, where they lie in several.
-            One folder tells nothing apart: `2024/07/a.jpg` is no image of class 7.
+        class_names: The name of each one's class; default: of the folder that it lies in. The number of a folder that
+            all share tells nothing apart: `2024/07/a.jpg` is no image of class 7.
 
     Returns:
         Items with ids relative to the folder that all files share.
@@ -57,8 +58,9 @@ def file_items(paths: Sequence[Path], class_names: Sequence[str | None] | None =
     if not absolute:
         return []
     shared = Path(os.path.commonpath([path.parent for path in absolute]))
-    in_classes = len({path.parent for path in absolute}) > 1
-    names = class_names or [file_id(Path(path.parent.name)) if in_classes else None for path in absolute]
+    folders = [file_id(Path(path.parent.name)) for path in absolute]
+    in_classes = len({path.parent for path in absolute}) > 1 or not NUMBER.fullmatch(folders[0])
+    names = class_names or (folders if in_classes else [None] * len(folders))
     return [Item(file_id(path.relative_to(shared)), name, path) for path, name in zip(absolute, names, strict=True)]
 
 

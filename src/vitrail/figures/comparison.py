@@ -47,7 +47,8 @@ def measures_that_differ(compared: xr.Dataset) -> Figure:
     order = measures_by_effect(compared)[::-1]
     table = compared.sel(measure=order)
     effect = table["standardised"].to_numpy()
-    spread = np.where(np.isfinite(effect), table["difference"].std("image").to_numpy(), np.nan)
+    is_one = np.isfinite(effect) & (effect != 0)  # elsewhere nothing says how long a standard deviation is
+    spread = np.divide(table["mean_difference"].to_numpy(), effect, out=np.full(len(order), np.nan), where=is_one)
     standardised = np.where(np.isnan(effect), 0.0, effect)  # no image differs
     ends = np.stack([table[end].to_numpy() for end in ("low_all", "high_all")]) / spread
     drawn = np.abs([standardised, *ends])

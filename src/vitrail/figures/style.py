@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from vitrail.errors import UsageError
 from vitrail.measure import range_or_unit
-from vitrail.outputs import FIGURE_SIGN, local_path, refuse_foreign_file
+from vitrail.outputs import FIGURE_SIGN, local_file, refuse_foreign_file
 
 __all__ = [
     "ATTENTION",
@@ -280,7 +280,7 @@ def figure_path(path: str | Path) -> Path:
         UsageError: The ending is another, the path is an address or no place for a file, or a file that Vitrail did not
             draw is there.
     """
-    path = local_path(path)
+    path = local_file(path)
     kind = _kind(path)
     if kind not in FORMATS:
         raise UsageError(f"A figure was to be written to {path.name!r}; it can be {', '.join(FORMATS)}.")

@@ -135,7 +135,7 @@ def _refuse_other(study: Any) -> None:
             f"Figures are drawn of a study or a look, and a {type(study).__name__} was given: "
             "vitrail.draw_figure(vitrail.open_study(FOLDER), NAME)."
         )
-    if "image" not in study.dims:
+    if study.data_vars and "image" not in study.dims:
         raise UsageError(
             "Figures are drawn over images, and these numbers have none any more (as after mean or isel): give the "
             "study, or isel(image=[0]) for one image of it."

@@ -55,7 +55,7 @@ from vitrail.tap.modes import plain_modes
 __all__ = ["run_study"]
 
 
-MOST_IN_A_BATCH = 2**20
+MOST_IN_A_BATCH = 2**40
 """Images in a pass, at most: more is a slip, and no number that torch takes as a size."""
 
 
