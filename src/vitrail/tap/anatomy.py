@@ -718,6 +718,7 @@ class _Describer:
             block.layout,
             block.main_input,
             block.grid,
+            block.patch_step,
             without_attention=without_attention,
         )
 

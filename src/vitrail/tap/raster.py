@@ -77,6 +77,7 @@ def corners_of(
     layout: TokenLayout,
     leaf: int,
     grid: tuple[int, int] | None,
+    patch_step: tuple[int, int] | None = None,
     *,
     without_attention: bool = False,
 ) -> Corners | None:
@@ -89,19 +90,23 @@ def corners_of(
         layout: Of its tokens.
         leaf: Which leaf of the block's arguments holds them.
         grid: (rows, columns) of the patches as far as they are known, which says how large a corner is changed.
+        patch_step: Pixels from one patch to the next, as far as they are known: pixels beyond the grid are no patch's.
         without_attention: Attention gives zeros, so that what enters later blocks is not mixed.
 
     Returns:
         The tokens; None where the block gets other tokens for these images.
     """
     height, width = images.shape[-2:]
+    if grid is not None and patch_step is not None:
+        height, width = min(height, grid[0] * patch_step[0]), min(width, grid[1] * patch_step[1])
     rows, columns = grid or (max(1, height // _FINEST_PATCH_PX), max(1, width // _FINEST_PATCH_PX))
     high, wide = max(1, height // rows // 2), max(1, width // columns // 2)
     batch = images[:1].repeat(5, 1, 1, 1)
-    batch[1, :, :high, :wide] += 1
-    batch[2, :, :high, -wide:] += 1
-    batch[3, :, -high:, :wide] += 1
-    batch[4, :, -high:, -wide:] += 1
+    corner = batch[..., :height, :width]
+    corner[1, :, :high, :wide] += 1
+    corner[2, :, :high, -wide:] += 1
+    corner[3, :, -high:, :wide] += 1
+    corner[4, :, -high:, -wide:] += 1
     runs = tracer.run(batch, without_attention=without_attention).runs.get(unit.path, ())
     if unit.run >= len(runs):
         return None
