@@ -56,7 +56,7 @@ def test_what_differs_is_said_and_drawn(visit: Visit, url: str, studies) -> None
 def test_without_another_study_the_tab_says_once_how_to_have_one(visit: Visit, studies, serving) -> None:
     page = visit("?tab=compare", url=serving(create_app(studies[0])))
     expect(page.locator("[data-missing]")).to_have_count(1)
-    expect(page.locator("[data-missing] code")).to_have_text("vitrail open study --with OTHER_STUDY")
+    expect(page.locator("[data-missing] code")).to_have_text(f"vitrail open {studies[0]} --with OTHER_STUDY")
 
 
 def test_one_photograph_is_shown_with_the_same_overlay_from_both_in_one_scale(
