@@ -121,14 +121,14 @@ def main() -> None:
     except SystemExit as ended:
         stop = getattr(ended.__context__, "__cause__", None)
         if isinstance(stop, KeyboardInterrupt):  # typer makes an exit of it, and says nothing
-            _say_stopped(stop)
+            _say_how_far(stop)
         raise
     except KeyboardInterrupt as stop:  # outside a command
-        _say_stopped(stop)
+        _say_how_far(stop)
         sys.exit(130)
 
 
-def _say_stopped(stop: KeyboardInterrupt) -> None:
+def _say_how_far(stop: KeyboardInterrupt) -> None:
     """Says how far it came and what goes on from there, as those who were interrupted noted it."""
     notes = " ".join(getattr(stop, "__notes__", ()))
     typer.secho(f"\nStopped. {notes}".rstrip(), err=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vitrail.cli.entry import app
-from vitrail.cli.options import Device, StudiedModel, Study, Weights, is_number, named, require_study
+from vitrail.cli.options import Device, StudiedModel, Study, Weights, is_number, require_study, split_option
 from vitrail.errors import UsageError
 
 __all__ = ["write_page"]
@@ -62,7 +62,7 @@ def export(
         raise UsageError(f"Say what to write with --to: {', '.join(ExportFormat)}; or the page, with --page FILE.html.")
     of_page = {"--images": images, "--with": others, "--no-live": not live, "--model": model, "--weights": weights}
     _refuse_options("--page", of_page)
-    folder, opens = export_study(study, to.value, out, measures=named("--measures", measures))
+    folder, opens = export_study(study, to.value, out, measures=split_option("--measures", measures))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     typer.echo(f"{folder}  ({size / 1e6:.1f} MB)\nOpen it:  {opens}")
 

@@ -24,9 +24,9 @@ from vitrail.cli.options import (
     analysis_names,
     decode,
     is_number,
-    named,
-    naming,
     seed_option,
+    split_option,
+    with_file_name,
     with_model_options,
 )
 from vitrail.cli.studies import print_lines
@@ -87,7 +87,7 @@ def look(
     from vitrail.report import findings_of, write_look
 
     refuse_formats([each.value for each in formats])
-    asked = named("--measures", measures)
+    asked = split_option("--measures", measures)
     folders = [local_folder(out / stem) for stem in _folder_names(images)]
     if mask is not None and len(images) > 1:
         raise UsageError(f"--mask {mask} is of one image, and {len(images)} were given; look at them one by one.")
@@ -96,7 +96,7 @@ def look(
         decode(path)  # one that cannot be read is named before a model is opened; a hundred do not fit in memory
     vit = model.open()
     for path in images:  # what this model cannot be shown is named before the first is looked at, too
-        with naming(path):
+        with with_file_name(path):
             require_channels(image := decode(path), vit.n_channels)
             vit.view(image)
     for path, folder in zip(images, folders, strict=True):
@@ -194,7 +194,7 @@ def matches(
     place, image, out = _parse_patch(patch), decode(photo), figure_path(out)
     assert place is not None
     vit = model.open()
-    with naming(photo):
+    with with_file_name(photo):
         vit.view(image)
     source = open_images(images, limit=limit, labels=False)
     with Console(stderr=True).status("reading images") as status:

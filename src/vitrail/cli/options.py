@@ -33,12 +33,12 @@ __all__ = [
     "analysis_names",
     "decode",
     "is_number",
-    "named",
-    "naming",
     "progress_bars",
     "require_study",
     "seed_option",
+    "split_option",
     "with_analysis_options",
+    "with_file_name",
     "with_model_options",
 ]
 
@@ -71,7 +71,7 @@ def is_number(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
-def named(option: str, names: str | None) -> list[str] | None:
+def split_option(option: str, names: str | None) -> list[str] | None:
     """The names in an option; one that names nothing is a slip, and is not taken for the default.
 
     Args:
@@ -138,19 +138,19 @@ def decode(path: Path) -> "Image.Image":
     """
     from vitrail.data import decode_image
 
-    with naming(path):
+    with with_file_name(path):
         return decode_image(path)
 
 
 @contextmanager
-def naming(path: Path) -> "Iterator[None]":
+def with_file_name(path: Path) -> "Iterator[None]":
     """Puts the name of a file before what is wrong with its image, for several may have been given.
 
     Args:
         path: The file.
 
     Returns:
-        What refusals within are named by.
+        A context in which refusals of images begin with the name of the file.
     """
     try:
         yield

@@ -166,11 +166,11 @@ def check_vit(
     Example:
         >>> print(check_vit(vit).text())
     """
+    require_vit(vit)
     images = _noise(vit) if images is None else images
     trial = _Trial(vit, images, quick)
     _require_finite(trial)
     own = trial.users_own_logits()
-    require_vit(vit)
     before = footprint(vit.model)
     findings = [
         _logits_unchanged(trial, own),

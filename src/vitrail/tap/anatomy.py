@@ -27,7 +27,7 @@ from vitrail.tap.layout import (
     main_output,
 )
 from vitrail.tap.raster import Corners, Raster, corners_of, fits_raster, raster_of_corners, same_each_time
-from vitrail.tap.trace import ModuleRun, Trace, TracedCall, Tracer, Unit, bypassed, is_fed, units_of
+from vitrail.tap.trace import ModuleRun, Trace, TracedCall, Tracer, Unit, branch_units, is_fed, units_of
 
 __all__ = ["MAPLESS_KINDS", "Anatomy", "Block", "Call", "Kind", "discover", "layer_ranges"]
 
@@ -415,7 +415,7 @@ class _Describer:
         """Says where another chain of blocks begins, and which layers are branches of the tokens that go on."""
         starts = [layer for layer, block in enumerate(blocks) if not block.fed]
         units = [Unit(block.path, block.run) for block in blocks]
-        past = bypassed(self.tracer, self.two, self.images[:2], units)
+        past = branch_units(self.tracer, self.two, self.images[:2], units)
         branches = [layer for layer, unit in enumerate(units) if unit in past]
         for start, stop in pairwise([*starts, len(blocks)]):  # after the last of a chain, nothing tells
             branches += [stop - 1] * (stop - start > 1 and set(range(start, stop - 1)) <= {*branches})

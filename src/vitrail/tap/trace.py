@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vitrail.tap.intercept import Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import MIN_TOKEN_AXES
 
-__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "bypassed", "is_fed", "units_of"]
+__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "branch_units", "is_fed", "units_of"]
 
 _PROJECTING = {F.linear, F.conv1d, F.conv2d}
 
@@ -604,7 +604,7 @@ def _hands_on(trace: Trace, one: Unit, two: Unit) -> bool:
     return any(id(leaf) in given_ids for leaf in _tensors(returned))
 
 
-def bypassed(tracer: Tracer, trace: Trace, images: Tensor, units: Sequence[Unit]) -> set[Unit]:
+def branch_units(tracer: Tracer, trace: Trace, images: Tensor, units: Sequence[Unit]) -> set[Unit]:
     """The blocks whose output the model adds to other tokens, on the way to the next block.
 
     Such a block is a branch, as attention in turns with an MLP. All blocks return what they did in the trace, while the

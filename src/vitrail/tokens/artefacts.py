@@ -23,7 +23,7 @@ from vitrail.sentence import percent
 from vitrail.tap.anatomy import Block
 from vitrail.tap.attention import Readers
 from vitrail.tap.clone import CANNOT_RUN, clone_sharing, first_weight
-from vitrail.tokens.levels import tokens_given
+from vitrail.tokens.levels import input_tokens
 from vitrail.tokens.outliers import norm_outliers
 
 __all__ = [
@@ -299,7 +299,7 @@ def _tokens_of_layers(
     if missing:
         raise Unsupported(f"L{missing[0]} does not add its attention to its input alone; what either adds is not told.")
     steps = range(layer + 1)
-    inputs = [rows(at, tokens_given(vit.anatomy, replay, at)) for at in steps]
+    inputs = [rows(at, input_tokens(vit.anatomy, replay, at)) for at in steps]
     changed = [at for at in steps[1:] if not torch.equal(inputs[at], outputs[at - 1])]
     if changed:
         raise Unsupported(

@@ -19,11 +19,11 @@ __all__ = [
     "Levels",
     "block_returned",
     "grids_returned",
+    "input_tokens",
     "layers_of_own_grid",
     "level_zero",
     "read_levels",
     "require_one_grid",
-    "tokens_given",
 ]
 
 
@@ -72,10 +72,10 @@ def level_zero(anatomy: Anatomy, replay: Replay) -> Float[Tensor, "image token c
     Returns:
         The tokens of level 0.
     """
-    return tokens_given(anatomy, replay, 0)
+    return input_tokens(anatomy, replay, 0)
 
 
-def tokens_given(anatomy: Anatomy, replay: Replay, layer: int) -> Float[Tensor, "image token channel"]:
+def input_tokens(anatomy: Anatomy, replay: Replay, layer: int) -> Float[Tensor, "image token channel"]:
     """What enters a block.
 
     Args:
