@@ -42,6 +42,9 @@ cost is flat around it."""
 FEWEST_EXACT = 25
 """With fewer exact images the interval of a corrected estimate covers less than nine times in ten for skewed losses."""
 
+FEWEST_RANKED = 12
+"""With fewer heads a rank correlation takes few values: of four the jackknife covered 68 % in simulated studies."""
+
 Z_95 = 1.959964
 """Of a normal distribution, 95 % lies within so many standard deviations of the mean."""
 
@@ -242,14 +245,14 @@ def estimate_agreement(study: xr.Dataset) -> RankAgreement | None:
     Heads are ordered by their mean loss of the label's probability, or by the mean change of loss where the study does
     not hold that. The interval is a jackknife over images on the scale of Fisher's z. It is of the agreement that as
     many images show: chance in their means lowers it, so more images show a higher one. In simulated studies of 25
-    images and 36 heads it covered that in 96 to 99 %.
+    images or more and 12 to 144 heads it covered that in 96 to 100 %.
 
     Args:
         study: An opened study.
 
     Returns:
-        The agreement, without an interval for fewer than 25 images and where leaving out any one of them changes
-        nothing; None where no exact values lie beside estimates.
+        The agreement, without an interval for fewer than 25 images or 12 heads and where leaving out any one image
+        changes nothing; None where no exact values lie beside estimates.
 
     Example:
         >>> study = vitrail.open_study("study")  # doctest: +SKIP
@@ -266,7 +269,8 @@ def estimate_agreement(study: xr.Dataset) -> RankAgreement | None:
     if n_images == 0:
         return None
     correlation = _rank_correlation(*(values.mean(0) for values in pairs))
-    if n_images < FEWEST_EXACT or np.isnan(correlation):
+    n_heads = int((~np.isnan(pairs[0] + pairs[1]).any(0)).sum())
+    if n_images < FEWEST_EXACT or n_heads < FEWEST_RANKED or np.isnan(correlation):
         return RankAgreement(name, correlation, np.nan, np.nan, n_images)
     others = [(values.sum(0) - values) / (n_images - 1) for values in pairs]
     left_out = _fisher_z(np.array([_rank_correlation(*each) for each in zip(*others, strict=True)]))
