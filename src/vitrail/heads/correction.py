@@ -48,9 +48,6 @@ FEWEST_RANKED = 12
 Z_95 = 1.959964
 """Of a normal distribution, 95 % lies within so many standard deviations of the mean."""
 
-PERFECT = 1 - 1e-8
-"""The largest rank correlation that Fisher's z is taken of: at 1 it is infinite."""
-
 NO_ERROR = 1e-9
 """A standard error below this share of another one is the rounding of float64, a few hundred roundings at most."""
 
@@ -243,9 +240,9 @@ def estimate_agreement(study: xr.Dataset) -> RankAgreement | None:
     """How far a study's estimate orders heads as pruning every one of them does, on the images where both were done.
 
     Heads are ordered by their mean loss of the label's probability, or by the mean change of loss where the study does
-    not hold that. The interval is a jackknife over images on the scale of Fisher's z. It is of the agreement that as
-    many images show: chance in their means lowers it, so more images show a higher one. In simulated studies of 25
-    images or more and 12 to 144 heads it covered that in 96 to 100 %.
+    not hold that. The interval is a jackknife over images. It is of the agreement that as many images show:
+    chance in their means lowers it, so more images show a higher one. In simulated studies of 25 to 100 images and 12
+    to 144 heads it covered that in 95 to 100 %, a normal interval by the bootstrap's error in 87 to 95 %.
 
     Args:
         study: An opened study.
@@ -273,24 +270,17 @@ def estimate_agreement(study: xr.Dataset) -> RankAgreement | None:
     if n_images < FEWEST_EXACT or n_heads < FEWEST_RANKED or np.isnan(correlation):
         return RankAgreement(name, correlation, np.nan, np.nan, n_images)
     others = [(values.sum(0) - values) / (n_images - 1) for values in pairs]
-    left_out = _fisher_z(np.array([_rank_correlation(*each) for each in zip(*others, strict=True)]))
-    error = float(np.sqrt((n_images - 1) * left_out.var()))
-    if error == 0:  # no image decides the order by itself: that is no proof that all others would agree
+    left_out = np.array([_rank_correlation(*each) for each in zip(*others, strict=True)])
+    if (left_out == left_out[0]).all():  # no image decides the order: no proof that others would not
         return RankAgreement(name, correlation, np.nan, np.nan, n_images)
-    z = float(_fisher_z(np.array(correlation)))
-    low, high = np.tanh([z - Z_95 * error, z + Z_95 * error])
-    return RankAgreement(name, correlation, float(low), float(high), n_images)
+    error = Z_95 * float(np.sqrt((n_images - 1) * left_out.var()))
+    return RankAgreement(name, correlation, max(correlation - error, -1.0), min(correlation + error, 1.0), n_images)
 
 
 def _rank_correlation(estimate: Float[np.ndarray, "head"], exact: Float[np.ndarray, "head"]) -> float:
     """Over the heads that have both."""
     present = ~(np.isnan(estimate) | np.isnan(exact))
     return spearman(estimate[present], exact[present])
-
-
-def _fisher_z(correlation: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
-    """Finite also for the same order: no more than that of one swap of neighbours among a thousand heads."""
-    return np.asarray(np.arctanh(np.clip(correlation, -PERFECT, PERFECT)))
 
 
 def how_corrected(study: xr.Dataset) -> str:
