@@ -261,10 +261,10 @@ def estimate_agreement(study: xr.Dataset) -> RankAgreement | None:
         return None
     exact = study[EXACT_VALUES[name]].to_numpy()
     sample = _sample(exact)
-    pairs = [values[sample].astype(np.float64).reshape(len(sample), -1) for values in (study[name].to_numpy(), exact)]
     n_images = len(sample)
     if n_images == 0:
         return None
+    pairs = [values[sample].astype(np.float64).reshape(n_images, -1) for values in (study[name].to_numpy(), exact)]
     correlation = _rank_correlation(*(values.mean(0) for values in pairs))
     n_heads = int((~np.isnan(pairs[0] + pairs[1]).any(0)).sum())
     if n_images < FEWEST_EXACT or n_heads < FEWEST_RANKED or np.isnan(correlation):
