@@ -3,13 +3,17 @@
     python benchmarks/wint.py                        1 M parameters, 32 px, compiled, bfloat16: as in docs/wint.md
     python benchmarks/wint.py --no-compile --precision no
     python benchmarks/wint.py --image-px 224 --patch-px 16 --width 384 --depth 12 --heads 6    (a ViT-S, on a GPU)
+    python benchmarks/wint.py sparse                 a layer's attention: block-sparse kernel, its mask, and both
+    python benchmarks/wint.py sparse --sides 56 112  the same of these grids
 
 Runs: the ViT, WinT, WinT with a teacher that is shown a quarter of each batch, fixed windows, and hard windows
 with the soft ones' gradient. On a CPU the time is that of one core. Each ratio is that of two steps taken one after the
-other on the same batch. Writes docs/wint/steps.md.
+other on the same batch. Writes docs/wint/steps.md. `sparse` prints what `python experiments/wint.py sparse` writes into
+docs/wint/sparse.md: the same code, and nothing of a training.
 """
 
 import argparse
+import runpy
 import statistics
 import sys
 import tempfile
@@ -28,7 +32,8 @@ from vitrail.wint.folder import save
 from vitrail.wint.recipe import Recipe, recipe_from
 from vitrail.wint.train import _Session
 
-DOCS = Path(__file__).resolve().parents[1] / "docs/wint"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs/wint"
 N_IMAGES, WARM = 512, 8
 SETTINGS = ("precision", "compile")
 START = [[0.4, 0.1, 0.1, 0.1], [0.1, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.1], [0.1, 0.1, 0.1, 0.4]]
@@ -43,8 +48,12 @@ RUNS = {
 
 
 def main() -> None:
-    """Prints the table and writes it."""
+    """Prints the table; that of steps is written, too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("steps", "sparse"), default="steps")
+    parser.add_argument(
+        "--sides", nargs="+", type=int, default=[], metavar="PATCHES", help="of square grids, for sparse"
+    )
     for name, value in (("image", 32), ("patch", 4)):
         parser.add_argument(f"--{name}-px", type=int, default=value)
     for name, value in (("width", 128), ("depth", 6), ("heads", 4), ("batch", 64), ("steps", 60)):
@@ -54,6 +63,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.what == "sparse":
+        crossover = runpy.run_path(str(ROOT / "experiments/wint.py"), run_name="experiments_wint")["crossover"]
+        print(crossover(options.sides), flush=True)
+        return
     with tempfile.TemporaryDirectory() as folder:
         print(text := measure(options, Path(folder)), flush=True)
     if options == parser.parse_args([]):

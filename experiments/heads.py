@@ -62,6 +62,7 @@ class ReportData:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.work = folder, options.work
         self.data: xr.Dataset = open_study(folder, partial=options.limit is not None).isel(image=slice(options.limit))
+        refuse_without(self.data, folder, ("head_probability",), "heads")
         self.vit = reopen(folder)
         self.name = self.vit.name.partition(":")[2]
         self.labels = self.data["label"].to_numpy().astype(np.int64)
@@ -184,13 +185,15 @@ def area_row(name: str, area: Area) -> list[str]:
 def table_experiment(options: argparse.Namespace) -> None:
     """What studies say of their heads: how many matter, which, and how far two models agree."""
     studies = [open_study(folder, partial=True) for folder in options.studies]
+    for folder, study in zip(options.studies, studies, strict=True):
+        refuse_without(study, folder, ("head_probability",), "heads")
     tables = [head_table(study) for study in studies]
     for study, table in zip(studies, tables, strict=True):
         print(f"\n{study.attrs['model']}, {study.sizes['image']} photographs, {study.attrs['precision']}\n")
         print(counted(study))
         print(most_important(table))
     if len(studies) == 2:
-        print(agreement(tables))
+        print(agreement(studies, tables))
 
 
 def counted(study: xr.Dataset) -> str:
@@ -229,17 +232,15 @@ def most_important(table: xr.Dataset, shown: int = 8) -> str:
     return f"\nNothing pruned: top-1 {table.attrs['accuracy']:.3f}\n\n{markdown(head, rows)}"
 
 
-def agreement(tables: Sequence[xr.Dataset]) -> str:
+def agreement(studies: Sequence[xr.Dataset], tables: Sequence[xr.Dataset]) -> str:
     """Rank correlation over heads of two models, by measure, and how much of the loss each layer holds."""
     names = ["drop_mean", "head_divergence_mean", "flip_share", "head_cls_shift_mean", "head_token_shift_mean"]
     rows = [[name, f"{spearman(*(table[name].to_numpy().ravel() for table in tables)):+.2f}"] for name in names]
-    layers = [
-        [f"L{layer}", *(f"{float(table['drop_mean'][layer].mean()):+.3f}" for table in tables)]
-        for layer in range(tables[0].sizes["layer"])
-    ]
+    drops = [(study["probability"] - study["head_probability"]).mean("head").to_numpy() for study in studies]
+    layers = [[f"L{layer}", *(lost(of_model[:, layer]) for of_model in drops)] for layer in range(drops[0].shape[1])]
     return (
         f"\n{markdown(['measure', 'Spearman over heads, first and second model'], rows)}\n\n"
-        f"{markdown(['p lost, mean over the heads of a layer', 'first model', 'second model'], layers)}"
+        f"{markdown(['p lost, mean over the heads of a layer [95 %]', 'first model', 'second model'], layers)}"
     )
 
 
@@ -430,6 +431,7 @@ def regions_experiment(options: argparse.Namespace) -> None:
     """Which part of a head carries it: the rows and columns of the class token, or attention between patches."""
     for folder in options.studies:
         study = open_study(folder, partial=options.limit is not None).isel(image=slice(options.limit))
+        refuse_without(study, folder, ("head_probability", "head_region_probability"), "heads,regions")
         before = study["probability"].to_numpy().astype(np.float64)
         whole = before[:, None, None] - study["head_probability"].to_numpy()
         of_class, of_patches = np.moveaxis(
@@ -461,6 +463,21 @@ def regions_experiment(options: argparse.Namespace) -> None:
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def refuse_without(study: xr.Dataset, folder: Path, names: Sequence[str], measures: str) -> None:
+    """Ends with a sentence where a study lacks what an experiment reads."""
+    missing = [name for name in names if name not in study]
+    if not missing:
+        return
+    left_out = study.attrs.get("left_out", {})
+    reasons = [f"{name}: {left_out[name]}" for name in missing if name in left_out]
+    if reasons:
+        raise SystemExit(f"{folder} does not hold {', '.join(missing)} ({'; '.join(reasons)}).")
+    raise SystemExit(
+        f"{folder} does not hold {', '.join(missing)}. The same study goes on with them: vitrail study MODEL PHOTOS "
+        f"--measures {measures} --out {folder}, with the model and the photographs that it was made of."
+    )
 
 
 def lost(probability: np.ndarray) -> str:

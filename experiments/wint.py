@@ -6,6 +6,7 @@
     python experiments/wint.py transfer the control and WinT go on to 25 look-alike animals; `longer`: twice as long
     python experiments/wint.py table    docs/wint/arms.md from the records, without training
     python experiments/wint.py sparse   docs/wint/sparse.md: dense, masked and block-sparse attention on this machine
+                                   (`python benchmarks/wint.py sparse` prints it alone, of any grids)
     python experiments/wint.py pictures docs/wint/*.png: a trained WinT and its teacher on a photograph; and
                                    docs/wint/agreement.md: predicted against measured windows
     python experiments/wint.py beside   docs/wint/beside.md: studies of a trained WinT and of its ViT
@@ -19,8 +20,9 @@ import hashlib
 import json
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -143,7 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "sparse":
-        (DOCS / "sparse.md").write_text(crossover())
+        (DOCS / "sparse.md").write_text(text := crossover())
+        print(text)
         return
     if options.what == "beside":
         (DOCS / "beside.md").write_text(beside(options.data, options.work))
@@ -447,8 +450,18 @@ def stack_layers(layers: list[Tensor]) -> Any:
 # --- block-sparse attention ------------------------------------------------------------------------------------------
 
 
-def crossover(heads: int = 2, width: int = 32, share: float = 0.1) -> str:
-    """Times of one layer's attention by resolution; windows are squares of a tenth of the grid around the query."""
+def crossover(sides: Sequence[int] = (), *, heads: int = 2, width: int = 32, share: float = 0.1) -> str:
+    """Times of one layer's attention by resolution; windows are squares of a tenth of the grid around the query.
+
+    Args:
+        sides: Rows and columns of the grids; empty: those of docs/wint/sparse.md.
+        heads: Of the layer.
+        width: Channels of a head.
+        share: Of the grid that a window covers, before the border cuts it.
+
+    Returns:
+        Three tables in markdown: kernel, mask and both together; soft edges; the mask alone.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = [
         f"{torch.cuda.get_device_name() if device == 'cuda' else 'one CPU thread, FlexAttention not compiled'}; "
@@ -460,19 +473,19 @@ def crossover(heads: int = 2, width: int = 32, share: float = 0.1) -> str:
         "| windows' area, % | open blocks, % | tiles, % | largest difference |",
         f"| {' | '.join(['---'] * 14)} |",
     ]
-    for side in (14, 24, 32, 48) if device == "cpu" else (14, 28, 56, 84, 112):
+    for side in sides or ((14, 24, 32, 48) if device == "cpu" else (14, 28, 56, 84, 112)):
         lines.append(crossover_row(side, heads, width, share, device))
-        console.print(lines[-1], markup=False)
+        print(lines[-1], file=sys.stderr, flush=True)  # minutes, on a CPU
     lines += ["", "Soft edges at the final temperature, cut where they let through less than a thousandth:\n"]
     lines += ["| grid | dense soft mask | in blocks, whole | open blocks, % | hard edges', % | largest difference |"]
     lines += [f"| {' | '.join(['---'] * 6)} |"]
-    for side in (14, 32, 48) if device == "cpu" else (28, 56, 112):
+    for side in sides or ((14, 32, 48) if device == "cpu" else (28, 56, 112)):
         lines.append(soft_row(side, heads, width, share, device))
     if device == "cpu":
-        lines += [soft_row(side, heads, width, share, "") for side in (56, 112)]
+        lines += [soft_row(side, heads, width, share, "") for side in (() if sides else (56, 112))]
         lines += ["", "The mask alone, in closed form, on one CPU thread (least of 50):\n"]
         lines += ["| grid | tokens | mask, ms | of 10,000 tokens, ms | windows' area, % | open blocks, % | tiles, % |"]
-        lines += [f"| {' | '.join(['---'] * 7)} |", *(mask_row(side, share) for side in (56, 112))]
+        lines += [f"| {' | '.join(['---'] * 7)} |", *(mask_row(side, share) for side in sides or (56, 112))]
     return "\n".join(lines) + "\n"
 
 

@@ -204,7 +204,7 @@ def test_a_mask_says_which_object_each_patch_lies_on_and_decides_no_other_image(
     image = Image.fromarray(np.random.default_rng(3).integers(0, 255, (48, 64, 3), dtype=np.uint8))
     mask = np.zeros((48, 64), np.int32)
     mask[:, :32] = 7
-    live, part = LiveModel(vit), ("token_xy", "patch_object")
+    live, part = LiveModel(vit), ("token_xy", "class_token_xy", "patch_object")
     laid_out = live.look_part(image, "tokens", part, mask=mask)
     covered = live.vit.view(Image.fromarray(mask.astype(np.uint8) * 30)).resize((4, 3), Image.Resampling.BOX)
     assert_array_equal(laid_out.patch_object > 0, np.asarray(covered.convert("L")).ravel() > 0.4 * 210)

@@ -18,10 +18,12 @@ from vitrail.figures.one_image import TOKEN_FIGURES
 from vitrail.figures.whole import draw_figures
 from vitrail.models.open import open_vit
 from vitrail.one_image import look, parts_of, record_image, save_look
+from vitrail.report import findings_of
 from vitrail.study.run import run_study
 from vitrail.tap.attention import Readers
+from vitrail.tokens.grouping import tsne
 
-MASKED = {"token_xy", "patch_object"}
+MASKED = {"token_xy", "class_token_xy", "patch_object"}
 """Computed only with a mask."""
 
 
@@ -68,6 +70,16 @@ def test_weights_that_are_no_numbers_are_said_and_never_looked_at():
     ):
         with pytest.raises(ModelError, match=r"not finite .* Check the weights"):
             ask()
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (255, 0, 0)])
+def test_a_constant_image_is_looked_at_and_nothing_is_said_that_is_no_number(vit, colour):
+    looked = look(vit, Image.new("RGB", (40, 36), colour), measures="heads,patches,tokens")
+    plain = vit.logits(vit.prepare([Image.new("RGB", (40, 36), colour)])).softmax(-1)[0]
+    assert_allclose(looked["probability"], plain.max(), rtol=1e-5)
+    for name in ("head_probability", "strength_entropy", "interaction_distance", "token_norm"):
+        assert np.isfinite(looked[name]).all(), name
+    assert not [sentence for sentence in findings_of(looked) if "nan" in sentence.lower()]
 
 
 @contextmanager
@@ -235,6 +247,33 @@ def test_a_mask_brings_objects_grouping_and_a_layout(vit):
     assert set(np.unique(looked["patch_object"])) == {1, 2}
     assert np.isfinite(looked["grouping_silhouette"]).all()
     assert np.isfinite(looked["token_xy"]).any()
+
+
+def test_the_class_token_is_laid_out_with_the_patches_and_has_a_place_of_its_own(vit):
+    looked = look(vit, photo(), mask=halves(), measures="tokens")
+    with torch.no_grad():
+        model, images = vit.model, vit.prepare([photo()])
+        tokens = model._pos_embed(model.patch_embed(images))
+        for layer, block in enumerate(model.blocks):
+            tokens = block(tokens)
+            expected = tsne(np.concatenate([tokens[0, 1:], tokens[0, :1]]))
+            laid_out = np.vstack([looked["token_xy"][layer], looked["class_token_xy"][layer]])
+            apart = [np.linalg.norm(xy[:, None] - xy, axis=-1) for xy in (laid_out, expected)]
+            assert_allclose(apart[0].argsort(1)[:, 1], apart[1].argsort(1)[:, 1])  # everybody's nearest neighbour
+    (axes, *_) = dict(TOKEN_FIGURES)["tsne"](looked).axes
+    star = next(each for each in axes.collections if each.get_label() == "class token")
+    assert_allclose(star.get_offsets()[0], looked["class_token_xy"][0])
+
+
+def test_without_a_class_token_only_patches_are_laid_out_and_the_reason_is_said():
+    pooled = small_vit(class_token=False, global_pool="avg")
+    looked = look(pooled, photo(), mask=halves(), measures="tokens")
+    assert np.isfinite(looked["token_xy"]).all()
+    assert "class_token_xy" not in looked
+    assert looked.attrs["left_out"]["class_token_xy"] == "the layers that were laid out have no class token"
+    figure = dict(TOKEN_FIGURES)["tsne"](looked)
+    assert not [each for each in figure.axes[0].collections if each.get_label() == "class token"]
+    assert "star" not in figure.get_supxlabel()
 
 
 def test_filters_say_what_salient_patches_are_where_objects_are_too_small_to_colour(vit):

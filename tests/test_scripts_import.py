@@ -4,6 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from vitrail import open_vit, run_study
+
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_ALL = """
 import runpy, sys, traceback
@@ -31,6 +38,40 @@ def test_all_scripts_import_what_they_use() -> None:
     assert len(scripts) > 20
     run = subprocess.run([sys.executable, "-c", IMPORT_ALL, *scripts], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip().endswith(f"imported {len(scripts)}"), run.stdout + run.stderr
+
+
+def test_one_command_prints_kernel_mask_and_whole_of_block_sparse_attention() -> None:
+    before = (ROOT / "docs/wint/sparse.md").read_bytes()
+    command = [sys.executable, ROOT / "benchmarks/wint.py", "sparse", "--sides", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tables = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    row = dict(zip(tables[0], next(cells for cells in tables if cells[0] == "4 x 4"), strict=True))
+    assert {"kernel", "mask", "whole", "tiles: kernel", "open blocks, %"} <= row.keys()
+    assert float(row["largest difference"]) < 1e-5
+    assert [cells[0] for cells in tables].count("4 x 4") == 3  # hard edges, soft ones, the mask alone
+    assert (ROOT / "docs/wint/sparse.md").read_bytes() == before  # printed, not written
+
+
+def test_a_study_without_regions_is_told_the_command_that_adds_them_and_then_has_its_table(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    vit = open_vit(timm.create_model("vit_tiny_patch16_224", **shape).eval(), mean=0.5, std=0.5)
+    (tmp_path / "photos").mkdir()
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    arguments = [ROOT / "experiments/heads.py", "regions", tmp_path / "study", "--work", tmp_path / "work"]
+    for measures in ("head_probability", "head_probability,regions"):
+        run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures=measures)
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+        if measures == "head_probability":
+            assert done.returncode == 1
+            assert done.stderr.startswith(f"{tmp_path / 'study'} does not hold head_region_probability. ")
+            assert f"vitrail study MODEL PHOTOS --measures heads,regions --out {tmp_path / 'study'}" in done.stderr
+            assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "| head | without it | without class rows and columns | without patches to patches |" in done.stdout
 
 
 def test_chunks_of_robustness_are_joined_as_they_were_kept(tmp_path: Path) -> None:

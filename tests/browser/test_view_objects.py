@@ -74,6 +74,7 @@ def test_tokens_lie_by_likeness_with_the_colour_of_their_object(visit: Visit, ob
     np.testing.assert_array_equal(owners, expected)
     colours = dots.evaluate_all("all => new Set(all.map((one) => one.style.fill)).size")
     assert colours == 3
+    expect(page.locator("[data-view=by-object] svg").first.locator("[data-class-token]")).to_have_count(1)
     place = page.locator("[data-view=by-object] svg").first.locator("circle[data-patch='12']")
     x, y = (float(place.get_attribute(name) or "nan") for name in ("cx", "cy"))
     page.locator("[data-view=by-object] svg").first.click(position={"x": x, "y": y})

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import spearmanr
 
 from vitrail.app.study_arrays import StudyArrays
 from vitrail.heads.classes import class_table
 from vitrail.heads.correction import (
     correct_mean,
+    estimate_agreement,
     exact_part,
     exact_values,
     how_corrected,
@@ -69,6 +71,53 @@ def test_one_place_of_four_is_swept_and_no_period_decides_which():
     assert_array_equal(swept.sum(1), 1)
     assert (np.abs(swept.mean(0) - 0.25) < 0.05).all()
     assert abs(np.corrcoef(swept[:-1, 0], swept[1:, 0])[0, 1]) < 0.1
+
+
+def ranked_study(n_images=60, n_swept=30, seed=0):
+    """12 heads that cost more from one to the next; the estimate sees half of that and noise of its own."""
+    rng = np.random.default_rng(seed)
+    lost = np.linspace(0.01, 0.12, 12) * np.exp(rng.normal(0, 1, (n_images, 12)))
+    rough = lost / 2 * np.exp(rng.normal(0, 0.8, lost.shape))
+    exact = np.where(np.arange(n_images)[:, None] < n_swept, 0.9 - lost, np.nan)
+    values = [each.reshape(n_images, 3, 4).astype(np.float32) for each in (0.9 - rough, exact)]
+    return xr.Dataset({"head_probability": (HEADS, values[0]), "head_probability_exact": (HEADS, values[1])})
+
+
+def test_an_estimates_agreement_is_the_rank_correlation_on_the_images_that_have_both_with_their_jackknife():
+    data = ranked_study()
+    found = estimate_agreement(data)
+    rough, exact = (data[name].to_numpy()[:30].reshape(30, 12).astype(np.float64) for name in data)
+    assert_allclose(found.correlation, spearmanr(rough.mean(0), exact.mean(0)).statistic)
+    left_out = []
+    for image in range(30):
+        others = np.arange(30) != image
+        left_out.append(spearmanr(rough[others].mean(0), exact[others].mean(0)).statistic)
+    error = np.sqrt(29 / 30 * ((np.array(left_out) - np.mean(left_out)) ** 2).sum())
+    ends = np.clip(found.correlation + np.array([-1.96, 1.96]) * error, -1, 1)
+    assert_allclose([found.low, found.high], ends, atol=1e-4)
+    assert (found.measure, found.n_images) == ("head_probability", 30)
+    assert found.low < found.correlation < found.high
+
+
+def test_the_interval_of_an_agreement_holds_what_as_many_images_show():
+    agreements = [estimate_agreement(ranked_study(n_images=30, seed=seed)) for seed in range(60)]
+    truth = np.mean([each.correlation for each in agreements])
+    assert np.mean([each.low <= truth <= each.high for each in agreements]) >= 0.95 - 2 * np.sqrt(0.95 * 0.05 / 60)
+    assert np.mean([each.high - each.low for each in agreements]) < 0.5  # and says something
+
+
+def test_an_agreement_without_exact_values_or_with_few_or_with_no_doubt_has_no_interval():
+    assert estimate_agreement(ranked_study().drop_vars("head_probability_exact")) is None
+    assert estimate_agreement(ranked_study(n_swept=0)) is None
+    for few in (ranked_study(n_swept=24), ranked_study().isel(layer=[0, 1])):  # images; heads
+        found = estimate_agreement(few)
+        assert np.isfinite(found.correlation)
+        assert np.isnan([found.low, found.high]).all()
+    same = ranked_study()
+    same["head_probability"] = same["head_probability_exact"]
+    sure = estimate_agreement(same)
+    assert_allclose(sure.correlation, 1)
+    assert np.isnan([sure.low, sure.high]).all()
 
 
 @pytest.mark.parametrize("name", ["drop", "head_probability", "head_loss_change"])

@@ -171,6 +171,22 @@ def test_layer_metrics_are_exact_under_the_estimate_too(model, images, labels, s
             assert_allclose(guess[name], swept[name], rtol=1e-3, atol=1e-7, err_msg=name)
 
 
+def test_the_sweep_in_bfloat16_errs_by_what_its_roundings_add_up_to(model, images, labels, swept):
+    """bfloat16 keeps 8 bits: a rounding is 2^-9 of a value at most. A block rounds the residual stream twice, and what
+    it adds some four times on its way (norm, product, activation or softmax, product), so three blocks, the embedding
+    and the classifier leave about 24 roundings that do not conspire: sqrt(24) of them, three times that at worst."""
+    half = open_vit(copy.deepcopy(model), image_size=(48, 80), precision="bfloat16")
+    plain = open_vit(model, image_size=(48, 80)).logits(images)
+    bound = 3 * 24**0.5 * 2**-9
+    apart = (half.logits(images.bfloat16()).float() - plain).abs().max() / plain.abs().max()
+    assert 2**-12 < apart < bound  # not float32 under another name
+    found = study_batch(half, images.bfloat16(), labels)
+    # dp = p (1 - p) (move of the label's logit - mean move of the others): at most a quarter of twice the bound
+    of_logits = bound * float(plain.abs().max())
+    assert_allclose(found["head_probability"], swept["head_probability"], rtol=0, atol=of_logits / 2)
+    assert rank_agreement(found["head_divergence"], swept["head_divergence"]) > 0.9
+
+
 def test_the_estimate_leaves_no_gradients_behind(model, images, labels):
     vit = open_vit(model, image_size=(48, 80))
     study_batch(vit, images, labels, importance="estimate")

@@ -1,7 +1,9 @@
 """Indicators: rows, diagonal, prefix, and what each of them is."""
 
+import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -50,6 +52,31 @@ def test_mean_is_the_mean_over_heads_of_renormalised_attention() -> None:
     expected = between_patches(weights, 2).mean(1)
     expected.diagonal(dim1=-2, dim2=-1).zero_()
     assert_close(indicator(weights, 2, "mean"), expected / expected.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["max", "var", "mean_std", "value", "gradient"])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_each_indicator_is_its_formula_in_numpy(name: str, prefix: int) -> None:
+    """One pair of patches at a time: P over heads, its values' lengths, and dp/dA = (A dp/dA) / A."""
+    parts = layer(prefix)
+    weights, v, pull = (parts[each].double().numpy() for each in ("weights", "v", "gradient"))
+    expected = np.zeros((2, 12, 12))
+    for image, query, key in np.ndindex(expected.shape):
+        i, j = prefix + query, prefix + key
+        share = np.array([row[i, j] / row[i, prefix:].sum() for row in weights[image]])
+        slope = pull[image, :, i, j] / weights[image, :, i, j]
+        mean = share.sum() / 3
+        variance = ((share - mean) ** 2).sum() / 3
+        expected[image, query, key] = {
+            "max": share.max(),
+            "var": variance,
+            "mean_std": mean * variance**0.5,
+            "value": (share * (v[image, :, j] ** 2).sum(-1) ** 0.5).sum() / 3,
+            "gradient": np.maximum(share * slope, 0).sum() / 3,
+        }[name]
+        expected[image, query, query] = 0
+    expected /= expected.sum(-1, keepdims=True)
+    assert_allclose(indicator(prefix=prefix, name=name, **parts), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_heads_that_agree_have_no_variance() -> None:

@@ -1,7 +1,9 @@
 """The collector: every measure for every kind of grid, equal to what the pure functions say of the maps."""
 
+import copy
 import subprocess
 import sys
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -69,23 +71,49 @@ def test_a_study_of_the_room_declares_what_it_computes(vit):
         assert values.ndim == len(declaration(name).dims)
 
 
+def unfused_maps(model, images):
+    """Attention of each layer as timm computes it, [layer image head query key]."""
+    model, maps = copy.deepcopy(model), []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].double().numpy()))
+    with torch.no_grad():
+        model(images)
+    return np.stack(maps)
+
+
 def test_measures_are_what_the_maps_say(vit):
+    """On 3 x 5 patches, in NumPy from timm's own maps; hubs and sinks by the pure function, which has its own tests."""
     images = photographs(3, 48, 80)
     found = collected(vit, images)
-    for layer, weights in maps_on_grid(vit, images).items():
-        matrix = indicator(weights, prefix=1)
-        boxes, _ = windows.best_boxes(matrix, (3, 5), 4)
-        inside = windows.in_box(boxes, (3, 5))
-        assert_array_equal(found["window"][:, layer], windows.sides(boxes, (3, 5)))
-        assert_allclose(found["tendency"][:, layer], field.tendency(matrix, inside, (3, 5)), atol=1e-5)
+    row, column = np.divmod(np.arange(15), 5)
+    sides = product(combinations(range(4), 2), combinations(range(6), 2))
+    top, bottom, left, right = np.array([(*rows, *columns) for rows, columns in sides]).T[..., None]
+    inside = (top <= row) & (row < bottom) & (left <= column) & (column < right)
+    area = inside.sum(1)
+    for layer, weights in enumerate(unfused_maps(vit.model, images)):
+        block = weights[:, :, 1:, 1:]
+        matrix = (block / block.sum(-1, keepdims=True)).mean(1) * (1 - np.eye(15))
+        matrix /= matrix.sum(-1, keepdims=True)
+        held = matrix @ inside.T
+        west, north, east, south = np.moveaxis(found["window"][:, layer], -1, 0)[..., None]
+        window = (column[:, None] - west <= column) & (column <= column[:, None] + east)
+        window &= (row[:, None] - north <= row) & (row <= row[:, None] + south)
+        assert (window.sum(-1) <= 4).all()
+        assert_allclose((matrix * window).sum(-1), np.where(area <= 4, held, 0).max(-1), rtol=1e-4)
+        weight = matrix * window / (matrix * window).sum(-1, keepdims=True)
+        tendency = np.stack([weight @ column - column, weight @ row - row], -1)
+        assert_allclose(found["tendency"][:, layer], tendency, atol=1e-4)
         for image, ids in enumerate(instance_ids(3, 48, 80)):
-            cells = (ids > 0).reshape(3, 16, 5, 16).mean((1, 3))
-            on_objects = [cells[top:bottom, left:right].mean() for top, left, bottom, right in boxes[image].tolist()]
+            cells = (ids > 0).reshape(3, 16, 5, 16).mean((1, 3)).ravel()
+            on_objects = window[image] @ cells / window[image].sum(-1)
             assert_allclose(found["window_object_share"][image, layer], on_objects, atol=1e-6)
-        smallest, _ = windows.smallest_boxes(matrix, (3, 5), 0.5)
-        assert_allclose(found["field_size"][:, layer], windows.areas(smallest) / 15, rtol=1e-6)
-        assert_allclose(found["strongest_share"][:, layer], field.strongest_share(matrix, 0.5), rtol=1e-6)
-        assert_allclose(found["interaction_distance"][:, layer], field.interaction_distance(matrix, (3, 5)), rtol=1e-4)
+        assert_allclose(found["field_size"][:, layer], np.where(held >= 0.5, area, 15).min(-1) / 15, rtol=1e-6)
+        upto = np.sort(matrix, -1)[..., ::-1].cumsum(-1)
+        assert_allclose(found["strongest_share"][:, layer], (1 + (upto < 0.5).sum(-1)) / 15, rtol=1e-6)
+        distance = np.hypot(row[:, None] - row, column[:, None] - column)
+        assert_allclose(found["interaction_distance"][:, layer], (matrix * distance).sum(-1), rtol=1e-4)
+        matrix = torch.as_tensor(matrix).float()
         of_layer = find_hubs(matrix)
         assert_array_equal(found["hub"][:, layer], of_layer.hubs)
         assert_array_equal(found["sink"][:, layer], of_layer.sinks)

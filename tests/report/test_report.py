@@ -25,6 +25,7 @@ from vitrail.report.heads import heads
 from vitrail.report.opening import studied
 from vitrail.report.page import page
 from vitrail.report.parts import ReportData, Section, Table, Text
+from vitrail.report.sections import study_findings
 from vitrail.sentence import Sentence
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study
@@ -282,6 +283,20 @@ def test_a_study_of_one_image_has_no_intervals(tmp_path):
     for words in sorted(limits, key=len, reverse=True):  # they may say where a measure is NaN
         numbers = numbers.replace(words, "")
     assert "nan" not in numbers.lower().split()
+
+
+def test_a_study_of_constant_images_is_reported_in_numbers(tmp_path):
+    """Black, white and grey: no texture, no edge, nothing that tells one patch from another but its place."""
+    (tmp_path / "photos").mkdir()
+    for level in (0, 127, 255):
+        Image.new("RGB", (40, 40), (level, level, level)).save(tmp_path / "photos" / f"{level}.png")
+    measures = "heads,patches,tokens"
+    study = run_study(small_vit(), tmp_path / "photos", out=tmp_path / "study", measures=measures, batch_size=3)
+    for name in ("head_probability", "strength_entropy", "interaction_distance", "token_norm"):
+        assert np.isfinite(study[name]).all(), name
+    texts = [each["text"] for each in study_findings(tmp_path / "study")]
+    assert any(text.startswith("Without L") for text in texts)
+    assert not [text for text in texts if "nan" in text.lower().split()]
 
 
 def test_without_labels_accuracy_is_not_claimed(read_masked):

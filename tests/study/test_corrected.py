@@ -17,6 +17,7 @@ from vitrail.heads.summary import correct_estimate, head_table
 from vitrail.models.open import Vit
 from vitrail.report.heads import heads
 from vitrail.report.parts import ReportData
+from vitrail.stats import spearman
 from vitrail.study import planning
 from vitrail.study.run import run_study
 from vitrail.study.store import open_study
@@ -114,6 +115,35 @@ def test_the_report_says_by_what_means_are_corrected(corrected: Path) -> None:
     assert f", corrected by {n_exact} exact images)" in str(section.findings[0])
     assert f"of the {n_exact} images whose heads were all pruned" in str(section.findings[1])
     assert any("Estimated on all images and corrected" in str(part) for part in section.parts())
+
+
+def test_the_report_says_how_far_the_estimate_orders_heads_as_pruning_them_does(corrected: Path) -> None:
+    section, study = heads(ReportData.of(corrected)), open_study(corrected)
+    assert section is not None
+    sample = np.flatnonzero([is_swept(place) for place in range(N_IMAGES)])
+    rough, exact = (
+        study[name].to_numpy()[sample].mean(0).ravel() for name in ("head_probability", "head_probability_exact")
+    )
+    said = str(section.findings[2])
+    assert f"On the {len(sample)} images whose heads were all pruned" in said
+    assert f"a rank correlation of {spearman(rough, exact):.2f} (" in said
+    assert said.endswith("by the mean probability of the label without this head.")
+    assert section.findings[2].measure == "head_probability"
+
+
+def test_the_report_of_an_estimate_alone_says_that_its_order_was_not_measured_and_what_does(
+    vit: Vit, photos: Path, tmp_path: Path
+) -> None:
+    for importance in ("estimate", "exact"):
+        run(vit, photos, tmp_path / importance, importance, limit=4, measures="head_probability")
+    section = heads(ReportData.of(tmp_path / "estimate"))
+    assert section is not None
+    said = str(section.findings[2])
+    assert said.startswith("What heads cost is an estimate from one backward pass an image")
+    assert "was not measured: --importance corrected prunes every head on one image in 4 (100 images or more)" in said
+    exact = heads(ReportData.of(tmp_path / "exact"))
+    assert exact is not None
+    assert not [sentence for sentence in exact.findings if "estimate" in sentence]
 
 
 def test_too_few_images_are_refused_with_what_to_do(vit: Vit, photos: Path, tmp_path: Path) -> None:

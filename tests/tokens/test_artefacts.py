@@ -26,16 +26,17 @@ LAYER, NEURON, PATCHES = 1, 7, (0, 5)
 """Neuron 7 of L1 is planted to fire at two patches alone."""
 
 
-def planted() -> nn.Module:
+def planted(**options: object) -> nn.Module:
     """Three layers with LayerScale; two positions carry a direction that one neuron answers with a long vector."""
     torch.manual_seed(3)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=3, num_heads=2, num_classes=5, init_values=0.5
-    ).eval()
+        "vit_tiny_patch16_224", img_size=64, embed_dim=32, depth=3, num_heads=2, num_classes=5, init_values=0.5,
+        **options,
+    ).eval()  # fmt: skip
     mark, long = (torch.nn.functional.normalize(torch.randn(32), dim=0) for _ in range(2))
     with torch.no_grad():
         for patch in PATCHES:
-            model.pos_embed[0, 1 + patch] += 3 * mark
+            model.pos_embed[0, model.num_prefix_tokens + patch] += 3 * mark
         mlp = model.blocks[LAYER].mlp
         mlp.fc1.weight[NEURON], mlp.fc1.bias[NEURON] = 4 * mark, -10.0
         mlp.fc2.weight[:, NEURON] = 30 * long
@@ -120,6 +121,30 @@ def test_registers_are_those_written_by_hand_and_take_the_outliers_away(vit: Vit
     assert all(torch.equal(vit.model.state_dict()[name], each) for name, each in before.items())
     shared = cured.model.model.blocks[0].mlp.fc1.weight
     assert shared.data_ptr() == vit.model.blocks[0].mlp.fc1.weight.data_ptr()
+
+
+@torch.no_grad()
+def test_a_model_without_prefix_tokens_has_its_registers_in_front_of_the_patches(images: Tensor) -> None:
+    model = planted(class_token=False, global_pool="avg")
+    vit = open_vit(model)
+    assert {block.prefix for block in vit.anatomy.blocks} == {0}
+    cured = with_registers(vit, [(LAYER, NEURON)], 2)
+    x = torch.cat([torch.zeros(4, 2, 32), model._pos_embed(model.patch_embed(images))], 1)
+    for layer, block in enumerate(model.blocks):
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        hidden = block.mlp.act(block.mlp.fc1(block.norm2(x)))
+        if layer == LAYER:
+            own = hidden[:, 2:, NEURON]
+            hidden[:, :2, NEURON] = own.gather(1, own.abs().argmax(1, keepdim=True)).expand(-1, 2)
+            hidden[:, 2:, NEURON] = 0
+        x = x + block.ls2(block.mlp.fc2(hidden))
+    assert_allclose(cured.logits(images), model.forward_head(model.norm(x[:, 2:])), atol=1e-5)
+    assert {block.prefix for block in cured.anatomy.blocks} == {2}
+    assert not cured.anatomy.class_token
+    before, after = (torch.stack(outlying_patches(each, images))[..., list(PATCHES)] for each in (vit, cured))
+    assert before[LAYER].all()
+    assert torch.equal(after[LAYER], before[LAYER - 1])  # what was long before that layer still is
+    assert not after[LAYER].all()
 
 
 def test_a_trial_finds_on_one_half_and_tries_on_the_other(vit: Vit) -> None:

@@ -78,6 +78,20 @@ def test_purity_and_labels_are_those_of_scikit_learns_contingency_matrix():
     assert scores.unique_label == pytest.approx(len(set(table.argmax(axis=0))) / 3)
 
 
+def test_in_cluster_is_the_mean_cosine_of_scikit_learns_clusters():
+    tokens, owner = planted(spread=0.6, n_noise=6)
+    labels = DBSCAN(eps=k_distance_radius(distances_of(tokens)), min_samples=3).fit(tokens).labels_
+    assert labels.max() >= 1
+    assert (labels == -1).any()
+    means = []
+    for each in range(labels.max() + 1):
+        cosines = cosine_similarity(tokens[labels == each])
+        means.append(cosines[np.triu_indices(len(cosines), 1)].mean())
+    found = score_grouping(tokens, owner)
+    assert found.in_cluster == pytest.approx(np.mean(means), abs=1e-9)
+    assert abs(found.in_cluster - found.in_object) > 1e-3  # not the same thing
+
+
 def test_purity_counts_what_no_cluster_holds_as_impure():
     tokens, owner = planted(n_noise=4)
     assert score_grouping(tokens, owner, "oracle").purity <= 36 / 40

@@ -143,6 +143,18 @@ def test_tokens_without_a_grid_and_a_folder_of_the_photograph_alone_are_refused(
         search(open_vit(NEST.model()), photo, tmp_path, layer=0)
 
 
+def test_constant_images_match_everywhere_alike_and_give_finite_numbers(vit, tmp_path):
+    for name, colour in (("red", (255, 0, 0)), ("black", (0, 0, 0)), ("grey", (127, 127, 127))):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    alike = search(vit, Image.new("RGB", (64, 64), (255, 255, 255)), tmp_path, layer=0)
+    assert alike.sizes["image"] == 3
+    assert_allclose(alike["match_likeness"], np.broadcast_to(alike["match_likeness"][:, :1], (3, 16)), atol=1e-5)
+    assert_allclose(alike["cosine_others"], alike["cosine"], atol=1e-5)
+    assert "nan" not in " ".join(match_findings(alike))
+    same = Image.new("RGB", (64, 64), (255, 0, 0))
+    assert sorted(search(vit, same, tmp_path, layer=0)["image"].values) == ["black.png", "grey.png"]
+
+
 def test_the_command_prints_and_draws(photo, folder, tmp_path):
     where = [str(folder / "itself.png"), str(folder), "--patch", "1,2", "--out", str(tmp_path / "m.png")]
     done = CliRunner().invoke(app, ["matches", "vitrail:photos", *where])

@@ -113,6 +113,19 @@ def test_an_image_without_a_mask_has_no_grouping_and_is_named(finished):
     assert np.isfinite(study["occlusion_salient"]).all()
 
 
+def test_an_image_of_fewer_than_two_objects_has_no_grouping(folders, tmp_path):
+    """One object; one and another too small to count; two. Only the last is scored, and means are of it alone."""
+    ids = np.asarray(Image.open(folders / "masks" / "0.png"))
+    one, small = np.where(ids == 1, 1, 0), np.where(ids == 1, 1, 0)
+    small[6:10, 40:44] = 2  # a third of a percent of the image
+    for name, each in (("0", one), ("1", small), ("2", np.where(ids == 3, 0, ids))):
+        Image.fromarray(each.astype(np.uint8)).save(tmp_path / f"{name}.png")
+    study = run_study(small_vit(), folders / "images", out=tmp_path / "s", measures=GROUPING, masks=tmp_path)
+    for name in GROUPING:
+        assert np.isnan(study[name].sel(image=["0.png", "1.png"])).all()
+        assert np.isfinite(study[name].sel(image="2.png")).all()
+
+
 def test_a_study_with_masks_keeps_what_objects_cover_of_each_patch(finished, folders):
     vit, study = finished
     seen = in_view(np.asarray(Image.open(folders / "masks" / "1.png")).astype(int), vit.preprocessing) > 0

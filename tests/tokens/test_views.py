@@ -1,5 +1,6 @@
 """Views: level 0, the recursion and its closed form, the faithful view, agreement, display."""
 
+import copy
 import math
 
 import numpy as np
@@ -174,6 +175,33 @@ def test_views_work_without_a_class_token_and_with_registers(name, options, pref
     found = rollout(steps, prefix, vit.anatomy.class_index(0))
     assert found.shape == (1, 32)
     assert (found >= 0).all()
+
+
+def test_rollout_is_the_published_product_in_numpy(vit, images):
+    """Abnar and Zuidema: the mean over heads plus identity, rows scaled to 1, later layers on the left."""
+    model, maps = copy.deepcopy(vit.model), []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].double().numpy()))
+    with torch.no_grad():
+        model(images)
+    expected = np.eye(33)
+    for weights in maps:
+        mixed = weights.mean(1) + np.eye(33)
+        expected = mixed / mixed.sum(-1, keepdims=True) @ expected
+    steps, _ = read_steps(vit.tap(), images)
+    assert_allclose(rollout(steps, 1, 0), expected[:, 0, 1:], rtol=1e-4, atol=1e-7)
+    assert_allclose(rollout(steps, 1, None), expected[:, 1:, 1:].mean(1), rtol=1e-4, atol=1e-7)
+
+
+def test_rollout_of_two_layers_by_hand():
+    """A class token and two patches: L1's class token looks at patch 0 alone, which in L0 takes half of patch 1."""
+    first, second = torch.eye(3), torch.eye(3)
+    first[1], second[0] = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+    steps = [step(each[None, None]) for each in (first, second)]
+    # a_0 of patch 0: (0, 0.75, 0.25); a_1 of the class token: (0.5, 0.5, 0)
+    assert_allclose(rollout(steps, 1, 0), [[0.5 * 0.75, 0.5 * 0.25]])
+    assert_allclose(rollout(steps, 1, None), [[(0.75 + 0) / 2, (0.25 + 1) / 2]])
 
 
 def test_level_0_behind_a_norm_is_not_passed_off_as_a_sum():

@@ -61,6 +61,22 @@ def noise(n_images=4, px=(32, 32), seed=3) -> Tensor:
     return torch.randn((n_images, 3, *px), generator=torch.Generator().manual_seed(seed))
 
 
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "heads", "depth"), [(192, 3, 12), (384, 6, 12)])
+def test_one_window_a_layer_costs_two_percent_of_the_parameters(width, heads, depth):
+    """ViT-Tiny and ViT-S: D -> D/4 -> 4 is D^2/4 of the 12 D^2 of a block, a 48th, beside what no block has."""
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=width, num_heads=heads, depth=depth)
+    before = sum(parameter.numel() for parameter in vit.parameters())
+    attach(vit)
+    added = sum(parameter.numel() for parameter in vit.parameters()) - before
+    hidden = width // 4
+    assert added == depth * (width * hidden + hidden + hidden * 4 + 4)
+    assert round(100 * added / before) == 2
+    assert added / before < 1 / 48
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 

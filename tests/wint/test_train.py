@@ -498,6 +498,26 @@ def test_a_teacher_of_another_image_size_is_refused(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"patch_px": 8}, r"2 layers of \[2\] heads on a grid \(2, 2\).*2 layers of 2 windows on \(4, 4\)"),
+        ({"heads": 4}, r"2 layers of \[4\] heads on a grid \(4, 4\).*2 layers of 2 windows on \(4, 4\)"),
+    ],
+    ids=["grid", "heads"],
+)
+def test_a_teacher_of_another_grid_or_number_of_heads_is_refused_before_anything_is_written(
+    whole, tmp_path, changes, words
+):
+    shape = {"width": 16, "depth": 2, "heads": 2, "patch_px": 4, "image_px": (16, 16), "windows": "none"} | changes
+    save(WinT(Shape(**shape)), tmp_path / "teacher")
+    start = [[0.3] * 4] * 2
+    wanted = recipe(whole, distillation={"teacher": str(tmp_path / "teacher")}, model={"start": start})
+    with pytest.raises(UsageError, match=words):
+        train(wanted, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize(
     ("teacher", "is_path"),
     [("openclip:ViT-B-32/x", False), ("hf:x/y", False), ("timm:deit", False), ("tv:vit_b_16", False),
      ("vitrail:photos", False), ("runs/vit", True), ("model.py:make", True)],
@@ -534,6 +554,28 @@ def test_window_l1_in_closed_form():
     one, two = torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4)
     two[..., 0], two[..., 1] = 3.0, 1.0  # left by 3 of 3 columns, top by 1 of 2 rows on a 3 x 4 grid
     assert_allclose(window_l1([one], [two], (3, 4)), (1 + 0.5) / 4)
+
+
+def test_a_hugging_face_dataset_trains_as_the_same_images_in_a_packed_file_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    datasets = pytest.importorskip("datasets", reason="the extra `data` (Hugging Face datasets) is not installed")
+    features = datasets.Features({
+        "image": datasets.Image(), "label": datasets.ClassLabel(names=["mark 2", "mark 0", "mark 1"])
+    })  # fmt: skip
+    packs, sets = {}, {}
+    for name, n_images in (("train", 32), ("test", 16)):
+        packs[name] = str(packed(tmp_path / f"{name}.npz", n_images))
+        images = read_images(packs[name])
+        rows = {
+            "image": [{"bytes": content(), "path": None} for content in images.contents],
+            "label": [features["label"].str2int(images.class_names[label]) for label in images.labels.tolist()],
+        }
+        sets[name] = str(tmp_path / f"{name}-rows")
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(sets[name])
+    for name, data in (("packed", packs), ("rows", sets)):
+        train(recipe(tmp_path, data=data, run={**FOLLOWED, "epochs": 1}), tmp_path / name)
+    same(tmp_path / "packed", tmp_path / "rows")
+    assert open_vit(tmp_path / "rows" / "last").class_names == ("mark 0", "mark 1", "mark 2")
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -97,24 +97,42 @@ export interface LaidOut {
   layer: number;
   /** Places from 0 to 1; the object of the patch, 0 for the background. */
   dots: { patch: number; object: number; x: number; y: number }[];
+  /** The class token, laid out with the patches; none where the layer has none. */
+  classToken?: { x: number; y: number };
 }
 
 /** Room that dots on the rim need. */
 const RIM = 0.04;
 
-/** The layers of [layer, patch, xy] that were laid out, each to fill a square. */
-export function laidOut({ shape, values }: NamedArray, objects: ArrayLike<number>): LaidOut[] {
+/** The layers of [layer, patch, xy] that were laid out, each with the class token, [layer, xy], to fill a square. */
+export function laidOut(
+  { shape, values }: NamedArray,
+  objects: ArrayLike<number>,
+  classTokens?: NamedArray,
+): LaidOut[] {
   const [nLayers, size] = shape as [number, number];
   return Array.from({ length: nLayers }, (_, layer): LaidOut => {
     const row = values.subarray(2 * layer * size, 2 * (layer + 1) * size);
+    const ofClass = classTokens?.values.subarray(2 * layer, 2 * layer + 2);
+    const star = ofClass && Number.isFinite(ofClass[0]) ? ofClass : undefined;
     const axis = (which: number) => {
       const all = Array.from({ length: size }, (_, patch) => row[2 * patch + which]!);
-      const [low, high] = [Math.min(...all), Math.max(...all)];
-      return all.map((value) => RIM + ((1 - 2 * RIM) * (value - low)) / (high - low || 1));
+      const ends = star ? [...all, star[which]!] : all;
+      const [low, high] = [Math.min(...ends), Math.max(...ends)];
+      return ends.map((value) => RIM + ((1 - 2 * RIM) * (value - low)) / (high - low || 1));
     };
     const [x, y] = [axis(0), axis(1)];
-    const dots = x.map((_, patch) => ({ patch, object: objects[patch]!, x: x[patch]!, y: y[patch]! }));
-    return { layer, dots: dots.filter((dot) => Number.isFinite(dot.x + dot.y)) };
+    const dots = Array.from({ length: size }, (_, patch) => ({
+      patch,
+      object: objects[patch]!,
+      x: x[patch]!,
+      y: y[patch]!,
+    }));
+    return {
+      layer,
+      dots: dots.filter((dot) => Number.isFinite(dot.x + dot.y)),
+      ...(star && { classToken: { x: x[size]!, y: y[size]! } }),
+    };
   }).filter(({ dots }) => dots.length);
 }
 

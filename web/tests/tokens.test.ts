@@ -152,7 +152,25 @@ test("tokens are laid out to fill a square in the layers that have a place for t
     [0.04, 0.04],
     [0.96, 0.96],
   ]);
+  expect(only!.classToken).toBeUndefined();
   expect([objectColour(0, [0, 3, 5]), objectColour(5, [0, 3, 5])]).toEqual([OTHERS, GROUPS[1]]);
+});
+
+test("the class token has a place of its own on the scale of the patches, in the layers that have one", () => {
+  const values = Float32Array.from([0, 0, 2, 2, 0, 0, 2, 2]);
+  const classTokens = { dims: [], shape: [2, 2], values: Float32Array.from([NaN, NaN, 4, 1]) };
+  const [without, withOne] = laidOut({ dims: [], shape: [2, 2, 2], values }, [0, 5], classTokens);
+  const round = ({ x, y }: { x: number; y: number }) => [Number(x.toFixed(2)), Number(y.toFixed(2))];
+  expect(without!.classToken).toBeUndefined();
+  expect(without!.dots.map(round)).toEqual([
+    [0.04, 0.04],
+    [0.96, 0.96],
+  ]);
+  expect(withOne!.dots.map(round)).toEqual([
+    [0.04, 0.04],
+    [0.5, 0.96],
+  ]);
+  expect(round(withOne!.classToken!)).toEqual([0.96, 0.5]);
 });
 
 test("names of frames come as soon as a frame is whole, however the stream is cut", async () => {

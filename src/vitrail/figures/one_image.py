@@ -302,6 +302,11 @@ def _tsne(look: xr.Dataset) -> Figure | None:
         return None
     xy, owner = look["token_xy"].to_numpy(), look["patch_object"].to_numpy()
     layers = [layer for layer in range(len(xy)) if np.isfinite(xy[layer]).all()]
+    class_xy = look["class_token_xy"].to_numpy() if "class_token_xy" in look else np.full((len(xy), 2), np.nan)
+    with_class = [
+        xy[layer] if np.isnan(class_xy[layer]).any() else np.vstack([xy[layer], class_xy[layer]]) for layer in layers
+    ]
+    star = " The star is the class token, which was laid out with them." if np.isfinite(class_xy).any() else ""
     silhouette = (
         look["grouping_silhouette"].to_numpy()[0] if "grouping_silhouette" in look else np.full(len(xy), np.nan)
     )
@@ -312,13 +317,13 @@ def _tsne(look: xr.Dataset) -> Figure | None:
     has_rollout = "relevance" in look and "rollout" in _methods(look)
     sizes = look["relevance"].sel(relevance_method="rollout").to_numpy() if has_rollout else np.ones(len(owner))
     return token_figures.scatter_of_tokens(
-        {f"after L{layer}": xy[layer] for layer in layers},
+        {f"after L{layer}": tokens for layer, tokens in zip(layers, with_class, strict=True)},
         owner,
         sizes,
         {0: "background"} | {int(each): f"object {each}" for each in np.unique(owner) if each},
         f"t-SNE of the patch tokens: {_name(look)}",
-        "Each layer laid out on its own, cosine distance, seed 0; areas follow rollout where there is one. Distances "
-        "between far groups and sizes of groups mean nothing.",
+        f"Each layer laid out on its own, cosine distance, seed 0; areas follow rollout where there is one.{star} "
+        "Distances between far groups and sizes of groups mean nothing.",
         grouping,
     )
 

@@ -1,5 +1,7 @@
 """Means over all images of what is exact on a sample of them and estimated on all: the estimate as control variate.
 
+How far the estimate orders heads as the exact values do is measured on the same sample.
+
 A study with `importance="corrected"` estimates what pruning does on every image and prunes every head on one image in
 four. The exact values lie beside the estimates as measures of their own, NaN on images that were not swept. No torch.
 """
@@ -13,18 +15,21 @@ from jaxtyping import Float, Int
 
 from vitrail.errors import UsageError
 from vitrail.heads.exact_names import EXACT_VALUES
-from vitrail.stats import resampled_means, tails
+from vitrail.stats import resampled_means, spearman, tails
 
 __all__ = [
     "FEWEST_EXACT",
     "ONE_IN",
     "Corrected",
+    "RankAgreement",
     "correct_estimate",
     "correct_mean",
+    "estimate_agreement",
     "exact_part",
     "exact_values",
     "how_corrected",
     "is_swept",
+    "rank_agreement",
     "too_few_exact",
     "words_of_correction",
 ]
@@ -36,6 +41,9 @@ cost is flat around it."""
 
 FEWEST_EXACT = 25
 """With fewer exact images the interval of a corrected estimate covers less than nine times in ten for skewed losses."""
+
+FEWEST_RANKED = 12
+"""With fewer heads a rank correlation takes few values: of four the jackknife covered 68 % in simulated studies."""
 
 Z_95 = 1.959964
 """Of a normal distribution, 95 % lies within so many standard deviations of the mean."""
@@ -193,6 +201,86 @@ def exact_part(study: xr.Dataset) -> xr.Dataset:
         return study
     part = study.isel(image=samples[0])
     return part.assign({name: part[exact] for name, exact in present.items() if name in study})
+
+
+class RankAgreement(NamedTuple):
+    """How far an estimate orders the heads of a model as pruning them does.
+
+    Attributes:
+        measure: The measure whose means over images order the heads.
+        correlation: Spearman's over heads, -1 (opposite order) to 1 (the same); NaN where there is no order.
+        low: Of the 95 % interval; NaN where none can be trusted.
+        high: The same.
+        n_images: Images that have both the estimate and the exact values.
+    """
+
+    measure: str
+    correlation: float
+    low: float
+    high: float
+    n_images: int
+
+
+def rank_agreement(
+    estimate: Float[np.ndarray, "image layer head"], exact: Float[np.ndarray, "other layer head"]
+) -> float:
+    """Agreement of an estimate with exact values on the order of heads.
+
+    Args:
+        estimate: per image, any unit; NaN for absent heads.
+        exact: per image, of the same images or others; NaN for absent heads.
+
+    Returns:
+        Spearman's rank correlation over heads of the means over images, -1 .. 1 (the same order).
+    """
+    return _rank_correlation(*(values.astype(np.float64).mean(0).ravel() for values in (estimate, exact)))
+
+
+def estimate_agreement(study: xr.Dataset) -> RankAgreement | None:
+    """How far a study's estimate orders heads as pruning every one of them does, on the images where both were done.
+
+    Heads are ordered by their mean loss of the label's probability, or by the mean change of loss where the study does
+    not hold that. The interval is a jackknife over images. It is of the agreement that as many images show:
+    chance in their means lowers it, so more images show a higher one. In simulated studies of 25 to 100 images and 12
+    to 144 heads it covered that in 95 to 100 %, a normal interval by the bootstrap's error in 87 to 95 %.
+
+    Args:
+        study: An opened study.
+
+    Returns:
+        The agreement, without an interval for fewer than 25 images or 12 heads and where leaving out any one image
+        changes nothing; None where no exact values lie beside estimates.
+
+    Example:
+        >>> study = vitrail.open_study("study")  # doctest: +SKIP
+        >>> estimate_agreement(study).correlation  # doctest: +SKIP
+        0.81
+    """
+    name = next((name for name, exact in EXACT_VALUES.items() if {name, exact} <= set(study)), None)
+    if name is None:
+        return None
+    exact = study[EXACT_VALUES[name]].to_numpy()
+    sample = _sample(exact)
+    n_images = len(sample)
+    if n_images == 0:
+        return None
+    pairs = [values[sample].astype(np.float64).reshape(n_images, -1) for values in (study[name].to_numpy(), exact)]
+    correlation = _rank_correlation(*(values.mean(0) for values in pairs))
+    n_heads = int((~np.isnan(pairs[0] + pairs[1]).any(0)).sum())
+    if n_images < FEWEST_EXACT or n_heads < FEWEST_RANKED or np.isnan(correlation):
+        return RankAgreement(name, correlation, np.nan, np.nan, n_images)
+    others = [(values.sum(0) - values) / (n_images - 1) for values in pairs]
+    left_out = np.array([_rank_correlation(*each) for each in zip(*others, strict=True)])
+    if (left_out == left_out[0]).all():  # no image decides the order: no proof that others would not
+        return RankAgreement(name, correlation, np.nan, np.nan, n_images)
+    error = Z_95 * float(np.sqrt((n_images - 1) * left_out.var()))
+    return RankAgreement(name, correlation, max(correlation - error, -1.0), min(correlation + error, 1.0), n_images)
+
+
+def _rank_correlation(estimate: Float[np.ndarray, "head"], exact: Float[np.ndarray, "head"]) -> float:
+    """Over the heads that have both."""
+    present = ~(np.isnan(estimate) | np.isnan(exact))
+    return spearman(estimate[present], exact[present])
 
 
 def how_corrected(study: xr.Dataset) -> str:

@@ -18,6 +18,7 @@ from vitrail.heads.correction import (
     exact_part,
     exact_values,
     how_corrected,
+    rank_agreement,
     too_few_exact,
 )
 from vitrail.heads.exact_names import EXACT_VALUES
@@ -27,7 +28,6 @@ from vitrail.stats import (
     candidates_for_largest,
     mean_interval,
     quantile_interval,
-    spearman,
     upper_bound,
 )
 
@@ -204,23 +204,6 @@ def present_heads(study: xr.Dataset) -> Bool[np.ndarray, "layer head"]:
         if name in study:
             return np.asarray(~np.isnan(study[name].to_numpy()).all(0))
     return np.ones((study.sizes["layer"], study.sizes["head"]), dtype=bool)
-
-
-def rank_agreement(
-    estimate: Float[np.ndarray, "image layer head"], exact: Float[np.ndarray, "other layer head"]
-) -> float:
-    """Agreement of an estimate with exact values on the order of heads.
-
-    Args:
-        estimate: per image, any unit; NaN for absent heads.
-        exact: per image, of the same images or others; NaN for absent heads.
-
-    Returns:
-        Spearman's rank correlation over heads of the means over images, -1 .. 1 (the same order).
-    """
-    means = [values.astype(np.float64).mean(0).ravel() for values in (estimate, exact)]
-    present = ~(np.isnan(means[0]) | np.isnan(means[1]))
-    return spearman(means[0][present], means[1][present])
 
 
 def _drops(study: xr.Dataset) -> Float[np.ndarray, "image layer head"]:

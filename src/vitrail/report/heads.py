@@ -11,7 +11,8 @@ from vitrail.data import LabelSource
 from vitrail.figures import heads as figures
 from vitrail.figures.pruning import pruning_curves
 from vitrail.figures.style import describe_measure, head_name, number
-from vitrail.heads.correction import ONE_IN, exact_values, how_corrected
+from vitrail.heads.correction import FEWEST_EXACT, ONE_IN, estimate_agreement, exact_values, how_corrected
+from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.head_values import IMPORTANCE_MEASURES, heads_with_strength, main_metric
 from vitrail.heads.summary import LARGE_DROP, NEGLIGIBLE_DROP, head_table
 from vitrail.pruning.ranking import Curves, area_table, read_curves
@@ -99,6 +100,7 @@ def _findings(study: ReportData, table: xr.Dataset) -> Iterator[str]:
             images=_images_that_need(study.data[measure].to_numpy(), order[0]),
             caption=f"the images with the most {attrs['title']} by {head_name(*order[0])}",
         )
+        yield from _of_estimate(study)
     if "attention_distance_mean" in table:
         yield from _of_reach(table["attention_distance_mean"])
 
@@ -143,7 +145,35 @@ def _of_drops(study: ReportData, table: xr.Dataset, order: list[tuple[int, int]]
             images=[(int(swept[at]), f"{many[at]} head{'' if many[at] == 1 else 's'}") for at in most],
             caption=f"these have the most heads that cost more than {LARGE_DROP}",
         )
+    yield from _of_estimate(study)
+    if study.n_images > 1:
         yield from _of_dispensable(study, table, len(lost), len(order), together)
+
+
+def _of_estimate(study: ReportData) -> Iterator[str]:
+    """How far the estimate orders heads as pruning them does: where it was measured, or what measures it."""
+    importance = study.plan.options.get("importance")
+    measure = next((name for name in EXACT_VALUES if name in study.data), "")
+    if importance == "estimate" and measure:
+        yield Sentence(
+            "What heads cost is an estimate from one backward pass an image, and large losses come out too small. How "
+            "far it orders heads as pruning them does was not measured: --importance corrected prunes every head on "
+            f"one image in {ONE_IN} ({ONE_IN * FEWEST_EXACT} images or more), and says it here.",
+            measure=measure,
+        )
+    agreement = estimate_agreement(study.data) if importance == "corrected" else None
+    if agreement is not None and np.isfinite(agreement.correlation):
+        between = (
+            "no interval can be given"
+            if np.isnan(agreement.low)
+            else f"95 % interval {agreement.low:z.2f} to {agreement.high:z.2f}, of what as many images show"
+        )
+        yield Sentence(
+            f"On the {agreement.n_images:,} images whose heads were all pruned, the estimate orders heads as pruning "
+            f"them does with a rank correlation of {agreement.correlation:z.2f} ({between}), by the mean "
+            f"{study.data[agreement.measure].attrs['title']}.",
+            measure=agreement.measure,
+        )
 
 
 def _probability_without(data: xr.Dataset) -> Float[np.ndarray, "image layer head"]:

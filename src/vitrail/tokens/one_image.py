@@ -89,6 +89,17 @@ def _patch_tokens(one: "OneImage") -> list[Float[np.ndarray, "patch channel"] | 
     ]
 
 
+def _class_tokens(one: "OneImage") -> list[Float[np.ndarray, "channel"] | None]:
+    """The class token that each layer returns; None where it has none, or returns other tokens than it takes."""
+    anatomy = one.vit.anatomy
+    levels = one.once("levels", lambda: read_levels(one.vit.tap(), one.pixels).tokens)[1:]
+    indices = [anatomy.class_index(layer) for layer in range(len(anatomy.blocks))]
+    return [
+        tokens[0, index].float().cpu().numpy() if index is not None and tokens.shape[1] == block.tokens else None
+        for tokens, index, block in zip(levels, indices, anatomy.blocks, strict=True)
+    ]
+
+
 def _tokens(one: "OneImage") -> Arrays:
     by_layer = _patch_tokens(one)
     on_grid = {layer: tokens for layer, tokens in enumerate(by_layer) if tokens is not None}
@@ -273,16 +284,26 @@ def _objects(one: "OneImage") -> Arrays:
     owner = patch_objects(one.instance_ids, one.grid, one.vit.anatomy.blocks[0].patch_step)
     if not (owner > 0).any():
         raise Unsupported("The mask has no object of 2 % of the view and 3 patches, so there is nothing to colour.")
-    by_layer, blocks = _patch_tokens(one), one.vit.anatomy.blocks
+    by_layer, class_tokens, blocks = _patch_tokens(one), _class_tokens(one), one.vit.anatomy.blocks
     layers = [layer for layer, tokens in enumerate(by_layer) if tokens is not None and blocks[layer].grid == one.grid]
     if not layers:
         raise Unsupported(f"No layer of {one.vit.name} has the grid of the first.")
     xy = np.full((len(by_layer), len(owner), 2), np.nan, np.float32)
+    class_xy = np.full((len(by_layer), 2), np.nan, np.float32)
     for at in np.unique(np.linspace(0, len(layers) - 1, N_LAYOUTS).round().astype(int)):
-        tokens = by_layer[layers[at]]
+        layer = layers[at]
+        tokens, class_token = by_layer[layer], class_tokens[layer]
         assert tokens is not None
-        xy[layers[at]] = tsne(tokens)
-    return {"token_xy": xy, "patch_object": owner.astype(np.int32)}
+        if class_token is None:
+            xy[layer] = tsne(tokens)
+        else:
+            layout = tsne(np.concatenate([tokens, class_token[None]]))
+            xy[layer], class_xy[layer] = layout[:-1], layout[-1]
+    arrays: Arrays = {"token_xy": xy, "patch_object": owner.astype(np.int32)}
+    if np.isfinite(class_xy).any():
+        return {**arrays, "class_token_xy": class_xy}
+    one.leave_out(["class_token_xy"], "the layers that were laid out have no class token")
+    return arrays
 
 
 PARTS: LookParts = {
@@ -291,6 +312,6 @@ PARTS: LookParts = {
     ("relevance_deletion", "relevance_insertion"): _relevance_curves,
     ("patch_salient", "filter_auroc", "filter_view"): _filters,
     ("neuron_global_view", "neuron_view", "neuron_view_faithful", "neuron_view_agreement"): _views,
-    ("token_xy", "patch_object"): _objects,
+    ("token_xy", "class_token_xy", "patch_object"): _objects,
 }
 """What is computed together, and left out together (`Analysis.look_parts`)."""
