@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import timm
@@ -830,3 +831,33 @@ def test_runs_from_a_block_have_what_earlier_blocks_keep_on_the_model(kind, n_im
         expected = torch.cat([*pruned, tap.read(images, edits=[Edit(2, prune=(1,))])])
         assert_allclose(rows.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
         assert_allclose(tap.run_from(layer, replay).numpy(), logits.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_trial_that_was_interrupted_is_made_again(error, noise, monkeypatch):
+    vit = open_vit(_KeepingModel("values"), image_size=64, weights="random", task="classes")
+    tap, images = vit.tap(), noise(vit)
+    replay, _ = tap.record(images)
+    expected = tap.read(images, edits=[Edit(2, prune=(0,))])
+    with monkeypatch.context() as patched:
+        patched.setattr(tap, "read", mock.Mock(side_effect=error))
+        with pytest.raises(error):
+            tap.run_from(2, replay)
+    tap.read(images.flip(0))
+    assert_allclose(tap.run_from(2, replay, [Edit(2, prune=(0,))]), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_that_can_no_longer_be_copied_is_refused_each_time_until_it_can(fresh, noise):
+    model = _Steered(fresh(VIT)).eval()
+    vit = open_vit(model, image_size=64)
+    images, tap = noise(vit), vit.tap()
+    before = tap.read(images)
+    model.scale, model.lock = 10.0, threading.Lock()
+    for run in (tap.read, tap.record, vit.logits, tap.read):
+        with pytest.raises(Unsupported, match="cannot be copied"):
+            run(images)
+    del model.lock
+    _equal(tap.read(images), model(images))
+    assert not torch.equal(tap.read(images), before)

@@ -91,6 +91,7 @@ class _Position:
         layer: Its index.
         stream: The token tensors it was given, and their sums with what its attention calls gave so far, by identity:
             the residual is the first sum with one of them after the last call.
+        n_products: Products with maps so far, among them those that are no attention calls.
         n_calls: Attention calls so far.
         n_softmaxes: Softmaxes so far that may be maps.
         residual_added: All attention has been added to the input.
@@ -98,6 +99,7 @@ class _Position:
 
     layer: int
     stream: tuple[Tensor, ...]
+    n_products: int = 0
     n_calls: int = 0
     n_softmaxes: int = 0
     residual_added: bool = False
@@ -175,12 +177,13 @@ class Tap:
 
     def _prepare(self) -> None:
         """Clones the model as it is now; what was tried on an earlier clone is tried anew."""
+        self._state: ModuleState | None = None  # until the clone is finished
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._places: dict[tuple[int, int], KeyPlaces] = {}
         self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
         self._keeps_state: bool | None = None
         self._class_token_suffices: bool | None = None
-        self._state = ModuleState(self._original)
+        state = ModuleState(self._original)
         self._clone = clone_sharing(self._original)
         self._mode = Interceptor(self)
         for path, module in self._clone.named_modules():
@@ -194,6 +197,7 @@ class Tap:
             layers.setdefault(block.path, {})[block.run] = layer
         for path, by_run in layers.items():
             self._wrap_block(path, by_run)
+        self._state = state
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -336,7 +340,7 @@ class Tap:
 
     def _follow_model(self) -> None:
         """The user may have changed modules, hooks or attributes since the last pass."""
-        if self._pass is None and not self._state.is_of(self._original):
+        if self._pass is None and (self._state is None or not self._state.is_of(self._original)):
             self._prepare()
 
     def _check_pass(self, state: _Pass, *, complete: bool) -> None:
@@ -402,7 +406,7 @@ class Tap:
             False for models that hand on all that they compute.
         """
         if self._keeps_state is None:
-            self._keeps_state = False
+            keeps_state = False
             blocks = self.anatomy.blocks
             first, last = next((layer for layer, block in enumerate(blocks) if block.calls), 0), len(blocks) - 1
             layers = sorted({first + 1, (first + 1 + last) // 2, last}, reverse=True)  # a run hides what it makes anew
@@ -413,7 +417,8 @@ class Tap:
                     if not all(self._gives_logits(_Start(layer, replay), copies=1) for layer in layers):
                         self._run_without_heads_of(first, replay.images)
                         starts = (_Start(layer, replay, from_stem=True, anew=True) for layer in layers)
-                        self._keeps_state = all(self._gives_logits(start, copies=1) for start in starts)
+                        keeps_state = all(self._gives_logits(start, copies=1) for start in starts)
+            self._keeps_state = keeps_state  # not before: a trial that is interrupted has shown nothing
         return self._keeps_state
 
     def _run_without_heads_of(self, layer: int, images: Tensor) -> None:
@@ -454,11 +459,10 @@ class Tap:
         if self._class_token_suffices is None:
             last = len(self.anatomy.blocks) - 1
             block = self.anatomy.blocks[last]
-            self._class_token_suffices = False
             in_order = block.layout.token_axis is not None and not block.layout.non_patches.move_tokens
-            if block.class_token and block.kind == "token" and in_order:
-                start = _Start(last, replay, class_token_only=True)
-                self._class_token_suffices = self._gives_logits(start, copies=1)
+            may_suffice = block.class_token and block.kind == "token" and in_order
+            start = _Start(last, replay, class_token_only=True)
+            self._class_token_suffices = may_suffice and self._gives_logits(start, copies=1)
         return self._class_token_suffices
 
     def _gives_logits(self, start: _Start, copies: int, logits: Tensor | None = None) -> bool:
@@ -527,6 +531,7 @@ class Tap:
         if start is not None and index < start.layer:  # may hold them
             if start.anew:
                 inner(*args, **kwargs)
+                self._mode.forget()  # a map that the block keeps on the model is none of the blocks to come
             output = own(start.replay.blocks[index].output)
             return repeat_images(output, block.outputs, n_images, state.copies) if start.from_stem else output
         if start is not None and index == start.layer:
@@ -593,6 +598,7 @@ class Tap:
                 self._shadow_run(state, inner, args, kwargs)
             elif isinstance(module, nn.MultiheadAttention) and state.position is not None:
                 # counted, so that the sum that follows is known as the residual though nobody reads the attention
+                state.position.n_products += 1
                 state.position.n_calls += 1
             return output
 
@@ -634,6 +640,9 @@ class Tap:
         if state is None or position is None:
             return raw.run(None, None)
         block, shadow = self.anatomy.blocks[position.layer], state.native == "shadow"
+        product, position.n_products = position.n_products, position.n_products + 1
+        if product in block.side_products:
+            return raw.run(None, None)
         if position.n_calls >= len(block.calls):
             raise TapError(
                 f"L{position.layer} ({block.path}) made more attention calls than the {len(block.calls)} found when "
