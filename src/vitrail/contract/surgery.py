@@ -195,14 +195,8 @@ class _CodedHeads(PassiveHandler):
             images: A batch of prepared images.
             bit: Heads whose number has this bit give ones; None: every head gives zeros.
         """
-        self.bit, self.n_images, self.n_runs, self.n_products, self.waiting, self.uses = (
-            bit,
-            len(images),
-            {},
-            {},
-            [],
-            {},
-        )
+        self.bit, self.n_images, self.waiting, self.uses = bit, len(images), [], {}
+        self.n_runs, self.n_products = {}, {}
         with torch.random.fork_rng(devices=[]), _WeightUses(self.model, self._note), self.mode:
             self.model(images)
         self.mode.forget()

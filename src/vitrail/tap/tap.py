@@ -121,6 +121,7 @@ class _Pass:
         used: Indices of edits that were applied.
         n_block_runs: By path, how often a module that is a block has run.
         n_convolution_runs: By path, how often a convolution has been answered from the record.
+        reader_error: What a reader has raised.
         native: Whether a native kernel is answering ("kernel"), a shadow run beside it is serving the reader
             ("shadow"), or neither ("off").
     """
@@ -137,6 +138,7 @@ class _Pass:
     used: set[int] = field(default_factory=set)
     n_block_runs: dict[str, int] = field(default_factory=dict)
     n_convolution_runs: dict[str, int] = field(default_factory=dict)
+    reader_error: BaseException | None = None
     native: Literal["off", "kernel", "shadow"] = "off"
 
     def edits_of(self, position: _Position, call: int | None = None) -> tuple[Edit, ...]:
@@ -326,7 +328,8 @@ class Tap:
         self._pass = state
         try:
             # a reader of another model may be the caller
-            with images_of_model(self._clone, images), autocast_off(), torch._C._EnableTorchFunction(), self._mode:
+            accepted = images_of_model(self._clone, images, lambda error: error is state.reader_error)
+            with accepted, autocast_off(), torch._C._EnableTorchFunction(), self._mode:
                 output = self._clone(images)
         except Captured:
             if state.start is None or not state.start.stop_at_residual:
@@ -335,6 +338,8 @@ class Tap:
         finally:
             self._pass = None
             self._mode.forget()
+        if self._state is not None:
+            self._state.note_pass(self._original)
         self._check_pass(state, complete=output is not None)
         return output
 
@@ -543,7 +548,8 @@ class Tap:
         if state.record is not None:
             state.record.blocks.append(_BlockRecord(given_args, given_kwargs, own(output)))
         if state.readers.output is not None:
-            self._report_output(state.readers.output, block, index, output)
+            with _reader_errors(state):
+                self._report_output(state.readers.output, block, index, output)
             output = own(output)  # the reader has the block's own, whose gradient is that of what it stands for
         return output
 
@@ -651,7 +657,7 @@ class Tap:
         result = CallResult() if shadow else self._apply_edits(state, position, raw)
         if state.readers.attention is not None:
             layer, call = position.layer, position.n_calls
-            with torch._C.DisableTorchFunction(), _reader_errors():
+            with torch._C.DisableTorchFunction(), _reader_errors(state):
                 state.readers.attention(
                     LayerAttention(
                         layer, call, block, raw, state.n_rows, result, lambda: self.window_slots(layer, call)
@@ -751,7 +757,7 @@ class Tap:
         position.residual_added = True
         layout = block.layout
         if state.readers.residual is not None and result.ndim == layout.n_axes:
-            with torch._C.DisableTorchFunction(), _reader_errors():
+            with torch._C.DisableTorchFunction(), _reader_errors(state):
                 tokens = layout.canonical(result.clone() if block.in_place else result)
                 state.readers.residual(position.layer, tokens)
         if state.stops_at_residual(position.layer):
@@ -800,12 +806,18 @@ class Tap:
 
 
 @contextmanager
-def _reader_errors() -> Iterator[None]:
-    """Python takes a `TypeError` inside `a + b` or `a @ b` for operands that do not fit, and hides its message."""
+def _reader_errors(state: _Pass) -> Iterator[None]:
+    """Notes what a reader raises, which neither the model nor its images have caused.
+
+    Python takes a `TypeError` inside `a + b` or `a @ b` for operands that do not fit, and hides its message.
+    """
     try:
         yield
     except TypeError as error:
         raise TapError(f"A reader failed: {error}") from error
+    except BaseException as error:
+        state.reader_error = error
+        raise
 
 
 def _as_it_is(tree: Any) -> Any:

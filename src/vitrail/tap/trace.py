@@ -524,9 +524,10 @@ def without_side_products(
 ) -> tuple[dict[Unit | None, list[int]], dict[Unit, tuple[int, ...]]]:
     """Leaves out products with a map that nothing of what their block returns moves with.
 
-    A model may multiply a map with other things than values, for plots or statistics: norms of values, positions. Such a
-    product is no attention. Tried where products share a softmax; first with the block's own weights, then with others,
-    since a stream that enters with a weight of zero is one. If no product of a map moves anything, nothing is told.
+    A model may multiply a map with other things than values, for plots or statistics: norms of values, positions. Such
+    a product is no attention. Tried where products share a softmax; first with the block's own weights, then with
+    others, since a stream that enters with a weight of zero is one. If no product of a map moves anything, nothing is
+    told.
 
     Args:
         tracer: The tracer that made the trace.
