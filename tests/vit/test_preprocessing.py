@@ -703,6 +703,7 @@ def test_numbers_of_numpy_and_torch_become_those_of_python():
     vit = open_vit(model, **given)
     assert (vit.image_size, vit.preprocessing.mean, vit.preprocessing.std) == ((32, 32), HALF, HALF)
     assert type(vit.n_classes) is int
+    assert open_vit(model, image_size=32, mean=iter(HALF), std=(0.5 for _ in range(3))).preprocessing.std == HALF
     with pytest.raises(UsageError, match=r"image size 64\.5 has no meaning; give a whole number"):
         read_sides(64.5)
     with pytest.raises(UsageError, match=r"give 2 whole numbers"):

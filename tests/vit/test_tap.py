@@ -461,7 +461,7 @@ def test_a_hook_that_keeps_tensors_on_the_model_is_no_change_of_it_and_a_hook_th
         tap.read(images)
         vit.logits(images)
     assert (tap._clone, vit._plain) == (tapped, plain)
-    assert len(stem_runs) == n_runs + 4
+    assert len(stem_runs) == n_runs + 6  # one for each of these passes
     model.last = torch.zeros(1)
     tap.read(images)
     assert tap._clone is not tapped
@@ -960,6 +960,26 @@ def test_a_trial_that_was_interrupted_is_made_again(error, noise, monkeypatch):
             tap.run_from(2, replay)
     tap.read(images.flip(0))
     assert_allclose(tap.run_from(2, replay, [Edit(2, prune=(0,))]), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_was_tried_is_tried_once_for_all_taps_of_a_model_and_again_after_a_change(noise, monkeypatch):
+    vit = open_vit(_KeepingModel("values"), image_size=64, weights="random", task="classes")
+    images, n_trials = noise(vit), []
+    trial = Tap._run_without_heads_of
+    monkeypatch.setattr(Tap, "_run_without_heads_of", lambda *args: (n_trials.append(1), trial(*args)))
+    replay, _ = vit.tap().record(images)
+    expected = vit.tap().run_from(2, replay, [Edit(2, prune=(0,))])
+    n_first = len(n_trials)
+    assert n_first > 0
+    other = copy.deepcopy(vit.model)
+    taps = [Tap(vit.model, vit.anatomy, vit.read_output, vit._trials), vit.tap_of_variant(other)]
+    for tap in taps:
+        _equal(tap.run_from(2, tap.record(images)[0], [Edit(2, prune=(0,))]), expected)
+    assert len(n_trials) == n_first
+    vit.model.setting = 1
+    vit.tap().run_from(2, replay)
+    assert len(n_trials) == 2 * n_first
 
 
 @torch.no_grad()

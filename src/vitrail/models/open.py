@@ -3,7 +3,7 @@
 import hashlib
 import textwrap
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
@@ -37,7 +37,7 @@ from vitrail.tap.clone import (
     unwrap_compiled,
 )
 from vitrail.tap.modes import autocast_off, plain_modes
-from vitrail.tap.tap import Tap
+from vitrail.tap.tap import KnownTrials, Tap
 
 __all__ = ["PRECISIONS", "Vit", "open_vit", "require_vit"]
 
@@ -78,6 +78,7 @@ class Vit:
         self.class_names = _match_class_names(class_names, loaded, self.n_classes)
         self.opened_with: dict[str, Any] | None = None
         self._taps = threading.local()
+        self._trials = KnownTrials()
         self._digest: tuple[WeightState, str, str, list[float]] | None = None
         self._clone: tuple[ModuleState, nn.Module] | None = None
 
@@ -212,9 +213,20 @@ class Vit:
             The tap of the calling thread; taps of different threads do not disturb each other.
         """
         if not hasattr(self._taps, "tap"):
-            self._taps.tap = Tap(self.model, self.anatomy, self.read_output)
+            self._taps.tap = Tap(self.model, self.anatomy, self.read_output, self._trials)
         tap: Tap = self._taps.tap
         return tap
+
+    def tap_of_variant(self, model: nn.Module) -> Tap:
+        """A tap of a variant of the model whose blocks are the same but for numbers, such as one with moved windows.
+
+        Args:
+            model: The variant, whose anatomy is that of this model.
+
+        Returns:
+            A new tap; what it may leave out of a run from the middle is tried once for all variants.
+        """
+        return Tap(model, self.anatomy, self.read_output, self._trials.for_variant(self.model, model))
 
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image class"]:
@@ -270,7 +282,7 @@ class Vit:
         return {name: value for name, value in vars(self).items() if name not in _OF_THIS_COPY}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _taps=threading.local(), _digest=None, _clone=None)
+        vars(self).update(state, _taps=threading.local(), _trials=KnownTrials(), _digest=None, _clone=None)
 
     @property
     def _plain(self) -> tuple[ModuleState, nn.Module]:
@@ -300,7 +312,7 @@ class Vit:
         return html_table(self.name, facts) + anatomy_html(self.anatomy)
 
 
-_OF_THIS_COPY = ("_taps", "_digest", "_clone")
+_OF_THIS_COPY = ("_taps", "_trials", "_digest", "_clone")
 
 
 def require_vit(vit: object) -> None:
@@ -494,7 +506,8 @@ def _per_channel(name: str, values: Any, module: nn.Module) -> Sequence[Any] | N
     if values is None:
         return None
     channels = image_channels(module)
-    by_channel = [values] * channels if np.ndim(values) == 0 else list(values)
+    is_one = np.ndim(values) == 0 and not isinstance(values, Iterator)
+    by_channel = [values] * channels if is_one else list(values)
     if len(by_channel) != channels:
         raise UsageError(
             f"{name} has {len(by_channel)} numbers and this model's images {channels} channel{'s' * (channels != 1)}; "

@@ -361,6 +361,9 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
     for name, value in plan.options.items():
         if name in declared and not declared[name].hidden:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    usual_task = "embedding" if plan.n_classes is None else "classes"
+    is_told = plan.task == usual_task and ".py:" not in plan.model
+    words += ["--task", plan.task] if plan.task not in ("", "unknown") and not is_told else []
     words += ["--output", str(plan.output)] if plan.output is not None else []
     words += ["--device", plan.device] if plan.device != "cpu" else []
     words += ["--measures", ",".join(measures)] if measures else []

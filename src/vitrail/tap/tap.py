@@ -12,6 +12,7 @@ One tap serves one thread; `Vit.tap()` gives each thread its own.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from vitrail.tap.places import KeyPlaces, find_key_places
 from vitrail.tap.rounding import rounding_bound
 from vitrail.tap.slots import measure_window_slots
 
-__all__ = ["LayerAttention", "Readers", "Replay", "Tap"]
+__all__ = ["KnownTrials", "LayerAttention", "Readers", "Replay", "Tap"]
 
 Forward = Callable[..., Any]
 
@@ -151,6 +152,57 @@ class _Pass:
         return self.start is not None and self.start.stop_at_residual and self.start.layer == layer
 
 
+@dataclass(eq=False)
+class _Trials:
+    """What a run from the middle may leave out, as far as it was tried; None and empty where it was not.
+
+    Attributes:
+        copies_from_stem: Copies must be on the batch from the images on; by whether the batch has a single image.
+        keeps_state: Blocks read what earlier blocks of a pass keep on the model.
+        class_token_suffices: The last block's residual on the class token alone decides the logits.
+    """
+
+    copies_from_stem: dict[bool, bool] = field(default_factory=dict)
+    keeps_state: bool | None = None
+    class_token_suffices: bool | None = None
+
+
+class KnownTrials:
+    """What the taps of one model have tried, for all threads, as long as the model's modules stay as they are."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._latest: tuple[ModuleState, _Trials] | None = None
+
+    def of(self, model: nn.Module) -> _Trials:
+        """What was tried with a model as it is now.
+
+        Args:
+            model: The model.
+
+        Returns:
+            To be read and completed by its taps.
+        """
+        with self._lock:
+            if self._latest is None or not self._latest[0].is_of(model):
+                self._latest = ModuleState(model), _Trials()
+            return self._latest[1]
+
+    def for_variant(self, model: nn.Module, variant: nn.Module) -> "KnownTrials":
+        """The same for a variant of a model whose blocks hand on what the model's do, such as one with moved windows.
+
+        Args:
+            model: The model.
+            variant: Its variant.
+
+        Returns:
+            What was tried, and will be, with either of them.
+        """
+        trials = KnownTrials()
+        trials._latest = ModuleState(variant), self.of(model)
+        return trials
+
+
 class Tap:
     """Runs one model with readers and edits, and leaves it as it is.
 
@@ -160,6 +212,7 @@ class Tap:
         model: The user's model; a copy that shares its weights is run.
         anatomy: What `discover` gave for it.
         choose: Picks the [image class] tensor out of what the model returns.
+        trials: What other taps of the model have tried; None for a tap of its own.
 
     Attributes:
         anatomy: Blocks, heads, grids of the model.
@@ -170,8 +223,11 @@ class Tap:
         >>> without = tap.run_from(5, replay, [Edit(5, prune=(2,))])  # L5H2 pruned; L0 to L4 are not run again
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, choose: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, choose: Callable[[Any], Tensor], trials: "KnownTrials | None" = None
+    ) -> None:
         self.anatomy = anatomy
+        self._known_trials = KnownTrials() if trials is None else trials
         self._original = model
         self._choose = choose
         self._pass: _Pass | None = None
@@ -182,10 +238,8 @@ class Tap:
         self._state: ModuleState | None = None  # until the clone is finished
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._places: dict[tuple[int, int], KeyPlaces] = {}
-        self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
-        self._keeps_state: bool | None = None
-        self._class_token_suffices: bool | None = None
         state = ModuleState(self._original)
+        self._trials = self._known_trials.of(self._original)
         self._clone = clone_sharing(self._original)
         self._mode = Interceptor(self)
         for path, module in self._clone.named_modules():
@@ -410,7 +464,7 @@ class Tap:
         Returns:
             False for models that hand on all that they compute.
         """
-        if self._keeps_state is None:
+        if self._trials.keeps_state is None:
             keeps_state = False
             blocks = self.anatomy.blocks
             first, last = next((layer for layer, block in enumerate(blocks) if block.calls), 0), len(blocks) - 1
@@ -423,8 +477,8 @@ class Tap:
                         self._run_without_heads_of(first, replay.images)
                         starts = (_Start(layer, replay, from_stem=True, anew=True) for layer in layers)
                         keeps_state = all(self._gives_logits(start, copies=1) for start in starts)
-            self._keeps_state = keeps_state  # not before: a trial that is interrupted has shown nothing
-        return self._keeps_state
+            self._trials.keeps_state = keeps_state  # not before: a trial that is interrupted has shown nothing
+        return self._trials.keeps_state
 
     def _run_without_heads_of(self, layer: int, images: Tensor) -> None:
         """A pass that leaves other things behind than one of these images does: pruned, and of another number."""
@@ -443,7 +497,7 @@ class Tap:
         Once for batches of one image and once for others: a single row is broadcast to any number, and tells nothing.
         """
         single = len(replay.images) == 1
-        if single not in self._copies_from_stem:
+        if single not in self._trials.copies_from_stem:
             last = len(self.anatomy.blocks) - 1
             layers = sorted({0, last // 2, last})
             from_block = all(self._gives_logits(_Start(layer, replay), copies=2) for layer in layers)
@@ -456,19 +510,19 @@ class Tap:
                         "Runs that start at a block do not give the model's own answer, even without an edit, so their "
                         "numbers are withheld. The model may draw random numbers, or keep something from pass to pass."
                     )
-            self._copies_from_stem[single] = not from_block
-        return self._copies_from_stem[single]
+            self._trials.copies_from_stem[single] = not from_block
+        return self._trials.copies_from_stem[single]
 
     def _class_token_is_enough(self, replay: Replay) -> bool:
         """Whether the last block's residual on the class token alone decides the logits. Tried once and compared."""
-        if self._class_token_suffices is None:
+        if self._trials.class_token_suffices is None:
             last = len(self.anatomy.blocks) - 1
             block = self.anatomy.blocks[last]
             in_order = block.layout.token_axis is not None and not block.layout.non_patches.move_tokens
             may_suffice = block.class_token and block.kind == "token" and in_order
             start = _Start(last, replay, class_token_only=True)
-            self._class_token_suffices = may_suffice and self._gives_logits(start, copies=1)
-        return self._class_token_suffices
+            self._trials.class_token_suffices = may_suffice and self._gives_logits(start, copies=1)
+        return self._trials.class_token_suffices
 
     def _gives_logits(self, start: _Start, copies: int, logits: Tensor | None = None) -> bool:
         """Whether a run without edits gives these logits of all copies, or the recorded ones, up to rounding."""
