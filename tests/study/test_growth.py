@@ -338,6 +338,14 @@ class TestGrowing:
         assert growing_command(masked, ["IMAGES"], [], "study").endswith(
             "IMAGES --masks FOLDER --batch-size 4 --part-images 8 --seed 3 --output 1 --device cuda --out study"
         )
+        for task, model, words in (
+            ("labels", "module:Net", "--task labels "),
+            ("classes", "net.py:make", "--task classes "),
+        ):
+            plan = replace(masked, model=model, task=task, n_classes=5)
+            assert f" {words}--output 1 " in growing_command(plan, ["IMAGES"], [], "study")
+        unknown = replace(masked, task="unknown", n_classes=None)
+        assert "--task" not in growing_command(unknown, ["IMAGES"], [], "study")
         differing = differences(read_plan(out), replace(read_plan(out), options={"ablation": "mean"}))
         assert differing == ['options, image_map: the folder has "none", this run "tsne"']
 

@@ -70,6 +70,7 @@ def test_its_plan_is_equal_to_the_same_plan_written_today(old: Path) -> None:
     assert set(json.loads(again.to_json())) - set(json.loads((old / "study.json").read_text())) == {
         "block_numbers",
         "buffer_digest",
+        "buffer_values",
         "device_name",
         "digest",
         "labels",

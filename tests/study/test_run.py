@@ -325,7 +325,29 @@ class TestRefusals:
         with pytest.raises(WeightsMismatch, match="studied with other buffers"):
             reopen(tmp_path / "study", model=other)
         plan = read_plan(tmp_path / "study")
-        assert differences(replace(plan, buffer_digest=""), plan) == []  # of a version that knew none
+        assert differences(replace(plan, buffer_digest="", buffer_values=None), plan) == []  # a version that knew none
+
+    def test_buffers_that_another_processor_rounds_otherwise_are_the_same(self, photos: Path, tmp_path: Path) -> None:
+        positions = torch.arange(196)[:, None] * 10000 ** -torch.linspace(0, 1, 32)
+        mask = torch.full((4, 4), -torch.inf).triu(1)
+
+        def with_positions(values: torch.Tensor, mask: torch.Tensor = mask, number: int = 3) -> Vit:
+            module = tiny_vit().model
+            for name, buffer in (("sines", values), ("mask", mask), ("number", torch.tensor(number))):
+                module.register_buffer(name, buffer, persistent=False)
+            return open_vit(module, n_classes=10)
+
+        sines = positions.sin()
+        run(with_positions(sines), photos, tmp_path / "study", measures="prefix_share", limit=4)
+        elsewhere = torch.where(torch.arange(32) % 2 == 0, torch.nextafter(sines, torch.ones(())), sines)
+        assert not torch.equal(elsewhere, sines)
+        same = with_positions(elsewhere)
+        run(same, photos, tmp_path / "study", measures="prefix_share", limit=4)
+        reopen(tmp_path / "study", model=same)
+        others = [positions.cos(), sines * 1.01, -sines, sines.flip(0)]
+        for other in (*map(with_positions, others), with_positions(sines, mask.mT), with_positions(sines, number=4)):
+            with pytest.raises(WeightsMismatch, match="studied with other buffers"):
+                reopen(tmp_path / "study", model=other)
 
     def test_a_batch_that_memory_does_not_take_is_a_sentence(self, vit: Vit, photos: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"does not take a batch of 10000000000 images.*smaller --batch-size"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
@@ -18,7 +19,7 @@ from vitrail.data import as_photograph, decode_image
 from vitrail.data.channels import channels_of
 from vitrail.errors import BadImage, ModelError, UsageError
 from vitrail.models.open import open_vit
-from vitrail.models.preprocessing import Preprocessing, override, read_sides
+from vitrail.models.preprocessing import Preprocessing, _photographs_of, override, read_sides
 from vitrail.models.processors import read_preprocessing, timm_preprocessing
 from vitrail.models.sources import Request, load_model
 
@@ -610,6 +611,14 @@ def test_paths_bytes_arrays_and_tensors_are_photographs(tmp_path):
         (np.ones((8, 8, 3), np.int64), "array of int64 from 1 to 1 is no photograph"),
         (np.zeros((2, 3, 8, 8), np.uint8), "an image is"),
         (np.zeros((0, 8, 3), np.uint8), "an image is"),
+        (np.array([["a", "b"], ["c", "d"]]), "array of <U1 with shape"),
+        (np.array([[None, 1], [2, 3]], dtype=object), "array of object with shape"),
+        (np.zeros((4, 4), "datetime64[s]"), "is no photograph"),
+        (np.ones((8, 8), complex), "array of complex128 with shape"),
+        (np.ones((8, 8), bool), "array of bool with shape"),
+        (np.array(["a.jpg", "b.jpg"]), "Paths are given one by one, or in a list"),
+        (torch.rand((3, 8, 8), device="meta"), "A Tensor could not be read as an array"),
+        (torch.rand(8, 8).to_sparse(), "A Tensor could not be read as an array"),
         ("nowhere.png", "nowhere.png: there is no such file"),
         (b"text", "not an image in a format that is read here"),
     ],
@@ -619,13 +628,61 @@ def test_what_is_no_photograph_is_refused_in_a_sentence(given, refusal):
         as_photograph(given)
 
 
+def _animation() -> bytes:
+    frames = [Image.new("L", (8, 8), value) for value in (0, 120, 240)]
+    return _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def _closed(content: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(content))
+    picture.close()
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "refusal"),
+    [
+        (lambda content: Image.open(io.BytesIO(content[: len(content) // 2])), "broken or truncated"),
+        (_closed, "broken or truncated"),
+        (lambda content: Image.open(io.BytesIO(_animation())), "animated or has several pages"),
+        (lambda content: Image.new("La", (8, 8)), "broken or truncated: conversion from La"),
+        (lambda content: Image.new("RGB", (0, 8)), "0 columns and 8 rows"),
+    ],
+)
+def test_a_picture_that_is_broken_or_has_several_frames_is_refused_as_its_file_is(picture, refusal):
+    picture = picture(_encoded(photograph("small"), "JPEG"))
+    with pytest.raises(BadImage, match=refusal):
+        as_photograph(picture)
+
+
+def test_a_jpeg_that_carries_further_pictures_is_its_first():
+    first, second = photograph("small"), Image.new("RGB", (8, 8))
+    content = _encoded(first, "MPO", save_all=True, append_images=[second])
+    assert_array_equal(as_photograph(Image.open(io.BytesIO(content))), decode_image(content))
+
+
 def test_one_photograph_is_a_batch_of_one_and_none_is_refused():
     preprocessing, picture = Preprocessing((16, 16), HALF, HALF), photograph("small")
     expected = preprocessing.tensor([picture])
     for given in (picture, np.asarray(picture), torch.from_numpy(np.array(picture)), [np.asarray(picture)]):
         assert_array_equal(preprocessing.tensor(given), expected)
+    content = _encoded(picture, "PNG")
+    for given in (bytearray(content), memoryview(content), [bytearray(content)]):
+        assert_array_equal(preprocessing.tensor(given), expected)
     with pytest.raises(UsageError, match="give one or more"):
         preprocessing.tensor([])
+    for given in (None, 5, np.array("a.jpg")):
+        with pytest.raises(UsageError, match="no photograph and holds none"):
+            _photographs_of(given)  # tests check types before it is reached
+
+
+def test_a_column_of_paths_holds_several_photographs(tmp_path):
+    preprocessing, paths = Preprocessing((16, 16), HALF, HALF), [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        path.write_bytes(_encoded(photograph("small"), "PNG"))
+    expected = preprocessing.tensor(paths)
+    for column in (np.array([*map(str, paths)]), pandas.Series([*map(str, paths)])):
+        assert_array_equal(preprocessing.tensor(column), expected)
 
 
 def test_numbers_of_numpy_and_torch_become_those_of_python():
@@ -646,7 +703,26 @@ def test_numbers_of_numpy_and_torch_become_those_of_python():
     vit = open_vit(model, **given)
     assert (vit.image_size, vit.preprocessing.mean, vit.preprocessing.std) == ((32, 32), HALF, HALF)
     assert type(vit.n_classes) is int
+    assert open_vit(model, image_size=32, mean=iter(HALF), std=(0.5 for _ in range(3))).preprocessing.std == HALF
     with pytest.raises(UsageError, match=r"image size 64\.5 has no meaning; give a whole number"):
         read_sides(64.5)
     with pytest.raises(UsageError, match=r"give 2 whole numbers"):
         read_sides((1, 2, 3))
+
+
+def test_the_argument_that_is_wrong_is_named_and_whole_numbers_may_have_a_point():
+    plain = Preprocessing((32, 32), HALF, HALF, resize=(40, 40))
+
+    def with_settings(**settings):
+        other = replace(plain)
+        vars(other).update(settings)  # tests check types before a constructor is reached
+        other.__post_init__()
+        return other
+
+    for name, value in (("resize", (1, 2, 3)), ("size", (32,)), ("fill", (0.5, 0, 0))):
+        with pytest.raises(UsageError, match=f"^{name} "):
+            with_settings(**{name: value})
+    with pytest.raises(UsageError, match="size to resize to of 0 x 40 pixels"):
+        with_settings(resize=(0, 40))
+    pointed = with_settings(size=(32.0, 32.0), resize=(40.0, 40.0), fill=(0.0, 0.0, 0.0))
+    assert json.dumps(pointed.as_dict()) == json.dumps(plain.as_dict())

@@ -433,6 +433,120 @@ def test_a_softmax_of_several_calls_takes_no_bias_of_one_of_them():
         vit.tap().read(IMAGES, edits=[Edit(0, drop_keys=(3,))])
 
 
+class _SideProduct(nn.Module):
+    """A map that is also multiplied with something that the model keeps, or with values of a second stream.
+
+    `gain` is what the second stream enters with.
+    """
+
+    def __init__(self, what, *, first=False, gain=0.0):
+        super().__init__()
+        self.num_heads, self.what, self.first = HEADS, what, first
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.other, self.gain = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.full((1,), gain))
+
+    def forward(self, tokens):
+        q, k, v = heads_apart(self.qkv(tokens), 3)
+        weights = (q @ k.mT * HEAD**-0.5).softmax(-1)
+        if self.first:
+            self.kept = self.side(weights, v, tokens)
+        out = weights @ v
+        if not self.first:
+            self.kept = self.side(weights, v, tokens)
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        if self.what == "stream":
+            out = out + self.gain * self.kept.transpose(1, 2).flatten(2)
+        return tokens + out
+
+    def side(self, weights, v, tokens):
+        if self.what == "norms":
+            return weights @ v.norm(dim=-1, keepdim=True)
+        if self.what == "places":
+            places = torch.stack([torch.arange(v.shape[-2]).float()] * 2, -1)
+            return weights @ places.expand(*v.shape[:-1], 2)
+        if self.what == "values":
+            return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+        if self.what == "received":
+            return weights.mT @ v
+        (values,) = heads_apart(self.other(tokens))
+        return weights @ values
+
+
+@pytest.mark.parametrize(("what", "first"), [("norms", False), ("places", True), ("values", False), ("received", True)])
+def test_a_product_with_a_map_that_nothing_of_the_answer_moves_with_is_no_attention_call(what, first):
+    model = model_of(_SideProduct(what, first=first), _SideProduct(what, first=first))
+    vit = open_vit(model, image_size=64, weights="random", task="classes")
+    assert vit.n_heads == (HEADS, HEADS)
+    assert [len(block.calls) for block in vit.anatomy.blocks] == [1, 1]
+    assert vit.anatomy.blocks[0].side_products == ((0,) if first else (1,))
+    assert not any("those of" in note for note in vit.anatomy.notes)
+    shapes = []
+    reader = Readers(attention=lambda attention: shapes.append(tuple(attention.out.shape)))
+    vit.tap().read(IMAGES, reader)
+    assert shapes == [(len(IMAGES), 1, HEADS, 17, HEAD)] * 2
+    for layer, head in ((0, 1), (1, 3)):
+        expected = without_columns(model, f"blocks.{layer}.proj", head).numpy()
+        assert_allclose(pruned(vit, Edit(layer, prune=(head,))), expected, atol=1e-5)
+    weights = []
+    reader = Readers(attention=lambda attention: weights.append(attention.weights().detach()))
+    vit.tap().read(IMAGES, reader, [Edit(1, drop_keys=(3,))])
+    assert [bool(each[..., 3].any()) for each in weights] == [True, False]
+    report = check_vit(vit, quick=True)
+    assert report.ok, report.text()
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.0])
+def test_a_second_stream_of_values_has_heads_of_its_own_also_where_it_enters_with_a_weight_of_zero(gain):
+    model = model_of(_SideProduct("stream"), _SideProduct("stream"))
+    for block in model.blocks:
+        nn.init.constant_(block.gain, gain)
+    vit = open_vit(model, image_size=64, weights="random", task="classes")
+    assert vit.n_heads == (2 * HEADS, 2 * HEADS)
+    assert not any(block.side_products for block in vit.anatomy.blocks)
+    cut = copy.deepcopy(model)
+    with torch.no_grad():
+        cut.blocks[1].other.weight[HEAD : 2 * HEAD] = 0
+        cut.blocks[1].other.bias[HEAD : 2 * HEAD] = 0
+        expected = cut(IMAGES).numpy()
+    assert_allclose(pruned(vit, Edit(1, prune=(HEADS + 1,))), expected, atol=1e-5)
+
+
+class _FirstMap(nn.Module):
+    """Blocks with attention of their own that also take the map of the first, which is kept on the model."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.num_heads, self.maps, self.first = HEADS, maps, not maps
+        maps.append(None)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tokens):
+        q, k, v = heads_apart(self.qkv(tokens), 3)
+        weights = (q @ k.mT * HEAD**-0.5).softmax(-1)
+        out = weights @ v
+        if self.first:
+            self.maps[0] = weights
+        else:
+            out = out + self.maps[0] @ v
+        return tokens + self.proj(out.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_runs_from_a_block_have_the_map_that_the_first_block_keeps():
+    maps = []
+    vit = open_vit(model_of(*(_FirstMap(maps) for _ in range(3))), image_size=64, weights="random", task="classes")
+    assert vit.n_heads == (HEADS,) * 3
+    tap = vit.tap()
+    replay, logits = tap.record(IMAGES)
+    expected = pruned(vit, Edit(2, prune=(0,)))
+    for _ in range(2):
+        tap.read(IMAGES.flip(0))
+        assert_allclose(tap.run_from(2, replay, [Edit(2, prune=(0,))]).numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(tap.run_from(1, replay).numpy(), logits.numpy(), rtol=1e-4, atol=1e-5)
+    report = check_vit(vit, quick=True)
+    assert report.ok, report.text()
+
+
 def test_a_module_that_is_several_layers_is_pruned_in_the_layer_that_is_named():
     block = _Plain()
     model = model_of(_Plain(), block, block)

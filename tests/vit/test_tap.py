@@ -4,7 +4,11 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -315,15 +319,19 @@ def test_weights_replaced_after_opening_are_seen(fresh, noise):
 
 
 class _Steered(nn.Module):
-    """A ViT whose answer a buffer, plain attributes, what a list holds and an object's state change."""
+    """A ViT whose answer a buffer, plain attributes, what a list or an array holds and an object's state change."""
 
     def __init__(self, inner):
         super().__init__()
         self.inner, self.scale, self.shifts, self.by_name = inner, 1.0, [0.0], {"last": {"gain": 1.0}}
+        self.factors, self.switches = np.ones(1), bytearray([1])
+        self.settings, self.named = _Settings(1.0), _Named()
+        self.named.gain = 1.0
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def forward(self, images):
         logits = self.inner(images) * self.temperature * self.scale * self.by_name["last"]["gain"]
+        logits = logits * float(self.factors[0]) * self.switches[0] * self.settings.gain * self.named.gain
         return logits + self.shifts[-1]
 
 
@@ -335,8 +343,20 @@ class _Ablation:
         return output * self.gain
 
 
+SEPARATE = _Ablation()
+
+
 def _add_hook(model):
     model.handle = model.inner.blocks[1].register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+@dataclass(slots=True)
+class _Settings:
+    gain: float
+
+
+class _Named(dict):
+    """A dictionary with attributes."""
 
 
 CHANGES = {
@@ -348,6 +368,11 @@ CHANGES = {
     "an attribute": lambda model: setattr(model, "scale", 2.0),
     "what a list holds": lambda model: model.shifts.append(1.0),
     "what an inner dictionary holds": lambda model: model.by_name["last"].update(gain=0.5),
+    "what an array holds": lambda model: model.factors.__setitem__(0, 3.0),
+    "what an array of bytes holds": lambda model: model.switches.__setitem__(0, 2),
+    "a slot of an object": lambda model: setattr(model.settings, "gain", 0.5),
+    "an attribute of a dictionary": lambda model: setattr(model.named, "gain", 0.25),
+    "an object that a hook alone uses": lambda model: setattr(SEPARATE, "gain", 0.25),
     "a module is taken out": lambda model: setattr(model.inner.blocks[0], "mlp", nn.Identity()),
     "pruned": lambda model: prune.l1_unstructured(model.inner.head, "weight", amount=0.1),
     "pruned again": lambda model: prune.l1_unstructured(model.inner.head, "weight", amount=0.8),
@@ -365,6 +390,7 @@ def test_whatever_is_changed_after_opening_is_followed(fresh, noise):
     model = _Steered(fresh(VIT)).eval()
     ablation = _Ablation()
     model.inner.blocks[2].register_forward_hook(ablation.hook)
+    model.inner.blocks[2].register_forward_hook(SEPARATE.hook)
     model.ablation = ablation
     vit = open_vit(model, image_size=64)
     images, before = noise(vit), vit.tap().read(noise(vit))
@@ -377,6 +403,75 @@ def test_whatever_is_changed_after_opening_is_followed(fresh, noise):
         replay, logits = vit.tap().record(images)
         assert_allclose(vit.tap().run_from(1, replay), logits, rtol=1e-5, atol=1e-5)
         before = expected
+
+
+class _Recorder:
+    """Keeps what blocks return, as a method, as a callable, or beside the model that it is made for."""
+
+    def __init__(self, model=None):
+        self.model, self.n, self.outputs = model, 0, []
+
+    def hook(self, module, args, output):
+        self.n += 1
+        self.outputs.append(output)
+
+    __call__ = hook
+
+
+@torch.no_grad()
+def test_objects_whose_methods_are_hooks_see_the_passes(fresh, noise):
+    model = fresh(VIT)
+    recorders = [_Recorder() for _ in range(3)] + [_Recorder(model)]
+    hooks = [recorders[0].hook, recorders[1], partial(recorders[2].hook), recorders[3].hook]
+    for block, hook in zip([*model.blocks, model.blocks[0]], hooks, strict=True):
+        block.register_forward_hook(hook)
+    vit = open_vit(model, image_size=64)
+    images, tap = noise(vit), vit.tap()
+    for recorder in recorders:
+        recorder.n = 0
+        recorder.outputs.clear()
+    clone = tap._clone
+    logits = tap.read(images)
+    _equal(vit.logits(images), logits)
+    assert [recorder.n for recorder in recorders[:3]] == [2, 2, 2]
+    assert [len(recorder.outputs) for recorder in recorders] == [2, 2, 2, 2]
+    assert tap._clone is clone
+
+
+@torch.no_grad()
+def test_a_hook_that_keeps_tensors_on_the_model_is_no_change_of_it_and_a_hook_that_sets_a_number_is(fresh, noise):
+    model = _Steered(fresh(VIT)).eval()
+    model.kept = []
+
+    def keep(module, args, output):
+        model.last, model.pair, model.n_passes = output, (output, args[0]), n_passes[-1]
+        model.kept.append(output)
+
+    n_passes, stem_runs = [0], []
+    model.inner.blocks[0].register_forward_hook(keep)
+    model.inner.patch_embed.register_forward_hook(lambda *_: stem_runs.append(1))
+    vit = open_vit(model, image_size=64)
+    images, tap = noise(vit), vit.tap()
+    replay, logits = tap.record(images)
+    tap.run_from(1, replay)
+    vit.logits(images)
+    tapped, plain, n_runs = tap._clone, vit._plain, len(stem_runs)
+    for _ in range(2):
+        assert_allclose(tap.run_from(1, replay), logits, rtol=1e-5, atol=1e-5)
+        tap.read(images)
+        vit.logits(images)
+    assert (tap._clone, vit._plain) == (tapped, plain)
+    assert len(stem_runs) == n_runs + 6  # one for each of these passes
+    model.last = torch.zeros(1)
+    tap.read(images)
+    assert tap._clone is not tapped
+    tapped = tap._clone
+    n_passes.append(1)
+    tap.read(images)
+    tap.read(images)
+    assert tap._clone is not tapped
+    model.scale = 3.0
+    _equal(tap.read(images), 3 * logits)
 
 
 @torch.no_grad()
@@ -628,6 +723,26 @@ def test_a_model_without_attention_has_no_tap():
         open_vit(next(family for family in FAMILIES if family.refused == "NoAttention").model(), image_size=64)
 
 
+@pytest.mark.parametrize("what", ["attention", "output", "residual"])
+@torch.no_grad()
+def test_what_a_reader_raises_is_not_said_to_be_the_images(what, fresh):
+    """A model of transformers casts the images that it is given, so those of another type are taken."""
+    vit = open_vit(fresh("transformers ViT"), image_size=64, precision="bfloat16")
+    images = torch.randn(2, 3, 64, 64)
+    vit.logits(images)
+
+    def fail(*_):
+        raise RuntimeError("no room for more maps")
+
+    with pytest.raises(RuntimeError, match="no room for more maps"):
+        vit.tap().read(images, Readers(**{what: fail}))
+    vit.model.register_forward_hook(fail)
+    with pytest.raises(
+        UsageError, match=r"RuntimeError: no room for more maps\)\. The images are torch\.float32 on cpu"
+    ):
+        vit.logits(images)
+
+
 def test_what_a_reader_says_is_heard_also_inside_a_product() -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", depths=(2, 2), img_size=56, num_classes=3).eval()
     tap = open_vit(model).tap()
@@ -830,3 +945,53 @@ def test_runs_from_a_block_have_what_earlier_blocks_keep_on_the_model(kind, n_im
         expected = torch.cat([*pruned, tap.read(images, edits=[Edit(2, prune=(1,))])])
         assert_allclose(rows.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
         assert_allclose(tap.run_from(layer, replay).numpy(), logits.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_trial_that_was_interrupted_is_made_again(error, noise, monkeypatch):
+    vit = open_vit(_KeepingModel("values"), image_size=64, weights="random", task="classes")
+    tap, images = vit.tap(), noise(vit)
+    replay, _ = tap.record(images)
+    expected = tap.read(images, edits=[Edit(2, prune=(0,))])
+    with monkeypatch.context() as patched:
+        patched.setattr(tap, "read", mock.Mock(side_effect=error))
+        with pytest.raises(error):
+            tap.run_from(2, replay)
+    tap.read(images.flip(0))
+    assert_allclose(tap.run_from(2, replay, [Edit(2, prune=(0,))]), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_was_tried_is_tried_once_for_all_taps_of_a_model_and_again_after_a_change(noise, monkeypatch):
+    vit = open_vit(_KeepingModel("values"), image_size=64, weights="random", task="classes")
+    images, n_trials = noise(vit), []
+    trial = Tap._run_without_heads_of
+    monkeypatch.setattr(Tap, "_run_without_heads_of", lambda *args: (n_trials.append(1), trial(*args)))
+    replay, _ = vit.tap().record(images)
+    expected = vit.tap().run_from(2, replay, [Edit(2, prune=(0,))])
+    n_first = len(n_trials)
+    assert n_first > 0
+    other = copy.deepcopy(vit.model)
+    taps = [Tap(vit.model, vit.anatomy, vit.read_output, vit._trials), vit.tap_of_variant(other)]
+    for tap in taps:
+        _equal(tap.run_from(2, tap.record(images)[0], [Edit(2, prune=(0,))]), expected)
+    assert len(n_trials) == n_first
+    vit.model.setting = 1
+    vit.tap().run_from(2, replay)
+    assert len(n_trials) == 2 * n_first
+
+
+@torch.no_grad()
+def test_a_model_that_can_no_longer_be_copied_is_refused_each_time_until_it_can(fresh, noise):
+    model = _Steered(fresh(VIT)).eval()
+    vit = open_vit(model, image_size=64)
+    images, tap = noise(vit), vit.tap()
+    before = tap.read(images)
+    model.scale, model.lock = 10.0, threading.Lock()
+    for run in (tap.read, tap.record, vit.logits, tap.read):
+        with pytest.raises(Unsupported, match="cannot be copied"):
+            run(images)
+    del model.lock
+    _equal(tap.read(images), model(images))
+    assert not torch.equal(tap.read(images), before)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from vitrail.analysis import all_options
 from vitrail.data import LabelSource, Manifest
 from vitrail.errors import UsageError
-from vitrail.study.plan import Plan
+from vitrail.study.plan import Plan, same_buffers
 from vitrail.study.store import open_study, read_manifest, read_plan
 
 __all__ = ["LayerPairs", "Pair", "StudySide", "describe_labels", "open_pair"]
@@ -149,9 +149,9 @@ def open_pair(a: str | Path, b: str | Path) -> Pair:
 
 def _refuse_same_model(folders: tuple[Path, Path], plans: list[Plan]) -> None:
     what = ("weight_digest", "preprocessing", "options", "precision", "device", "batch_size", "output", "target")
-    digests = {plan.buffer_digest for plan in plans} - {""}
+    alike = same_buffers(plans[0], plans[1], plans[0].precision)
     same_target = plans[0].target is None or plans[0].target_values == plans[1].target_values is not None
-    if all(getattr(plans[0], name) == getattr(plans[1], name) for name in what) and len(digests) < 2 and same_target:
+    if all(getattr(plans[0], name) == getattr(plans[1], name) for name in what) and alike and same_target:
         raise UsageError(
             f"{folders[0]} and {folders[1]} are studies of the same weights ({plans[0].model}, "
             f"{plans[0].weight_digest[:12]}) with the same settings, so nothing can differ but the images. Compare "

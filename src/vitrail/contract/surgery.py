@@ -7,7 +7,7 @@ of the block after the call whose input is zero where all heads give zeros: what
 Channels are closed at one use of the weight only, since blocks may share their weights.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,13 +76,6 @@ class _LaterUse(NamedTuple):
     nonzero: Bool[Tensor, "channel"]
 
 
-class _Turn(NamedTuple):
-    """A call of a module: its path, and how many calls it has made before."""
-
-    path: str
-    number: int
-
-
 @dataclass(frozen=True)
 class _NumberedCall:
     """An attention call whose heads are numbered among those of its block, from 1.
@@ -142,26 +135,18 @@ def projections(model: nn.Module, anatomy: Anatomy, images: Tensor) -> dict[tupl
         By (layer, call): the projection, or why there is none.
     """
     clone = clone_sharing(model)
-    specs = _calls_by_turn(anatomy)
+    specs = {
+        (layer, number): _NumberedCall(layer, number, call, block.heads)
+        for layer, block in enumerate(anatomy.blocks)
+        for number, call in enumerate(block.calls)
+    }
     n_bits = max(block.heads for block in anatomy.blocks).bit_length()
-    coded = _CodedHeads(clone, specs)
+    coded = _CodedHeads(clone, anatomy, specs)
     silent, *by_bit = (coded.later_uses(images, bit) for bit in (None, *range(n_bits)))
     return {
-        (spec.layer, spec.number): _projection(spec, silent.get(turn, []), [uses.get(turn, []) for uses in by_bit])
-        for turn, spec in specs.items()
+        key: _projection(spec, silent.get(key, []), [uses.get(key, []) for uses in by_bit])
+        for key, spec in specs.items()
     }
-
-
-def _calls_by_turn(anatomy: Anatomy) -> dict[_Turn, _NumberedCall]:
-    """The attention calls of all blocks, as a pass comes to them."""
-    counts: dict[str, int] = {}
-    calls: dict[_Turn, _NumberedCall] = {}
-    for layer, block in enumerate(anatomy.blocks):
-        for number, call in enumerate(block.calls):
-            turn = counts.get(call.path, 0)
-            counts[call.path] = turn + 1
-            calls[_Turn(call.path, turn)] = _NumberedCall(layer, number, call, block.heads)
-    return calls
 
 
 def _projection(
@@ -186,41 +171,52 @@ def _projection(
 class _CodedHeads(PassiveHandler):
     """Gives ones for some heads of every attention call and zeros for the rest; notes which weights are used then."""
 
-    def __init__(self, clone: nn.Module, specs: dict[_Turn, _NumberedCall]) -> None:
-        self.model, self.specs = clone, specs
-        self.stack: list[str] = []
+    def __init__(self, clone: nn.Module, anatomy: Anatomy, specs: dict[tuple[int, int], _NumberedCall]) -> None:
+        self.model, self.anatomy, self.specs = clone, anatomy, specs
+        self.mode = Interceptor(self)
+        self.layers: list[int] = []
         self.bit: int | None = None
         self.n_images = 0
-        self.turns: dict[str, int] = {}
-        self.waiting: list[_Turn] = []
-        self.uses: dict[_Turn, list[_LaterUse]] = {}
-        for path, module in clone.named_modules():
-            self._wrap(path, module)
+        self.n_runs: dict[str, int] = {}
+        self.n_products: dict[int, int] = {}
+        self.waiting: list[tuple[int, int]] = []
+        self.uses: dict[tuple[int, int], list[_LaterUse]] = {}
+        by_path: dict[str, dict[int, int]] = {}
+        for layer, block in enumerate(anatomy.blocks):
+            by_path.setdefault(block.path, {})[block.run] = layer
+        for path, by_run in by_path.items():
+            self._wrap(path, by_run)
 
     @torch.no_grad()
-    def later_uses(self, images: Tensor, bit: int | None) -> dict[_Turn, list[_LaterUse]]:
+    def later_uses(self, images: Tensor, bit: int | None) -> dict[tuple[int, int], list[_LaterUse]]:
         """The uses of weights after each call, up to the first call of another block.
 
         Args:
             images: A batch of prepared images.
             bit: Heads whose number has this bit give ones; None: every head gives zeros.
         """
-        self.bit, self.n_images, self.turns, self.waiting, self.uses = bit, len(images), {}, [], {}
-        with torch.random.fork_rng(devices=[]), _WeightUses(self.model, self._note), Interceptor(self):
+        self.bit, self.n_images, self.waiting, self.uses = bit, len(images), [], {}
+        self.n_runs, self.n_products = {}, {}
+        with torch.random.fork_rng(devices=[]), _WeightUses(self.model, self._note), self.mode:
             self.model(images)
+        self.mode.forget()
         return self.uses
 
     def attention(self, call: RawCall) -> Tensor:
         """Gives zeros and ones instead of the output."""
-        path = self.stack[-1]
-        turn = _Turn(path, self.turns.get(path, 0))
-        self.turns[path] = turn.number + 1
-        out = torch.zeros_like(super().attention(call))
-        spec = self.specs.get(turn)
-        if spec is None:
+        own = super().attention(call)
+        out = torch.zeros_like(own)
+        if not self.layers:
             self.waiting = []
             return out
-        self.waiting = [*(each for each in self.waiting if self.specs[each].layer == spec.layer), turn]
+        layer = self.layers[-1]
+        product = self.n_products.get(layer, 0)
+        self.n_products[layer] = product + 1
+        number = self.anatomy.blocks[layer].call_of_product(product)
+        if number is None:
+            return own
+        spec = self.specs[layer, number]
+        self.waiting = [*(each for each in self.waiting if each[0] == layer), (layer, number)]
         if self.bit is None:
             return out
         layout = spec.call.layout
@@ -233,18 +229,25 @@ class _CodedHeads(PassiveHandler):
     def _note(self, use: _WeightUse) -> None:
         if self.waiting:
             later = _LaterUse(use.weight, use.use, use.func in _PROJECTING, (use.by_channel() != 0).any(1))
-            for turn in self.waiting:
-                self.uses.setdefault(turn, []).append(later)
+            for key in self.waiting:
+                self.uses.setdefault(key, []).append(later)
 
-    def _wrap(self, path: str, module: nn.Module) -> None:
+    def _wrap(self, path: str, layers: Mapping[int, int]) -> None:
+        """`layers` says which layer each run of the module is; a run that is none passes through."""
+        module = self.model.get_submodule(path)
         inner = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self.stack.append(path)
+            run = self.n_runs.get(path, 0)
+            self.n_runs[path] = run + 1
+            if run not in layers:
+                return inner(*args, **kwargs)
+            self.layers.append(layers[run])
             try:
                 return inner(*args, **kwargs)
             finally:
-                self.stack.pop()
+                self.layers.pop()
+                self.mode.forget()
 
         module.forward = forward
 

@@ -130,7 +130,10 @@ class Decoded(NamedTuple):
 
 
 def decode_image(
-    source: bytes | str | Path, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+    source: bytes | bytearray | memoryview | str | Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """An upright RGB image from bytes or a file, whose sizes are checked before anything is decoded.
 
@@ -154,7 +157,7 @@ def decode_image(
         >>> decode_image("photos/cat.jpg")  # doctest: +SKIP
         <PIL.Image.Image image mode=RGB size=451x300>
     """
-    content = source if isinstance(source, bytes) else file_bytes(Path(source), max_bytes)
+    content = file_bytes(Path(source), max_bytes) if isinstance(source, (str, Path)) else bytes(source)
     if len(content) > max_bytes:
         raise BadImage(too_many_bytes(len(content), max_bytes))
     return decode_content(content, max_pixels).image
@@ -170,7 +173,7 @@ class _ArrayLike(Protocol):
     def __array__(self) -> Any: ...
 
 
-PhotographLike = Image.Image | str | Path | bytes | _ArrayLike
+PhotographLike = Image.Image | str | Path | bytes | bytearray | memoryview | _ArrayLike
 """What `as_photograph` takes."""
 
 
@@ -178,20 +181,20 @@ def as_photograph(image: object) -> Image.Image:
     """An upright RGB picture of what is at hand, as `decode_image` has it of the same photograph in a file.
 
     Args:
-        image: A picture of Pillow in any mode; a path or an encoded image; an array or tensor [row, column],
-            [row, column, colour] or [colour, row, column] of bytes, or of floating-point numbers from 0 to 1. Arrays of
-            2 or of 5 to 16 channels are taken as `vitrail.data.image_of_channels` takes them.
+        image: A picture of Pillow in any mode, of one frame; a path or an encoded image; an array or tensor
+            [row, column], [row, column, colour] or [colour, row, column] of bytes, or of floating-point numbers from 0
+            to 1. Arrays of 2 or of 5 to 16 channels are taken as `vitrail.data.image_of_channels` takes them.
 
     Returns:
         The photograph; the picture itself where it is upright and RGB already, or carries channels.
 
     Raises:
-        BadImage: It is broken, or black and white of its values are not defined.
+        BadImage: It is broken, has several frames, or black and white of its values are not defined.
         UsageError: It is no photograph.
     """
     if isinstance(image, Image.Image):
         return image if channels_of(image) is not None else _upright_rgb(image)
-    if isinstance(image, bytes):
+    if isinstance(image, (bytes, bytearray, memoryview)):
         return decode_image(image)
     if isinstance(image, (str, Path)):
         try:
@@ -207,19 +210,42 @@ def as_photograph(image: object) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    return _as_rgb(_as_8_bit(image, getattr(image, "tag_v2", {}))[0])
+    try:
+        # further frames of a JPEG are its depth or its previews
+        if getattr(image, "is_animated", False) and not isinstance(image, JpegImagePlugin.JpegImageFile):
+            raise BadImage("it is animated or has several pages; give a copy of the frame that is meant, image.copy()")
+        if 0 in image.size:
+            raise BadImage(f"it has {image.width} columns and {image.height} rows, so no pixel")
+        deep_colour = _has_deep_colour(image)
+        image.load()
+        if deep_colour:
+            _refuse_dark(image)
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _as_rgb(_as_8_bit(image, getattr(image, "tag_v2", {}))[0])
+    except BROKEN as error:
+        raise BadImage(f"broken or truncated: {sentence(error)}") from error
 
 
 def _as_array(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):  # a tensor, known by what it can do: no torch here
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-    return np.asarray(values)
+    try:
+        if hasattr(values, "detach"):  # a tensor, known by what it can do: no torch here
+            values = values.detach().cpu()
+            values = values.float() if values.is_floating_point() else values
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"A {type(values).__name__} could not be read as an array ({sentence(error)}); give an array of NumPy or a "
+            "dense tensor that holds numbers."
+        ) from error
 
 
 def _of_array(values: np.ndarray) -> Image.Image:
+    if values.dtype.kind not in "uif":
+        raise UsageError(
+            f"An array of {values.dtype} with shape {list(values.shape)} is no photograph; give bytes (uint8), or "
+            "floating-point numbers from 0 to 1. Paths are given one by one, or in a list."
+        )
     if values.ndim == 3 and values.shape[-1] not in _COLOURS and values.shape[0] in _COLOURS:
         values = np.moveaxis(values, 0, -1)
     if values.ndim == 3 and values.shape[-1] == 1:
@@ -288,8 +314,13 @@ def _large_blocks() -> Iterator[None]:
         core.set_block_size(before)
 
 
+def _has_deep_colour(image: Image.Image) -> bool:
+    """Whether a picture that is not decoded yet has colours of 16 bits."""
+    return ";16" in str(getattr(image, "tile", "")) and len(image.getbands()) > 1
+
+
 def _load(file: ImageFile.ImageFile, sides: tuple[int, int]) -> Decoded:
-    deep_colour = ";16" in str(file.tile) and len(file.getbands()) > 1
+    deep_colour = _has_deep_colour(file)
     file.load()
     if deep_colour:
         _refuse_dark(file)

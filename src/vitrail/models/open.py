@@ -3,7 +3,7 @@
 import hashlib
 import textwrap
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
@@ -37,7 +37,7 @@ from vitrail.tap.clone import (
     unwrap_compiled,
 )
 from vitrail.tap.modes import autocast_off, plain_modes
-from vitrail.tap.tap import Tap
+from vitrail.tap.tap import KnownTrials, Tap
 
 __all__ = ["PRECISIONS", "Vit", "open_vit", "require_vit"]
 
@@ -48,8 +48,9 @@ class Vit:
     """An opened vision transformer: the model as it is, its anatomy, and a tap per thread.
 
     Every pass is one of `model` as it then is: its weights, buffers, hooks and attributes may change after opening, its
-    blocks and heads may not. Hooks of your own are called in these passes too. `weight_digest` is of weights and
-    buffers alone: studies of a model with a hook and without one have the same.
+    blocks and heads may not. Hooks of your own are called in these passes too, as they are: an object whose method is a
+    hook sees them, unless it leads to modules of the model, of which a pass runs copies; then a copy of it does.
+    `weight_digest` is of weights and buffers alone: studies of a model with a hook and without one have the same.
 
     Attributes:
         name: what it was opened with, such as "timm:deit_tiny_patch16_224".
@@ -77,7 +78,8 @@ class Vit:
         self.class_names = _match_class_names(class_names, loaded, self.n_classes)
         self.opened_with: dict[str, Any] | None = None
         self._taps = threading.local()
-        self._digest: tuple[WeightState, str, str] | None = None
+        self._trials = KnownTrials()
+        self._digest: tuple[WeightState, str, str, list[float]] | None = None
         self._clone: tuple[ModuleState, nn.Module] | None = None
 
     @cached_property
@@ -137,14 +139,23 @@ class Vit:
 
     @property
     def buffer_digest(self) -> str:
-        """The same over the buffers that the state dict lacks (`persistent=False`), such as a temperature."""
+        """The same over the buffers that the state dict lacks (`persistent=False`), such as a temperature, without
+        their floating-point numbers: models compute sines and the like, whose last bits depend on the processor."""
         return self._digests()[1]
 
-    def _digests(self) -> tuple[str, str]:
+    @property
+    def buffer_values(self) -> list[float]:
+        """Of each buffer with floating-point numbers that the state dict lacks, by name: its root mean square, and two
+        sums with random factors, which differ by rounding between processors and by more between buffers."""
+        return self._digests()[2]
+
+    def _digests(self) -> tuple[str, str, list[float]]:
         if self._digest is None or not self._digest[0].is_of(self.model):
             state = self.model.state_dict()
             buffers = {name: each for name, each in self.model.named_buffers() if name not in state}
-            self._digest = WeightState(self.model), _digest_of(state), _digest_of(buffers)
+            forms = dict(_form_of(name, each) for name, each in buffers.items())
+            values = [value for _, each in sorted(buffers.items()) for value in _values_of(each)]
+            self._digest = WeightState(self.model), _digest_of(state), _digest_of(forms), values
         return self._digest[1:]
 
     def prepare(self, images: Iterable[PhotographLike] | PhotographLike) -> Float[Tensor, "image channel row column"]:
@@ -202,9 +213,20 @@ class Vit:
             The tap of the calling thread; taps of different threads do not disturb each other.
         """
         if not hasattr(self._taps, "tap"):
-            self._taps.tap = Tap(self.model, self.anatomy, self.read_output)
+            self._taps.tap = Tap(self.model, self.anatomy, self.read_output, self._trials)
         tap: Tap = self._taps.tap
         return tap
+
+    def tap_of_variant(self, model: nn.Module) -> Tap:
+        """A tap of a variant of the model whose blocks are the same but for numbers, such as one with moved windows.
+
+        Args:
+            model: The variant, whose anatomy is that of this model.
+
+        Returns:
+            A new tap; what it may leave out of a run from the middle is tried once for all variants.
+        """
+        return Tap(model, self.anatomy, self.read_output, self._trials.for_variant(self.model, model))
 
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image class"]:
@@ -220,8 +242,11 @@ class Vit:
             UsageError: These are no images for the model.
         """
         require_images(images)
-        with images_of_model(self._plain, images), autocast_off():
-            return self.read_output(self._plain(images))
+        state, plain = self._plain
+        with images_of_model(plain, images), autocast_off():
+            logits = self.read_output(plain(images))
+        state.note_pass(self.model)
+        return logits
 
     def look(self, image: PhotographLike, **options: Any) -> xr.Dataset:
         """Every analysis of one image: `vitrail.look` of this model.
@@ -257,14 +282,14 @@ class Vit:
         return {name: value for name, value in vars(self).items() if name not in _OF_THIS_COPY}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _taps=threading.local(), _digest=None, _clone=None)
+        vars(self).update(state, _taps=threading.local(), _trials=KnownTrials(), _digest=None, _clone=None)
 
     @property
-    def _plain(self) -> nn.Module:
-        """An untapped clone in evaluation mode: the user's module keeps its own mode."""
+    def _plain(self) -> tuple[ModuleState, nn.Module]:
+        """An untapped clone in evaluation mode, and the state of the user's module, which keeps its own mode."""
         if self._clone is None or not self._clone[0].is_of(self.model):
             self._clone = ModuleState(self.model), clone_sharing(self.model)
-        return self._clone[1]
+        return self._clone
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_size))
@@ -287,7 +312,7 @@ class Vit:
         return html_table(self.name, facts) + anatomy_html(self.anatomy)
 
 
-_OF_THIS_COPY = ("_taps", "_digest", "_clone")
+_OF_THIS_COPY = ("_taps", "_trials", "_digest", "_clone")
 
 
 def require_vit(vit: object) -> None:
@@ -436,6 +461,33 @@ def _digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _form_of(name: str, buffer: Tensor) -> tuple[str, Tensor]:
+    """A buffer by its name and type, with zeros in place of its finite floating-point numbers."""
+    numbers = _floating_point_numbers(buffer)
+    if numbers is None:
+        return name, buffer
+    return f"{name} of {buffer.dtype}", torch.where(numbers.isfinite(), 0, numbers)
+
+
+def _values_of(buffer: Tensor) -> list[float]:
+    """The root mean square of a buffer's finite numbers, and two sums with random factors, as far from 0."""
+    numbers = _floating_point_numbers(buffer)
+    if numbers is None or not numbers.numel():
+        return []
+    numbers = torch.where(numbers.isfinite(), numbers, 0).flatten()
+    factors = torch.randn((2, len(numbers)), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = len(numbers) ** -0.5
+    return [float(numbers.norm() * scale), *(factors @ numbers * scale).tolist()]
+
+
+def _floating_point_numbers(buffer: Tensor) -> Tensor | None:
+    """In float64; real and imaginary parts of complex numbers; None of a buffer of whole numbers."""
+    numbers = _as_numbers(buffer).cpu()
+    if numbers.is_complex():
+        numbers = torch.view_as_real(numbers)
+    return numbers.double() if numbers.is_floating_point() else None
+
+
 def _as_numbers(tensor: Tensor) -> Tensor:
     """The numbers of a parameter or buffer; of quantised weights (a class of their own) what they stand for."""
     plain = tensor.detach()
@@ -454,7 +506,8 @@ def _per_channel(name: str, values: Any, module: nn.Module) -> Sequence[Any] | N
     if values is None:
         return None
     channels = image_channels(module)
-    by_channel = [values] * channels if np.ndim(values) == 0 else list(values)
+    is_one = np.ndim(values) == 0 and not isinstance(values, Iterator)
+    by_channel = [values] * channels if is_one else list(values)
     if len(by_channel) != channels:
         raise UsageError(
             f"{name} has {len(by_channel)} numbers and this model's images {channels} channel{'s' * (channels != 1)}; "

@@ -1,7 +1,7 @@
 """From a photograph to the tensor the model was trained on, stated so that a study can be repeated."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
@@ -68,17 +68,19 @@ class Preprocessing:
     source: str = field(default="given", compare=False)
 
     def __post_init__(self) -> None:
-        self._set_plain("size", read_sides(self.size))
-        self._set_plain("resize", read_sides(self.resize) if self.resize is not None else None)
-        self._set_plain("fill", whole_numbers("fill", self.fill, 3))
+        resize = None if self.resize is None else read_sides(_without_points(self.resize), "resize")
+        self._set_plain("size", read_sides(_without_points(self.size), "size"))
+        self._set_plain("resize", resize)
+        self._set_plain("fill", whole_numbers("fill", _without_points(self.fill), 3))
         self._set_plain("mean", _per_channel("mean", self.mean))
         self._set_plain("std", _per_channel("std", self.std))
         _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         _check_choice("crop mode", self.crop_mode, CROP_MODES)
         _check_choice("resampler", self.resampler, ("pillow", "torchvision"))
         _check_choice("crop rounding", self.crop_rounding, ("even", "down"))
-        if min(self.size) < 1 or (self.resize and min(self.resize) < 1):
-            raise UsageError(f"An image size of {self.size[0]} x {self.size[1]} pixels has no meaning.")
+        for name, sides in (("image size", self.size), ("size to resize to", self.resize or self.size)):
+            if min(sides) < 1:
+                raise UsageError(f"An {name} of {sides[0]} x {sides[1]} pixels has no meaning.")
         numbers = (*self.mean, *self.std)
         if len(self.mean) != len(self.std) or not all(map(math.isfinite, numbers)) or not all(self.std):
             raise UsageError(
@@ -225,9 +227,7 @@ class Preprocessing:
             UsageError: they are no photographs, there is none, or the model takes neither one channel nor three.
             BadImage: one is broken, too narrow, or its black and white are not defined.
         """
-        is_one = isinstance(images, (Image.Image, str, Path, bytes)) or getattr(images, "ndim", 4) < 4
-        several: Any = [images] if is_one else images
-        return self.normalize([self.view(image) for image in several])
+        return self.normalize([self.view(image) for image in _photographs_of(images)])
 
     def pixels(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image channel row column"]:
         """The inverse of the normalisation.
@@ -323,6 +323,24 @@ def override(
     return replace(preprocessing, **changes, source=f"given: {', '.join(words)}; the rest: {preprocessing.source}")
 
 
+def _photographs_of(images: Any) -> Iterator[Any]:
+    """One photograph, or each of several: arrays of one axis hold several, as a column of paths does."""
+    is_one = isinstance(images, (Image.Image, str, Path, bytes, bytearray, memoryview))
+    try:
+        return iter([images] if is_one or getattr(images, "ndim", None) in (2, 3) else images)
+    except TypeError as error:
+        raise UsageError(
+            f"A {type(images).__name__} is no photograph and holds none; give one, or several in a list."
+        ) from error
+
+
+def _without_points(numbers: Any) -> Any:
+    """Whole numbers that were written as 224.0, as some writers of JSON do, are whole numbers."""
+    if isinstance(numbers, float) and numbers.is_integer():
+        return int(numbers)
+    return type(numbers)(map(_without_points, numbers)) if isinstance(numbers, (list, tuple)) else numbers
+
+
 def _per_channel(name: str, values: Any) -> tuple[float, ...]:
     try:
         return (float(values),) * 3 if np.ndim(values) == 0 else tuple(map(float, values))
@@ -349,11 +367,12 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(f"There is no {name} {value!r}; choose from {', '.join(choices)}.")
 
 
-def read_sides(size: Any) -> tuple[int, int]:
+def read_sides(size: Any, name: str = "The image size") -> tuple[int, int]:
     """The sides of an image size.
 
     Args:
         size: One number, or (rows, columns), of Python or NumPy.
+        name: What it is, for the refusal.
 
     Returns:
         (rows, columns).
@@ -362,7 +381,7 @@ def read_sides(size: Any) -> tuple[int, int]:
         UsageError: It is neither.
     """
     if np.ndim(size) == 0:
-        side = whole_number("The image size", size)
+        side = whole_number(name, size)
         return side, side
-    rows, columns = whole_numbers("The image size", size, 2)
+    rows, columns = whole_numbers(name, size, 2)
     return rows, columns

@@ -31,6 +31,7 @@ __all__ = [
     "growing_command",
     "images_in_part",
     "refuse_other_plan",
+    "same_buffers",
 ]
 
 FORMAT = 1
@@ -71,16 +72,19 @@ class ModelIdentity:
 
     Attributes:
         weight_digest: Of the weights.
-        buffer_digest: Of the buffers that the state dict lacks; empty in older plans.
+        buffer_digest: Of the buffers that the state dict lacks, but for floating-point numbers; empty in older plans.
         target: Name of the number that is explained in place of a class; None for classes.
         target_values: What it gives for the same made-up outputs every time; None without a target, in older plans,
             and of a function that takes none of them. Such a target is told by its name alone.
+        buffer_values: Of each buffer with floating-point numbers that the state dict lacks its root mean square and two
+            sums with random factors. None in older plans.
     """
 
     weight_digest: str
     buffer_digest: str = ""
     target: str | None = None
     target_values: list[float] | None = None
+    buffer_values: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Plan:
             measure needs such a layer, and in older plans.
         buffer_digest: As in `ModelIdentity`.
         target_values: As in `ModelIdentity`.
+        buffer_values: As in `ModelIdentity`.
         format: Of the folder.
     """
 
@@ -170,6 +175,7 @@ class Plan:
     own_grid_layers: list[int] | None = None
     buffer_digest: str = ""
     target_values: list[float] | None = None
+    buffer_values: list[float] | None = None
     format: int = FORMAT
 
     @property
@@ -204,7 +210,7 @@ class Plan:
                 f"was opened ({model.weight_digest[:12]}). Open it with the studied weights (--weights FILE), or the "
                 "study without a model."
             )
-        if not _same_buffers(self, model):
+        if not same_buffers(self, model, self.precision):
             raise WeightsMismatch(
                 f"{self.model} was studied with other buffers than those of the model that was opened: numbers that "
                 "its state dict lacks (persistent=False), such as a temperature. Open it as it was then, or the study "
@@ -260,8 +266,10 @@ class Plan:
         if "task" not in content:  # an older version, which knew classes and feature vectors
             content["task"] = "embedding" if content.get("n_classes") is None else "classes"
             content |= {"output": None, "target": None}
-        unknown = dict.fromkeys(("patch_steps", "block_numbers", "n_blocks", "own_grid_layers", "target_values"))
-        later: dict[str, Any] = {"weights_from": "", "notes": [], "device_name": "", "buffer_digest": "", **unknown}
+        unknown: dict[str, Any] = dict.fromkeys(
+            ("patch_steps", "block_numbers", "n_blocks", "own_grid_layers", "target_values", "buffer_values")
+        )
+        later = {"weights_from": "", "notes": [], "device_name": "", "buffer_digest": "", **unknown}
         content = {**later, **content}
         names = {field.name for field in fields(cls)}
         if set(content) != names:
@@ -353,6 +361,9 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
     for name, value in plan.options.items():
         if name in declared and not declared[name].hidden:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    usual_task = "embedding" if plan.n_classes is None else "classes"
+    is_told = plan.task == usual_task and ".py:" not in plan.model
+    words += ["--task", plan.task] if plan.task not in ("", "unknown") and not is_told else []
     words += ["--output", str(plan.output)] if plan.output is not None else []
     words += ["--device", plan.device] if plan.device != "cpu" else []
     words += ["--measures", ",".join(measures)] if measures else []
@@ -363,6 +374,7 @@ def growing_command(plan: Plan, images: Sequence[str], measures: Sequence[str], 
 NAMES = {
     "weight_digest": "weights",
     "buffer_digest": "buffers that the state dict lacks",
+    "buffer_values": "buffers that the state dict lacks",
     "n_classes": "number of classes",
     "class_names": "class names",
     "data_digest": "images",
@@ -397,6 +409,12 @@ digests tell weights and labels."""
 
 SOURCES = ("timm", "hf", "tv", "openclip", "vitrail", "module")
 """How names of models begin that are no places on a disk."""
+
+_VALUES_OF_BUFFER = 3
+"""How many numbers of a buffer an identity has."""
+
+BUFFER_ROUNDING = {"bfloat16": 0.01, "float16": 1e-3}
+"""By how much numbers of a buffer may differ between processors, as a share of the greatest of them."""
 
 TARGET_ROUNDING = {"bfloat16": 0.05, "float16": 0.01}
 """By how much the values of one target may differ between processors, as a share of the greatest of them."""
@@ -435,7 +453,10 @@ def _is_equal(name: str, existing: Plan, requested: Plan) -> bool:
     if name == "device_name":
         return "" in (existing.device_name, requested.device_name)
     if name == "buffer_digest":
-        return _same_buffers(existing, requested)
+        return same_buffers(existing, requested, existing.precision)
+    if name == "buffer_values":
+        is_told = existing.buffer_digest != requested.buffer_digest
+        return is_told or same_buffers(existing, requested, existing.precision)
     if name == "target_values":
         is_told = existing.target != requested.target
         return is_told or _same_target_values(existing, requested, existing.precision)
@@ -448,20 +469,44 @@ def _is_local(model: str) -> bool:
     return source not in SOURCES or (source == "hf" and (place.startswith(".") or PurePath(place).is_absolute()))
 
 
-def _same_buffers(one: Plan | ModelIdentity, other: Plan | ModelIdentity) -> bool:
-    return one.buffer_digest == other.buffer_digest or "" in (one.buffer_digest, other.buffer_digest)
+def same_buffers(one: Plan | ModelIdentity, other: Plan | ModelIdentity, precision: str) -> bool:
+    """Whether models have the same buffers outside their state dicts, up to the rounding of other processors.
+
+    Args:
+        one: A model.
+        other: Another.
+        precision: Of the buffers, as plans have it.
+
+    Returns:
+        True also where an older plan does not tell.
+    """
+    if one.buffer_values is None or other.buffer_values is None or "" in (one.buffer_digest, other.buffer_digest):
+        return True
+    pairs = [*zip(one.buffer_values, other.buffer_values, strict=False)]
+    share = BUFFER_ROUNDING.get(precision, 1e-4)
+    return (
+        one.buffer_digest == other.buffer_digest
+        and len(one.buffer_values) == len(other.buffer_values)
+        and all(
+            _is_close(pairs[start : start + _VALUES_OF_BUFFER], share)
+            for start in range(0, len(pairs), _VALUES_OF_BUFFER)
+        )
+    )
+
+
+def _is_close(pairs: Sequence[tuple[float, float]], share: float) -> bool:
+    """Whether numbers differ by no more than a share of their greatest."""
+    size = max((abs(a) for a, _ in pairs), default=0.0)
+    return all(isclose(a, b, rel_tol=share, abs_tol=share * size) for a, b in pairs)
 
 
 def _same_target_values(one: Plan | ModelIdentity, other: Plan | ModelIdentity, precision: str) -> bool:
     """Whether targets of one name are one function, up to the rounding of other processors; True where nobody knows."""
     if one.target_values is None or other.target_values is None:
         return True
+    pairs = [*zip(one.target_values, other.target_values, strict=False)]
     share = TARGET_ROUNDING.get(precision, 1e-3)
-    size = max(map(abs, one.target_values), default=0.0)
-    return len(one.target_values) == len(other.target_values) and all(
-        isclose(a, b, rel_tol=share, abs_tol=share * size)
-        for a, b in zip(one.target_values, other.target_values, strict=True)
-    )
+    return len(one.target_values) == len(other.target_values) and _is_close(pairs, share)
 
 
 def _difference(name: str, old: Any, new: Any) -> Iterator[str]:

@@ -128,7 +128,7 @@ def model_identity(vit: Vit) -> ModelIdentity:
         vit: The model.
 
     Returns:
-        Digests, and what its target gives for the same outputs every time.
+        Digests, what its target gives for the same outputs every time, and numbers of its buffers.
     """
     target = vit.task.target
     return ModelIdentity(
@@ -136,6 +136,7 @@ def model_identity(vit: Vit) -> ModelIdentity:
         vit.buffer_digest,
         None if target is None else target.name,
         None if target is None else _target_values(vit, target),
+        vit.buffer_values,
     )
 
 

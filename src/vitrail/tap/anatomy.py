@@ -27,7 +27,17 @@ from vitrail.tap.layout import (
     main_output,
 )
 from vitrail.tap.raster import Corners, Raster, corners_of, fits_raster, raster_of_corners, same_each_time
-from vitrail.tap.trace import ModuleRun, Trace, TracedCall, Tracer, Unit, branch_units, is_fed, units_of
+from vitrail.tap.trace import (
+    ModuleRun,
+    Trace,
+    TracedCall,
+    Tracer,
+    Unit,
+    branch_units,
+    is_fed,
+    units_of,
+    without_side_products,
+)
 
 __all__ = ["MAPLESS_KINDS", "Anatomy", "Block", "Call", "Kind", "discover", "layer_ranges"]
 
@@ -132,6 +142,8 @@ class Block:
         fed: It works on what the block before it gave; the first block does not, nor the first of a second encoder, nor
             that of a run for another picture.
         class_token: The class token is among its tokens, the first of them in canonical order, or its only query.
+        side_products: Which of its products with maps, in the order they run, are no attention calls: nothing that the
+            block returns moves with them, as where the model keeps a map's mean position for plots.
     """
 
     path: str
@@ -149,6 +161,20 @@ class Block:
     in_place: bool
     fed: bool
     class_token: bool = False
+    side_products: tuple[int, ...] = ()
+
+    def call_of_product(self, product: int) -> int | None:
+        """Which attention call a product with a map is.
+
+        Args:
+            product: Which of the block's products with maps, in the order they run.
+
+        Returns:
+            Index of the call; None for a product that is none.
+        """
+        if product in self.side_products:
+            return None
+        return product - sum(side < product for side in self.side_products)
 
     @property
     def behind(self) -> int:
@@ -293,17 +319,24 @@ def discover(model: nn.Module, images: Tensor) -> Anatomy:
         two, three = tracer.run(images[:2]), tracer.run(images[:3])
     if tracer.in_place:  # what was recorded has been written to; from now on the tracer copies it
         two, three = tracer.run(images[:2]), tracer.run(images[:3])
-    return _Describer(tracer, two, three, units, images).anatomy()
+    calls, side_products = without_side_products(tracer, two, images[:2], units)
+    return _Describer(tracer, two, three, calls, side_products, images).anatomy()
 
 
 class _Describer:
     """Puts the two traces together into an `Anatomy`."""
 
     def __init__(
-        self, tracer: Tracer, two: Trace, three: Trace, units: dict[Unit | None, list[int]], images: Tensor
+        self,
+        tracer: Tracer,
+        two: Trace,
+        three: Trace,
+        units: dict[Unit | None, list[int]],
+        side_products: dict[Unit, tuple[int, ...]],
+        images: Tensor,
     ) -> None:
         self.model, self.tracer, self.images = tracer.model, tracer, images
-        self.two, self.three, self.units = two, three, units
+        self.two, self.three, self.units, self.side_products = two, three, units, side_products
         self.notes: list[str] = []
         self.follows: dict[tuple[Any, ...], tuple[bool, ...]] = {}
         self.own_images: dict[tuple[type[nn.Module], CallLayout], CallLayout] = {}
@@ -409,6 +442,7 @@ class _Describer:
             in_place=unit in self.tracer.in_place,
             fed=previous is not None
             and is_fed(self.tracer, self.two, self.images[:2], Unit(previous.path, previous.run), unit),
+            side_products=self.side_products.get(unit, ()),
         )
 
     def _note_streams(self, blocks: list[Block]) -> None:

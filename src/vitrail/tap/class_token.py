@@ -1,8 +1,7 @@
 """Which token is the class token: the one that a parameter of that name moves, or that the answer reads alone."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitrail.tap.clone import images_accepted
 from vitrail.tap.rounding import rounding_bound
-from vitrail.tap.trace import Tracer
+from vitrail.tap.trace import Tracer, other_weights
 
 if TYPE_CHECKING:
     from vitrail.tap.anatomy import Block
@@ -79,7 +78,7 @@ def _movements(
 ) -> list[Tensor]:
     """How far each token that a block is given moves with the parameters; empty for blocks without tokens to tell."""
     plain = tracer.run(images, without_attention=without_attention).runs
-    with _changed(tracer.model, named):
+    with other_weights(tracer.model, named):
         other = tracer.run(images, without_attention=without_attention).runs
     movements = []
     for block in blocks:
@@ -92,21 +91,6 @@ def _movements(
         )
         movements.append((two - one).nan_to_num().norm(dim=-1).amax(0))
     return movements
-
-
-@contextmanager
-def _changed(model: nn.Module, named: Mapping[str, Tensor]) -> Iterator[None]:
-    """Meanwhile the model, a copy that shares its tensors, has other tensors for these parameters."""
-    generator = torch.Generator().manual_seed(0)
-    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in named]
-    try:
-        for (owner, name), weight in zip(owners, named.values(), strict=True):
-            noise = torch.randn(weight.shape, generator=generator).to(weight)
-            setattr(owner, name, nn.Parameter(weight.detach() + noise, requires_grad=False))
-        yield
-    finally:
-        for (owner, name), weight in zip(owners, named.values(), strict=True):
-            setattr(owner, name, weight)
 
 
 # --- by what the answer reads ----------------------------------------------------------------------------------------

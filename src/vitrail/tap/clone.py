@@ -8,17 +8,19 @@ import copy
 import inspect
 import traceback
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, compress
-from operator import is_
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from itertools import chain, compress, starmap
+from operator import eq, is_
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from vitrail.errors import Unsupported, UsageError
 
@@ -38,7 +40,7 @@ __all__ = [
 
 
 def clone_sharing(model: nn.Module) -> nn.Module:
-    """Copies the modules of a model, not its tensors, in evaluation mode.
+    """Copies the modules of a model, not its tensors nor the objects that its hooks alone use, in evaluation mode.
 
     Compiled modules, the model itself or parts of it, are unwrapped: what is observed is the uncompiled model. Gradient
     checkpointing is off in the copy: it runs blocks a second time in the backward pass, where no tap watches.
@@ -55,7 +57,7 @@ def clone_sharing(model: nn.Module) -> nn.Module:
     """
     model = unwrap_compiled(model)
     _refuse_quantised_activations(model)
-    memo: dict[int, Any] = {id(part): part for part in _reachable(model) if isinstance(part, torch.Tensor)}
+    memo = {id(part): part for part in _reachable(model) if isinstance(part, torch.Tensor)} | _objects_of_hooks(model)
     try:
         for module in reversed([*model.modules()]):  # inner ones first
             if _COMPILED in module._modules:
@@ -91,9 +93,10 @@ _PACKED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic
 class ModuleState:
     """What `clone_sharing` copies of a model, to tell whether a clone made then is still like it.
 
-    That is everything but the numbers in tensors, which are shared, and training flags: which modules, parameters,
-    buffers and hooks there are, and the attributes of modules and of all that these hold, such as the factors of LoRA
-    layers. Objects are compared by identity and without a loop in Python, since every pass asks.
+    That is everything but the numbers in tensors, which are shared, training flags, and objects that hooks alone use:
+    which modules, parameters, buffers and hooks there are, and the attributes of modules and of all that these hold,
+    such as the factors of LoRA layers. Objects are compared by identity, arrays of NumPy by their bytes, and without a
+    loop in Python, since every pass asks. Tensors that hooks put on the model during a pass are no change.
 
     Args:
         model: The model as it is now; what it holds is kept alive.
@@ -101,20 +104,30 @@ class ModuleState:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrap_compiled(model)
-        dicts, sequences, self._objects = list[tuple[dict[Any, Any], bool]](), list[Any](), list[Any]()
-        for part in _reachable(model):
+        dicts, self._sequences = list[tuple[dict[Any, Any], bool]](), list[Any]()
+        self._objects, self._slots = list[Any](), list[tuple[Any, str]]()
+        self._arrays, self._bytearrays = list[np.ndarray](), list[bytearray]()
+        for part in _reachable(model, _objects_of_hooks(model)):
+            if isinstance(part, _SHARED):
+                continue
             if isinstance(part, dict):
                 dicts.append((part, False))
             elif isinstance(part, (list, set, deque)):
-                sequences.append(part)
-            elif not isinstance(part, _SHARED) and isinstance(getattr(part, "__dict__", None), dict):
-                dicts.append((vars(part), isinstance(part, nn.Module)))
+                self._sequences.append(part)
+            elif isinstance(part, np.ndarray):
+                self._arrays.append(part)
+            elif isinstance(part, bytearray):
+                self._bytearrays.append(part)
+            attributes = _attributes_of(part)
+            if attributes is not None:
+                dicts.append((attributes, isinstance(part, nn.Module)))
                 self._objects.append(part)
-        self._empty = [part for part in (*(part for part, _ in dicts), *sequences) if not part]
+            self._slots += [(part, name) for name in _slots_of(part)]
+        self._empty = [part for part in (*(part for part, _ in dicts), *self._sequences) if not part]
         self._dicts = [part for part, _ in dicts if part]
-        self._sequences = [part for part in sequences if part]
         self._compared = [not (of_module and name == "training") for part, of_module in dicts for name in part]
-        self._size, self._parts = self._size_now(), list(self._parts_now())
+        self._size, self._parts, self._contents = self._size_now(), list(self._parts_now()), list(self._contents_now())
+        self._entries = self._entries_now()
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether a clone made then is still like the model.
@@ -123,14 +136,45 @@ class ModuleState:
             model: The model.
 
         Returns:
-            True where nothing that a clone copies has changed.
+            True where nothing that a clone copies has changed, but for tensors that hooks have put there in passes.
         """
+        return self._is_same(model) or (bool(_TENSORS_OF_PASSES) and self._adopt(ModuleState(model)))
+
+    def note_pass(self, model: nn.Module) -> None:
+        """Takes note, after a pass of a clone, of the tensors that hooks have put on the model itself.
+
+        Args:
+            model: The model, which was like the clone before the pass.
+        """
+        if not self._is_same(model):
+            now = ModuleState(model)
+            for leaf in tree_flatten(self._changes(now))[0]:
+                if isinstance(leaf, torch.Tensor):
+                    _note_tensor_of_pass(leaf)
+            self._adopt(now)
+
+    def _is_same(self, model: nn.Module) -> bool:
         return (
             unwrap_compiled(model) is self._model
             and not any(self._empty)
             and self._size_now() == self._size
             and all(map(is_, self._parts_now(), self._parts))
+            and all(map(eq, self._contents_now(), self._contents))
         )
+
+    def _adopt(self, now: "ModuleState") -> bool:
+        """Becomes a later state where that differs by tensors of passes alone."""
+        same = now._model is self._model and now._contents == self._contents
+        if not same or not all(map(_is_of_passes, self._changes(now))):
+            return False
+        vars(self).update(vars(now))
+        return True
+
+    def _changes(self, now: "ModuleState") -> list[Any]:
+        """What a later state has where this one has something else, and None for each thing that it lacks."""
+        owners = {owner for owner, _ in now._entries}
+        lacking = [None for key in self._entries if key[0] in owners and key not in now._entries]
+        return lacking + [value for key, value in now._entries.items() if self._entries.get(key, _ABSENT) is not value]
 
     def _size_now(self) -> int:
         return sum(map(len, self._dicts)) + sum(map(len, self._sequences))
@@ -141,36 +185,127 @@ class ModuleState:
             chain.from_iterable(self._dicts),
             compress(chain.from_iterable(map(dict.values, self._dicts)), self._compared),
             chain.from_iterable(self._sequences),
+            starmap(_slot, self._slots),
         )
 
+    def _contents_now(self) -> Iterator[bytes]:
+        return chain(map(np.ndarray.tobytes, self._arrays), map(bytes, self._bytearrays))
 
-def _reachable(model: nn.Module) -> Iterator[Any]:
-    """Every object that a deep copy of the model would come to, each once; of what was compiled, what it was before."""
+    def _entries_now(self) -> dict[tuple[int, Any], Any]:
+        """What dictionaries, sequences and objects hold: by the identity of these, and name or number in them."""
+        compared = iter(self._compared)
+        entries: dict[tuple[int, Any], Any] = {
+            (id(part), name): value for part in self._dicts for name, value in part.items() if next(compared)
+        }
+        entries |= {(id(part), number): value for part in self._sequences for number, value in enumerate(part)}
+        entries |= {(id(part), ("slot", name)): _slot(part, name) for part, name in self._slots}
+        return entries | {(id(part), "type"): type(part) for part in self._objects}
+
+
+_ABSENT = object()
+
+_TENSORS_OF_PASSES: dict[int, weakref.ref[torch.Tensor]] = {}
+"""Tensors that hooks have put on a model in passes of clones, by their identity, as long as they are kept."""
+
+
+def _note_tensor_of_pass(tensor: torch.Tensor) -> None:
+    key = id(tensor)
+    _TENSORS_OF_PASSES[key] = weakref.ref(tensor, lambda _: _TENSORS_OF_PASSES.pop(key, None))
+
+
+def _is_of_passes(value: Any) -> bool:
+    """Whether a value is a tensor that a hook has put on a model in a pass, or holds such tensors alone."""
+    leaves = tree_flatten(value)[0]
+    return bool(leaves) and all(
+        id(leaf) in _TENSORS_OF_PASSES and _TENSORS_OF_PASSES[id(leaf)]() is leaf for leaf in leaves
+    )
+
+
+def _slot(part: Any, name: str) -> Any:
+    return getattr(part, name, _ABSENT)
+
+
+# --- what a deep copy comes to ---------------------------------------------------------------------------------------
+
+
+def _reachable(value: Any, without: Container[int] = ()) -> Iterator[Any]:
+    """Every object that a deep copy would come to, each once, but for some by identity; of what was compiled, what it
+    was before."""
     reached: dict[int, Any] = {}
-    waiting: list[Any] = [unwrap_compiled(model)]
+    waiting: list[Any] = [value]
     while waiting:
         part = waiting.pop()
         if isinstance(part, nn.Module) and _COMPILED in part._modules:
             part = part._modules[_COMPILED]
-        if id(part) not in reached:
+        if id(part) not in reached and id(part) not in without:
             reached[id(part)] = part
             yield part
             waiting.extend(_parts_of(part))
 
 
-def _parts_of(value: Any) -> Iterable[Any]:
+def _parts_of(value: Any) -> Iterator[Any]:
     if isinstance(value, _SHARED):
-        return ()
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return value
+        return
     if isinstance(value, MethodType):
-        return (value.__self__,)
-    if isinstance(value, partial):
-        return (value.func, value.args, value.keywords)
+        yield value.__self__
+        return
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        yield from value
+    elif isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        yield from value.flat
+    yield from (_attributes_of(value) or {}).values()
+    yield from (_slot(value, name) for name in _slots_of(value))
+
+
+def _attributes_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object; None for one that has none, as containers of Python's own."""
+    if isinstance(value, MethodType) or type(value) in _CONTAINERS:
+        return None
     attributes = getattr(value, "__dict__", None)
-    return attributes.values() if isinstance(attributes, dict) else ()
+    return attributes if isinstance(attributes, dict) else None
+
+
+def _slots_of(value: Any) -> list[str]:
+    """The names of the attributes that an object has in slots."""
+    return [
+        name
+        for each in type(value).__mro__
+        if "__slots__" in vars(each)
+        for name, member in vars(each).items()
+        if isinstance(member, MemberDescriptorType)
+    ]
+
+
+def _objects_of_hooks(model: nn.Module) -> dict[int, Any]:
+    """By identity, the objects of the user's own that hooks are, or are methods of, and what these hold.
+
+    A clone's passes call them as they are, so that a recorder records. The model's own objects are copied with it, and
+    so are those that lead to its modules: in a clone they lead to the clone's.
+    """
+    modules = [module for module in model.modules() if _COMPILED not in module._modules]
+    by_module = [hooks for module in modules for name in _HOOKS if (hooks := vars(module).get(name))]
+    hooks = [hook for each in by_module for hook in each.values() if not isinstance(hook, _SHARED)]
+    if not hooks:
+        return {}
+    own = {id(part) for part in _reachable(unwrap_compiled(model), {id(each) for each in by_module})}
+    module_ids = {id(module) for module in modules}
+    shared: dict[int, Any] = {}
+    reached: set[int] = set()
+    while hooks:
+        part = hooks.pop()
+        if isinstance(part, _SHARED) or id(part) in own or id(part) in reached:
+            continue
+        reached.add(id(part))
+        parts = [*_reachable(part)]
+        if isinstance(part, MethodType) or any(id(each) in module_ids for each in parts):
+            hooks.extend(_parts_of(part))
+        else:
+            shared.update((id(each), each) for each in parts if id(each) not in own)
+    return shared
 
 
 class WeightState:
@@ -216,6 +351,12 @@ def _mark(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
 _SHARED = (str, int, float, type(None), torch.Tensor, type, FunctionType, BuiltinFunctionType, ModuleType)
 """What a clone does not copy."""
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque)
+"""Types without attributes."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has the hooks that are called in passes."""
+
 _COMPILED = "_orig_mod"
 """Where `torch.compile`'s wrapper holds the module that it was given."""
 
@@ -246,11 +387,15 @@ def images_accepted(model: nn.Module, shape: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except CANNOT_RUN as error:
-        message = " ".join((str(error) or _failed_line(error)).split())[:_MESSAGE_LENGTH]
         raise Unsupported(
-            f"{type(model).__name__} cannot be run on images of shape {list(shape)} "
-            f"({type(error).__name__}: {message}). {_why_no_images(model)}"
+            f"{type(model).__name__} cannot be run on images of shape {list(shape)} ({_message_of(error)}). "
+            f"{_why_no_images(model)}"
         ) from error
+
+
+def _message_of(error: BaseException) -> str:
+    message = " ".join((str(error) or _failed_line(error)).split())[:_MESSAGE_LENGTH]
+    return f"{type(error).__name__}: {message}"
 
 
 def _failed_line(error: BaseException) -> str:
@@ -319,12 +464,15 @@ def require_images(images: object) -> None:
 
 
 @contextmanager
-def images_of_model(model: nn.Module, images: torch.Tensor) -> Iterator[None]:
+def images_of_model(
+    model: nn.Module, images: torch.Tensor, is_of_reader: Callable[[BaseException], bool] = lambda error: False
+) -> Iterator[None]:
     """Around a run, says so where it fails on images of another type, or on another device, than the weights.
 
     Args:
         model: What is run.
         images: What it is given.
+        is_of_reader: Whether an error is that of a reader, which no images have caused.
 
     Returns:
         Nothing; a context manager.
@@ -336,11 +484,13 @@ def images_of_model(model: nn.Module, images: torch.Tensor) -> Iterator[None]:
         yield
     except (RuntimeError, TypeError) as error:
         weight = first_weight(model)
-        if isinstance(error, torch.OutOfMemoryError) or (images.dtype, images.device) == (weight.dtype, weight.device):
+        same = (images.dtype, images.device) == (weight.dtype, weight.device)
+        if isinstance(error, torch.OutOfMemoryError) or same or is_of_reader(error):
             raise
         raise UsageError(
-            f"The images are {images.dtype} on {images.device}, and the weights {weight.dtype} on {weight.device}: "
-            "give images as vit.prepare makes them, and open a model anew once it was moved or cast."
+            f"{type(model).__name__} failed ({_message_of(error)}). The images are {images.dtype} on {images.device}, "
+            f"and the weights {weight.dtype} on {weight.device}: if that is why, give images as vit.prepare makes "
+            "them, and open a model anew once it was moved or cast."
         ) from error
 
 

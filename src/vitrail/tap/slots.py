@@ -121,7 +121,7 @@ def values_when_moved(
     tokens[1:] += moved.to(tokens)[:, :, None] * push
     leaves[block.main_input] = block.layout.original(tokens, leaf)
     args, kwargs = tree_unflatten(leaves, form)
-    handler = _ValuesOfCall(call, silence_earlier)
+    handler = _ValuesOfCall(block, call, silence_earlier)
     try:
         with torch._C._EnableTorchFunction(), Interceptor(handler):
             module(*args, **kwargs)
@@ -133,15 +133,17 @@ def values_when_moved(
 class _ValuesOfCall(PassiveHandler):
     """Keeps v of one attention call and stops there; calls before it run, or give zeros."""
 
-    def __init__(self, call: int, silence_earlier: bool) -> None:
-        self.calls_before, self.silence_earlier = call, silence_earlier
+    def __init__(self, block: Block, call: int, silence_earlier: bool) -> None:
+        self.block, self.call, self.silence_earlier = block, call, silence_earlier
+        self.n_products = 0
         self.values: list[Tensor] = []
 
     def attention(self, call: RawCall) -> Tensor:
         """Counts calls and stops at the one asked for."""
-        if self.calls_before == 0:
+        number = self.block.call_of_product(self.n_products)
+        self.n_products += 1
+        if number == self.call:
             self.values.append(call.v)
             raise Captured
-        self.calls_before -= 1
         out = super().attention(call)
         return torch.zeros_like(out) if self.silence_earlier else out

@@ -12,6 +12,7 @@ One tap serves one thread; `Vit.tap()` gives each thread its own.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from vitrail.tap.places import KeyPlaces, find_key_places
 from vitrail.tap.rounding import rounding_bound
 from vitrail.tap.slots import measure_window_slots
 
-__all__ = ["LayerAttention", "Readers", "Replay", "Tap"]
+__all__ = ["KnownTrials", "LayerAttention", "Readers", "Replay", "Tap"]
 
 Forward = Callable[..., Any]
 
@@ -91,6 +92,7 @@ class _Position:
         layer: Its index.
         stream: The token tensors it was given, and their sums with what its attention calls gave so far, by identity:
             the residual is the first sum with one of them after the last call.
+        n_products: Products with maps so far, among them those that are no attention calls.
         n_calls: Attention calls so far.
         n_softmaxes: Softmaxes so far that may be maps.
         residual_added: All attention has been added to the input.
@@ -98,6 +100,7 @@ class _Position:
 
     layer: int
     stream: tuple[Tensor, ...]
+    n_products: int = 0
     n_calls: int = 0
     n_softmaxes: int = 0
     residual_added: bool = False
@@ -119,6 +122,7 @@ class _Pass:
         used: Indices of edits that were applied.
         n_block_runs: By path, how often a module that is a block has run.
         n_convolution_runs: By path, how often a convolution has been answered from the record.
+        reader_error: What a reader has raised.
         native: Whether a native kernel is answering ("kernel"), a shadow run beside it is serving the reader
             ("shadow"), or neither ("off").
     """
@@ -135,6 +139,7 @@ class _Pass:
     used: set[int] = field(default_factory=set)
     n_block_runs: dict[str, int] = field(default_factory=dict)
     n_convolution_runs: dict[str, int] = field(default_factory=dict)
+    reader_error: BaseException | None = None
     native: Literal["off", "kernel", "shadow"] = "off"
 
     def edits_of(self, position: _Position, call: int | None = None) -> tuple[Edit, ...]:
@@ -147,6 +152,57 @@ class _Pass:
         return self.start is not None and self.start.stop_at_residual and self.start.layer == layer
 
 
+@dataclass(eq=False)
+class _Trials:
+    """What a run from the middle may leave out, as far as it was tried; None and empty where it was not.
+
+    Attributes:
+        copies_from_stem: Copies must be on the batch from the images on; by whether the batch has a single image.
+        keeps_state: Blocks read what earlier blocks of a pass keep on the model.
+        class_token_suffices: The last block's residual on the class token alone decides the logits.
+    """
+
+    copies_from_stem: dict[bool, bool] = field(default_factory=dict)
+    keeps_state: bool | None = None
+    class_token_suffices: bool | None = None
+
+
+class KnownTrials:
+    """What the taps of one model have tried, for all threads, as long as the model's modules stay as they are."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._latest: tuple[ModuleState, _Trials] | None = None
+
+    def of(self, model: nn.Module) -> _Trials:
+        """What was tried with a model as it is now.
+
+        Args:
+            model: The model.
+
+        Returns:
+            To be read and completed by its taps.
+        """
+        with self._lock:
+            if self._latest is None or not self._latest[0].is_of(model):
+                self._latest = ModuleState(model), _Trials()
+            return self._latest[1]
+
+    def for_variant(self, model: nn.Module, variant: nn.Module) -> "KnownTrials":
+        """The same for a variant of a model whose blocks hand on what the model's do, such as one with moved windows.
+
+        Args:
+            model: The model.
+            variant: Its variant.
+
+        Returns:
+            What was tried, and will be, with either of them.
+        """
+        trials = KnownTrials()
+        trials._latest = ModuleState(variant), self.of(model)
+        return trials
+
+
 class Tap:
     """Runs one model with readers and edits, and leaves it as it is.
 
@@ -156,6 +212,7 @@ class Tap:
         model: The user's model; a copy that shares its weights is run.
         anatomy: What `discover` gave for it.
         choose: Picks the [image class] tensor out of what the model returns.
+        trials: What other taps of the model have tried; None for a tap of its own.
 
     Attributes:
         anatomy: Blocks, heads, grids of the model.
@@ -166,8 +223,11 @@ class Tap:
         >>> without = tap.run_from(5, replay, [Edit(5, prune=(2,))])  # L5H2 pruned; L0 to L4 are not run again
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, choose: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, choose: Callable[[Any], Tensor], trials: "KnownTrials | None" = None
+    ) -> None:
         self.anatomy = anatomy
+        self._known_trials = KnownTrials() if trials is None else trials
         self._original = model
         self._choose = choose
         self._pass: _Pass | None = None
@@ -175,12 +235,11 @@ class Tap:
 
     def _prepare(self) -> None:
         """Clones the model as it is now; what was tried on an earlier clone is tried anew."""
+        self._state: ModuleState | None = None  # until the clone is finished
         self._slots: dict[tuple[int, int], Tensor] = {}
         self._places: dict[tuple[int, int], KeyPlaces] = {}
-        self._copies_from_stem: dict[bool, bool] = {}  # by whether the batch has a single image
-        self._keeps_state: bool | None = None
-        self._class_token_suffices: bool | None = None
-        self._state = ModuleState(self._original)
+        state = ModuleState(self._original)
+        self._trials = self._known_trials.of(self._original)
         self._clone = clone_sharing(self._original)
         self._mode = Interceptor(self)
         for path, module in self._clone.named_modules():
@@ -194,6 +253,7 @@ class Tap:
             layers.setdefault(block.path, {})[block.run] = layer
         for path, by_run in layers.items():
             self._wrap_block(path, by_run)
+        self._state = state
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -322,7 +382,8 @@ class Tap:
         self._pass = state
         try:
             # a reader of another model may be the caller
-            with images_of_model(self._clone, images), autocast_off(), torch._C._EnableTorchFunction(), self._mode:
+            accepted = images_of_model(self._clone, images, lambda error: error is state.reader_error)
+            with accepted, autocast_off(), torch._C._EnableTorchFunction(), self._mode:
                 output = self._clone(images)
         except Captured:
             if state.start is None or not state.start.stop_at_residual:
@@ -331,12 +392,14 @@ class Tap:
         finally:
             self._pass = None
             self._mode.forget()
+        if self._state is not None:
+            self._state.note_pass(self._original)
         self._check_pass(state, complete=output is not None)
         return output
 
     def _follow_model(self) -> None:
         """The user may have changed modules, hooks or attributes since the last pass."""
-        if self._pass is None and not self._state.is_of(self._original):
+        if self._pass is None and (self._state is None or not self._state.is_of(self._original)):
             self._prepare()
 
     def _check_pass(self, state: _Pass, *, complete: bool) -> None:
@@ -401,8 +464,8 @@ class Tap:
         Returns:
             False for models that hand on all that they compute.
         """
-        if self._keeps_state is None:
-            self._keeps_state = False
+        if self._trials.keeps_state is None:
+            keeps_state = False
             blocks = self.anatomy.blocks
             first, last = next((layer for layer, block in enumerate(blocks) if block.calls), 0), len(blocks) - 1
             layers = sorted({first + 1, (first + 1 + last) // 2, last}, reverse=True)  # a run hides what it makes anew
@@ -413,8 +476,9 @@ class Tap:
                     if not all(self._gives_logits(_Start(layer, replay), copies=1) for layer in layers):
                         self._run_without_heads_of(first, replay.images)
                         starts = (_Start(layer, replay, from_stem=True, anew=True) for layer in layers)
-                        self._keeps_state = all(self._gives_logits(start, copies=1) for start in starts)
-        return self._keeps_state
+                        keeps_state = all(self._gives_logits(start, copies=1) for start in starts)
+            self._trials.keeps_state = keeps_state  # not before: a trial that is interrupted has shown nothing
+        return self._trials.keeps_state
 
     def _run_without_heads_of(self, layer: int, images: Tensor) -> None:
         """A pass that leaves other things behind than one of these images does: pruned, and of another number."""
@@ -433,7 +497,7 @@ class Tap:
         Once for batches of one image and once for others: a single row is broadcast to any number, and tells nothing.
         """
         single = len(replay.images) == 1
-        if single not in self._copies_from_stem:
+        if single not in self._trials.copies_from_stem:
             last = len(self.anatomy.blocks) - 1
             layers = sorted({0, last // 2, last})
             from_block = all(self._gives_logits(_Start(layer, replay), copies=2) for layer in layers)
@@ -446,20 +510,19 @@ class Tap:
                         "Runs that start at a block do not give the model's own answer, even without an edit, so their "
                         "numbers are withheld. The model may draw random numbers, or keep something from pass to pass."
                     )
-            self._copies_from_stem[single] = not from_block
-        return self._copies_from_stem[single]
+            self._trials.copies_from_stem[single] = not from_block
+        return self._trials.copies_from_stem[single]
 
     def _class_token_is_enough(self, replay: Replay) -> bool:
         """Whether the last block's residual on the class token alone decides the logits. Tried once and compared."""
-        if self._class_token_suffices is None:
+        if self._trials.class_token_suffices is None:
             last = len(self.anatomy.blocks) - 1
             block = self.anatomy.blocks[last]
-            self._class_token_suffices = False
             in_order = block.layout.token_axis is not None and not block.layout.non_patches.move_tokens
-            if block.class_token and block.kind == "token" and in_order:
-                start = _Start(last, replay, class_token_only=True)
-                self._class_token_suffices = self._gives_logits(start, copies=1)
-        return self._class_token_suffices
+            may_suffice = block.class_token and block.kind == "token" and in_order
+            start = _Start(last, replay, class_token_only=True)
+            self._trials.class_token_suffices = may_suffice and self._gives_logits(start, copies=1)
+        return self._trials.class_token_suffices
 
     def _gives_logits(self, start: _Start, copies: int, logits: Tensor | None = None) -> bool:
         """Whether a run without edits gives these logits of all copies, or the recorded ones, up to rounding."""
@@ -527,6 +590,7 @@ class Tap:
         if start is not None and index < start.layer:  # may hold them
             if start.anew:
                 inner(*args, **kwargs)
+                self._mode.forget()  # a map that the block keeps on the model is none of the blocks to come
             output = own(start.replay.blocks[index].output)
             return repeat_images(output, block.outputs, n_images, state.copies) if start.from_stem else output
         if start is not None and index == start.layer:
@@ -538,7 +602,8 @@ class Tap:
         if state.record is not None:
             state.record.blocks.append(_BlockRecord(given_args, given_kwargs, own(output)))
         if state.readers.output is not None:
-            self._report_output(state.readers.output, block, index, output)
+            with _reader_errors(state):
+                self._report_output(state.readers.output, block, index, output)
             output = own(output)  # the reader has the block's own, whose gradient is that of what it stands for
         return output
 
@@ -593,6 +658,7 @@ class Tap:
                 self._shadow_run(state, inner, args, kwargs)
             elif isinstance(module, nn.MultiheadAttention) and state.position is not None:
                 # counted, so that the sum that follows is known as the residual though nobody reads the attention
+                state.position.n_products += 1
                 state.position.n_calls += 1
             return output
 
@@ -634,6 +700,9 @@ class Tap:
         if state is None or position is None:
             return raw.run(None, None)
         block, shadow = self.anatomy.blocks[position.layer], state.native == "shadow"
+        product, position.n_products = position.n_products, position.n_products + 1
+        if product in block.side_products:
+            return raw.run(None, None)
         if position.n_calls >= len(block.calls):
             raise TapError(
                 f"L{position.layer} ({block.path}) made more attention calls than the {len(block.calls)} found when "
@@ -642,7 +711,7 @@ class Tap:
         result = CallResult() if shadow else self._apply_edits(state, position, raw)
         if state.readers.attention is not None:
             layer, call = position.layer, position.n_calls
-            with torch._C.DisableTorchFunction(), _reader_errors():
+            with torch._C.DisableTorchFunction(), _reader_errors(state):
                 state.readers.attention(
                     LayerAttention(
                         layer, call, block, raw, state.n_rows, result, lambda: self.window_slots(layer, call)
@@ -742,7 +811,7 @@ class Tap:
         position.residual_added = True
         layout = block.layout
         if state.readers.residual is not None and result.ndim == layout.n_axes:
-            with torch._C.DisableTorchFunction(), _reader_errors():
+            with torch._C.DisableTorchFunction(), _reader_errors(state):
                 tokens = layout.canonical(result.clone() if block.in_place else result)
                 state.readers.residual(position.layer, tokens)
         if state.stops_at_residual(position.layer):
@@ -791,12 +860,18 @@ class Tap:
 
 
 @contextmanager
-def _reader_errors() -> Iterator[None]:
-    """Python takes a `TypeError` inside `a + b` or `a @ b` for operands that do not fit, and hides its message."""
+def _reader_errors(state: _Pass) -> Iterator[None]:
+    """Notes what a reader raises, which neither the model nor its images have caused.
+
+    Python takes a `TypeError` inside `a + b` or `a @ b` for operands that do not fit, and hides its message.
+    """
     try:
         yield
     except TypeError as error:
         raise TapError(f"A reader failed: {error}") from error
+    except BaseException as error:
+        state.reader_error = error
+        raise
 
 
 def _as_it_is(tree: Any) -> Any:

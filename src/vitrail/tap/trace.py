@@ -7,7 +7,8 @@ take and return tokens are the blocks. A module that runs several times in a pas
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,7 +22,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vitrail.tap.intercept import Interceptor, PassiveHandler, RawCall
 from vitrail.tap.layout import MIN_TOKEN_AXES
 
-__all__ = ["Frame", "ModuleRun", "Trace", "TracedCall", "Tracer", "Unit", "branch_units", "is_fed", "units_of"]
+__all__ = [
+    "Frame",
+    "ModuleRun",
+    "Trace",
+    "TracedCall",
+    "Tracer",
+    "Unit",
+    "branch_units",
+    "is_fed",
+    "other_weights",
+    "units_of",
+    "without_side_products",
+]
 
 _PROJECTING = {F.linear, F.conv1d, F.conv2d}
 
@@ -231,6 +244,23 @@ class Tracer(PassiveHandler):
             self._moves[one, two] = _differ(plain, other)
         return self._moves[one, two]
 
+    def outputs_of(self, unit: Unit, images: Tensor, disturb: TracedCall | None = None) -> list[Any]:
+        """What a module that is recorded returns.
+
+        Args:
+            unit: The module, and which of its runs.
+            images: [image, channel, row, column].
+            disturb: An attention call to whose output noise is added.
+
+        Returns:
+            Leaves of its output.
+        """
+        self._disturb_step = None if disturb is None else disturb.step
+        try:
+            return self.run(images).runs[unit.path][unit.run].outputs
+        finally:
+            self._disturb_step = None
+
     def values_of(
         self, call: TracedCall, images: Tensor, disturb: TracedCall | None = None, turn: Frame | None = None
     ) -> Tensor:
@@ -239,7 +269,7 @@ class Tracer(PassiveHandler):
         Args:
             call: The call, of an earlier trace.
             images: [image, channel, row, column].
-            disturb: An attention call to whose output one is added.
+            disturb: An attention call to whose output noise is added.
             turn: A module that is given another first token: its channels in turned order.
 
         Returns:
@@ -297,7 +327,7 @@ class Tracer(PassiveHandler):
         out = super().attention(call)
         if self._without_attention:
             return torch.zeros_like(out)
-        return _plus_one(out) if self._step == self._disturb_step else out
+        return _plus_noise(out) if self._step == self._disturb_step else out
 
     def score_bias(self, scores: Tensor) -> None:
         """Notes where a softmax is.
@@ -401,6 +431,12 @@ def _plus_one(out: Any) -> Any:
     return out
 
 
+def _plus_noise(out: Tensor) -> Tensor:
+    """The same number everywhere would be lost where a norm over channels follows."""
+    noise = torch.rand(out.shape, generator=torch.Generator().manual_seed(0))
+    return out + noise.to(out)
+
+
 class _Projections(TorchFunctionMode):
     """Reports the tensors that linear maps and convolutions are called with besides their input."""
 
@@ -413,6 +449,29 @@ class _Projections(TorchFunctionMode):
         if func in _PROJECTING:
             self._report([value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)])
         return func(*args, **kwargs)
+
+
+@contextmanager
+def other_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Meanwhile a model, a copy that shares its tensors, has other tensors for some of its parameters.
+
+    Args:
+        model: The copy.
+        weights: The parameters, by name; noise is added to each.
+
+    Returns:
+        Nothing; a context manager.
+    """
+    generator = torch.Generator().manual_seed(0)
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in weights]
+    try:
+        for (owner, name), weight in zip(owners, weights.values(), strict=True):
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            setattr(owner, name, nn.Parameter(weight.detach() + noise, requires_grad=False))
+        yield
+    finally:
+        for (owner, name), weight in zip(owners, weights.values(), strict=True):
+            setattr(owner, name, weight)
 
 
 # --- which modules are the blocks ------------------------------------------------------------------------------------
@@ -458,6 +517,70 @@ def _takes_a_map_of(units: Collection[Unit | None], trace: Trace, call: TracedCa
     own = {frame.unit for frame in call.frames}
     around_softmax = {frame.unit for number in call.softmaxes for frame in trace.softmaxes[number]}
     return any(unit in around_softmax and unit not in own for unit in units)
+
+
+def without_side_products(
+    tracer: Tracer, trace: Trace, images: Tensor, units: dict[Unit | None, list[int]]
+) -> tuple[dict[Unit | None, list[int]], dict[Unit, tuple[int, ...]]]:
+    """Leaves out products with a map that nothing of what their block returns moves with.
+
+    A model may multiply a map with other things than values, for plots or statistics: norms of values, positions. Such
+    a product is no attention. Tried where products share a softmax; first with the block's own weights, then with
+    others, since a stream that enters with a weight of zero is one. If no product of a map moves anything, nothing is
+    told.
+
+    Args:
+        tracer: The tracer that made the trace.
+        trace: A trace of the model.
+        images: What was traced.
+        units: Unit -> indices of its calls in the trace.
+
+    Returns:
+        Unit -> indices of its attention calls; unit -> which of its products, in the order they run, are none.
+    """
+    calls, side_products = dict(units), dict[Unit, tuple[int, ...]]()
+    for unit, indices in units.items():
+        shared = [] if unit is None else [index for index in indices if _shares_softmax(trace, index, indices)]
+        if unit is None or not shared:
+            continue
+        carrying = _carrying(tracer, images, unit, {index: trace.calls[index] for index in shared})
+        side = {
+            index
+            for index in shared
+            if index not in carrying and any(_share_softmax(trace.calls[index], trace.calls[i]) for i in carrying)
+        }
+        if side:
+            calls[unit] = [index for index in indices if index not in side]
+            side_products[unit] = tuple(number for number, index in enumerate(indices) if index in side)
+    return calls, side_products
+
+
+def _shares_softmax(trace: Trace, index: int, indices: Collection[int]) -> bool:
+    return any(_share_softmax(trace.calls[index], trace.calls[other]) for other in indices if other != index)
+
+
+def _share_softmax(one: TracedCall, two: TracedCall) -> bool:
+    return bool(set(one.softmaxes) & set(two.softmaxes))
+
+
+def _carrying(tracer: Tracer, images: Tensor, unit: Unit, calls: Mapping[int, TracedCall]) -> set[int]:
+    """Those of some attention calls of a block that move what it returns."""
+    carrying = _moving(tracer, images, unit, calls)
+    silent = {index: call for index, call in calls.items() if index not in carrying}
+    if silent:
+        own = {
+            name: weight
+            for name, weight in tracer.model.named_parameters()
+            if name.startswith(f"{unit.path}." if unit.path else "") and type(weight) is nn.Parameter
+        }
+        with other_weights(tracer.model, {name: each for name, each in own.items() if each.is_floating_point()}):
+            carrying |= _moving(tracer, images, unit, silent)
+    return carrying
+
+
+def _moving(tracer: Tracer, images: Tensor, unit: Unit, calls: Mapping[int, TracedCall]) -> set[int]:
+    plain = tracer.outputs_of(unit, images)
+    return {index for index, call in calls.items() if _differ(plain, tracer.outputs_of(unit, images, disturb=call))}
 
 
 def _parent(path: str) -> str:

@@ -200,7 +200,7 @@ def _states(
             model = moved_windows(
                 vit.model, [(each.layer, each.sides, each.head, each.patch) for each in moves[: number + 1]]
             )
-            moved = _record(Tap(model, vit.anatomy, vit.read_output), state.replay.images, _words_of_window(move))
+            moved = _record(vit.tap_of_variant(model), state.replay.images, _words_of_window(move))
             state = replace(moved, edits=state.edits, lost=state.lost, sources=state.sources)
         else:
             bias = _window_bias(vit, move, state.lost)
