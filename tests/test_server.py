@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
-from synthetic_study import CLASSES, N_HEADS, N_LAYERS, SIZE, PlantedLive, photograph, write_study
+from synthetic_study import CLASSES, GRID, N_HEADS, N_LAYERS, SIZE, PlantedLive, photograph, write_study
 from vitrail.analysis import analyses, measures
 from vitrail.app import create_app, look, server, study_arrays
 from vitrail.app.answers import binary
@@ -41,7 +41,7 @@ from vitrail.errors import StudyError, UsageError, WeightsMismatch
 from vitrail.study.growth import arrange_images
 from vitrail.study.ownership import write_atomic
 from vitrail.study.plan import ModelIdentity, growing_command
-from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.store import PLAN, open_study, read_manifest, read_plan
 from vitrail.study.writing import StudyFolder
 
 N_IMAGES = 70
@@ -199,6 +199,50 @@ def test_an_array_too_large_to_keep_gives_the_same_summary(
     assert_allclose(some[0], strength.values[1:3].mean(axis=0), rtol=1e-5)
     assert_array_equal(column, strength.values[:, 0, 0])
     assert_array_equal(layer, strength.values[:, 2])
+
+
+@pytest.mark.parametrize("whole_bytes", [2**29, 0])
+def test_lengths_in_a_hierarchy_are_in_patches_of_the_first_layer_as_in_the_report(
+    whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrail.app.study_arrays.WHOLE_BYTES", whole_bytes)
+    study = write_study(tmp_path, 30)
+    plan = json.loads((study / PLAN).read_text()) | {"grids": [[GRID, GRID]] * 6 + [[GRID // 2, GRID // 2]] * 6}
+    del plan["digest"]  # is of the plan as it was
+    (study / PLAN).write_text(json.dumps(plan))
+    values = open_study(study)["attention_distance"].values * np.repeat([1, 2], 6)[:, None]
+    path, name = "/api/array/attention_distance", "attention_distance"
+    with TestClient(create_app(study, PlantedLive()), base_url=HOME) as client:
+        measures_told = client.get("/api/study").json()["measures"]
+        assert (measures_told[name]["unit"], measures_told["strength_entropy"]["unit"]) == ("patches of L0", "nats")
+        for query, expected in (
+            ("?image=3", values[3]),  # from the store, and below from memory
+            ("", values),
+            ("?image=3", values[3]),
+            ("?layer=7&head=1", values[:, 7, 1]),
+            ("?layer=7", values[:, 7]),
+            ("?head=2&image=4", values[4, :, 2]),
+        ):
+            assert_allclose(array(client.get(path + query)), expected, rtol=1e-6, err_msg=query)
+        summary = f"/api/summary/{name}"
+        assert_allclose(array(client.get(summary))[0], values.mean(0), rtol=1e-5)
+        assert_allclose(array(client.get(f"{summary}?over=head"))[0], values.mean((0, 2)), rtol=1e-5)
+        some = array(client.post(f"{summary}?layer=8", json={"images": [1, 2]}))
+        assert_allclose(some[0], values[1:3, 8].mean(0), rtol=1e-5)
+        image = client.post("/api/look", content=jpeg()).json()["image"]
+        client.get(f"/api/look/{image}/stream", params={"measures": name})
+        own = client.app.state.shared.uploads.get(image).arrays[name]  # type: ignore[attr-defined]
+        assert_allclose(array(client.get(f"{path}?image={image}&layer=9")), 2 * own[9], rtol=1e-6)
+
+
+def test_boxes_and_arrows_stay_in_patches_of_the_layer_that_they_are_drawn_on() -> None:
+    unit = {"unit": "patches, x to the right, y down"}
+    pulls = np.ones((5, 2, 4, 2), dtype=np.float32)
+    grids = {"grids": [[2, 2], [1, 1]]}
+    dataset = xr.Dataset({"tendency": (("image", "layer", "patch", "xy"), pulls, unit)}, attrs=grids)
+    arrays = StudyArrays(dataset)
+    assert_array_equal(arrays.read_slice("tendency", {"image": "0"})[1], pulls[0])
+    assert arrays.unit("tendency") == "patches of L0, x to the right, y down"
 
 
 @pytest.mark.parametrize("n_bytes", [2**30, 0, None])

@@ -15,7 +15,7 @@ from vitrail.study.plan import Plan, growing_command
 
 __all__ = ["describe_study", "describe_views"]
 
-MEASURE_TEXTS = ("title", "unit", "low", "high", "source", "limits", "analysis")
+MEASURE_TEXTS = ("title", "low", "high", "source", "limits", "analysis")
 
 
 def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str, in_commands: str) -> dict[str, Any]:
@@ -116,12 +116,13 @@ def _command(analysis: Analysis, plan: Plan, manifest: Manifest, name: str) -> s
 
 def _describe_measure(arrays: StudyArrays, name: str) -> dict[str, Any]:
     array, declared = arrays.dataset[name], measures().get(name)
-    unit = str(array.attrs.get("unit", ""))
+    unit = arrays.unit(name)
     return {
         # the store does not say it of a measure whose package is not installed here: values that are names have no mean
         "is_quantity": not unit.startswith(("class", "number")) if declared is None else declared.is_quantity,
         "dims": [str(dimension) for dimension in array.dims],
         "baseline": arrays.baseline(name),
+        "unit": unit,
         **{key: str(array.attrs.get(key, "")) for key in MEASURE_TEXTS},
     }
 
