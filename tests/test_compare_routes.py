@@ -101,7 +101,7 @@ def test_the_page_is_told_which_effects_are_infinite_none_and_unknown(
     compared = vitrail.compare(*studies)
     effects, differences = compared["standardised"].copy(), compared["difference"].copy()
     names = compared["measure"].values[:3].tolist()
-    effects[:3] = np.inf, np.nan, np.nan  # the same in all images, none but rounding, of a single image
+    effects[:3] = np.array([np.inf, np.nan, np.nan])  # the same in all images, none but rounding, of a single image
     differences[1:, 2] = np.nan
     changed = compared.assign(standardised=effects, difference=differences)
     monkeypatch.setattr("vitrail.app.compare.compare", lambda *_folders: changed)

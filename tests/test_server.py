@@ -182,6 +182,49 @@ def test_one_head_of_a_large_array_is_summarised_alone_with_the_same_numbers(
         assert (piece.n_images, piece.quantiles_of) == (whole[1].n_images, whole[1].quantiles_of)
 
 
+def test_how_many_heads_have_no_interval_is_counted_over_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random((50, 10)).astype(np.float32)
+    values[:, [3, 9]] = 0.5
+    at_once = summarise(values).interval
+    assert at_once.endswith(", for 2 of 10 columns")
+    monkeypatch.setattr("vitrail.app.summary.CELLS_AT_ONCE", 50 * 5)
+    assert summarise(values).interval == at_once
+    values[:, 3] = values[:, 4]  # none in the first step
+    assert summarise(values).interval.endswith(", for 1 of 10 columns")
+    assert ", for " not in summarise(values[:, [9, 9]]).interval
+
+
+def test_what_is_added_to_a_study_is_told_to_a_page_that_is_opened_meanwhile(study: Path, tmp_path: Path) -> None:
+    """A page whose study is being written tells which measures are under way, and that more is there than it has."""
+    plan, data, later = read_plan(study), open_study(study), "prefix_share"
+    names = [str(name) for name in data.data_vars if "image" in data[name].dims and name != "image_xy"]
+    folder = tmp_path / "written"
+    folder.mkdir()
+    writing = StudyFolder(folder, replace(plan, part_size=32), read_manifest(study))
+
+    def write(n_parts: int, arrays: list[str]) -> None:
+        for part in writing.plan.parts[:n_parts]:
+            rows = slice(part.start, part.stop)
+            writing.write_part(part, {name: data[name].values[rows] for name in arrays})
+
+    without = [name for name in names if name != later]
+    write(1, without)
+    with TestClient(create_app(folder), base_url=HOME) as client:
+
+        def told() -> tuple[int, int, list[str], bool]:
+            about = client.get("/api/study").json()
+            arrived, under_way = about["arrived_measures"], later in about["missing_measures"]
+            return about["missing_images"], about["arrived_images"], arrived, under_way
+
+        assert told() == (N_IMAGES - 32, 0, [], True)
+        write(2, without)
+        assert told() == (N_IMAGES - 32, 32, [], True)
+        write(3, without)
+        write(3, [later])
+        assert told() == (N_IMAGES - 32, N_IMAGES - 32, [later], False)
+        assert array(client.get("/api/array/label")).shape == (32,)  # what was opened goes on
+
+
 def test_an_array_too_large_to_keep_gives_the_same_summary(
     study: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

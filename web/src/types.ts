@@ -117,6 +117,9 @@ export interface Study {
   missing_images: number;
   /** Measures that `vitrail study` is adding, or was when it was stopped: not every image has them yet. */
   missing_measures: string[];
+  /** What has been added since the server opened the study, which has it only once it is started again. */
+  arrived_images: number;
+  arrived_measures: string[];
 }
 
 export type Numbers = Float32Array | Int32Array | Uint8Array;

@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+import xarray as xr
+
 from vitrail.analysis import BASE, Analysis, analyses, measures
 from vitrail.app.answers import number_or_none
 from vitrail.app.study_arrays import StudyArrays
@@ -18,7 +20,9 @@ __all__ = ["describe_study", "describe_views"]
 MEASURE_TEXTS = ("title", "low", "high", "source", "limits", "analysis")
 
 
-def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str, in_commands: str) -> dict[str, Any]:
+def describe_study(
+    arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str, in_commands: str, on_disk: xr.Dataset
+) -> dict[str, Any]:
     """Describe a study for the page.
 
     Args:
@@ -27,6 +31,7 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         manifest: The list of its images.
         name: The study's name, in the page's address.
         in_commands: How commands call its folder.
+        on_disk: The study as it opens now, perhaps with more than when it was opened.
 
     Returns:
         Values that JSON can hold: sizes and names of places by dimension, the plan's facts, each measure's dimensions
@@ -58,6 +63,9 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         "labels_from": plan.labels_from,
         "own_labels": any(entry.label is not None for entry in manifest.images),
         "missing_images": int(dataset.attrs["missing_images"]),
+        "missing_measures": list(on_disk.attrs["missing_measures"]),
+        "arrived_images": on_disk.sizes["image"] - dataset.sizes["image"],
+        "arrived_measures": [str(measure) for measure in on_disk.data_vars if measure not in dataset],
         "has_thumbnails": "thumbnail" in dataset,
     }
 

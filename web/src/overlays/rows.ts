@@ -6,7 +6,7 @@ import type { Paint } from "./paint";
 export function rowsOf(paint: Paint, patch: number): Row[] {
   const [rows, columns] = paint.grid;
   const place = (at: number) => ({ row: Math.floor(at / columns), column: at % columns });
-  const unit = "unit" in paint && paint.unit ? { unit: paint.unit } : {};
+  const unit: Row = "unit" in paint && paint.unit ? { unit: paint.unit } : {};
   if (paint.kind === "box") {
     const [left, top, right, bottom] = paint.sides;
     return [{ ...place(patch), left, top, right, bottom, ...unit }];

@@ -39,18 +39,22 @@ function ofFlow(tendency: Overlay): Overlay {
     title: `${tendency.title}, as a flow`,
     reading: "Colour: where a patch takes from, as on the wheel. Strong: far from it; plain: from all around.",
     load: async (context, at, signal): Promise<OverlayData> => {
-      const { strip } = await tendency.load(context, at, signal);
-      const paint = (layer: number, token: number): Paint | undefined => {
-        const arrows = strip!(layer, token);
-        if (arrows?.kind !== "arrows") return undefined;
-        const far = longest(arrows.xy);
-        const unit = context.about.measures.tendency!.unit.split(",")[0]!;
-        const wheel = { length: far * patchScale(context.about, layer), unit };
-        return { kind: "tints", grid: arrows.grid, what: arrows.what, ...flow(arrows.xy, far), wheel };
-      };
-      return { paint: (token) => paint(at.layer, token), strip: paint };
+      const { about } = context;
+      return asFlow(about, about.measures.tendency!, await tendency.load(context, at, signal), at.layer);
     },
   };
+}
+
+/** Arrows of patches as colours, with the length at the rim of the wheel in the unit of the measure. */
+export function asFlow(study: Study, measure: Measure, arrowed: OverlayData, chosen: number): OverlayData {
+  const paint = (layer: number, token: number): Paint | undefined => {
+    const arrows = arrowed.strip!(layer, token);
+    if (arrows?.kind !== "arrows") return undefined;
+    const far = longest(arrows.xy);
+    const wheel = { length: far * patchScale(study, layer), unit: measure.unit.split(",")[0]! };
+    return { kind: "tints", grid: arrows.grid, what: arrows.what, ...flow(arrows.xy, far), wheel };
+  };
+  return { paint: (token) => paint(chosen, token), strip: paint };
 }
 
 /** The windows of all patches on top of each other. */
