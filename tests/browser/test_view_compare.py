@@ -1,5 +1,6 @@
 """Two studies of the same images: what differs, where, and in which photographs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_a_chart_has_the_name_of_what_it_draws_until_the_numbers_of_the_next_mea
     for view in views:
         expect(view.locator("svg.chart").first).to_contain_text("mean attention distance")
     stalled: list[Route] = []
-    page.route("**/api/compare/0/strength_entropy*", lambda route: stalled.append(route))  # noqa: PLW0108 (playwright marks what it is given)
+    page.route("**/api/compare/0/strength_entropy*", lambda route: stalled.append(route))
     page.get_by_label("Measure that is compared").select_option("strength_entropy")
     expect(page.locator("[data-compared=strength_entropy]")).to_be_visible()
     for view in views:
@@ -122,7 +123,7 @@ def test_numbers_of_both_studies_on_their_way_are_waited_for_without_a_word(
         with_patches.append(with_lengths(source, folder))
     stalled: list[Route] = []
     page = visit("?tab=heads&image=3", url=serving(create_app(with_patches[0], others=with_patches[1:])))
-    page.route("**/api/compare/0/image/3/interaction_distance", lambda route: stalled.append(route))  # noqa: PLW0108 (playwright marks what it is given)
+    page.route("**/api/compare/0/image/3/interaction_distance", lambda route: stalled.append(route))
     page.get_by_role("tab", name="Compare").click()
     view = page.locator("[data-view=same-photograph]")
     expect(view.get_by_label("Overlay of both")).to_have_value("interaction_distance")
@@ -133,9 +134,29 @@ def test_numbers_of_both_studies_on_their_way_are_waited_for_without_a_word(
     expect(view.locator("figure svg[data-overlay=weights]")).to_have_count(2)
 
 
-def with_lengths(study: Path, folder: Path) -> Path:
+def test_a_pointer_that_rests_points_at_nothing_once_another_grid_is_drawn_below_it(
+    visit: Visit, serving, tmp_path: Path
+) -> None:
+    fine, coarse = [GRID, GRID], [GRID // 2, GRID // 2]
+    study = with_lengths(write_study(tmp_path, 6), tmp_path / "tall", grids=[fine] * 6 + [coarse] * 6)
+    page = visit("?tab=heads&image=3&layer=5&overlay=interaction_distance&token=1", url=serving(create_app(study)))
+    lengths = open_study(study)["interaction_distance"].values[3]
+    here = "#photograph [data-scale] .here"
+    becomes(page, here, lengths[5, 0])
+    photo = page.locator("#photograph .hero svg").first
+    box = photo.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.99 * box["width"], box["y"] + 0.99 * box["height"])
+    becomes(page, here, lengths[5, -1])
+    page.keyboard.press("ArrowDown")
+    expect(chosen_head(page)).to_have_text("L6H0")
+    becomes(page, here, 2 * lengths[6, 0])  # in patches of L0
+    expect(page.locator("#photograph [data-scale]")).to_contain_text("patches of L0")
+
+
+def with_lengths(study: Path, folder: Path, **changes: object) -> Path:
     """The same study with a length of each patch."""
-    data, plan, manifest = open_study(study), read_plan(study), read_manifest(study)
+    data, plan, manifest = open_study(study), replace(read_plan(study), **changes), read_manifest(study)
     folder.mkdir()
     writing = StudyFolder(folder, plan, manifest)
     for part in writing.missing:

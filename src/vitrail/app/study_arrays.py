@@ -74,7 +74,7 @@ class StudyArrays:
         n_heads = np.asarray(dataset.attrs.get("n_heads", []), dtype=np.int64)
         self._absent = np.arange(n_heads.max(initial=0)) >= n_heads[:, None]  # [layer, head]
         self._units: dict[str, str] = {}
-        self._scales: dict[str, Float32[np.ndarray, "layer"]] = {}  # of lengths that are stored in patches of each layer
+        self._scales: dict[str, Float32[np.ndarray, "layer"]] = {}  # of lengths in patches of their layer
         for name, array in dataset.data_vars.items():
             if "layer" in array.dims:
                 stored = xr.DataArray(np.ones(array.sizes["layer"]), dims="layer", attrs=array.attrs)
