@@ -111,7 +111,7 @@ def test_one_head_is_told_with_what_it_costs_over_the_study(client: TestClient, 
 
 def test_only_the_command_is_given_the_folder_of_the_study_not_a_path_in_python_lines() -> None:
     lines = "vit = vitrail.open_vit('/data/STUDY_7/checkpoint')\nchanged = vit.what_if(image, patches=[0])"
-    assert _with_folder(lines, "/home/me/my study") == lines
+    assert _with_folder(lines, "/studies/my study") == lines
     command = "vitrail prune STUDY --heads L0H1 --out NEW_FOLDER"
     assert _with_folder(command, "/STUDY/my study") == "vitrail prune '/STUDY/my study' --heads L0H1 --out NEW_FOLDER"
 
