@@ -95,6 +95,25 @@ def test_an_image_without_a_value_in_any_compared_measure_is_not_among_those_tha
     assert set(one["differences"].values()) == {None}
 
 
+def test_the_page_is_told_which_effects_are_infinite_none_and_unknown(
+    studies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = vitrail.compare(*studies)
+    effects, differences = compared["standardised"].copy(), compared["difference"].copy()
+    names = compared["measure"].values[:3].tolist()
+    effects[:3] = np.array([np.inf, np.nan, np.nan])  # the same in all images, none but rounding, of a single image
+    differences[1:, 2] = np.nan
+    changed = compared.assign(standardised=effects, difference=differences)
+    monkeypatch.setattr("vitrail.app.compare.compare", lambda *_folders: changed)
+    with TestClient(create_app(studies[0], others=studies[1:]), base_url=HOME) as client:
+        told = {each["name"]: each for each in client.get("/api/compare/0").json()["measures"]}
+    assert [(told[name]["standardised"], told[name]["alike"]) for name in names] == [
+        (None, True),
+        (0, False),
+        (None, False),
+    ]
+
+
 def test_a_study_that_cannot_be_compared_is_refused_when_it_is_asked_for(studies: tuple[Path, Path]) -> None:
     with TestClient(create_app(studies[0], others=[studies[0]]), base_url=HOME) as client:
         answer = client.get("/api/compare/0")

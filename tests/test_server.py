@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
-from synthetic_study import CLASSES, N_HEADS, N_LAYERS, SIZE, PlantedLive, photograph, write_study
+from synthetic_study import CLASSES, GRID, N_HEADS, N_LAYERS, SIZE, PlantedLive, photograph, write_study
 from vitrail.analysis import analyses, measures
 from vitrail.app import create_app, look, server, study_arrays
 from vitrail.app.answers import binary
@@ -41,7 +41,7 @@ from vitrail.errors import StudyError, UsageError, WeightsMismatch
 from vitrail.study.growth import arrange_images
 from vitrail.study.ownership import write_atomic
 from vitrail.study.plan import ModelIdentity, growing_command
-from vitrail.study.store import open_study, read_manifest, read_plan
+from vitrail.study.store import PLAN, open_study, read_manifest, read_plan
 from vitrail.study.writing import StudyFolder
 
 N_IMAGES = 70
@@ -182,6 +182,49 @@ def test_one_head_of_a_large_array_is_summarised_alone_with_the_same_numbers(
         assert (piece.n_images, piece.quantiles_of) == (whole[1].n_images, whole[1].quantiles_of)
 
 
+def test_how_many_heads_have_no_interval_is_counted_over_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random((50, 10)).astype(np.float32)
+    values[:, [3, 9]] = 0.5
+    at_once = summarise(values).interval
+    assert at_once.endswith(", for 2 of 10 columns")
+    monkeypatch.setattr("vitrail.app.summary.CELLS_AT_ONCE", 50 * 5)
+    assert summarise(values).interval == at_once
+    values[:, 3] = values[:, 4]  # none in the first step
+    assert summarise(values).interval.endswith(", for 1 of 10 columns")
+    assert ", for " not in summarise(values[:, [9, 9]]).interval
+
+
+def test_what_is_added_to_a_study_is_told_to_a_page_that_is_opened_meanwhile(study: Path, tmp_path: Path) -> None:
+    """A page whose study is being written tells which measures are under way, and that more is there than it has."""
+    plan, data, later = read_plan(study), open_study(study), "prefix_share"
+    names = [str(name) for name in data.data_vars if "image" in data[name].dims and name != "image_xy"]
+    folder = tmp_path / "written"
+    folder.mkdir()
+    writing = StudyFolder(folder, replace(plan, part_size=32), read_manifest(study))
+
+    def write(n_parts: int, arrays: list[str]) -> None:
+        for part in writing.plan.parts[:n_parts]:
+            rows = slice(part.start, part.stop)
+            writing.write_part(part, {name: data[name].values[rows] for name in arrays})
+
+    without = [name for name in names if name != later]
+    write(1, without)
+    with TestClient(create_app(folder), base_url=HOME) as client:
+
+        def told() -> tuple[int, int, list[str], bool]:
+            about = client.get("/api/study").json()
+            arrived, under_way = about["arrived_measures"], later in about["missing_measures"]
+            return about["missing_images"], about["arrived_images"], arrived, under_way
+
+        assert told() == (N_IMAGES - 32, 0, [], True)
+        write(2, without)
+        assert told() == (N_IMAGES - 32, 32, [], True)
+        write(3, without)
+        write(3, [later])
+        assert told() == (N_IMAGES - 32, N_IMAGES - 32, [later], False)
+        assert array(client.get("/api/array/label")).shape == (32,)  # what was opened goes on
+
+
 def test_an_array_too_large_to_keep_gives_the_same_summary(
     study: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +242,50 @@ def test_an_array_too_large_to_keep_gives_the_same_summary(
     assert_allclose(some[0], strength.values[1:3].mean(axis=0), rtol=1e-5)
     assert_array_equal(column, strength.values[:, 0, 0])
     assert_array_equal(layer, strength.values[:, 2])
+
+
+@pytest.mark.parametrize("whole_bytes", [2**29, 0])
+def test_lengths_in_a_hierarchy_are_in_patches_of_the_first_layer_as_in_the_report(
+    whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrail.app.study_arrays.WHOLE_BYTES", whole_bytes)
+    study = write_study(tmp_path, 30)
+    plan = json.loads((study / PLAN).read_text()) | {"grids": [[GRID, GRID]] * 6 + [[GRID // 2, GRID // 2]] * 6}
+    del plan["digest"]  # is of the plan as it was
+    (study / PLAN).write_text(json.dumps(plan))
+    values = open_study(study)["attention_distance"].values * np.repeat([1, 2], 6)[:, None]
+    path, name = "/api/array/attention_distance", "attention_distance"
+    with TestClient(create_app(study, PlantedLive()), base_url=HOME) as client:
+        measures_told = client.get("/api/study").json()["measures"]
+        assert (measures_told[name]["unit"], measures_told["strength_entropy"]["unit"]) == ("patches of L0", "nats")
+        for query, expected in (
+            ("?image=3", values[3]),  # from the store, and below from memory
+            ("", values),
+            ("?image=3", values[3]),
+            ("?layer=7&head=1", values[:, 7, 1]),
+            ("?layer=7", values[:, 7]),
+            ("?head=2&image=4", values[4, :, 2]),
+        ):
+            assert_allclose(array(client.get(path + query)), expected, rtol=1e-6, err_msg=query)
+        summary = f"/api/summary/{name}"
+        assert_allclose(array(client.get(summary))[0], values.mean(0), rtol=1e-5)
+        assert_allclose(array(client.get(f"{summary}?over=head"))[0], values.mean((0, 2)), rtol=1e-5)
+        some = array(client.post(f"{summary}?layer=8", json={"images": [1, 2]}))
+        assert_allclose(some[0], values[1:3, 8].mean(0), rtol=1e-5)
+        image = client.post("/api/look", content=jpeg()).json()["image"]
+        client.get(f"/api/look/{image}/stream", params={"measures": name})
+        own = client.app.state.shared.uploads.get(image).arrays[name]  # type: ignore[attr-defined]
+        assert_allclose(array(client.get(f"{path}?image={image}&layer=9")), 2 * own[9], rtol=1e-6)
+
+
+def test_boxes_and_arrows_stay_in_patches_of_the_layer_that_they_are_drawn_on() -> None:
+    unit = {"unit": "patches, x to the right, y down"}
+    pulls = np.ones((5, 2, 4, 2), dtype=np.float32)
+    grids = {"grids": [[2, 2], [1, 1]]}
+    dataset = xr.Dataset({"tendency": (("image", "layer", "patch", "xy"), pulls, unit)}, attrs=grids)
+    arrays = StudyArrays(dataset)
+    assert_array_equal(arrays.read_slice("tendency", {"image": "0"})[1], pulls[0])
+    assert arrays.unit("tendency") == "patches of L0, x to the right, y down"
 
 
 @pytest.mark.parametrize("n_bytes", [2**30, 0, None])

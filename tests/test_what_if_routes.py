@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from synthetic_study import CLASSES, N_HEADS, N_LAYERS, SIZE, PlantedLive, write_study
 from vitrail.app import create_app
+from vitrail.app.what_if import _with_folder
 from vitrail.data import stored_image
 from vitrail.study.store import open_study, read_manifest
 
@@ -106,6 +107,13 @@ def test_one_head_is_told_with_what_it_costs_over_the_study(client: TestClient, 
     assert f"loses {lost.mean():.3f} of its probability without L0H1" in told["study"]
     assert f"more than 0.1 in {100 * (lost > 0.1).mean():.1f} %" in told["study"]
     assert told["use_this"] == f"vitrail prune {study} --heads L0H1 --out NEW_FOLDER"
+
+
+def test_only_the_command_is_given_the_folder_of_the_study_not_a_path_in_python_lines() -> None:
+    lines = "vit = vitrail.open_vit('/data/STUDY_7/checkpoint')\nchanged = vit.what_if(image, patches=[0])"
+    assert _with_folder(lines, "/studies/my study") == lines
+    command = "vitrail prune STUDY --heads L0H1 --out NEW_FOLDER"
+    assert _with_folder(command, "/STUDY/my study") == "vitrail prune '/STUDY/my study' --heads L0H1 --out NEW_FOLDER"
 
 
 def test_the_same_changes_are_computed_once_and_many_in_one_step(client: TestClient, live: ChangingLive) -> None:

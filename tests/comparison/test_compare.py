@@ -12,6 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 import vitrail
 from synthetic_study import plan_of
 from vitrail.analysis import declaration, measures
+from vitrail.comparison import open_pair
+from vitrail.comparison.align import alike_measures
 from vitrail.comparison.compare import _correspondence, _effect_sizes
 from vitrail.comparison.findings import comparison_findings, describe_difference, measures_by_effect
 from vitrail.data import ImageEntry, Manifest
@@ -209,6 +211,22 @@ def test_a_difference_that_is_the_same_in_every_image_is_the_surest(constant):
     assert np.isnan(equal).all()
 
 
+def test_the_difference_of_a_single_image_has_no_spread_and_comes_last(tmp_path):
+    pair = []
+    for seed, name in enumerate(("one", "two")):
+        arrays = numbers(seed)
+        arrays["attention_distance"][1:] = np.nan
+        pair.append(write(tmp_path / name, arrays, NAMES))
+    compared = vitrail.compare(*pair)
+    assert np.isnan(compared["standardised"].sel(measure="attention_distance"))
+    assert np.isfinite(compared["standardised"]).sum() == compared.sizes["measure"] - 1
+    assert measures_by_effect(compared)[-1] == "attention_distance"
+    (axes,) = measures_that_differ(compared).axes
+    assert [text.get_text() for text in axes.texts] == ["of one image"]
+    alone = [write(tmp_path / f"alone{i}", {k: v[:1] for k, v in numbers(i).items()}, NAMES[:1]) for i in range(2)]
+    assert np.isnan(vitrail.compare(*alone)["standardised"]).all()
+
+
 def test_a_difference_that_no_axis_reaches_stands_at_its_end(constant):
     (axes,) = measures_that_differ(constant).axes
     ends = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "<>"]
@@ -286,6 +304,9 @@ def test_lengths_on_other_grids_are_compared_as_shares_of_the_side(tmp_path, gri
     assert (
         "depend on the grid of patches, and those of the two models differ (8 x 8 and" in left_out["strength_entropy"]
     )
+    drawn = alike_measures(open_pair(*pair))
+    assert "attention_distance" in drawn
+    assert not {"strength_entropy", "attention_strength"} & set(drawn)
     with pytest.raises(UsageError, match="strength_entropy was to be compared: its numbers depend on the grid"):
         vitrail.compare(*pair, measures="strength_entropy")
     wide = write(tmp_path / "wide", numbers(1), NAMES, grids=[[4, 8]] * 4)
@@ -312,6 +333,7 @@ def test_numbers_of_several_kinds_have_no_mean_to_compare(tmp_path):
         arrays = numbers(seed) | {"tendency": np.random.default_rng(seed).normal(0, 1, (N, 4, 9, 2))}
         pair.append(write(tmp_path / name, arrays, NAMES))
     assert "'xy' are of several kinds" in vitrail.compare(*pair).attrs["left_out"]["tendency"]
+    assert "tendency" in alike_measures(open_pair(*pair))  # arrows can be looked at side by side
 
 
 def test_padding_of_flags_is_no_value(folders, tmp_path):

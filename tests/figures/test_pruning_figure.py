@@ -45,7 +45,19 @@ def test_areas_say_what_they_are_areas_of():
 
 
 def test_one_ranking_is_drawn_too():
-    assert len([axes for axes in pruning_curves(curves("flips")).axes if axes.get_visible()]) == 2
+    figure = pruning_curves(curves("flips"))
+    assert len([axes for axes in figure.axes if axes.get_visible()]) == 2
+    assert "where a ranking that knows nothing lies" in " ".join(figure.get_supxlabel().split())
+
+
+def test_the_band_of_a_few_random_orders_leaves_the_areas_their_room():
+    drawn = curves("flips", "tokens")
+    levels = np.array([0.2, 0.8])[:, None, None]
+    few = replace(drawn, random=np.random.default_rng(1).random((2, 4, 20)) < levels)
+    areas = [area.between for area in area_table(few).values()]
+    assert area_table(few)["flips"].chance == 1
+    low, high = pruning_curves(few).axes[2].get_xlim()
+    assert -low == high == pytest.approx(1.1 * np.abs(areas).max())
 
 
 def test_without_a_ranking_there_is_nothing_to_draw():

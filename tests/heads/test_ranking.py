@@ -115,6 +115,14 @@ def test_chance_counts_the_rankings_and_one_random_order_says_nothing_of_others(
     assert np.isnan([alone.chance, *alone.over_random[1:]]).all()
 
 
+@pytest.mark.parametrize("n_orders", [2, 3])
+def test_chance_by_two_or_three_orders_reaches_no_further_than_an_area_can(n_orders):
+    levels = np.linspace(0.1, 0.9, n_orders)[:, None] * np.ones(4)
+    area = area_table(curves([1.0, 1.0, 0.8, 0.0], [1.0, 0.2, 0.0, 0.0], levels))["known"]
+    assert area.chance == 1
+    assert area.over_random[1:] == area.under_random[1:] == (-1, 1)
+
+
 def test_an_area_under_one_curve_is_no_less_than_nothing():
     right = np.ones((3, 5), bool)
     right[2] = False

@@ -64,6 +64,15 @@ def test_the_spread_of_a_head_is_told_among_those_with_as_many_hops():
     assert "it looks 3.0 patches of L0 far on average" in told
 
 
+def test_a_head_alone_on_its_grid_is_compared_with_no_other():
+    study = planted(GRIDS).data
+    study["strength_entropy"] = study["strength_entropy"].copy()
+    study["strength_entropy"][:, 0, 1] = np.nan  # as in a first stage of one layer with one head
+    assert_allclose(why_table(study)["strength_entropy_percentile"], [[np.nan, np.nan], [100, 0], [100, 0]])
+    told = str(next(each for each in why_sentences(study, 0, 0) if "nats" in each))
+    assert "is 2.00 nats of entropy, and it looks 2.0 patches of L0 far" in told
+
+
 @pytest.mark.parametrize("draw", [tendency_flow, tendency_arrows])
 def test_pulls_are_drawn_in_one_unit(draw):
     figure = draw(planted(GRIDS).data)

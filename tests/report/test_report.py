@@ -120,6 +120,18 @@ def test_intervals_of_the_built_in_photographs_are_said_to_be_of_crops_of_thirte
     assert any("hold for such crops of these thirteen" in text for text in said(built_in))
 
 
+def test_measures_under_way_are_not_said_to_be_missing_too():
+    study = drops(10, 0.3)
+    said = lambda study: " ".join(part.text for part in studied(study).parts if isinstance(part, Text))  # noqa: E731
+    assert "holds nothing of" in said(study)
+    assert "patches" in said(study).partition("holds nothing of")[2]
+    under_way = replace(study, data=study.data.assign_attrs(missing_measures=["tendency"]))
+    assert "Begun and not complete, so left out here: tendency." in said(under_way)
+    missing = said(under_way).partition("holds nothing of")[2].partition(".")[0]
+    assert "tokens" in missing
+    assert "patches" not in missing
+
+
 def test_links_of_the_page_lead_to_its_sections(read):
     assert [attrs["href"] for tag, attrs in read.tags if tag == "a"] == [f"#{key}" for key in read.sections]
 

@@ -1,6 +1,6 @@
 // What a measure of patches says of the chosen patch, layer by layer. Pure.
 
-import { gridOf, movedPatch } from "./grids";
+import { gridOf, movedPatch, patchScale } from "./grids";
 import type { NamedArray, Study } from "./types";
 
 /** The values of one patch of the first layer's grid, from [layer, patch]. */
@@ -32,13 +32,15 @@ export interface Pull {
   length: number;
 }
 
-/** Where the chosen patch is pulled in each layer, from [layer, patch, xy]; layers without a grid are left out. */
+/** Where the chosen patch is pulled in each layer, from [layer, patch, xy] in patches of each layer: in those of the first
+ * layer, so that layers compare. Layers without a grid are left out. */
 export function pulls({ shape, values }: NamedArray, study: Study, patch: number): Pull[] {
   const [nLayers, size] = shape as [number, number];
   return Array.from({ length: nLayers }, (_, layer): Pull => {
     const grid = study.grids[layer];
     const at = grid ? 2 * (layer * size + movedPatch(patch, gridOf(study, 0), grid)) : -1;
-    const [x, y] = at < 0 ? [NaN, NaN] : [values[at]!, values[at + 1]!];
+    const scale = patchScale(study, layer);
+    const [x, y] = at < 0 ? [NaN, NaN] : [scale * values[at]!, scale * values[at + 1]!];
     return { layer, x, y, length: Math.hypot(x, y) };
   }).filter(({ length }) => Number.isFinite(length));
 }

@@ -81,12 +81,29 @@ export const layerAtDepth = (depth: number, depths: number[]): number =>
     0,
   );
 
+/** How many patches of the first layer that has a grid long a patch of a layer is: 1 in all but hierarchies. */
+export function patchScale(about: Pick<Study, "grids">, layer: number): number {
+  const [first, grid] = [about.grids.find((each) => each !== null), about.grids[layer]];
+  return first && grid ? Math.sqrt((first[0] * first[1]) / (grid[0] * grid[1])) : 1;
+}
+
+/** What the patches of a layer are called where its boxes and arrows are drawn: "patches of L3" in a hierarchy. */
+export const patchesOf = (about: Pick<Study, "grids">, layer: number): string =>
+  about.grids.some((_, at) => patchScale(about, at) !== 1) ? `patches of L${layer}` : "patches";
+
 /** How many times as long as the grid of a layer what the model sees is: by rows and columns. Pixels beyond the grid belong
  * to no patch, and are cut off where patches are drawn on a photograph. */
 export function beyondGrid(about: Pick<Study, "grids" | "views">, layer: number): [number, number] {
   const [grid, view] = [about.grids[layer], about.views?.[layer]];
   return grid && view ? [view[0] / grid[0], view[1] / grid[1]] : [1, 1];
 }
+
+/** The same of a grid that something is drawn on, whichever layer has it. */
+export const beyondGridOf = (about: Pick<Study, "grids" | "views">, grid: [number, number]): [number, number] =>
+  beyondGrid(
+    about,
+    about.grids.findIndex((each) => each?.join() === grid.join()),
+  );
 
 /** The token that a page begins with: the first before the patches, or the middle patch of a model without any. */
 export const firstToken = (about: Study, layer: number): number =>

@@ -28,6 +28,7 @@ export class Loaded<T> {
     const leaving = new AbortController();
     untrack(() => {
       this.stopped = false;
+      this.error = undefined; // that of what was asked before
       this.#isCurrent = false;
     });
     const timer = setTimeout(() => (this.slow = true), 300);
@@ -39,6 +40,7 @@ export class Loaded<T> {
       leaving.abort();
       done();
       this.value = undefined;
+      this.error = undefined;
       this.stopped = true;
     };
     const answer = question(leaving.signal);

@@ -1,6 +1,6 @@
 // Any array of a study as something that can be drawn: which of its dimensions the picture shows, which are chosen.
 
-import { patchTokens } from "./grids";
+import { patchScale, patchTokens } from "./grids";
 import type { Measure, NamedArray, Study } from "./types";
 
 /** How a measure is drawn, by the dimensions that it has. */
@@ -55,9 +55,19 @@ export function slice(array: NamedArray, shown: string[], chosen: Record<string,
   return result;
 }
 
-/** The mean over a photograph's patches by layer, of one image; of vectors along `xy` the mean length, prefix tokens and
- * padding left out; NaN for a layer that returns no patch. */
-export function layerMeans(array: NamedArray, study: Study, chosen: Record<string, number>): Float32Array {
+/** Whether values are sides of boxes or arrows in patches of their layer, as they are drawn; told in numbers they are
+ * lengths as all others, in patches of the first layer, which the unit of the measure says. */
+export const isDrawnLength = ({ dims, unit }: Pick<Measure, "dims" | "unit">): boolean =>
+  unit.startsWith("patches") && (dims.includes("xy") || dims.includes("side"));
+
+/** The mean over a photograph's patches by layer, of one image, in the unit of the measure; of vectors along `xy` the mean
+ * length, prefix tokens and padding left out; NaN for a layer that returns no patch. */
+export function layerMeans(
+  array: NamedArray,
+  study: Study,
+  chosen: Record<string, number>,
+  measure: Pick<Measure, "dims" | "unit">,
+): Float32Array {
   const nLayers = array.shape[array.dims.indexOf("layer")] ?? 1;
   const over = OVER_PHOTOGRAPH.find((dim) => array.dims.includes(dim))!;
   const vectors = array.dims.includes("xy");
@@ -68,6 +78,7 @@ export function layerMeans(array: NamedArray, study: Study, chosen: Record<strin
     const [rows, columns] = study.grids[layer] ?? [1, values.length];
     const patches = over === "token" ? patchTokens(study, layer, values)?.patches : values.subarray(0, rows * columns);
     const present = (patches ?? values.subarray(0, 0)).filter((value) => !Number.isNaN(value));
-    return present.length ? present.reduce((sum, value) => sum + value, 0) / present.length : NaN;
+    const scale = isDrawnLength(measure) ? patchScale(study, layer) : 1;
+    return present.length ? (scale * present.reduce((sum, value) => sum + value, 0)) / present.length : NaN;
   });
 }

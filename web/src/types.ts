@@ -3,6 +3,8 @@
 export interface Measure {
   dims: string[];
   title: string;
+  /** In a hierarchy lengths are in patches of its first layer; values of boxes and arrows (dimensions `side` and `xy`) come
+   * in patches of their layer, which they are drawn in, and are told in this unit. */
   unit: string;
   low: string;
   high: string;
@@ -113,6 +115,11 @@ export interface Study {
   recorded_maps: number[];
   left_out: Record<string, string>;
   missing_images: number;
+  /** Measures that `vitrail study` is adding, or was when it was stopped: not every image has them yet. */
+  missing_measures: string[];
+  /** What has been added since the server opened the study, which has it only once it is started again. */
+  arrived_images: number;
+  arrived_measures: string[];
 }
 
 export type Numbers = Float32Array | Int32Array | Uint8Array;
@@ -188,8 +195,10 @@ export interface ComparedMeasure {
   /** Of random signs, corrected for all measures. */
   p: number | null;
   /** The mean difference in standard deviations of the difference over images; null where every image differs by the
-   * same (that is infinite), or none. */
+   * same, which is infinite, and where a single image says nothing of a spread; 0 where no image differs. */
   standardised: number | null;
+  /** Whether every image differs by the same. */
+  alike: boolean;
 }
 
 /** What differs between this study and another of the same images. */

@@ -6,16 +6,21 @@ import { Loaded } from "../src/load.svelte";
 function asking() {
   const loaded = new Loaded<string>();
   const answers: ((value: string) => void)[] = [];
+  const refusals: ((failure: Error) => void)[] = [];
   let leave = () => {};
   const ask = () => {
     leave();
-    leave = loaded.ask(() => new Promise((answer) => void answers.push(answer)));
+    leave = loaded.ask(() => new Promise((answer, refuse) => (answers.push(answer), void refusals.push(refuse))));
   };
   const answer = async (at: number, value: string) => {
     answers[at]!(value);
     await Promise.resolve();
   };
-  return { loaded, ask, answer };
+  const refuse = async (at: number, sentence: string) => {
+    refusals[at]!(new Error(sentence));
+    await Promise.resolve();
+  };
+  return { loaded, ask, answer, refuse };
 }
 
 test("an answer is current until something else is asked", async () => {
@@ -51,4 +56,19 @@ test("an answer that was overtaken is not taken", async () => {
   await answer(1, "the second photograph");
   await answer(0, "the first photograph");
   expect(loaded.current).toBe("the second photograph");
+});
+
+test("the refusal of one image does not stand beside the next, nor beside a question that is cancelled", async () => {
+  const { loaded, ask, answer, refuse } = asking();
+  ask();
+  await refuse(0, "its file has gone");
+  expect(loaded.error).toBe("its file has gone");
+  ask();
+  expect([loaded.error, loaded.current]).toEqual([undefined, undefined]);
+  await answer(1, "the next photograph");
+  expect([loaded.error, loaded.current]).toEqual([undefined, "the next photograph"]);
+  ask();
+  await refuse(2, "its file has gone");
+  loaded.stop();
+  expect([loaded.error, loaded.stopped]).toEqual([undefined, true]);
 });

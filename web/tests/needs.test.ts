@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { lacking, lackingAll, saidOnce, type Needs } from "../src/needs";
+import { lacking, lackingAll, saidOnce, toCome, type Needs } from "../src/needs";
 import type { Tab } from "../src/tabs";
 import type { Live, Study } from "../src/types";
 
@@ -9,6 +9,10 @@ const study = {
   in_commands: "mine",
   measures: { label: { dims: ["image"], unit: "class" } },
   left_out: { prediction: "it is no classifier." },
+  missing_images: 0,
+  missing_measures: [],
+  arrived_images: 0,
+  arrived_measures: [],
   analyses: [
     {
       name: "heads",
@@ -35,6 +39,34 @@ test("a measure that is missing comes with the command that adds it", () => {
   expect(lack?.sentence).toContain("What it shows.");
   expect(lack?.command).toBe("vitrail study M IMAGES --measures heads");
   expect(lacking(view({ anyOf: "heads" }), study, open)?.command).toContain("--measures heads");
+});
+
+test("what is being measured, or was since the study was opened, is not asked for by a command again", () => {
+  const tab: Tab = { id: "heads", title: "Heads", question: "", analyses: ["heads"] };
+  const running = { ...study, missing_measures: ["strength_entropy"] };
+  const ended = { ...study, arrived_measures: ["strength_entropy"] };
+  for (const needs of [{ measures: ["strength_entropy"] }, { anyOf: "heads" as const }])
+    for (const about of [running, ended]) {
+      const lack = lacking(view(needs), about, open)!;
+      expect(lack.command).toBe("");
+      expect(lack.sentence).toContain("Start vitrail open again");
+      expect(lackingAll(tab, about)).toEqual({
+        ...lack,
+        sentence: expect.stringContaining("Start vitrail open again"),
+      });
+    }
+  expect(lacking(view({ measures: ["strength_entropy"] }), running, open)?.sentence).toContain("It is being measured");
+  expect(lacking(view({ measures: ["strength_entropy"] }), ended, open)?.sentence).toContain("It was added after");
+});
+
+test("the bar says what is to come of a study, and that more is there than was opened", () => {
+  expect(toCome(study)).toBeUndefined();
+  const begun = toCome({ ...study, missing_images: 24, missing_measures: ["window"] })!;
+  expect(begun.words).toBe("24 to come, 1 measure under way");
+  expect(begun.advice).toContain("Under way: window. Start vitrail open again once vitrail study has ended.");
+  const more = toCome({ ...study, missing_images: 24, arrived_images: 24 })!;
+  expect(more.words).toBe("24 to come, more there by now");
+  expect(more.advice).toBe("More of the study is there than was opened. Start vitrail open again.");
 });
 
 test("a measure of some models only says so", () => {

@@ -5,7 +5,17 @@ import { stems } from "../src/charts/stems";
 import { mapLayout, numberLayout } from "../src/charts/cells";
 import { amongPatches, evenly, headPaint, MeanMaps, topOf } from "../src/headmaps.svelte";
 import { betweenPatches } from "../src/overlays/attention";
-import { beyondGrid, drawnPatch, layerAtDepth, positionAt, tokenIn, tokenOfPatch } from "../src/grids";
+import {
+  beyondGrid,
+  beyondGridOf,
+  drawnPatch,
+  layerAtDepth,
+  patchesOf,
+  patchScale,
+  positionAt,
+  tokenIn,
+  tokenOfPatch,
+} from "../src/grids";
 import {
   coverage,
   directionColour,
@@ -20,9 +30,10 @@ import {
 } from "../src/overlays/paint";
 import { chosenOverlay, listed } from "../src/overlays/registry";
 import type { Overlay } from "../src/overlays/overlay";
-import { stored, storedOverlays } from "../src/overlays/stored";
+import { asFlow, stored, storedOverlays } from "../src/overlays/stored";
+import { effectOf, inUnitOfComparison } from "../src/views/compare/compared.svelte";
 import { measuresOf } from "../src/views/reach";
-import type { Study } from "../src/types";
+import type { ComparedMeasure, Measure, Study } from "../src/types";
 
 const measure = (dims: string) => ({
   dims: dims.split(" "),
@@ -275,6 +286,58 @@ test("layers of two models stand side by side at the same depth", () => {
 test("a photograph is longer than the grid where pixels are left over, and as long where nothing is known", () => {
   const about = { grids: [[4, 4], [4, 5], null], views: [[4.75, 4.5], null, null] } as unknown as Study; // prettier-ignore
   expect([0, 1, 2, -1].map((layer) => beyondGrid(about, layer))).toEqual([[1.1875, 1.125], [1, 1], [1, 1], [1, 1]]); // prettier-ignore
+});
+
+test("what lies on the grid of another layer has the margin of that layer's grid", () => {
+  const about = { grids: [[25, 25], null, [12, 12]], views: [[25, 25], null, [12.5, 12.5]] } as unknown as Study; // prettier-ignore
+  expect(beyondGridOf(about, [25, 25])).toEqual([1, 1]);
+  expect(beyondGridOf(about, [12, 12])).toEqual([12.5 / 12, 12.5 / 12]);
+  expect(beyondGridOf(about, [6, 6])).toEqual([1, 1]);
+});
+
+test("patches of later layers of a hierarchy are longer, and are called by their layer", () => {
+  const hierarchy = { grids: [null, [8, 8], [2, 4]] } as unknown as Study;
+  expect([1, 2].map((layer) => patchScale(hierarchy, layer))).toEqual([1, Math.sqrt(8)]);
+  expect([patchesOf(hierarchy, 2), patchesOf(study, 1)]).toEqual(["patches of L2", "patches"]);
+  expect([patchScale(hierarchy, 0), patchScale(study, 1)]).toEqual([1, 1]);
+});
+
+test("the wheel of a flow is in patches of the first layer, as all lengths in numbers", async () => {
+  const grids = [[2, 2], [1, 1]]; // prettier-ignore
+  const tendency = { ...measure("image layer patch xy"), unit: "patches of L0, x to the right, y down" };
+  const hierarchy = { ...study, grids, measures: { tendency } } as unknown as Study;
+  const values = Float32Array.from([3, 4, 0, 0, 0, 0, 0, 0, 0, 2, NaN, NaN, NaN, NaN, NaN, NaN]);
+  const told = { dims: ["layer", "patch", "xy"], shape: [2, 4, 2], values };
+  const paint = stored(hierarchy, tendency as Measure, told, 1).paint(1, false);
+  expect(paint).toMatchObject({ kind: "arrows", unit: "patches of L1" });
+  const wheels = [0, 1].map((layer) => {
+    const tints = asFlow(hierarchy, tendency as Measure, stored(hierarchy, tendency as Measure, told, layer), layer);
+    return tints.paint(1, false);
+  });
+  expect(wheels.map((each) => each?.kind === "tints" && each.wheel)).toEqual([
+    { length: 5, unit: "patches of L0" },
+    { length: 4, unit: "patches of L0" },
+  ]);
+});
+
+test("lengths of two studies are drawn in one unit: shares of the side where patches are not all alike", () => {
+  const length = { ...measure("image layer patch"), unit: "patches" } as unknown as Measure;
+  const half = (n: number) => ({ dims: ["layer", "patch"], shape: [1, 1], values: Float32Array.from([n / 2]) });
+  const of = (n: number, unit: string | undefined) =>
+    inUnitOfComparison({ grids: [null, [n, n]] }, length, half(n), unit);
+  const sides = "share of the image's side";
+  expect([14, 28].map((n) => of(n, sides).array.values[0])).toEqual([0.5, 0.5]);
+  expect(of(14, sides).measure.unit).toBe(sides);
+  expect([of(14, "patches").array.values[0], of(14, undefined).array.values[0]]).toEqual([7, 7]);
+});
+
+test("an effect is infinite only where every image differs alike, and none where no image does", () => {
+  const effect = (standardised: number | null, alike: boolean, mean_difference: number) =>
+    effectOf({ standardised, alike, mean_difference } as ComparedMeasure);
+  expect(effect(null, true, -0.2)).toBe(-Infinity);
+  expect(effect(0, false, 1e-17)).toBe(0);
+  expect(effect(null, false, 0.03)).toBeNaN(); // of a single image
+  expect(effect(1.5, false, 0.3)).toBe(1.5);
 });
 
 test("the sum of windows counts those that hold a patch, in part where they hold a part", () => {

@@ -25,10 +25,14 @@ test("an overlay is a table of its patches, and of the tokens that lie on none",
     value: 1,
   });
   const xy = Float32Array.from([1, 2, 3, 4]);
-  expect(rowsOf({ kind: "arrows", ...base, xy }, 0)[1]).toEqual({ row: 0, column: 1, x: 3, y: 4 });
-  expect(rowsOf({ kind: "box", ...base, sides: [1, 0, 2, 0] }, 1)).toEqual([
-    { row: 0, column: 1, left: 1, top: 0, right: 2, bottom: 0 },
+  const unit = "patches of L3";
+  expect(rowsOf({ kind: "arrows", ...base, unit, xy }, 0)[1]).toEqual({ row: 0, column: 1, x: 3, y: 4, unit });
+  expect(rowsOf({ kind: "box", ...base, unit, sides: [1, 0, 2, 0] }, 1)).toEqual([
+    { row: 0, column: 1, left: 1, top: 0, right: 2, bottom: 0, unit },
   ]);
+  expect(rowsOf({ ...weights, unit: "nats", prefix: [...weights.prefix] }, 0).map((row) => row.unit)).toEqual(
+    Array(3).fill("nats"),
+  );
   const rgb = Float32Array.from([0, 0.5, 1, 1, 0.5, 0]);
   expect(rowsOf({ kind: "tints", ...base, rgb }, 0)[1]).toEqual({ row: 0, column: 1, red: 1, green: 0.5, blue: 0 });
 });

@@ -42,6 +42,22 @@ test.each([
   expect(layoutOf(dims)).toEqual({ drawing, shown, chosen });
 });
 
+const of = (...dims: string[]) => ({ dims: ["image", "layer", ...dims], unit: "1" });
+
+test("lengths of boxes and arrows, which come in patches of each layer, have means in patches of the first", () => {
+  const study = { prefixes: [0, 0], grids: [[4, 4], [2, 2]] } as unknown as Study; // prettier-ignore
+  const values = Float32Array.from({ length: 2 * 16 * 2 }, (_, at) => (at % 2 ? 0 : 1));
+  const arrows: NamedArray = { dims: ["layer", "patch", "xy"], shape: [2, 16, 2], values };
+  const measure = { ...of("patch", "xy"), unit: "patches of L0, x to the right, y down" };
+  expect([...layerMeans(arrows, study, {}, measure)]).toEqual([1, 2]);
+  expect([...layerMeans(arrows, study, {}, of("patch", "xy"))]).toEqual([1, 1]);
+  const sides: NamedArray = { dims: ["layer", "patch", "side"], shape: [2, 16, 2], values: values.map(() => 3) };
+  const box = { ...of("patch", "side"), unit: "patches of L0 left, top" };
+  expect([...layerMeans(sides, study, { side: 1 }, box)]).toEqual([3, 6]);
+  const converted: NamedArray = { dims: ["layer", "patch"], shape: [2, 16], values: values.subarray(0, 32).fill(5) };
+  expect([...layerMeans(converted, study, {}, { ...of("patch"), unit: "patches of L0" })]).toEqual([5, 5]);
+});
+
 test("means over a photograph's patches leave prefix tokens and padding out, and take the length of vectors", () => {
   const study = {
     prefixes: [2, 2],
@@ -55,13 +71,13 @@ test("means over a photograph's patches leave prefix tokens and padding out, and
     shape: [2, 6],
     values: Float32Array.from([9, 8, 1, 2, 3, 4, 9, 8, 5, 7, NaN, NaN]),
   };
-  expect([...layerMeans(tokens, study, {})]).toEqual([2.5, 6]);
+  expect([...layerMeans(tokens, study, {}, of("token"))]).toEqual([2.5, 6]);
   const vectors: NamedArray = {
     dims: ["layer", "patch", "xy"],
     shape: [1, 4, 2],
     values: Float32Array.from([3, 4, 0, 0, 0, 1, 0, 2]),
   };
-  expect([...layerMeans(vectors, study, {})]).toEqual([2]);
+  expect([...layerMeans(vectors, study, {}, of("patch", "xy"))]).toEqual([2]);
 });
 
 test("a class token that a layer returns alone, or beside merged patches, is no patch", () => {
@@ -80,7 +96,7 @@ test("a class token that a layer returns alone, or beside merged patches, is no 
     // Four patches; two of the next layer's grid; the class token alone.
     values: Float32Array.from([1, 2, 3, 6, 4, 5, NaN, NaN, 16, NaN, NaN, NaN]),
   };
-  expect([...layerMeans(tokens, late, {})]).toEqual([3, 4.5, NaN]);
+  expect([...layerMeans(tokens, late, {}, of("token"))]).toEqual([3, 4.5, NaN]);
 });
 
 test("a class has no mean, and neither has what is not of images", () => {

@@ -105,6 +105,14 @@ test("measures of patches are read at the chosen one, and averaged without paddi
   expect([...overPatches(values, 2, study)]).toEqual([2.5, 5.5]);
   const xy = Float32Array.from([0, 0, 3, 4, 0, 0, 0, 0, 0, 0, NaN, NaN, NaN, NaN, NaN, NaN]);
   expect(pulls({ dims: [], shape: [2, 4, 2], values: xy }, study, 1)).toEqual([{ layer: 0, x: 3, y: 4, length: 5 }]);
+  const hierarchy = { ...study, grids: [[2, 2], [1, 1]] } as typeof study; // prettier-ignore
+  const both = xy.slice().fill(2, 8, 9).fill(0, 9, 10);
+  expect(pulls({ dims: [], shape: [2, 4, 2], values: both }, hierarchy, 1)[1], "later layer of a hierarchy").toEqual({
+    layer: 1,
+    x: 4,
+    y: 0,
+    length: 4,
+  });
 });
 
 test("random orders make one band, methods a line each", () => {

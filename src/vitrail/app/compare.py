@@ -21,11 +21,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrail.app.answers import binary, json_answer, number_or_none, parse_index
+from vitrail.app.answers import binary, json_answer, number_or_none
 from vitrail.app.description import describe_views
 from vitrail.app.once import Once
-from vitrail.app.study_arrays import MAX_INDEX_DIGITS
+from vitrail.app.study_arrays import MAX_INDEX_DIGITS, StudyArrays
 from vitrail.comparison import compare, open_pair
+from vitrail.comparison.align import alike_measures
 from vitrail.comparison.findings import ALPHA, comparison_findings, measures_by_effect
 from vitrail.comparison.pairs import Pair
 from vitrail.sentence import Sentence
@@ -38,7 +39,7 @@ __all__ = ["routes"]
 N_IMAGES = 24
 """Images that changed most: four rows of thumbnails."""
 
-COLUMNS = ("mean_a", "mean_b", "mean_difference", "low", "high", "p", "standardised")
+COLUMNS = ("mean_a", "mean_b", "mean_difference", "low", "high", "p")
 
 
 def routes(state: "AppState") -> list[Route]:
@@ -72,11 +73,8 @@ def routes(state: "AppState") -> list[Route]:
     async def other_array(request: Request) -> Response:
         index = state.image_index(request.path_params["image"])
         pair, _ = await run_in_threadpool(comparison_of, request)
-        values = _of_other(pair, index, request.path_params["measure"])
-        if "head" in values.dims and "head" in request.query_params:
-            values = values.isel(head=parse_index(request, "head", values.sizes["head"]))
-        numbers = await run_in_threadpool(values.to_numpy)
-        return binary([str(dim) for dim in values.dims], numbers)
+        head = request.query_params.get("head")
+        return binary(*await run_in_threadpool(_of_other, pair, index, request.path_params["measure"], head))
 
     async def variable(request: Request) -> Response:
         name = request.path_params["variable"]
@@ -131,7 +129,7 @@ def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
             "prefixes": pair.b.plan.prefixes,
             "class_token": pair.b.plan.class_token,
             "n_heads": pair.b.plan.n_heads,
-            "measures": [name for name, values in pair.b.data.data_vars.items() if values.dims[:1] == ("image",)],
+            "measures": alike_measures(pair),
         },
         "depth": _numbers(compared["depth"].to_numpy()) if "depth" in compared.coords else [],
         "findings": [Sentence.of(each).to_json() for each in comparison_findings(compared)],
@@ -146,6 +144,7 @@ def _differences(pair: Pair, compared: xr.Dataset) -> dict[str, Any]:
 def _measure(compared: xr.Dataset, name: str) -> dict[str, Any]:
     row = compared.sel(measure=name)
     by_layer = f"{name}_difference"
+    effect, n_images = float(row["standardised"]), int(row["difference"].notnull().sum())
     return {
         "name": name,
         "title": str(row["title"].item()),
@@ -153,6 +152,8 @@ def _measure(compared: xr.Dataset, name: str) -> dict[str, Any]:
         "by_layer": by_layer in compared and compared[by_layer].dims == ("layer",),
         "by_head": f"{name}_head_difference" in compared,
         **{column: number_or_none(row[column]) for column in COLUMNS},
+        "standardised": 0.0 if np.isnan(effect) and n_images > 1 else number_or_none(effect),  # no image differs
+        "alike": bool(np.isinf(effect)),
     }
 
 
@@ -172,14 +173,14 @@ def _of_image(pair: Pair, compared: xr.Dataset, image: int) -> Mapping[str, Any]
     }
 
 
-def _of_other(pair: Pair, image: int, measure: str) -> xr.DataArray:
-    """What the other study holds of an image of the one that is open, not yet read."""
+def _of_other(pair: Pair, image: int, measure: str, head: str | None) -> tuple[tuple[str, ...], np.ndarray]:
+    """What the other study holds of an image of the one that is open, of one head or all; its dimensions first."""
     rows = np.flatnonzero(pair.a.rows == image)
     if not len(rows):
         raise HTTPException(404, "This image is not among those that both studies have and that were compared.")
-    if measure not in pair.b.data.data_vars or pair.b.data[measure].dims[:1] != ("image",):
-        raise HTTPException(404, f"The other study holds no measure {measure[:60]!r} of its images.")
-    return pair.b.data[measure].isel(image=int(pair.b.rows[rows[0]]))
+    other = StudyArrays(pair.b.data)
+    of_head = {"head": head} if head is not None and "head" in other.array(measure).dims else {}
+    return other.read_slice(measure, {"image": str(pair.b.rows[rows[0]]), **of_head})
 
 
 def _same(compared: xr.Dataset, at: int) -> bool | None:

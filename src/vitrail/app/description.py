@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+import xarray as xr
+
 from vitrail.analysis import BASE, Analysis, analyses, measures
 from vitrail.app.answers import number_or_none
 from vitrail.app.study_arrays import StudyArrays
@@ -15,10 +17,12 @@ from vitrail.study.plan import Plan, growing_command
 
 __all__ = ["describe_study", "describe_views"]
 
-MEASURE_TEXTS = ("title", "unit", "low", "high", "source", "limits", "analysis")
+MEASURE_TEXTS = ("title", "low", "high", "source", "limits", "analysis")
 
 
-def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str, in_commands: str) -> dict[str, Any]:
+def describe_study(
+    arrays: StudyArrays, plan: Plan, manifest: Manifest, name: str, in_commands: str, on_disk: xr.Dataset
+) -> dict[str, Any]:
     """Describe a study for the page.
 
     Args:
@@ -27,6 +31,7 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         manifest: The list of its images.
         name: The study's name, in the page's address.
         in_commands: How commands call its folder.
+        on_disk: The study as it opens now, perhaps with more than when it was opened.
 
     Returns:
         Values that JSON can hold: sizes and names of places by dimension, the plan's facts, each measure's dimensions
@@ -58,6 +63,9 @@ def describe_study(arrays: StudyArrays, plan: Plan, manifest: Manifest, name: st
         "labels_from": plan.labels_from,
         "own_labels": any(entry.label is not None for entry in manifest.images),
         "missing_images": int(dataset.attrs["missing_images"]),
+        "missing_measures": list(on_disk.attrs["missing_measures"]),
+        "arrived_images": on_disk.sizes["image"] - dataset.sizes["image"],
+        "arrived_measures": [str(measure) for measure in on_disk.data_vars if measure not in dataset],
         "has_thumbnails": "thumbnail" in dataset,
     }
 
@@ -116,12 +124,13 @@ def _command(analysis: Analysis, plan: Plan, manifest: Manifest, name: str) -> s
 
 def _describe_measure(arrays: StudyArrays, name: str) -> dict[str, Any]:
     array, declared = arrays.dataset[name], measures().get(name)
-    unit = str(array.attrs.get("unit", ""))
+    unit = arrays.unit(name)
     return {
         # the store does not say it of a measure whose package is not installed here: values that are names have no mean
         "is_quantity": not unit.startswith(("class", "number")) if declared is None else declared.is_quantity,
         "dims": [str(dimension) for dimension in array.dims],
         "baseline": arrays.baseline(name),
+        "unit": unit,
         **{key: str(array.attrs.get(key, "")) for key in MEASURE_TEXTS},
     }
 

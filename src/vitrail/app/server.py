@@ -54,7 +54,7 @@ from vitrail.app.study_arrays import StudyArrays, parse_image_set
 from vitrail.app.summary import STATISTICS, SetSummary
 from vitrail.app.what_if import routes as what_if_routes
 from vitrail.errors import UsageError, VitrailError
-from vitrail.study.store import PLAN, open_study, read_manifest, read_plan
+from vitrail.study.store import PARTS, PLAN, open_study, read_manifest, read_plan
 
 __all__ = ["create_app", "serve"]
 
@@ -125,6 +125,7 @@ class AppState:
         self.in_commands = str(study_path)
         self.others = tuple(others)
         self._plan_version, self._what_changed = _version(study_path / PLAN), ""
+        self._versions = self._versions_on_disk()
         self.plan = read_plan(study_path)
         self.dataset = open_study(study_path, partial=True)
         self.arrays = StudyArrays(self.dataset)
@@ -151,6 +152,21 @@ class AppState:
         if version != self._plan_version:
             self._plan_version, self._what_changed = version, self._compare_plan()
         return self._what_changed
+
+    def on_disk(self) -> xr.Dataset:
+        """The study as it opens now: images and measures that `vitrail study` adds meanwhile are in it.
+
+        Returns:
+            The dataset that was opened while nothing was added.
+
+        Raises:
+            StudyError: The folder can no longer be opened.
+        """
+        return self.dataset if self._versions_on_disk() == self._versions else open_study(self.folder, partial=True)
+
+    def _versions_on_disk(self) -> tuple[tuple[int, ...], ...]:
+        """What changes as parts are written, one after the other, and as a plan asks for more."""
+        return _version(self.folder / PLAN), _version(self.folder / PARTS)
 
     def _compare_plan(self) -> str:
         try:
@@ -397,7 +413,11 @@ def _open_socket(host: str, port: int) -> socket.socket:
 
 async def _study(state: AppState, _request: Request) -> Response:
     name = state.folder.resolve().name
-    study = await run_in_threadpool(describe_study, state.arrays, state.plan, state.manifest, name, state.in_commands)
+    study = await run_in_threadpool(
+        lambda: describe_study(
+            state.arrays, state.plan, state.manifest, name, state.in_commands, on_disk=state.on_disk()
+        )
+    )
     upload = {"bytes": MAX_UPLOAD_BYTES, "pixels": MAX_PIXELS}
     others = [folder.resolve().name for folder in state.others]
     more = {"upload": upload, "others": others, "has_curves": await run_in_threadpool(has_curves, state.folder)}

@@ -1,6 +1,6 @@
 """A study's arrays as the page asks for them: of one image, of one head over all images, and summaries of sets."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from threading import Event, Lock
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from vitrail.heads.correction import correct_mean, too_few_exact, words_of_corre
 from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.heads.head_values import importance_metrics
 from vitrail.heads.summary import value_limits
+from vitrail.layer_summary import in_first_patches
 from vitrail.stats import moment_interval
 
 __all__ = ["StudyArrays", "parse_image_set"]
@@ -46,6 +47,9 @@ MAX_ANSWER_BYTES = 256 * 2**20
 MAX_INDEX_DIGITS = 9
 """More digits than an index of any study has; Python's own limit on digits then never decides."""
 
+SHAPES = frozenset({"side", "xy"})
+"""Dimensions of boxes and arrows, which the page draws on the grid of their layer and in its patches."""
+
 N_WARMED = 2
 """Measures of importance that are summarised ahead: the one that the page opens with, and the next in its list."""
 
@@ -54,7 +58,10 @@ NamedSummary = tuple[tuple[str, ...], SetSummary]
 
 
 class StudyArrays:
-    """Reads the arrays of one open study. Every method may be called from any thread."""
+    """Reads the arrays of one open study. Every method may be called from any thread.
+
+    Lengths are as everywhere in patches of the first layer (`in_first_patches`), but for those of boxes and arrows.
+    """
 
     def __init__(self, dataset: xr.Dataset) -> None:
         """Read nothing yet.
@@ -66,6 +73,15 @@ class StudyArrays:
         self.n_images = int(dataset.sizes["image"])
         n_heads = np.asarray(dataset.attrs.get("n_heads", []), dtype=np.int64)
         self._absent = np.arange(n_heads.max(initial=0)) >= n_heads[:, None]  # [layer, head]
+        self._units: dict[str, str] = {}
+        self._scales: dict[str, Float32[np.ndarray, "layer"]] = {}  # of lengths in patches of their layer
+        for name, array in dataset.data_vars.items():
+            if "layer" in array.dims:
+                stored = xr.DataArray(np.ones(array.sizes["layer"]), dims="layer", attrs=array.attrs)
+                converted = in_first_patches(stored, dataset.attrs.get("grids"))
+                self._units[str(name)] = str(converted.attrs.get("unit", ""))
+                if converted is not stored and SHAPES.isdisjoint(map(str, array.dims)):
+                    self._scales[str(name)] = converted.to_numpy().astype(np.float32)
         self._cache: LRUCache[np.ndarray] = LRUCache(CACHE_BYTES)
         self._columns = Columns()
         self._summary_lock = Lock()
@@ -179,7 +195,7 @@ class StudyArrays:
             picked = columns[tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims[1:])]
             return remaining, np.moveaxis(np.asarray(picked), -1, 0)
         if array.nbytes > WHOLE_BYTES or ("image" in fixed and name not in self._cache):
-            return remaining, np.asarray(array.isel(fixed).values)
+            return remaining, self._read(array, fixed)
         position = tuple(fixed.get(str(dimension), slice(None)) for dimension in array.dims)
         return remaining, np.asarray(self.load(name)[position])
 
@@ -204,7 +220,7 @@ class StudyArrays:
         dims = [str(dimension) for dimension in array.dims if dimension != "image"]
         position = tuple(fixed.get(dimension, slice(None)) for dimension in dims)
         remaining = tuple(dimension for dimension in dims if dimension not in fixed)
-        return remaining, np.asarray(np.asarray(values)[position])
+        return remaining, np.asarray(self._convert(array, np.asarray(values), dims)[position])
 
     def load(self, name: str) -> np.ndarray:
         """All of one array, kept in memory while there is room.
@@ -215,7 +231,36 @@ class StudyArrays:
         Returns:
             Its values, in the dimensions of the study.
         """
-        return self._cache.get_or_create(name, lambda: np.asarray(self.dataset[name].values))
+        return self._cache.get_or_create(name, lambda: self._read(self.dataset[name], {}))
+
+    def unit(self, name: str) -> str:
+        """The unit of an array.
+
+        Args:
+            name: The array.
+
+        Returns:
+            That of the measure, but in a hierarchy lengths are in patches of its first layer. It is that of boxes and
+            arrows too, told in numbers: their values are in patches of their layer.
+        """
+        return self._units.get(name, str(self.dataset[name].attrs.get("unit", "")))
+
+    def _read(self, array: xr.DataArray, fixed: Mapping[str, Any]) -> np.ndarray:
+        """Part of an array from the disk; `fixed` picks an index, or several images, by dimension."""
+        values = np.asarray(array.isel(fixed).values)
+        remaining = [str(dimension) for dimension in array.dims if not isinstance(fixed.get(str(dimension)), int)]
+        return self._convert(array, values, remaining, fixed.get("layer"))
+
+    def _convert(
+        self, array: xr.DataArray, values: np.ndarray, dims: Sequence[str], layer: int | None = None
+    ) -> np.ndarray:
+        """Values as they are stored, of all layers along `dims` or of one, in the unit that the page has them in."""
+        scale = self._scales.get(str(array.name))
+        if scale is None:
+            return values
+        if layer is not None:
+            return np.asarray(values * scale[layer])
+        return np.asarray(values * scale.reshape([-1 if dimension == "layer" else 1 for dimension in dims]))
 
     def summary(
         self, name: str, images: ImageSet | None, over_heads: bool, fixed: dict[str, int], *, is_cost: bool = False
@@ -331,12 +376,12 @@ class StudyArrays:
             values = self.load(str(array.name))[(images, *position)]
         else:
             images = images[evenly_spaced(len(images), QUANTILES_FROM)]
-            values = np.asarray(array.isel(fixed | {"image": images}).values)
+            values = self._read(array, fixed | {"image": images})
         summary = _summarise(array, numbers(values), over_heads, is_cost)
         exact_name = self._exact_name(str(array.name))
         if exact_name is None:
             return summary
-        of_sample = np.asarray(self.array(exact_name).isel(fixed | {"image": images}).values)
+        of_sample = self._read(self.array(exact_name), fixed | {"image": images})
         return _corrected(summary, numbers(values), numbers(of_sample))
 
     def _numbers(
@@ -408,7 +453,7 @@ class StudyArrays:
         chunk = int((array.encoding.get("chunks") or (1,))[0])
         step = -(-step // chunk) * chunk
         for start in range(0, self.n_images, step):
-            yield start, np.asarray(array.isel(image=slice(start, start + step)).values)
+            yield start, self._read(array, {"image": slice(start, start + step)})
 
 
 def _blocks_of_columns(columns: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

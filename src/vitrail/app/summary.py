@@ -84,7 +84,11 @@ def summarise(
             interval = _interval_of_moments(part)
         else:
             interval = mean_interval(part, limits=limits, seed=seed)
-        low[which], high[which], reason = interval.low, interval.high, reason or interval.reason
+        low[which], high[which] = interval.low, interval.high
+        reason = reason or interval.reason.partition(", for ")[0]  # without the count, which is of this step
+    lacking = int(np.isnan(low[present]).sum())
+    if 0 < lacking < len(present):
+        reason = f"{reason}, for {lacking} of {len(present)} columns"
     sample = flat[evenly_spaced(n_images, QUANTILES_FROM)]
     quantiles = np.quantile(np.ascontiguousarray(sample.T), QUANTILES, axis=1)
     some = _columns_with_gaps(sample, quantiles[0])

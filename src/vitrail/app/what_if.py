@@ -82,10 +82,18 @@ async def _answer(state: "AppState", request: Request) -> Response:
             "classes": _before_and_after(changed, names),
             "drift": [float(layer.mean()) if layer.size else None for layer in present],
             "study": cost,
-            "use_this": changed.attrs["use_this"].replace("STUDY", shlex.quote(state.in_commands)),
+            "use_this": _with_folder(changed.attrs["use_this"], state.in_commands),
             "left_out": changed.attrs["left_out"],
         }
     )
+
+
+def _with_folder(use_this: str, in_commands: str) -> str:
+    """The command with the study's folder; Python lines, which name no study, as they are."""
+    command = "vitrail prune "
+    if not use_this.startswith(f"{command}STUDY"):
+        return use_this
+    return command + shlex.quote(in_commands) + use_this.removeprefix(f"{command}STUDY")
 
 
 async def _numbers(state: "AppState", request: Request) -> Response:

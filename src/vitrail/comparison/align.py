@@ -14,7 +14,7 @@ from vitrail.heads.exact_names import EXACT_VALUES
 from vitrail.layer_summary import is_in_patches
 from vitrail.measure import Measure
 
-__all__ = ["AlignedMeasure", "align", "common_depths", "comparable_measures", "mean_of_present"]
+__all__ = ["AlignedMeasure", "align", "alike_measures", "common_depths", "comparable_measures", "mean_of_present"]
 
 AVERAGED = ("head", "patch", "token")
 """Dimensions whose members of two models need not correspond."""
@@ -71,13 +71,8 @@ def comparable_measures(pair: Pair, names: list[str] | None = None) -> tuple[lis
     Raises:
         UsageError: A measure that is asked for cannot be compared, or there is none at all.
     """
-    stored = [{str(name) for name in side.data.data_vars} for side in (pair.a, pair.b)]
-    candidates = [
-        measure
-        for measure in measures().values()
-        if measure.is_quantity and measure.dims[0] == "image" and measure.name in stored[0] | stored[1]
-    ]
-    reasons = {measure.name: reason for measure in candidates if (reason := _why_not(pair, measure, stored))}
+    candidates = _quantities(pair)
+    reasons = {measure.name: reason for measure in candidates if (reason := _why_not(pair, measure))}
     usable = [measure for measure in candidates if measure.name not in reasons]
     if names is not None:
         _refuse_missing(names, reasons, {measure.name for measure in candidates})
@@ -90,6 +85,28 @@ def comparable_measures(pair: Pair, names: list[str] | None = None) -> tuple[lis
     return usable, reasons
 
 
+def alike_measures(pair: Pair) -> list[str]:
+    """The measures whose numbers mean the same in both studies, so that they can be drawn side by side.
+
+    Args:
+        pair: Two studies.
+
+    Returns:
+        Names of `comparable_measures`, and of those that have no mean to compare, such as the sides of a box.
+    """
+    return [measure.name for measure in _quantities(pair) if not _why_unlike(pair, measure)]
+
+
+def _quantities(pair: Pair) -> list[Measure]:
+    """The measures of images that one of the studies holds or both."""
+    stored = {str(name) for side in (pair.a, pair.b) for name in side.data.data_vars}
+    return [
+        measure
+        for measure in measures().values()
+        if measure.is_quantity and measure.dims[0] == "image" and measure.name in stored
+    ]
+
+
 def _refuse_missing(names: list[str], reasons: dict[str, str], candidates: set[str]) -> None:
     for name in names:
         if name in reasons:
@@ -98,15 +115,21 @@ def _refuse_missing(names: list[str], reasons: dict[str, str], candidates: set[s
             raise UsageError(f"{name} was to be compared; the studies hold: {', '.join(sorted(candidates))}.")
 
 
-def _why_not(pair: Pair, measure: Measure, stored: list[set[str]]) -> str:
+def _why_not(pair: Pair, measure: Measure) -> str:
+    if reason := _why_unlike(pair, measure):
+        return reason
+    if measure.several_kinds:
+        return f"its numbers along {measure.several_kinds!r} are of several kinds, which have no mean in common"
+    return ""
+
+
+def _why_unlike(pair: Pair, measure: Measure) -> str:
     name = measure.name
-    for side, own, other in ((pair.a, stored[0], stored[1]), (pair.b, stored[1], stored[0])):
-        if name in other and name not in own:
+    for side in (pair.a, pair.b):
+        if name not in side.data:
             return f"{side.folder.name} does not hold it"
     if name in EXACT_VALUES and "corrected" in (pair.a.option("importance"), pair.b.option("importance")):
         return f"its values are estimates; {EXACT_VALUES[name]} has the images with exact ones"
-    if measure.several_kinds:
-        return f"its numbers along {measure.several_kinds!r} are of several kinds, which have no mean in common"
     versions = [side.plan.measures.get(name) for side in (pair.a, pair.b)]
     if versions[0] != versions[1]:
         return f"it was computed by versions {versions[0]} and {versions[1]} of its definition"

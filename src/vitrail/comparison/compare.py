@@ -66,7 +66,7 @@ def compare(
         - `mean_a`, `mean_b`, `mean_difference` over images and all cells, with `low`, `high` (95 %, each alone),
           `low_all`, `high_all` (95 %, all measures together) and `p` (random signs, corrected for all measures);
           `standardised`: the mean difference in standard deviations of the difference over images, infinite where it is
-          the same in every image and NaN where no image differs;
+          the same in every image; NaN where no image differs, and of a single image, which says nothing of others;
         - `difference` [image measure];
         - `NAME_a`, `NAME_b`, `NAME_difference`, `NAME_low`, `NAME_high`, `NAME_low_all`, `NAME_high_all`, `NAME_p` by
           layer (coordinates `depth` and, block by block, `layer_a` and `layer_b`, its index in each model) and whatever
@@ -193,8 +193,9 @@ def _table(
     alone = [mean_interval(each.b - each.a, limits=each.limits, seed=seed) for each in by_image.values()]
     together = simultaneous_intervals(difference, seed=seed)
     mean = mean_of_present(difference, (0,))
-    spread = np.sqrt(mean_of_present((difference - mean) ** 2, (0,)))
     absent = np.isnan(difference)
+    spread = np.sqrt(mean_of_present((difference - mean) ** 2, (0,)))
+    spread[(~absent).sum(0) < 2] = np.nan
     sides = [np.stack([getattr(each, side) for each in by_image.values()], axis=1) for side in ("a", "b")]
     means = [mean_of_present(np.where(absent, np.nan, side), (0,)) for side in sides]
     columns = {
@@ -217,7 +218,7 @@ def _effect_sizes(
     mean: Float[np.ndarray, "measure"], spread: Float[np.ndarray, "measure"], size: Float[np.ndarray, "measure"]
 ) -> Float[np.ndarray, "measure"]:
     """Mean differences over their standard deviations, where rounding of numbers of this size counts as none."""
-    mean, spread = (np.where(np.abs(values) > ROUNDING * size, values, 0.0) for values in (mean, spread))
+    mean, spread = (np.where(np.abs(values) <= ROUNDING * size, 0.0, values) for values in (mean, spread))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(mean / spread)
 

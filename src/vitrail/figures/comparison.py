@@ -49,7 +49,8 @@ def measures_that_differ(compared: xr.Dataset) -> Figure:
     effect = table["standardised"].to_numpy()
     is_one = np.isfinite(effect) & (effect != 0)  # elsewhere nothing says how long a standard deviation is
     spread = np.divide(table["mean_difference"].to_numpy(), effect, out=np.full(len(order), np.nan), where=is_one)
-    standardised = np.where(np.isnan(effect), 0.0, effect)  # no image differs
+    is_alone = table["difference"].notnull().sum("image").to_numpy() < 2
+    standardised = np.where(np.isnan(effect) & ~is_alone, 0.0, effect)  # no image differs
     ends = np.stack([table[end].to_numpy() for end in ("low_all", "high_all")]) / spread
     drawn = np.abs([standardised, *ends])
     last = 1.1 * drawn[np.isfinite(drawn)].max(initial=0.1)  # where a difference that is alike in every image stands
@@ -63,6 +64,8 @@ def measures_that_differ(compared: xr.Dataset) -> Figure:
             axes.hlines(row, low, high, color=colour if each else WHISKER, linewidth=1.4)
         if np.isfinite(standardised[row]):
             axes.plot(standardised[row], row, "o", color=colour, markersize=4)
+        elif is_alone[row]:
+            _note(axes, row, 0.0, "of one image")
         else:
             _draw_alike(axes, row, np.copysign(last, standardised[row]), colour)
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=DASHES["dotted"])
@@ -82,10 +85,13 @@ def measures_that_differ(compared: xr.Dataset) -> Figure:
 def _draw_alike(axes: Any, row: int, end: float, colour: str) -> None:
     """A difference that is the same in every image, which no axis reaches."""
     axes.plot(end, row, ">" if end > 0 else "<", color=colour, markersize=5)
-    place = {"xytext": (-6, 0), "ha": "right"} if end > 0 else {"xytext": (6, 0), "ha": "left"}
-    axes.annotate(
-        "in every image alike", (end, row), textcoords="offset points", va="center", fontsize=6.5, color=INK, **place
-    )
+    _note(axes, row, end, "in every image alike")
+
+
+def _note(axes: Any, row: int, at: float, words: str) -> None:
+    """Words beside a place of a row, towards the middle of the axis."""
+    place = {"xytext": (-6, 0), "ha": "right"} if at > 0 else {"xytext": (6, 0), "ha": "left"}
+    axes.annotate(words, (at, row), textcoords="offset points", va="center", fontsize=6.5, color=INK, **place)
 
 
 @styled

@@ -69,7 +69,9 @@ def pruning_curves(curves: Curves, model: str = "", *, seed: int = 0) -> Figure:
 def _words_of_chance(table: dict[str, Area]) -> str:
     if not np.isfinite(next(iter(table.values())).chance):
         return ""
-    return f"; the grey band is where {len(table)} rankings that know nothing lie (95 %, by the spread of the orders)"
+    n = len(table)
+    lie = f"{n} rankings that know nothing lie" if n > 1 else "a ranking that knows nothing lies"
+    return f"; the grey band is where {lie} (95 %, by the spread of the orders)"
 
 
 def _draw_curve(axes: Any, curves: Curves, name: str, area: Area) -> None:
@@ -93,7 +95,10 @@ def _draw_areas(axes: Any, table: dict[str, Area], names: list[str], correctness
         axes.plot([value], [row], "o", color=COOL, markersize=3.6)
     chance = next(iter(table.values())).chance
     if np.isfinite(chance):
+        ends = np.abs([table[name].between for name in names])
         axes.axvspan(-chance, chance, color=CHANCE, linewidth=0, zorder=0)
+        if (far := 1.1 * float(np.nanmax(ends))) < chance:  # the band of few orders would leave no room for the areas
+            axes.set_xlim(-far, far)
     axes.axvline(0, color=INK, linewidth=0.9, linestyle=DASHES["dotted"])
     axes.set_yticks(rows, names)
     axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"area between ({correctness})")

@@ -86,7 +86,7 @@ def why_table(study: xr.Dataset) -> xr.Dataset:
         - `drop_class_part`, `drop_patch_part`: mean probability that the label loses without that part (region modes 3,
           4);
         - `strength_entropy_percentile`: share of the other heads, in percent, whose mean entropy is lower; in a
-          hierarchy of those whose layers have as many hops (`attrs["among"]`);
+          hierarchy of those whose layers have as many hops (`attrs["among"]`); NaN where there is no other;
         - `pattern` and `pattern_rule_held`: name and rule; `pattern_share`: images whose map takes that name by itself;
           `rule_...` the numbers behind them; `image_dependence`.
 
@@ -253,7 +253,9 @@ def _ranks(values: Float[np.ndarray, "layer head"]) -> Float[np.ndarray, "layer 
 
 def _percentiles(values: Float[np.ndarray, "layer head"]) -> Float[np.ndarray, "layer head"]:
     present = values[~np.isnan(values)]
-    lower = (present[None] < values.ravel()[:, None]).sum(1) / max(1, len(present) - 1) * 100
+    if len(present) < 2:
+        return np.full(values.shape, np.nan)  # of a head without others
+    lower = (present[None] < values.ravel()[:, None]).sum(1) / (len(present) - 1) * 100
     return np.where(np.isnan(values), np.nan, lower.reshape(values.shape))
 
 
@@ -410,9 +412,10 @@ def _spread(row: xr.Dataset) -> Iterator[Sentence]:
     clauses = dict[str, str]()
     if "strength_entropy_mean" in row and not np.isnan(row["strength_entropy_mean"]):
         percentile = row["strength_entropy_percentile"]
+        among = "" if np.isnan(percentile) else f", {_wider_than(float(percentile), percentile.attrs['among'])}"
         clauses["strength_entropy"] = (
-            f"the spread of its attention over distances is {float(row['strength_entropy_mean']):.2f} nats of entropy, "
-            f"{_wider_than(float(percentile), percentile.attrs['among'])}"
+            f"the spread of its attention over distances is {float(row['strength_entropy_mean']):.2f} nats of entropy"
+            f"{among}"
         )
     if "attention_distance_mean" in row and not np.isnan(row["attention_distance_mean"]):
         distance = row["attention_distance_mean"]

@@ -343,7 +343,7 @@ def area_table(curves: Curves, *, seed: int = 0) -> dict[str, Area]:
             _against_random(least[:some], random, one_more, seed),
             _against_random(most[:some], random, one_more, seed),
             float((random.mean(1) < least[:some].mean()).mean()),
-            2 * spread,
+            float(np.minimum(2 * spread, 1.0)),  # no area is larger; the spread of two or three orders may be
         )
     return dict(sorted(areas.items(), key=lambda item: -item[1].between[0]))
 
@@ -379,4 +379,6 @@ def _against_random(
 ) -> tuple[float, float, float]:
     """Area over the mean of the random orders, its interval over images widened by what one order varies."""
     value, low, high = _with_interval(area - random.mean(0), (-1.0, 1.0), seed)
-    return value, value - float(np.hypot(value - low, reach)), value + float(np.hypot(high - value, reach))
+    ends = value - np.hypot(value - low, reach), value + np.hypot(high - value, reach)
+    low, high = np.clip(ends, -1.0, 1.0)
+    return value, float(low), float(high)

@@ -145,7 +145,7 @@ def _facts(study: ReportData) -> Iterator[Part]:
         yield Text(note)
     if manifest.source == PHOTOS:
         yield Text(CROPS)
-    to_come = study.data.attrs.get("missing_measures")
+    to_come = study.data.attrs.get("missing_measures", [])
     if to_come:
         yield Text(f"Begun and not complete, so left out here: {', '.join(to_come)}.")
     if plan.left_out:
@@ -163,7 +163,11 @@ def _facts(study: ReportData) -> Iterator[Part]:
             words=(0, 1),
         )
     declared = measures()  # a plan may name measures of packages that are not installed here
-    missing = [name for name in _of_any_vit(with_masks=False) if not study.measures_of(name)]
+    missing = [
+        name
+        for name in _of_any_vit(with_masks=False)
+        if not study.measures_of(name) and not set(to_come) & set(analyses()[name].measure_names)
+    ]
     if missing:
         yield Text(
             f"This study holds nothing of {' and '.join(missing)}. The same images and options add it to this folder:"

@@ -32,15 +32,19 @@ export interface Marks extends Base {
   on: Uint8Array;
 }
 
-/** A vector in patches for each patch. */
+/** A vector for each patch, in patches of the grid. */
 export interface Arrows extends Base {
   kind: "arrows";
+  /** What these patches are called. */
+  unit: string;
   xy: Float32Array;
 }
 
-/** The box of one patch: left, top, right, bottom of it, in patches. */
+/** The box of one patch: left, top, right, bottom of it, in patches of the grid. */
 export interface Box extends Base {
   kind: "box";
+  /** What these patches are called. */
+  unit: string;
   sides: [number, number, number, number];
 }
 
@@ -50,8 +54,8 @@ export interface Tints extends Base {
   rgb: Float32Array;
   /** Opacity by patch, 0 to 1; the greatest of all where absent. */
   alpha?: Float32Array;
-  /** The length, in patches, at the rim of the wheel that explains the colours, where they are directions. */
-  wheel?: number;
+  /** The length at the rim of the wheel that explains the colours, where they are directions. */
+  wheel?: { length: number; unit: string };
 }
 
 export type Paint = Weights | Marks | Arrows | Box | Tints;

@@ -1,7 +1,7 @@
 // Every stored measure that has a value for each patch or token, drawn by the dimensions that it has.
 
 import { array } from "../api";
-import { gridOf, placeOfTokens, prefixNames } from "../grids";
+import { gridOf, patchesOf, patchScale, placeOfTokens, prefixNames } from "../grids";
 import { tabOf } from "../tabs";
 import type { Measure, NamedArray, Study } from "../types";
 import type { Overlay, OverlayData } from "./overlay";
@@ -12,7 +12,7 @@ import { coverage, ends, flow, longest, sharedTop, type Paint } from "./paint";
 const DRAWN: Record<string, { perToken: boolean; reading?: string }> = {
   patch: { perToken: false },
   token: { perToken: false },
-  "patch,xy": { perToken: false, reading: "An arrow a patch, in patches." },
+  "patch,xy": { perToken: false, reading: "An arrow a patch, in patches of its layer." },
   "patch,side": {
     perToken: true,
     reading: "The framed patch's own box, which need not hold it. Pointing shows others'.",
@@ -39,16 +39,22 @@ function ofFlow(tendency: Overlay): Overlay {
     title: `${tendency.title}, as a flow`,
     reading: "Colour: where a patch takes from, as on the wheel. Strong: far from it; plain: from all around.",
     load: async (context, at, signal): Promise<OverlayData> => {
-      const { strip } = await tendency.load(context, at, signal);
-      const paint = (layer: number, token: number): Paint | undefined => {
-        const arrows = strip!(layer, token);
-        if (arrows?.kind !== "arrows") return undefined;
-        const far = longest(arrows.xy);
-        return { kind: "tints", grid: arrows.grid, what: arrows.what, ...flow(arrows.xy, far), wheel: far };
-      };
-      return { paint: (token) => paint(at.layer, token), strip: paint };
+      const { about } = context;
+      return asFlow(about, about.measures.tendency!, await tendency.load(context, at, signal), at.layer);
     },
   };
+}
+
+/** Arrows of patches as colours, with the length at the rim of the wheel in the unit of the measure. */
+export function asFlow(study: Study, measure: Measure, arrowed: OverlayData, chosen: number): OverlayData {
+  const paint = (layer: number, token: number): Paint | undefined => {
+    const arrows = arrowed.strip!(layer, token);
+    if (arrows?.kind !== "arrows") return undefined;
+    const far = longest(arrows.xy);
+    const wheel = { length: far * patchScale(study, layer), unit: measure.unit.split(",")[0]! };
+    return { kind: "tints", grid: arrows.grid, what: arrows.what, ...flow(arrows.xy, far), wheel };
+  };
+  return { paint: (token) => paint(chosen, token), strip: paint };
 }
 
 /** The windows of all patches on top of each other. */
@@ -112,12 +118,13 @@ export function stored(study: Study, measure: Measure, found: NamedArray, chosen
     const n = grid[0] * grid[1];
     const prefix = place?.prefix ?? study.prefixes[layer] ?? 0;
     const base = { grid, what: measure.title };
+    const unit = measure.unit.startsWith("patches") ? patchesOf(study, layer) : measure.unit;
     if (kind === "patch,channel") return { kind: "tints", ...base, rgb: values.subarray(0, 3 * n) };
-    if (kind === "patch,xy") return { kind: "arrows", ...base, xy: values.subarray(0, 2 * n) };
+    if (kind === "patch,xy") return { kind: "arrows", ...base, unit, xy: values.subarray(0, 2 * n) };
     if (kind === "patch,side") {
       const at = 4 * Math.max(0, Math.min(n - 1, token - prefix));
       const sides = Array.from(values.subarray(at, at + 4)) as [number, number, number, number];
-      return sides.some((side) => Number.isNaN(side)) ? undefined : { kind: "box", ...base, sides };
+      return sides.some((side) => Number.isNaN(side)) ? undefined : { kind: "box", ...base, unit, sides };
     }
     if (found.values instanceof Uint8Array)
       return { kind: "marks", ...base, on: found.values.subarray(layer * size, layer * size + n) };
