@@ -11,10 +11,12 @@ from numpy.testing import assert_allclose
 from PIL import Image
 from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from heads.head_models import timm_swin
 from tokens.test_artefacts import LAYER, NEURON, PATCHES, planted, tokens_by_hand
 from vitrail import Preprocessing, artefact_heads, open_vit
+from vitrail.cli.entry import app
 from vitrail.errors import Unsupported, UsageError
 from vitrail.figures.artefacts import artefact_trial
 from vitrail.models.open import Vit
@@ -304,6 +306,23 @@ def test_attention_within_windows_has_no_parts_of_heads() -> None:
     outlying[0, 0] = True
     with pytest.raises(Unsupported, match="attends within windows: what each head adds"):
         written_by_heads(swin, torch.zeros(1, 3, 64, 64), 0, outlying)
+
+
+def test_the_command_groups_by_masks_and_names_heads(tmp_path) -> None:
+    (tmp_path / "mine.py").write_text("from tokens.test_artefact_writers import planted_head\n")
+    (tmp_path / "images" / "masks").mkdir(parents=True)
+    for index, view in enumerate(noise_views(4)):
+        view.save(tmp_path / "images" / f"{index}.png")
+        Image.fromarray(halves().astype(np.uint8)).save(tmp_path / "images" / "masks" / f"{index}.png")
+    model, images = f"{tmp_path / 'mine.py'}:planted_head", tmp_path / "images"
+    options = ["--masks", str(images / "masks"), "--heads", "1", "--neurons", "1", "--mean", "0.5", "--std", "0.5"]
+    result = CliRunner().invoke(app, ["artefacts", model, str(images), *options, "--out", str(tmp_path / "a.png")])
+    assert result.exit_code == 0, result.output
+    assert f"L{LAYER}H{HEAD}: " in result.output
+    assert "the silhouette of tokens by object is" in result.output
+    assert "mean over 2 images with two objects" in result.output, "masks are no images"
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 400
 
 
 def test_masks_and_heads_that_are_none_are_refused(neuron_vit) -> None:

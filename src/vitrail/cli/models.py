@@ -195,10 +195,10 @@ def artefacts(
         file = save(artefact_trial(trial), out)
     for sentence in artefact_findings(trial):
         typer.echo(sentence)
-    for name, place in (("neuron", "L{} neuron {}"), ("head", "L{}H{}")):
+    for name, form in (("neuron", "L{} neuron {}"), ("head", "L{}H{}")):
         columns = (trial[f"{name}_{each}"].to_numpy() for each in ("layer", "index", "share"))
         for layer, index, share in zip(*columns, strict=True):
-            typer.echo(f"{place.format(layer, index)}: {percent(share, 1)} of the length")
+            typer.echo(f"{form.format(layer, index)}: {percent(share, 1)} of the length")
     typer.echo(file)
 
 

@@ -131,12 +131,12 @@ def _draw_effects(figure: Any, trial: xr.Dataset) -> None:
     rows = figure.subplots(1, len(panels), sharey=True)
     for axes, (title, of_model) in zip(rows, panels.items(), strict=True):
         axes.set_title(title, fontsize=7)
-        for place, model in enumerate(models):
+        for row, model in enumerate(models):
             numbers = of_model.sel(model=model).to_numpy()
             numbers = numbers[~np.isnan(numbers)]
             low, high = _interval(numbers)
-            axes.plot([low, high], [place, place], color=WHISKER, linewidth=2.2)
-            axes.plot([numbers.mean()], [place], "o", color=COLOURS[model], markersize=4)
+            axes.plot([low, high], [row, row], color=WHISKER, linewidth=2.2)
+            axes.plot([numbers.mean()], [row], "o", color=COLOURS[model], markersize=4)
         axes.grid(axis="x", color=LINE, linewidth=0.6)
         axes.tick_params(labelsize=6)
     rows[0].set_yticks(range(len(models)), [NAMES.get(model, model) for model in models])

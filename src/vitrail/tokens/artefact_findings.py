@@ -54,7 +54,7 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
         same = trial["same_top1"].sel(model="registers").to_numpy().astype(bool)
         low, high, reason = share_interval(same)
         interval = "" if reason else f" (95 % interval {percent(float(low))} to {percent(float(high))})"
-        sentences.append(f"The most probable class stays for {percent(same.mean())} of {n_images} images{interval}.")
+        sentences.append(f"With them the most probable class stays for {percent(same.mean())} of {n_images}{interval}.")
     return sentences
 
 
@@ -130,26 +130,25 @@ def _attention_sentences(trial: xr.Dataset) -> Iterator[str]:
         for name in ("outlier_attention", "register_attention", "attention_entropy")
     )
     whose = "class token's" if trial.attrs["class_token"] else "patches'"
+    plain, cured, other = REGISTER_MODELS
+    limits = (-1.0, 1.0)
     yield (
-        f"Of the {whose} attention in the last layer {percent(outlier['as it is'].mean())} lies on these patches; with "
-        f"registers {percent(outlier['registers'].mean())}"
-        f"{_difference(outlier['registers'], outlier['as it is'], _points, (-1.0, 1.0))}, and "
-        f"{percent(register['registers'].mean())} on the registers; with registers for other neurons "
-        f"{percent(outlier['random neurons'].mean())}"
-        f"{_difference(outlier['random neurons'], outlier['as it is'], _points, (-1.0, 1.0))}."
+        f"Of the {whose} attention in the last layer {percent(outlier[plain].mean())} lies on these patches; with "
+        f"registers {percent(outlier[cured].mean())}{_difference(outlier[cured], outlier[plain], _points, limits)}, "
+        f"and {percent(register[cured].mean())} on the registers; with registers for other neurons "
+        f"{percent(outlier[other].mean())}{_difference(outlier[other], outlier[plain], _points, limits)}."
     )
     yield (
         "The entropy of that attention over patches, as a share of the largest possible, is "
-        f"{entropy['as it is'].mean():.3f}; with registers {entropy['registers'].mean():.3f}"
-        f"{_difference(entropy['registers'], entropy['as it is'], _thousandths, (-1.0, 1.0))}; with registers for other "
-        f"neurons {entropy['random neurons'].mean():.3f}"
-        f"{_difference(entropy['random neurons'], entropy['as it is'], _thousandths, (-1.0, 1.0))}."
+        f"{entropy[plain].mean():.3f}; with registers {entropy[cured].mean():.3f}"
+        f"{_difference(entropy[cured], entropy[plain], _thousandths, limits)}; with registers for other neurons "
+        f"{entropy[other].mean():.3f}{_difference(entropy[other], entropy[plain], _thousandths, limits)}."
     )
 
 
 def _grouping_sentences(trial: xr.Dataset) -> Iterator[str]:
     by_object = "object_silhouette" in trial["score"].values
-    for score in trial["score"].values[: 1 if not by_object else None]:
+    for score in trial["score"].values:
         values = {model: trial["grouping"].sel(model=model, score=score).to_numpy() for model in REGISTER_MODELS}
         known = ~np.isnan(values["as it is"])
         plain, cured, other = (values[model][known] for model in REGISTER_MODELS)

@@ -136,7 +136,7 @@ def try_registers(
     heads = strongest_heads(head_written, length, min(n_heads, n_all // 2))
     outcomes: dict[str, list[_Outcome]] = {}
     for model, changed, edits in _changed_models(vit, neurons, heads, n_registers, head_written, seed):
-        tell = None if progress is None else _told(progress, model, len(trying))
+        tell = None if progress is None else _progress_of(progress, model, len(trying))
         n_own = n_registers if model in REGISTER_MODELS[1:] else 0
         outcomes.setdefault(model, []).append(_try(changed, trying, worst, edits, owners, n_own, half, tell))
     plain = outcomes["as it is"][0]
@@ -361,7 +361,7 @@ def _head_written(
         return torch.full((layer + 1, 1), torch.nan), str(reason)
 
 
-def _told(progress: Callable[[str, int, int], None], model: str, n_images: int) -> Callable[[int], None]:
+def _progress_of(progress: Callable[[str, int, int], None], model: str, n_images: int) -> Callable[[int], None]:
     return lambda done: progress(model, done, n_images)
 
 
