@@ -54,7 +54,8 @@ def artefact_findings(trial: xr.Dataset) -> list[str]:
         same = trial["same_top1"].sel(model="registers").to_numpy().astype(bool)
         low, high, reason = share_interval(same)
         interval = "" if reason else f" (95 % interval {percent(float(low))} to {percent(float(high))})"
-        sentences.append(f"With them the most probable class stays for {percent(same.mean())} of {n_images}{interval}.")
+        stays = f"stays for {percent(same.mean())} of {n_images} images"
+        sentences.append(f"With them the most probable class {stays}{interval}.")
     return sentences
 
 

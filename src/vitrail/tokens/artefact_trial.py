@@ -150,9 +150,9 @@ def try_registers(
         ),
     }
     for name, writers in (("neuron", neurons), ("head", heads)):
-        variables[f"{name}_layer"] = (name, np.array([each[0] for each in writers], np.int64))
-        variables[f"{name}_index"] = (name, np.array([each[1] for each in writers], np.int64))
-        variables[f"{name}_share"] = (name, np.array([each.share for each in writers], np.float64))
+        variables[f"{name}_layer"] = ((name,), np.array([each[0] for each in writers], np.int64))
+        variables[f"{name}_index"] = ((name,), np.array([each[1] for each in writers], np.int64))
+        variables[f"{name}_share"] = ((name,), np.array([each.share for each in writers], np.float64))
     scores = list(SCORES if owners is None else OBJECT_SCORES)
     dataset = xr.Dataset(variables, coords={"model": list(outcomes), "score": scores})
     dataset.attrs = {
@@ -305,8 +305,15 @@ def _try(
         parts.append(part)
         if progress is not None:
             progress(start + len(views))
-    columns = [*zip(*parts, strict=True)]
-    return _Outcome(*(torch.cat(each) for each in columns[:-1]), np.concatenate(columns[-1]))
+    return _Outcome(
+        torch.cat([each.outlier_share for each in parts]),
+        torch.cat([each.outlying for each in parts]),
+        torch.cat([each.token_norm for each in parts]),
+        torch.cat([each.output for each in parts]),
+        torch.cat([each.attention for each in parts]),
+        torch.cat([each.register_attention for each in parts]),
+        np.concatenate([each.grouping for each in parts]),
+    )
 
 
 def _grouping(

@@ -468,7 +468,8 @@ class _LayerTokens(NamedTuple):
     def direction(self) -> Float[Tensor, "outlier channel"]:
         """That of each outlying token after the last of these layers."""
         last = self.outputs[-1][self.outlying]
-        return last / last.norm(dim=-1, keepdim=True)
+        unit: Tensor = last / last.norm(dim=-1, keepdim=True)
+        return unit
 
     @property
     def length(self) -> float:
