@@ -8,6 +8,7 @@
     python experiments/tokens.py relevance  --data ../shared/data
     python experiments/tokens.py hierarchy  --data ../shared/data
     python experiments/tokens.py views      --data ../shared/data
+    python experiments/tokens.py artefacts  --data ../shared/data
 
 Partial results lie in --work (a folder below the system's temporary one by default); tables and curves are written to
 docs/tokens. Photographs are taken in a fixed shuffled order, so that what is there at any time is a fair sample.
@@ -24,15 +25,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xarray as xr
 from PIL import Image
 from tiny_swin import SIDE, normalised, trained_swin
 
 from vitrail import open_vit
-from vitrail.data import ImageEntry, load_image, open_images, scan
+from vitrail.data import ImageEntry, load_image, open_images, scan, with_masks
+from vitrail.errors import Unsupported
+from vitrail.figures.artefacts import artefact_trial
+from vitrail.figures.style import save
 from vitrail.models.objects import coverage, in_view, patch_objects
-from vitrail.stats import mean_interval, spearman
+from vitrail.stats import mean_interval, share_interval, spearman
+from vitrail.study.batches import view_with_mask
 from vitrail.tokens import robustness
 from vitrail.tokens.amounts import cells_that_divide
+from vitrail.tokens.artefact_findings import artefact_findings
+from vitrail.tokens.artefact_trial import try_registers
 from vitrail.tokens.embedding import find_embedding
 from vitrail.tokens.filters import auroc, best_filters_by_class, filter_energy, filter_table, salient_patches
 from vitrail.tokens.flow import flow_row, read_steps, rollout
@@ -504,6 +512,125 @@ def save_views(file: Path, vit, data: Path, levels: Sequence[int] = (0, 1, 2, 4,
     np.savez(file, levels=levels, threads=torch.get_num_threads(), **found, **times)
 
 
+# --- artefacts -------------------------------------------------------------------------------------------------------
+
+TRIALS = (
+    ("vit_tiny_patch16_224", None),
+    ("deit_tiny_patch16_224", None),
+    ("vit_small_patch14", 224),
+    ("vit_small_patch14", 518),
+)
+"""Models, and the side of their images in pixels where it is not their own."""
+
+PHOTOGRAPHS = ("imagenet-sample", "coco-masks")
+"""Every eighth of the first, and all of the second, whose tokens are grouped by object."""
+
+
+def artefacts_command(arguments: argparse.Namespace) -> None:
+    """Writers of tokens of outlying length, ablation, registers: one trial for each model and set of photographs."""
+    lines = ["# Artefacts", "", "Neurons and heads are looked for on 16 photographs of the first half, changed models "
+             "are tried on the second half. Null: as many other neurons (of the same layers) or heads, of ablations "
+             "the mean of three draws. Mean (95 % interval) over photographs.", ""]  # fmt: skip
+    for model, side in TRIALS:
+        if model not in arguments.models:
+            continue
+        for photographs_of in PHOTOGRAPHS:
+            name = f"{model}{'' if side is None else f'-{side}'}"
+            file = arguments.work / f"artefacts-{name}-{photographs_of}-{arguments.images}.npz"
+            title = f"## {model}{'' if side is None else f', {side} px'}, {photographs_of}"
+            refusal = file.with_suffix(".txt")
+            if not file.exists() and not refusal.exists():
+                save_trial(file, refusal, arguments, model, side, photographs_of)
+            if refusal.exists():
+                lines += [title, "", refusal.read_text(), ""]
+                continue
+            trial = saved_trial(file)
+            lines += [title, "", *artefact_table(trial)]
+            save(artefact_trial(trial.isel(example=slice(0))), DOCS / f"artefacts-{name}-{photographs_of}.png")
+    write("artefacts.md", lines)
+
+
+def save_trial(
+    file: Path, refusal: Path, arguments: argparse.Namespace, model: str, side: int | None, photographs_of: str
+) -> None:
+    """The trial whole or not at all; the reason of a model without outlying tokens beside it."""
+    started, data = time.perf_counter(), arguments.data
+    vit = opened(data, model) if side is None else open_vit(data / "models" / model, image_size=side)
+    if photographs_of == "coco-masks":
+        source = open_images(data / "coco-masks" / "images", labels=False)
+        entries = with_masks(scan(source), data / "coco-masks" / "masks").images
+    else:
+        source = open_images(data / "imagenet-sample", labels=False)
+        entries = scan(source).images[::8]
+    views, masks = zip(*(view_with_mask(vit, source, entry) for entry in entries[: arguments.images]), strict=True)
+
+    def tell(what: str, done: int, total: int) -> None:
+        print(f"{file.stem}: {what}, {done} of {total}, {time.perf_counter() - started:.0f} s", flush=True)
+
+    try:
+        trial = try_registers(vit, views, masks=masks if photographs_of == "coco-masks" else None, progress=tell)
+    except Unsupported as reason:
+        refusal.write_text(str(reason))
+        return
+    variables = {str(name): trial[name] for name in trial.variables}
+    dims = {name: list(each.dims) for name, each in variables.items()}
+    told = json.dumps({"attrs": trial.attrs, "dims": dims})
+    unfinished = file.with_suffix(".unfinished.npz")
+    np.savez(unfinished, told=told, **{name: each.to_numpy() for name, each in variables.items()})
+    unfinished.replace(file)
+
+
+def saved_trial(file: Path) -> xr.Dataset:
+    """What `save_trial` wrote."""
+    arrays = dict(np.load(file))
+    told = json.loads(str(arrays.pop("told")))
+    variables = {name: (told["dims"][name], values) for name, values in arrays.items()}
+    return xr.Dataset(variables, attrs=told["attrs"]).set_coords(["model", "score"])
+
+
+def trial_cell(name: str, values: np.ndarray, digits: int) -> str:
+    """A mean with its interval; of answers that are all the same or not, a share with that of a share."""
+    if name != "top-1 stays" or not np.isin(values, (0, 1)).all():
+        return interval(values, digits)
+    low, high, reason = share_interval(values.astype(bool))
+    return f"{values.mean():.{digits}f} ({reason or f'{low:.{digits}f} to {high:.{digits}f}'})"
+
+
+def artefact_table(trial: xr.Dataset) -> list[str]:
+    """Every number of every model that was tried, and the findings."""
+    worst, models = int(trial.attrs["worst_layer"]), [str(each) for each in trial["model"].values]
+    columns = {
+        f"outlying patches after L{worst}": (trial["outlier_share"].isel(layer=worst) * trial.sizes["patch"], 1),
+        **({"top-1 stays": (trial["same_top1"], 3)} if "same_top1" in trial else {}),
+        "1 - cosine of the output": (trial["output_shift"], 3),
+        "attention on them": (trial["outlier_attention"], 3),
+        "on registers": (trial["register_attention"], 3),
+        "entropy of the map": (trial["attention_entropy"], 3),
+        **{str(each).replace("_", " "): (trial["grouping"].sel(score=each), 3) for each in trial["score"].values},
+    }
+    lines = [row(["model", *columns]), row(["---"] * (1 + len(columns)))]
+    for model in models:
+        values = [(each.sel(model=model).to_numpy(), digits) for each, digits in columns.values()]
+        lines.append(row([model, *(trial_cell(name, *each) for name, each in zip(columns, values, strict=True))]))
+    writers = [
+        ", ".join(
+            f"{form.format(int(layer), int(index))} {share:.1%}"
+            for layer, index, share in zip(
+                *(trial[f"{of}_{each}"].values for each in ("layer", "index", "share")), strict=True
+            )
+        )
+        for of, form in (("neuron", "L{} neuron {}"), ("head", "L{}H{}"))
+    ]
+    return [
+        *lines,
+        "",
+        f"Of the length: {'; '.join(each for each in writers if each)}.",
+        "",
+        *(f"- {sentence}" for sentence in artefact_findings(trial)),
+        "",
+    ]
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -527,7 +654,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=sorted(COMMANDS))
     parser.add_argument("--data", type=Path, required=True, help="folder with models/, imagenet-sample/, coco-masks/")
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="+", help="Default: the two tiny ones; artefacts: the ViT-S as well.")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--finished", action="store_true", help="robustness: tabulate what is there, compute nothing")
@@ -535,6 +662,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-neurons")
     parser.add_argument("--build", type=Path, default=Path(".build"), help="hierarchy: where its weights are kept")
     arguments = parser.parse_args()
+    of_command = dict.fromkeys(model for model, _ in TRIALS) if arguments.command == "artefacts" else MODELS
+    arguments.models = arguments.models or list(of_command)
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     DOCS.mkdir(parents=True, exist_ok=True)
@@ -542,6 +671,7 @@ def main() -> None:
 
 
 COMMANDS = {
+    "artefacts": artefacts_command,
     "filters": filters_command,
     "grouping": grouping_command,
     "hierarchy": hierarchy_command,

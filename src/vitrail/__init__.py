@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vitrail.study.store import open_study
     from vitrail.tap.edits import Edit
     from vitrail.tap.tap import LayerAttention, Readers
-    from vitrail.tokens.artefacts import artefact_neurons, with_registers
+    from vitrail.tokens.artefacts import artefact_heads, artefact_neurons, with_registers
     from vitrail.tokens.matches import match_patches
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ _HOME = {
     "Need": "vitrail.analysis",
     "Option": "vitrail.analysis",
     "analyses": "vitrail.analysis",
+    "artefact_heads": "vitrail.tokens.artefacts",
     "artefact_neurons": "vitrail.tokens.artefacts",
     "measures": "vitrail.analysis",
     "register": "vitrail.analysis",
@@ -88,6 +89,7 @@ __all__ = [
     "Vit",
     "VitrailError",
     "analyses",
+    "artefact_heads",
     "artefact_neurons",
     "check_vit",
     "compare",

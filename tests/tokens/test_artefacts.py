@@ -19,7 +19,8 @@ from vitrail.figures.artefacts import artefact_trial
 from vitrail.models.open import Vit
 from vitrail.pruning.removal import remove_heads
 from vitrail.tap.tap import Readers
-from vitrail.tokens.artefact_trial import artefact_findings, try_registers
+from vitrail.tokens.artefact_findings import artefact_findings
+from vitrail.tokens.artefact_trial import try_registers
 from vitrail.tokens.artefacts import artefact_neurons, outlying_patches, with_registers, written_by_layers
 
 LAYER, NEURON, PATCHES = 1, 7, (0, 5)

@@ -12,7 +12,16 @@ from sklearn.metrics.pairwise import cosine_similarity
 from vitrail.errors import UsageError
 from vitrail.models.objects import coverage, in_view, object_share, patch_objects
 from vitrail.models.preprocessing import Preprocessing
-from vitrail.tokens.grouping import cluster, k_distance_radius, oracle_radius, score_grouping, silhouette, tsne
+from vitrail.tokens.grouping import (
+    cluster,
+    k_distance_radius,
+    label_free_silhouette,
+    object_silhouette,
+    oracle_radius,
+    score_grouping,
+    silhouette,
+    tsne,
+)
 
 
 def planted(spread=0.3, sizes=(12, 9, 15), n_noise=4, seed=0):
@@ -45,6 +54,27 @@ def test_silhouettes_are_those_of_scikit_learn(radius):
     assert found.max() >= 1
     expected = silhouette_score(tokens[kept], found[kept], metric="cosine")
     assert silhouette(1 - cosine_similarity(tokens), found) == pytest.approx(expected, abs=1e-9)
+
+
+def test_objects_that_lie_apart_have_a_high_silhouette_and_objects_at_random_none():
+    tokens, owner = planted(n_noise=0)
+    assert_allclose(object_silhouette(tokens, owner), silhouette_score(tokens, owner, metric="cosine"), atol=1e-9)
+    assert object_silhouette(tokens, owner) > 0.7
+    drawn = np.random.default_rng(1)
+    random = [object_silhouette(tokens, drawn.permutation(owner)) for _ in range(20)]
+    assert abs(np.mean(random)) < 0.1
+    assert_allclose(object_silhouette(3 * tokens, owner * 7), object_silhouette(tokens, owner), atol=1e-9)
+
+
+def test_tokens_without_known_objects_have_the_silhouette_of_their_clusters():
+    tokens, _ = planted()
+    clusters = cluster(distances_of(tokens), k_distance_radius(distances_of(tokens)))
+    clustered = clusters >= 0
+    expected = silhouette_score(tokens[clustered], clusters[clustered], metric="cosine")
+    assert_allclose(label_free_silhouette(tokens), expected, atol=1e-6)
+    assert label_free_silhouette(planted(n_noise=0)[0]) > 0.7
+    noise = np.random.default_rng(0).normal(size=(40, 16))
+    assert label_free_silhouette(noise) < 0.2
 
 
 def test_a_silhouette_of_one_cluster_is_0_and_of_none_minus_1():

@@ -140,33 +140,65 @@ def artefacts(
     out: Annotated[Path, typer.Option("--out", "-o", help="The figure, as PNG, SVG or PDF.", metavar="FILE")] = Path(
         "artefacts.png"
     ),
-    limit: Annotated[int, typer.Option(help="Images at most; half find the neurons, half try registers.", min=2)] = 64,
-    neurons: Annotated[int, typer.Option(help="Neurons that registers listen to.", min=1)] = 8,
+    limit: Annotated[
+        int,
+        typer.Option(
+            help="Images at most: changed models are tried on the second half, neurons and heads looked for on 16 of "
+            "the first at most.",
+            min=2,
+        ),
+    ] = 64,
+    neurons: Annotated[
+        int, typer.Option(help="Neurons that are switched off and that registers listen to.", min=1)
+    ] = 8,
+    heads: Annotated[int, typer.Option(help="Heads that are switched off, at most.", min=1)] = 3,
     registers: Annotated[int, typer.Option(help="Registers.", min=1)] = 1,
-    seed: Annotated[int, seed_option("Of the other neurons that they are compared with.")] = 0,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of PNGs with instance ids, named like the images: tokens are grouped by object. Default: "
+            "without objects.",
+            metavar="DIR",
+        ),
+    ] = None,
+    seed: Annotated[int, seed_option("Of the other neurons and heads that they are compared with.")] = 0,
 ) -> None:
-    """Tokens of outlying length: which neurons write them, and what registers at test time make of the model."""
+    """Tokens of outlying length: which neurons and heads write them, what is left without these, what registers do."""
     from rich.console import Console
 
-    from vitrail.data import load_image, open_images, scan
+    from vitrail.data import open_images, scan, with_masks
     from vitrail.figures.artefacts import artefact_trial
     from vitrail.figures.style import figure_path, save
-    from vitrail.tokens.artefact_trial import artefact_findings, try_registers
+    from vitrail.study.batches import view_with_mask
+    from vitrail.tokens.artefact_findings import artefact_findings
+    from vitrail.tokens.artefact_trial import try_registers
 
     out = figure_path(out)
     vit = model.open()
-    source = open_images(images, limit=limit, labels=False)
+    source = open_images(images, limit=limit, labels=False, leave_out=[] if masks is None else [masks])
     with Console(stderr=True).status("reading images") as status:
         manifest = scan(source, lambda done, total: status.update(f"reading images: {done} of {total}"))
-        views = [vit.view(load_image(source, entry)) for entry in manifest.images]
-        status.update(f"{len(views)} images with and without registers")
-        trial = try_registers(vit, views, neurons, registers, seed)
+        if masks is not None:
+            manifest = with_masks(manifest, masks)
+        views, ids = zip(*(view_with_mask(vit, source, entry) for entry in manifest.images), strict=True)
+        status.update(f"looking for neurons and heads on {len(views)} images")
+        trial = try_registers(
+            vit,
+            views,
+            neurons,
+            registers,
+            seed,
+            n_heads=heads,
+            masks=None if masks is None else ids,
+            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} images"),
+        )
         file = save(artefact_trial(trial), out)
     for sentence in artefact_findings(trial):
         typer.echo(sentence)
-    columns = (trial[f"neuron_{each}"].to_numpy() for each in ("layer", "index", "share"))
-    for layer, index, share in zip(*columns, strict=True):
-        typer.echo(f"L{layer} neuron {index}: {percent(share, 1)} of the length")
+    for name, form in (("neuron", "L{} neuron {}"), ("head", "L{}H{}")):
+        columns = (trial[f"{name}_{each}"].to_numpy() for each in ("layer", "index", "share"))
+        for layer, index, share in zip(*columns, strict=True):
+            typer.echo(f"{form.format(layer, index)}: {percent(share, 1)} of the length")
     typer.echo(file)
 
 

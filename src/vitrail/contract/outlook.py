@@ -1,6 +1,6 @@
 """What a study of a model will hold, said before it is made: what it leaves out and why, or why there can be none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,21 +86,31 @@ def _refusal(vit: Vit) -> str:
     return reason_of_chance(vit.tap(), noise)
 
 
-def require_finite(name: str, logits: Float[Tensor, "image class"]) -> None:
+def require_finite(
+    name: str, values: Float[Tensor, "image *rest"], images: Sequence[str] = (), subject: str = ""
+) -> None:
     """Refuses an answer from which no number could be made.
 
     Args:
         name: Of the model.
-        logits: Its answer [image, class].
+        values: Its answer [image, class], or anything else that it computed for each image.
+        images: What the images are called; without names an image of several is called by its index.
+        subject: What the values are, in the words that go before the image; "": the answer of the model.
 
     Raises:
-        ModelError: The answer has NaN or infinite numbers.
+        ModelError: There are NaN or infinite numbers; the first image with one is named.
+
+    Example:
+        >>> require_finite(vit.name, vit.logits(images), ["cat.jpg", "dog.jpg"])  # doctest: +SKIP
     """
-    if not logits.isfinite().all():
-        raise ModelError(
-            f"The answer of {name} to this image is not finite (NaN or infinite). Check the weights, or try float32 if "
-            "another precision was asked for."
-        )
+    if values.isfinite().all():
+        return
+    first = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
+    image = "this image" if len(values) == 1 else f"the image at index {first}"
+    raise ModelError(
+        f"{subject or f'The answer of {name} to'} {images[first] if images else image} is not finite (NaN or "
+        "infinite). Check the weights, or try float32 if another precision was asked for."
+    )
 
 
 @torch.no_grad()

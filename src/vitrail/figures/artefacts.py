@@ -1,15 +1,33 @@
-"""The figure of artefacts: which layer writes them, what registers leave of them, and what maps look like then."""
+"""The figure of artefacts: who writes them, what is left without their writers or with registers, and the maps."""
 
 from typing import Any
 
+import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
-from vitrail.figures.style import COOL, LINE, MARK, SOFT, Figure, blank, explain, styled
-from vitrail.tokens.outliers import outlier_counts
+from vitrail.figures.style import COOL, LINE, MARK, SOFT, WHISKER, Figure, blank, explain, styled
+from vitrail.stats import mean_interval, share_interval
+from vitrail.tokens.outliers import REGISTER_MODELS, outlier_counts
 
 __all__ = ["artefact_trial"]
 
-COLOURS = {"as it is": MARK, "registers": COOL, "random neurons": SOFT}
+COLOURS = {
+    "as it is": MARK,
+    "registers": COOL,
+    "random neurons": SOFT,
+    "neurons off": COOL,
+    "other neurons off": SOFT,
+    "heads off": COOL,
+    "other heads off": SOFT,
+}
+NAMES = {"random neurons": "registers, other neurons"}
+EFFECTS = {
+    "outlier_attention": "attention on them",
+    "attention_entropy": "entropy of the map",
+    "object_silhouette": "silhouette by object",
+    "silhouette": "silhouette, label-free",
+}
 MAPS = {"token_norm": "length of tokens", "class_attention": "class token's attention"}
 
 
@@ -23,12 +41,28 @@ def artefact_trial(trial: xr.Dataset) -> Figure:
     Returns:
         The figure.
     """
+    n_examples = trial.sizes["example"]
+    figure = blank(8.4, 4.8 + 1.55 * n_examples, f"Tokens of outlying length: {trial.attrs['name']}")
+    heights = [2.3, 2.2, *([1.55 * n_examples] if n_examples else [])]
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    _draw_layers(parts[0], trial)
+    _draw_effects(parts[1], trial)
+    if n_examples:
+        _draw_maps(parts[2], trial)
+    explain(
+        figure,
+        "Off: for every token, the neurons or heads that write most of their length; grey: as many others. Registers: "
+        "zero tokens that are given what these neurons would write, after Jiang et al. 2025 (arXiv 2506.08010); grey: "
+        "as many other neurons of the same layers. Bars: 95 % intervals over images, where images are enough.",
+        "Each map has its own scale." if n_examples else "",
+    )
+    return figure
+
+
+def _draw_maps(figure: Any, trial: xr.Dataset) -> None:
+    """Photographs with the lengths of their tokens and the class token's attention, before and after."""
     n_examples, worst = trial.sizes["example"], int(trial.attrs["worst_layer"])
-    figure = blank(8.4, 2.6 + 1.55 * n_examples, f"Tokens of outlying length: {trial.attrs['name']}")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[2.3, 1.55 * n_examples])
-    upper, lower = parts
-    _draw_layers(upper, trial)
-    axes = lower.subplots(n_examples, 5, squeeze=False)
+    axes = figure.subplots(n_examples, 5, squeeze=False)
     for row in range(n_examples):
         axes[row, 0].imshow(trial["photo"][row].to_numpy())
         column = 1
@@ -45,16 +79,14 @@ def artefact_trial(trial: xr.Dataset) -> Figure:
                 column += 1
         for panel in axes[row]:
             panel.set_axis_off()
-    explain(
-        figure,
-        "Registers: zero tokens that are given what the neurons that write these tokens would write, after Jiang et "
-        "al. 2025 (arXiv 2506.08010); grey: as many other neurons of the same layers. Each map has its own scale.",
-    )
-    return figure
 
 
 def _draw_layers(figure: Any, trial: xr.Dataset) -> None:
-    left, right = figure.subplots(1, 2)
+    """What layers and heads write, and outlying patches by layer with and without registers."""
+    with_heads = not trial.attrs["no_heads"]
+    left, *middle, right = figure.subplots(1, 3 if with_heads else 2)
+    for panel in middle:
+        _draw_heads(figure, panel, trial)
     written = trial["written"].to_numpy()
     layers = range(len(written))
     for part, (words, colour) in enumerate((("attention", COOL), ("MLP", MARK))):
@@ -62,10 +94,59 @@ def _draw_layers(figure: Any, trial: xr.Dataset) -> None:
     left.set(xlabel="layer (index)", ylabel="added to the token's length")
     left.legend(frameon=False, fontsize=6.5)
     counts = outlier_counts(trial)
-    for model, colour in COLOURS.items():
-        right.plot(counts.sel(model=model).to_numpy(), "o-", color=colour, markersize=3, label=model)
+    for model in REGISTER_MODELS:
+        right.plot(counts.sel(model=model).to_numpy(), "o-", color=COLOURS[model], markersize=3, label=model)
     right.set(xlabel="after layer (index)", ylabel="patches of an image that stand out")
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=6.5)
     for axes in (left, right):
         axes.grid(axis="y", color=LINE, linewidth=0.6)
+
+
+def _draw_heads(figure: Any, axes: Any, trial: xr.Dataset) -> None:
+    written = trial["head_written"].to_numpy()
+    largest = float(np.nanmax(np.abs(written))) or 1.0
+    image = axes.imshow(written, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_title("written by heads", fontsize=7)
+    axes.set(xlabel="head (index)", ylabel="layer (index)")
+    axes.set_xticks(range(written.shape[1]))
+    axes.set_yticks(range(written.shape[0]))
+    figure.colorbar(image, ax=axes, shrink=0.8)
+
+
+def _draw_effects(figure: Any, trial: xr.Dataset) -> None:
+    """Each number of every model with its interval; grouping and attention of those with registers, beside the rest."""
+    models = [str(each) for each in trial["model"].values]
+    share = trial["outlier_share"].isel(layer=int(trial.attrs["worst_layer"])) * trial.sizes["patch"]
+    panels = {f"outlying patches after L{trial.attrs['worst_layer']}": share}
+    if "same_top1" in trial:
+        panels["same class"] = trial["same_top1"]
+    grouping = trial["grouping"].isel(score=0)
+    values = {
+        "outlier_attention": trial["outlier_attention"],
+        "attention_entropy": trial["attention_entropy"],
+        str(grouping["score"].values): grouping,
+    }
+    panels |= {EFFECTS[name]: each for name, each in values.items()}
+    rows = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, of_model) in zip(rows, panels.items(), strict=True):
+        axes.set_title(title, fontsize=7)
+        for row, model in enumerate(models):
+            numbers = of_model.sel(model=model).to_numpy()
+            numbers = numbers[~np.isnan(numbers)]
+            low, high = _interval(numbers)
+            axes.plot([low, high], [row, row], color=WHISKER, linewidth=2.2)
+            axes.plot([numbers.mean()], [row], "o", color=COLOURS[model], markersize=4)
+        axes.grid(axis="x", color=LINE, linewidth=0.6)
+        axes.tick_params(labelsize=6)
+    rows[0].set_yticks(range(len(models)), [NAMES.get(model, model) for model in models])
+    rows[0].invert_yaxis()
+
+
+def _interval(numbers: Float[np.ndarray, "image"]) -> tuple[float, float]:
+    """Of their mean, of a share where all are 0 or 1; NaN, which draws nothing, where there is none."""
+    if np.isin(numbers, (0.0, 1.0)).all():
+        low, high, _ = share_interval(numbers.astype(bool))
+    else:
+        low, high, _ = mean_interval(numbers)
+    return float(low), float(high)

@@ -36,7 +36,7 @@ from vitrail.study.writing import StudyFolder
 from vitrail.tap.budget import budget_of, halve
 from vitrail.tap.tap import Readers
 
-__all__ = ["BatchRun", "LoadedBatch", "StudyRun", "load_batches"]
+__all__ = ["BatchRun", "LoadedBatch", "StudyRun", "load_batches", "view_with_mask"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -115,15 +115,27 @@ def _one_ahead(
 
 
 def _load(vit: Vit, source: ImageSource, entries: Sequence[ImageEntry]) -> LoadedBatch:
-    views, masks = zip(*(_view(vit, source, entry) for entry in entries), strict=True)
+    views, masks = zip(*(view_with_mask(vit, source, entry) for entry in entries), strict=True)
     thumbnails = np.stack([_thumbnail(view) for view in views])
     return LoadedBatch(entries, vit.prepare_views(views), thumbnails, masks)
 
 
-def _view(
+def view_with_mask(
     vit: Vit, source: ImageSource, entry: ImageEntry
 ) -> tuple[Image.Image, Int64[np.ndarray, "row column"] | None]:
-    """What the model sees of a photograph, which may take 240 MB itself and is gone before the next is decoded."""
+    """What the model sees of a photograph, which may take 240 MB itself and is gone before the next is decoded.
+
+    Args:
+        vit: The model.
+        source: Where the photograph lies.
+        entry: The photograph; it knows its mask if `vitrail.data.with_masks` made the manifest.
+
+    Returns:
+        The view, and the instance ids of its pixels; None where the photograph has no mask.
+
+    Raises:
+        DataError: The mask has changed, or is not as large as the photograph.
+    """
     image = load_image(source, entry)
     return vit.view(image), _mask_in_view(entry, image, vit)
 

@@ -12,6 +12,10 @@ amounts     how many patches are lost, how many cells are shuffled (no torch)
 grouping    do tokens of one object find together
 vectors     principal components as colour, norms, similarity
 outliers    tokens of outlying norm (no torch)
+artefacts   which neurons and heads write them; models without these neurons, and with registers
+artefact_trial     what such models do to outlying tokens, answers, attention and grouping, with a null
+artefact_findings  the same in sentences (no torch)
+matches     the patches of other images that are most like one
 relevance   which patches a prediction rests on, and curves that judge the methods
 summary     a study's tokens summed up over its images (no torch)
 one_image   the arrays of one image

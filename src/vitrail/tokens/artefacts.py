@@ -1,43 +1,56 @@
-"""Tokens of outlying length: which neurons write them, and a model that keeps them in a register instead.
+"""Tokens of outlying length: which neurons and heads write them, and models in which they no longer do.
 
 Cause. The length of a token is the sum of what every layer has added to it along its final direction; what an MLP adds
-is the sum of what its neurons add. Both sums are exact, so each neuron has its share of the length (our construction).
+is the sum of what its neurons add, what attention adds is the sum of what each head adds through its own part of the
+output projection, and biases. All sums are exact, so each neuron and head has its share of the length (our
+construction). The ablation: the same neurons off for every token, or the same heads pruned.
 
 Cure. A zero token, the register, is put behind the prefix tokens. The neurons that write outlying tokens give it their
 strongest activation among the patches, and none to the patches themselves: test-time registers after Jiang et al. 2025
 (arXiv 2506.08010); that such tokens hold what trained registers hold is of Darcet et al. 2023 (arXiv 2309.16588).
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vitrail.contract.outlook import require_finite
+from vitrail.contract.surgery import NoProjection, Projection, projections
 from vitrail.errors import Unsupported, UsageError
-from vitrail.models.open import Vit, open_vit
+from vitrail.models.noise import noise_images
+from vitrail.models.open import Vit, open_vit, require_vit
 from vitrail.models.task import TASKS
 from vitrail.sentence import percent
 from vitrail.tap.anatomy import Block
-from vitrail.tap.attention import Readers
+from vitrail.tap.attention import LayerAttention, Readers
 from vitrail.tap.clone import CANNOT_RUN, clone_sharing, first_weight
 from vitrail.tokens.levels import input_tokens
 from vitrail.tokens.outliers import norm_outliers
 
 __all__ = [
+    "ArtefactHead",
     "ArtefactNeuron",
     "RegisterModel",
+    "artefact_heads",
     "artefact_neurons",
+    "layer_of_most_outliers",
     "mlp_widths",
     "outlying_patches",
+    "strongest_heads",
     "with_registers",
+    "without_neurons",
+    "written_by_heads",
     "written_by_layers",
 ]
 
 MAX_ERROR = 1e-2
-"""Of an MLP's output, relative to its length: above it, the output is not the last layer's times a factor a channel."""
+"""Of what an MLP or attention adds, relative to its length: above it, that is not what its last linear layer gives,
+times a factor a channel."""
 
 Outliers = Bool[Tensor, "image patch"]
 
@@ -58,6 +71,23 @@ class ArtefactNeuron(NamedTuple):
     share: float
 
 
+class ArtefactHead(NamedTuple):
+    """A head that writes outlying tokens.
+
+    Attributes:
+        layer: Zero-based index of its layer.
+        head: Zero-based index among the heads of the layer.
+        length: What it adds, through its own part of the output projection, to the length of an outlying token along
+            that token's direction, mean over such tokens.
+        share: The same as a share of that length.
+    """
+
+    layer: int
+    head: int
+    length: float
+    share: float
+
+
 def outlying_patches(vit: Vit, images: Float[Tensor, "image channel row column"]) -> list[Outliers]:
     """Patches whose token is far longer than the others of its image, layer by layer.
 
@@ -67,16 +97,38 @@ def outlying_patches(vit: Vit, images: Float[Tensor, "image channel row column"]
 
     Returns:
         True for the outlying patches of each layer, by `vitrail.tokens.outliers.norm_outliers` in each image.
+
+    Raises:
+        Unsupported: A layer has no patches on a grid.
+        ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
     """
-    outliers: dict[int, Outliers] = {}
+    norms: dict[int, Float[Tensor, "image patch"]] = {}
 
     def read(layer: int, tokens: Tensor) -> None:
-        norms = tokens[:, _prefix(vit, layer) :].float().norm(dim=-1).cpu().numpy()
-        outliers[layer] = torch.stack([torch.from_numpy(norm_outliers(each)) for each in norms])
+        norms[layer] = tokens[:, _prefix(vit, layer) :].float().norm(dim=-1).cpu()
 
     with torch.no_grad():
-        vit.tap().read(images, Readers(output=read))
-    return [outliers[layer] for layer in range(vit.n_layers)]
+        logits = vit.tap().read(images, Readers(output=read))
+    require_finite(vit.name, logits)
+    for layer, each in norms.items():
+        require_finite(vit.name, each, subject=f"What L{layer} of {vit.name} returns for")
+    return [
+        torch.stack([torch.from_numpy(norm_outliers(each)) for each in norms[layer].numpy()])
+        for layer in range(vit.n_layers)
+    ]
+
+
+def layer_of_most_outliers(by_layer: Sequence[Outliers]) -> int | None:
+    """The layer after which most patches have a token of outlying length.
+
+    Args:
+        by_layer: From `outlying_patches`.
+
+    Returns:
+        Its index, of equals the first; None where no token is outlying.
+    """
+    counts = [int(each.sum()) for each in by_layer]
+    return max(range(len(counts)), key=counts.__getitem__) if max(counts) else None
 
 
 def written_by_layers(
@@ -98,13 +150,103 @@ def written_by_layers(
         Unsupported: A block does not add its attention to its input first, or the model changes its tokens between two
             blocks with attention, as a block without any does.
     """
-    inputs, sums, outputs = _tokens_of_layers(vit, images, layer, outliers)
-    direction = outputs[layer] / outputs[layer].norm(dim=-1, keepdim=True)
+    tokens = _tokens_of_layers(vit, images, layer, outliers)
     parts = [
-        torch.stack([((sums[at] - inputs[at]) * direction).sum(-1), ((outputs[at] - sums[at]) * direction).sum(-1)])
+        torch.stack([tokens.along_direction(tokens.by_attention(at)), tokens.along_direction(tokens.by_mlp(at))])
         for at in range(layer + 1)
     ]
-    return torch.stack(parts).mean(-1)
+    return torch.stack(parts)
+
+
+def written_by_heads(
+    vit: Vit, images: Float[Tensor, "image channel row column"], layer: int, outliers: Outliers
+) -> Float[Tensor, "layer head"]:
+    """What each head adds to the length of outlying tokens, along their direction after `layer`.
+
+    A head adds what the output projection makes of its own channels. With the projection's bias the heads of a layer
+    sum to what `written_by_layers` says of its attention.
+
+    Args:
+        vit: The model.
+        images: Prepared images.
+        layer: Index of the layer after which tokens are outlying.
+        outliers: The outlying patches there; at least one.
+
+    Returns:
+        Heads of the layers up to `layer`, in units of the tokens, mean over outlying tokens; NaN where a layer has
+        fewer heads than the widest.
+
+    Raises:
+        Unsupported: As for `written_by_layers`, or a layer attends in several calls, within windows or in an operator
+            that cannot be observed, or what it adds is not what its output projection gives, times a factor a channel.
+    """
+    for at in range(layer + 1):
+        _require_one_call(vit, at)
+    heads: dict[int, Float[Tensor, "row head channel"]] = {}
+    tokens = _tokens_of_layers(vit, images, layer, outliers, heads)
+    by_call = projections(vit.model, vit.anatomy, noise_images(vit, 2))
+    parameters = dict(clone_sharing(vit.model).named_parameters())
+    written = torch.full((layer + 1, max(vit.n_heads[: layer + 1])), torch.nan)
+    for at in range(layer + 1):
+        weight, bias = _head_weights(at, by_call[at, 0], parameters, heads[at])
+        scale = _channel_scale(
+            f"What the attention of L{at} adds is not what its output projection gives",
+            tokens.by_attention(at),
+            torch.einsum("rhc,dhc->rd", heads[at], weight) + bias,
+        )
+        read = torch.einsum("rd,dhc->rhc", tokens.direction * scale, weight)
+        written[at, : weight.shape[1]] = (heads[at][tokens.outlying] * read).sum(-1).mean(0).cpu()
+    return written
+
+
+def strongest_heads(written: Float[Tensor, "layer head"], length: float, n: int) -> list[ArtefactHead]:
+    """The heads that add most to the length of outlying tokens.
+
+    Args:
+        written: From `written_by_heads`.
+        length: Of an outlying token, mean.
+        n: How many heads, at most.
+
+    Returns:
+        Those that add most first; heads that add nothing, or take away, are left out.
+    """
+    order = written.nan_to_num(-torch.inf).flatten().argsort(descending=True, stable=True)[:n].tolist()
+    places = [divmod(each, written.shape[1]) for each in order]
+    return [
+        ArtefactHead(layer, head, float(written[layer, head]), float(written[layer, head]) / length)
+        for layer, head in places
+        if written[layer, head] > 0
+    ]
+
+
+def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], n: int = 5) -> list[ArtefactHead]:
+    """The heads that write the outlying tokens of some images.
+
+    Looked for is the layer after which most patches are outlying, and of it and the layers before the heads that add
+    most to the length of these patches' tokens.
+
+    Args:
+        vit: The model.
+        images: Prepared images; a dozen are enough.
+        n: How many heads, at most.
+
+    Returns:
+        Those that add most first; empty where no token is outlying.
+
+    Raises:
+        Unsupported: As for `written_by_heads`.
+        ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
+
+    Example:
+        >>> vitrail.artefact_heads(vit, vit.prepare(photographs))[0]  # doctest: +SKIP
+    """
+    require_vit(vit)
+    by_layer = outlying_patches(vit, images)
+    layer = layer_of_most_outliers(by_layer)
+    if layer is None:
+        return []
+    written = written_by_heads(vit, images, layer, by_layer[layer])
+    return strongest_heads(written, _tokens_of_layers(vit, images, layer, by_layer[layer]).length, n)
 
 
 def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"], n: int = 10) -> list[ArtefactNeuron]:
@@ -124,27 +266,29 @@ def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"]
     Raises:
         Unsupported: As for `written_by_layers`, or the blocks do not add what an MLP gives as its last layer gives it,
             times a factor a channel.
+        ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
     """
+    require_vit(vit)
     by_layer = outlying_patches(vit, images)
-    counts = [int(each.sum()) for each in by_layer]
-    if not max(counts):
+    layer = layer_of_most_outliers(by_layer)
+    if layer is None:
         return []
-    layer = max(range(len(counts)), key=counts.__getitem__)
-    outliers = by_layer[layer]
-    mlps = _last_linears(vit, clone_sharing(vit.model), images)
-    _, sums, outputs = _tokens_of_layers(vit, images, layer, outliers)
-    lengths = outputs[layer].norm(dim=-1)
-    direction = outputs[layer] / lengths[:, None]
+    tokens = _tokens_of_layers(vit, images, layer, by_layer[layer])
+    clone = clone_sharing(vit.model)
+    linears = _last_linears(vit, clone)
+    hidden = _hidden_rows(vit, clone, linears, images, layer, tokens.rows)
     ranked: list[ArtefactNeuron] = []
     for at in range(layer + 1):
-        linear, h = mlps[at].linear, _patches_in_mlp(vit, at, mlps[at].hidden)
-        h = h[outliers.to(h.device)].float()
-        scale = _channel_scale(vit, at, outputs[at] - sums[at], linear, h)
-        added = (h * ((direction * scale) @ linear.weight.detach().float())).mean(0)
+        weight, bias = linears[at].weight.detach().float(), linears[at].bias
+        scale = _channel_scale(
+            f"What L{at} adds after its attention is not what its last linear layer gives",
+            tokens.by_mlp(at),
+            hidden[at] @ weight.T + (0 if bias is None else bias.detach().float()),
+        )
+        added = (hidden[at][tokens.outlying] * ((tokens.direction * scale) @ weight)).mean(0)
         top = added.topk(min(n, len(added)))
-        mean_length = float(lengths.mean())
         ranked += [
-            ArtefactNeuron(at, int(index), float(value), float(value) / mean_length)
+            ArtefactNeuron(at, int(index), float(value), float(value) / tokens.length)
             for value, index in zip(top.values, top.indices, strict=True)
         ]
     return sorted(ranked, key=lambda each: -each.length)[:n]
@@ -193,6 +337,38 @@ def with_registers(vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron]
     return opened
 
 
+def without_neurons(vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron]) -> Vit:
+    """The model with some neurons of its MLPs off for every token: what the MLP's last linear layer makes of them is 0.
+
+    Args:
+        vit: The model; it is left as it is.
+        neurons: Layer and index of each neuron, as `artefact_neurons` gives them; at least one.
+
+    Returns:
+        A model of the same anatomy that shares all other weights; every analysis reads it as any other.
+
+    Raises:
+        UsageError: There are no neurons, or one does not exist.
+        Unsupported: A block has no MLP that can be read.
+
+    Example:
+        >>> ablated = without_neurons(vit, artefact_neurons(vit, images, 1))  # doctest: +SKIP
+        >>> [int(each.sum()) for each in outlying_patches(ablated, images)]  # doctest: +SKIP
+    """
+    if not neurons:
+        raise UsageError("No neuron was given; give layer and index of at least one to be switched off.")
+    clone = clone_sharing(vit.model)
+    linears = _last_linears(vit, clone)
+    for layer, own in _neurons_by_layer(vit, neurons, linears).items():
+        weight = linears[layer].weight.detach().clone()
+        weight[:, own] = 0
+        linears[layer].weight = nn.Parameter(weight, requires_grad=False)
+    ablated = copy.copy(vit)
+    ablated.model, ablated.opened_with = clone, None
+    ablated.name = f"{vit.name} without {len(neurons)} neuron{'s' if len(neurons) > 1 else ''}"
+    return ablated
+
+
 def mlp_widths(vit: Vit) -> list[int]:
     """How many neurons each layer's MLP has.
 
@@ -202,8 +378,7 @@ def mlp_widths(vit: Vit) -> list[int]:
     Returns:
         Inputs of the MLP's last linear layer, by layer.
     """
-    mlps = _last_linears(vit, clone_sharing(vit.model), _blank_images(vit))
-    return [mlps[layer].linear.in_features for layer in range(vit.n_layers)]
+    return [linear.in_features for linear in _last_linears(vit, clone_sharing(vit.model)).values()]
 
 
 class RegisterModel(nn.Module):
@@ -225,16 +400,9 @@ class RegisterModel(nn.Module):
         self._behind = blocks[0].behind
         self._at, self._n_registers = blocks[0].prefix - self._behind, n_registers
         after = _module_after_blocks(vit)
-        mlps = _last_linears(vit, self.model, _blank_images(vit))
-        for layer in sorted({layer for layer, _ in neurons}):
-            if layer not in range(vit.n_layers):
-                raise UsageError(f"There is no layer {layer}; this model has L0 to L{vit.n_layers - 1}.")
-            linear = mlps[layer].linear
-            chosen = torch.tensor(sorted(neuron for at, neuron in neurons if at == layer))
-            for end in (int(chosen[0]), int(chosen[-1])):
-                if not 0 <= end < linear.in_features:
-                    raise UsageError(f"L{layer} has neurons 0 to {linear.in_features - 1}, no {end}.")
-            linear.register_forward_pre_hook(lambda _, args, own=chosen: (self._move(args[0], own), *args[1:]))
+        linears = _last_linears(vit, self.model)
+        for layer, chosen in _neurons_by_layer(vit, neurons, linears).items():
+            linears[layer].register_forward_pre_hook(lambda _, args, own=chosen: (self._move(args[0], own), *args[1:]))
         first = self.model.get_submodule(blocks[0].path)
         first.register_forward_pre_hook(_on_leaf(blocks[0], self._insert), with_kwargs=True)
         self.model.get_submodule(after).register_forward_pre_hook(lambda _, args: (self._remove(args[0]), *args[1:]))
@@ -279,65 +447,173 @@ def _prefix(vit: Vit, layer: int) -> int:
     return block.prefix
 
 
+class _LayerTokens(NamedTuple):
+    """The tokens of some patches in every layer up to one: of the outlying patches, and of all of the first image.
+
+    Attributes:
+        rows: Which patches these are; the other tensors have one row for each.
+        outlying: Which of the rows are outlying.
+        inputs: What each block was given.
+        sums: The same with the block's attention added.
+        outputs: What each block returned.
+    """
+
+    rows: Outliers
+    outlying: Bool[Tensor, "row"]
+    inputs: list[Float[Tensor, "row channel"]]
+    sums: list[Float[Tensor, "row channel"]]
+    outputs: list[Float[Tensor, "row channel"]]
+
+    @property
+    def direction(self) -> Float[Tensor, "outlier channel"]:
+        """That of each outlying token after the last of these layers."""
+        last = self.outputs[-1][self.outlying]
+        unit: Tensor = last / last.norm(dim=-1, keepdim=True)
+        return unit
+
+    @property
+    def length(self) -> float:
+        """Of an outlying token after the last of these layers, mean."""
+        return float(self.outputs[-1][self.outlying].norm(dim=-1).mean())
+
+    def by_attention(self, layer: int) -> Float[Tensor, "row channel"]:
+        """What the attention of a layer adds."""
+        return self.sums[layer] - self.inputs[layer]
+
+    def by_mlp(self, layer: int) -> Float[Tensor, "row channel"]:
+        """What the MLP of a layer adds."""
+        return self.outputs[layer] - self.sums[layer]
+
+    def along_direction(self, added: Float[Tensor, "row channel"]) -> Float[Tensor, ""]:
+        """The part of a sum along the outlying tokens' direction, mean over these tokens."""
+        return (added[self.outlying] * self.direction).sum(-1).mean()
+
+
 def _tokens_of_layers(
-    vit: Vit, images: Tensor, layer: int, outliers: Outliers
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Of the outlying patches: input, input plus attention, and output of each layer up to one."""
+    vit: Vit, images: Tensor, layer: int, outliers: Outliers, heads: dict[int, Tensor] | None = None
+) -> _LayerTokens:
+    """The tokens that sums are made of; `heads` receives what the heads of each layer give, [row head channel].
+
+    All patches of one image are among the rows, as the factor of a channel cannot be told from a few tokens.
+    """
+    rows = outliers.clone()
+    rows[0] = True
     sums: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 
-    def rows(at: int, tokens: Tensor) -> Tensor:
-        return tokens[:, _prefix(vit, at) :][outliers.to(tokens.device)].float()
+    def patch_rows(at: int, tokens: Tensor) -> Tensor:
+        return tokens[:, _prefix(vit, at) :][rows.to(tokens.device)].float()
+
+    def read_heads(attention: LayerAttention) -> None:
+        if heads is not None and attention.layer <= layer:
+            out = attention.out
+            if out is None:
+                raise Unsupported(
+                    f"A native kernel computes the attention of L{attention.layer}, which shows what its heads give "
+                    "to nobody: which of them write outlying tokens is not told."
+                )
+            heads[attention.layer] = patch_rows(attention.layer, out[:, 0].transpose(1, 2))
 
     readers = Readers(
-        residual=lambda at, tokens: None if at > layer else sums.__setitem__(at, rows(at, tokens)),
-        output=lambda at, tokens: None if at > layer else outputs.__setitem__(at, rows(at, tokens)),
+        attention=None if heads is None else read_heads,
+        residual=lambda at, tokens: None if at > layer else sums.__setitem__(at, patch_rows(at, tokens)),
+        output=lambda at, tokens: None if at > layer else outputs.__setitem__(at, patch_rows(at, tokens)),
     )
     with torch.no_grad():
-        replay, _ = vit.tap().record(images, readers)
+        replay, logits = vit.tap().record(images, readers)
+    require_finite(vit.name, logits)
     missing = [at for at in range(layer + 1) if at not in sums]
     if missing:
         raise Unsupported(f"L{missing[0]} does not add its attention to its input alone; what either adds is not told.")
     steps = range(layer + 1)
-    inputs = [rows(at, input_tokens(vit.anatomy, replay, at)) for at in steps]
+    inputs = [patch_rows(at, input_tokens(vit.anatomy, replay, at)) for at in steps]
     changed = [at for at in steps[1:] if not torch.equal(inputs[at], outputs[at - 1])]
     if changed:
         raise Unsupported(
             f"{vit.name} changes its tokens between L{changed[0] - 1} and L{changed[0]}, as blocks without attention "
             "do (a layer that lost all its heads is one): which part of their length is whose is not told."
         )
-    return inputs, [sums[at] for at in steps], [outputs[at] for at in steps]
+    outlying = outliers[rows].to(inputs[0].device)
+    return _LayerTokens(rows, outlying, inputs, [sums[at] for at in steps], [outputs[at] for at in steps])
 
 
-class _Mlp(NamedTuple):
-    """The linear layer that ends the MLP of a block, its path, and what it was given."""
+def _require_one_call(vit: Vit, layer: int) -> None:
+    """Refuses a layer whose heads do not run in one call on all tokens: what each adds to a token is not told."""
+    block = vit.anatomy.blocks[layer]
+    if len(block.calls) != 1 or block.calls[0].windows > 1 or block.calls[0].queries != block.tokens:
+        how = (
+            "attends within windows"
+            if any(call.windows > 1 for call in block.calls)
+            else f"makes {len(block.calls)} attention calls that can be observed, not one for all its tokens"
+        )
+        raise Unsupported(f"L{layer} of {vit.name} {how}: what each head adds to a token is not told.")
 
-    path: str
-    linear: nn.Linear
-    hidden: Tensor
+
+def _head_weights(
+    layer: int, projection: Projection | NoProjection, parameters: dict[str, nn.Parameter], heads: Tensor
+) -> tuple[Float[Tensor, "out head channel"], Float[Tensor, "out"] | float]:
+    """Each head's part of the output projection, and the projection's bias."""
+    if isinstance(projection, NoProjection):
+        raise Unsupported(f"L{layer} has no output projection with a part for each head: {projection.reason}.")
+    weight = parameters[projection.weight].detach().float().flatten(1)
+    n_heads, width = heads.shape[1:]
+    columns = projection.channels.to(weight.device).nonzero()[:, 1]
+    if weight.shape[1] != projection.channels.shape[1] or len(columns) != n_heads * width:
+        raise Unsupported(f"{projection.weight} of L{layer} does not take each channel of each head once.")
+    bias = parameters.get(f"{projection.weight.removesuffix('weight')}bias")
+    return weight[:, columns].unflatten(1, (n_heads, width)), 0.0 if bias is None else bias.detach().float()
 
 
-def _last_linears(vit: Vit, clone: nn.Module, images: Tensor) -> dict[int, _Mlp]:
+def _last_linears(vit: Vit, clone: nn.Module) -> dict[int, nn.Linear]:
     """The linear layer that each block calls last, by layer; a clone of the model is run, never the model itself."""
-    paths = {module: path for path, module in clone.named_modules()}
-    last: dict[int, _Mlp] = {}
+    last: dict[int, nn.Linear] = {}
     handles = []
     for layer, block in enumerate(vit.anatomy.blocks):
         for module in clone.get_submodule(block.path).modules():
             if isinstance(module, nn.Linear):
-                handles.append(
-                    module.register_forward_hook(
-                        lambda module, args, _, at=layer: last.__setitem__(at, _Mlp(paths[module], module, args[0]))
-                    )
-                )
-    _run(clone, images)
+                handles.append(module.register_forward_hook(lambda module, *_, at=layer: last.__setitem__(at, module)))
+    _run(clone, _blank_images(vit))
     for handle in handles:
         handle.remove()
-    if len(last) < vit.n_layers or len({each.path for each in last.values()}) < vit.n_layers:
+    if len(last) < vit.n_layers or len({id(each) for each in last.values()}) < vit.n_layers:
         raise Unsupported(
             f"{vit.name} has blocks without a linear layer of their own at their end: no MLP to look into."
         )
-    return last
+    return {layer: last[layer] for layer in range(vit.n_layers)}
+
+
+def _hidden_rows(
+    vit: Vit, clone: nn.Module, linears: dict[int, nn.Linear], images: Tensor, layer: int, rows: Outliers
+) -> dict[int, Float[Tensor, "row neuron"]]:
+    """What the MLPs of the layers up to one give their last linear layer, of some patches."""
+    hidden: dict[int, Float[Tensor, "row neuron"]] = {}
+
+    def keep(at: int, given: Tensor) -> None:
+        hidden[at] = _patches_in_mlp(vit, at, given)[rows.to(given.device)].float()
+
+    handles = [
+        linears[at].register_forward_pre_hook(lambda _, args, at=at: keep(at, args[0])) for at in range(layer + 1)
+    ]
+    _run(clone, images)
+    for handle in handles:
+        handle.remove()
+    return hidden
+
+
+def _neurons_by_layer(
+    vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron], linears: dict[int, nn.Linear]
+) -> dict[int, Int[Tensor, "neuron"]]:
+    """The neurons of each layer, growing; refuses those that do not exist."""
+    by_layer: dict[int, Int[Tensor, "neuron"]] = {}
+    for layer in sorted({each[0] for each in neurons}):
+        if layer not in linears:
+            raise UsageError(f"There is no layer {layer}; this model has L0 to L{vit.n_layers - 1}.")
+        chosen = torch.tensor(sorted(each[1] for each in neurons if each[0] == layer))
+        for end in (int(chosen[0]), int(chosen[-1])):
+            if not 0 <= end < linears[layer].in_features:
+                raise UsageError(f"L{layer} has neurons 0 to {linears[layer].in_features - 1}, no {end}.")
+        by_layer[layer] = chosen
+    return by_layer
 
 
 def _patches_in_mlp(vit: Vit, layer: int, hidden: Tensor) -> Float[Tensor, "image patch neuron"]:
@@ -390,18 +666,13 @@ def _blank_images(vit: Vit) -> Float[Tensor, "image channel row column"]:
 
 
 def _channel_scale(
-    vit: Vit, layer: int, added: Float[Tensor, "row channel"], linear: nn.Linear, hidden: Float[Tensor, "row neuron"]
+    failure: str, added: Float[Tensor, "row channel"], given: Float[Tensor, "row channel"]
 ) -> Float[Tensor, "channel"]:
-    """The factor of each channel (as of LayerScale) between the linear layer and what the block adds."""
-    weight, bias = linear.weight.detach().float(), linear.bias
-    given = hidden @ weight.T + (0 if bias is None else bias.detach().float())
+    """The factor of each channel (as of LayerScale) between what a linear layer gives and what the block adds."""
     scale = (added * given).sum(0) / given.square().sum(0).clamp_min(torch.finfo(given.dtype).tiny)
     error = float((added - given * scale).norm() / added.norm().clamp_min(torch.finfo(given.dtype).tiny))
     if error > MAX_ERROR:
-        raise Unsupported(
-            f"What L{layer} adds after its attention is not what its last linear layer gives ({percent(error)} off): "
-            "the neurons of its MLP have no shares of it."
-        )
+        raise Unsupported(f"{failure} ({percent(error)} off): its parts have no shares of it.")
     return scale
 
 

@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitrail.contract.outlook import require_finite
 from vitrail.errors import UsageError
 from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import PRECISIONS, Vit
@@ -210,6 +211,7 @@ def maximise_activation(
     Raises:
         UsageError: The model has no such level.
         Unsupported: The model lets no gradient through.
+        ModelError: The answer to the image is not finite (NaN or infinite).
     """
     if not 1 <= level <= vit.n_layers:
         raise UsageError(f"There is no level {level} to excite: {vit.name} has levels 1 to {vit.n_layers}.")
@@ -263,5 +265,5 @@ def _activation(vit: Vit, pixels: Tensor, level: int, channel: int, token: int |
             values = tokens[0, :, channel].float()
             activations.append(values[prefix:].mean() if token is None else values[token])
 
-    vit.tap().read(images, Readers(output=keep))
+    require_finite(vit.name, vit.tap().read(images, Readers(output=keep)))
     return activations[0]

@@ -21,6 +21,8 @@ __all__ = [
     "Grouping",
     "cluster",
     "k_distance_radius",
+    "label_free_silhouette",
+    "object_silhouette",
     "oracle_radius",
     "score_grouping",
     "silhouette",
@@ -167,6 +169,36 @@ def silhouette(distances: Float[np.ndarray, "token token"], clusters: Owner) -> 
     widest = np.maximum(a, b)
     scores = np.where((sizes[own] > 1) & (widest > 0), (b - a) / np.where(widest > 0, widest, 1), 0)
     return float(scores.mean())
+
+
+def object_silhouette(tokens: Tokens, owner: Owner) -> float:
+    """How far the tokens of an object lie apart from those of the others: the silhouette of the objects themselves.
+
+    No clusters are looked for, so a change of the tokens changes this score and not who is compared with whom.
+
+    Args:
+        tokens: Tokens of patches under objects.
+        owner: The object of each token; at least two objects.
+
+    Returns:
+        Mean silhouette by cosine distance, -1 to 1; high: objects lie apart, 0: they are mixed.
+    """
+    clusters = np.unique(owner, return_inverse=True)[1]
+    return silhouette(1 - _cosines(tokens.astype(np.float64)), clusters)
+
+
+def label_free_silhouette(tokens: Tokens) -> float:
+    """How well tokens fall into clusters where no objects are known: DBSCAN by the knee of distances, then silhouette.
+
+    Args:
+        tokens: Tokens of all patches of an image.
+
+    Returns:
+        Mean silhouette of the clustered tokens by cosine distance, -1 to 1; 0 for one cluster, -1 for none.
+    """
+    tokens = tokens.astype(np.float64)
+    distances = _euclidean(tokens)
+    return silhouette(1 - _cosines(tokens), cluster(distances, k_distance_radius(distances)))
 
 
 def oracle_radius(tokens: Tokens, owner: Owner) -> float:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.arguments import whole_number, whole_numbers
+from vitrail.contract.outlook import require_finite
 from vitrail.data import ImageSource, Manifest, PhotographLike, load_image
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import sides_in_patches
@@ -82,6 +83,7 @@ def match_patches(
     Raises:
         UsageError: There is no such layer or patch, no match is to be kept, or no image is left to search.
         Unsupported: The layer returns no token for each patch of a grid.
+        ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
 
     Example:
         >>> source = vitrail.open_images("photos")  # doctest: +SKIP
@@ -102,7 +104,7 @@ def match_patches(
         )
     view = vit.view(photo)
     chosen, pixels = patch[0] * grid[1] + patch[1], np.asarray(view)
-    queries = _directions(vit, [view], layer)[0]
+    queries = _directions(vit, [view], layer, ["the photograph"])[0]
     others = np.arange(len(queries)) != chosen
     ids: list[str] = []
     columns: list[tuple[float, int, float]] = []
@@ -110,7 +112,8 @@ def match_patches(
     for start in range(0, len(manifest.images), BATCH):
         entries = manifest.images[start : start + BATCH]
         views = [vit.view(load_image(source, entry)) for entry in entries]
-        for entry, other, keys in zip(entries, views, _directions(vit, views, layer), strict=True):
+        directions = _directions(vit, views, layer, [entry.id for entry in entries])
+        for entry, other, keys in zip(entries, views, directions, strict=True):
             if np.array_equal(np.asarray(other), pixels):
                 continue
             cosines = (queries @ keys.T).cpu().numpy()
@@ -195,7 +198,9 @@ def _layer(vit: Vit, layer: int | None) -> int:
     return layer
 
 
-def _directions(vit: Vit, views: Sequence[Image.Image], layer: int) -> Float[Tensor, "image patch channel"]:
+def _directions(
+    vit: Vit, views: Sequence[Image.Image], layer: int, names: Sequence[str]
+) -> Float[Tensor, "image patch channel"]:
     """The tokens of patches after a layer, each of length 1."""
     block = vit.anatomy.blocks[layer]
     outputs: list[Tensor] = []
@@ -205,5 +210,8 @@ def _directions(vit: Vit, views: Sequence[Image.Image], layer: int) -> Float[Ten
             outputs.append(tokens)
 
     with torch.no_grad():
-        vit.tap().read(vit.prepare_views(views), Readers(output=read))
-    return F.normalize(outputs[0][:, block.prefix :].float(), dim=-1)
+        logits = vit.tap().read(vit.prepare_views(views), Readers(output=read))
+    require_finite(vit.name, logits, names)
+    tokens = outputs[0][:, block.prefix :].float()
+    require_finite(vit.name, tokens, names, f"What L{layer} of {vit.name} returns for")
+    return F.normalize(tokens, dim=-1)

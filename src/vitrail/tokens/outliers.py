@@ -4,10 +4,19 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
-__all__ = ["OUTLIER_DEVIATIONS", "norm_outliers", "outlier_counts"]
+__all__ = ["ABLATIONS", "OUTLIER_DEVIATIONS", "REGISTER_MODELS", "TRIED_MODELS", "norm_outliers", "outlier_counts"]
 
 OUTLIER_DEVIATIONS = 6.0
 """Robust standard deviations above the median from which a norm counts as an outlier."""
+
+REGISTER_MODELS = ("as it is", "registers", "random neurons")
+"""Of a trial of artefacts: the model, the same with registers, and with registers that listen to other neurons."""
+
+ABLATIONS = {"neurons off": "other neurons off", "heads off": "other heads off"}
+"""What a trial of artefacts switches off, and its null."""
+
+TRIED_MODELS = (*REGISTER_MODELS, *(each for pair in ABLATIONS.items() for each in pair))
+"""The models of a trial of artefacts; the last two are missing where heads cannot be told apart."""
 
 DEVIATION_OF_NORMAL = 1.4826
 """Standard deviation of a normal distribution in units of its median absolute deviation."""

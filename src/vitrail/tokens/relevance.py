@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid, n_patches, overlap_shares
 from vitrail.models.gradients import gradients_enabled, reason_against_gradients
 from vitrail.models.open import Vit
 from vitrail.tap.edits import Edit
 from vitrail.tap.places import KeyPlaces
-from vitrail.tap.tap import LayerAttention, Readers, Tap
+from vitrail.tap.tap import LayerAttention, Readers
 from vitrail.tokens.flow import LayerSteps, flows, measure_windows, rollout
 from vitrail.tokens.levels import require_one_grid
 from vitrail.tokens.robustness import drop_orders, paint, patches_to_drop
@@ -72,6 +73,7 @@ def relevance(
     Raises:
         UsageError: There is no such method.
         Unsupported: The model does not have one of the methods.
+        ModelError: The answer to an image is not finite (NaN or infinite).
     """
     undefined = [method for method in methods if method not in METHODS]
     if undefined:
@@ -170,7 +172,7 @@ def _from_maps(vit: Vit, images: Images, methods: Sequence[str]) -> dict[str, Fl
     if not _has_one_grid(vit):
         return {"raw": _attention_received(vit, images)}
     prefix, index = vit.anatomy.blocks[0].prefix, vit.anatomy.class_index(0)
-    steps, mean_map = _maps(vit.tap(), images)
+    steps, mean_map = _maps(vit, images)
     raw = mean_map[:, index, prefix:] if index is not None else mean_map[:, prefix:, prefix:].mean(1)
     return {"raw": raw} | ({"rollout": rollout(steps, prefix, index)} if "rollout" in wanted else {})
 
@@ -203,7 +205,7 @@ def _attention_received(vit: Vit, images: Images) -> Float[Tensor, "image patch"
             received = attention.window_weights().mean((2, 3)) / attention.windows
             maps.append(tap.key_places(last, attention.call).on_grid(received))
 
-    tap.read(images, Readers(attention=read))
+    require_finite(vit.name, tap.read(images, Readers(attention=read)))
     return _on_first_grid(vit, torch.stack(maps).mean(0))
 
 
@@ -216,11 +218,11 @@ def _on_first_grid(vit: Vit, values: Float[Tensor, "image row column"]) -> Float
     return torch.einsum("irc,rp,cq->ipq", values, rows, columns).flatten(1)
 
 
-def _maps(tap: Tap, images: Images) -> tuple[list[Tensor], Tensor]:
+def _maps(vit: Vit, images: Images) -> tuple[list[Tensor], Tensor]:
     """The steps of all layers, and the last layer's map with heads averaged."""
+    tap, steps = vit.tap(), LayerSteps()
     measure_windows(tap)
-    steps = LayerSteps()
-    tap.read(images, Readers(attention=steps.read))
+    require_finite(vit.name, tap.read(images, Readers(attention=steps.read)))
     assert steps.mean_map is not None
     return steps.all(), steps.mean_map
 
@@ -242,6 +244,7 @@ def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]
     Raises:
         Unsupported: The model has no classifier, has several grids, attends within windows, or lets no gradient
             through.
+        ModelError: The answer to an image is not finite (NaN or infinite).
     """
     _require_classifier(vit)
     _require_whole_maps(vit)
@@ -254,6 +257,7 @@ def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]
         ]
         edits = [Edit(layer, region=factor) for layer, factor in enumerate(factors)]
         logits = vit.tap().read(images, edits=edits).float()
+        require_finite(vit.name, logits)
         target = torch.as_tensor(classes, device=logits.device)[:, None]
         gradients = torch.autograd.grad(logits.gather(1, target).sum(), factors)
     steps = [torch.eye(tokens, device=images.device) + each.float().clamp(min=0).mean(1) for each in gradients]
@@ -295,6 +299,7 @@ def layer_gradients(
 
     Raises:
         Unsupported: The model has no classifier, no layer has keys whose place is known, or no gradient goes through.
+        ModelError: The answer to an image is not finite (NaN or infinite).
 
     Example:
         >>> prepared = vit.prepare([photograph])
@@ -307,6 +312,7 @@ def layer_gradients(
     with gradients_enabled():
         pixels = images.detach().clone().requires_grad_()
         logits = vit.tap().read(pixels, Readers(attention=gains.read)).float()
+        require_finite(vit.name, logits)
         target = torch.as_tensor(classes, device=logits.device)[:, None]
         torch.autograd.grad(logits.gather(1, target).sum(), pixels)
     by_layer = [_on_first_grid(vit, gains.by_layer[layer]) for layer in sorted(gains.by_layer)]
@@ -420,8 +426,10 @@ def deletion_and_insertion(
         The curves.
 
     Raises:
-        UsageError: The scores are not of the patches of the first layer's grid.
+        UsageError: The scores are not of the patches of the first layer's grid, or are no finite numbers, which have
+            no order.
         Unsupported: The tokens lie on no grid.
+        ModelError: The answer to an image is not finite (NaN or infinite).
     """
     grid, step = _first_grid(vit), vit.anatomy.blocks[0].patch_step
     if scores.shape != (len(images), n_patches(grid)):
@@ -429,6 +437,8 @@ def deletion_and_insertion(
             f"Scores of shape {scores.shape} were passed for {len(images)} images on a grid of {grid[0]} x {grid[1]} "
             f"patches; pass {(len(images), n_patches(grid))}."
         )
+    if not np.isfinite(scores).all():
+        raise UsageError("Some scores are NaN or infinite, which have no order; pass finite scores of every patch.")
     amounts = np.linspace(0, 1, n_steps + 1)
     order = drop_orders(scores, range(len(images)), seed)["salient"]
     full, empty = _probability(vit, images, classes), _probability(vit, _blank(vit, images, grid), classes)
@@ -446,5 +456,7 @@ def _blank(vit: Vit, images: Images, grid: tuple[int, int]) -> Images:
 
 
 def _probability(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]) -> Float[np.ndarray, "image"]:
-    probabilities = vit.task.probabilities(vit.tap().read(images)).cpu().numpy()
+    logits = vit.tap().read(images)
+    require_finite(vit.name, logits)
+    probabilities = vit.task.probabilities(logits).cpu().numpy()
     return np.take_along_axis(probabilities, classes[:, None], axis=1)[:, 0]

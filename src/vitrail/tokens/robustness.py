@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid, patch_edges, pixels_moved, positions
 from vitrail.models.noise import noise_images
@@ -443,9 +444,11 @@ def respond(
 
     Raises:
         Unsupported: The model has no classifier or no grid of patches, or patches cannot be taken out of it.
+        ModelError: The answer to an image, edited or not, is not finite (NaN or infinite).
     """
     tap, grid = vit.tap(), _grid(vit)
     intact = intact or read_levels(tap, images)
+    require_finite(vit.name, intact.logits)
     orders = drop_orders(salience, numbers, seed)
     prober = _Prober(vit, images, labels, intact, grid)
     return [
@@ -503,6 +506,7 @@ class _Prober:
         self._drift[layer] = drift, of_class
 
     def _response(self, logits: Float[Tensor, "image class"]) -> Response:
+        require_finite(self._vit.name, logits)
         layers = sorted(self._drift)
         drift = torch.stack([self._drift[layer][0] for layer in layers], 1).float().cpu().numpy()
         of_class = torch.stack([self._drift[layer][1] for layer in layers], 1).float().cpu().numpy()

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import Vit
 from vitrail.stats import spearman
 from vitrail.tap.frozen import Frozen
-from vitrail.tap.tap import Readers, Tap
+from vitrail.tap.tap import Readers
 from vitrail.tokens.embedding import Embedding, find_embedding
 from vitrail.tokens.flow import flow_row, read_steps
 from vitrail.tokens.levels import level_zero
@@ -128,6 +129,7 @@ def neuron_view(
     Raises:
         Unsupported: The model has no plain patch embedding, or tokens cannot be followed that far.
         UsageError: There is no such level, token or channel.
+        ModelError: The answer to an image, or a filter, is not finite (NaN or infinite).
     """
     embedding = embedding or find_embedding(vit)
     _refuse_unknown(vit, embedding, level, token, channel)
@@ -135,9 +137,12 @@ def neuron_view(
         row = torch.zeros((len(images), vit.anatomy.blocks[0].tokens), dtype=images.dtype, device=images.device)
         row[:, token] = 1
     else:
-        steps, _ = read_steps(vit.tap(), images, how, channel, level)
+        steps, logits = read_steps(vit.tap(), images, how, channel, level)
+        require_finite(vit.name, logits)
         row = flow_row(steps, token)
-    return flow_view(images, embedding.filters[channel], embedding.grid, row[:, embedding.prefix :].to(images))
+    view = flow_view(images, embedding.filters[channel], embedding.grid, row[:, embedding.prefix :].to(images))
+    require_finite(vit.name, view, subject=f"The view of channel {channel} of {vit.name} in")
+    return view
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +189,7 @@ def faithful_view(
         UsageError: More than one image, fewer than 1 step, or no such path.
         Unsupported: "frozen" through a model in which something else than these is not linear; a model that lets no
             gradient through.
+        ModelError: The answer to the image is not finite (NaN or infinite).
     """
     if len(image) != 1 or steps < 1:
         raise UsageError(f"A faithful view is of one image with 1 or more steps, not {len(image)} with {steps}.")
@@ -196,11 +202,11 @@ def faithful_view(
     parts = [1.0] if steps == 1 else [(index + 0.5) / steps for index in range(steps)]
     points = torch.cat([image * part for part in parts]).detach().requires_grad_(True)
     with gradients_enabled():
-        values = _neuron(vit.tap(), points, level, token, channel)
+        values = _neuron(vit, points, level, token, channel)
         (gradient,) = torch.autograd.grad(values.sum(), points)
     with torch.no_grad():
-        blank = _neuron(vit.tap(), torch.zeros_like(image), level, token, channel)
-        at_image = values[:1] if steps == 1 else _neuron(vit.tap(), image, level, token, channel)
+        blank = _neuron(vit, torch.zeros_like(image), level, token, channel)
+        at_image = values[:1] if steps == 1 else _neuron(vit, image, level, token, channel)
     return _faithful((image * gradient.mean(0, keepdim=True))[0].detach(), float(at_image.detach()), float(blank))
 
 
@@ -210,10 +216,10 @@ def _frozen_view(vit: Vit, image: Pixels, level: int, token: int, channel: int) 
     point, blank = (each.detach().clone().requires_grad_(True) for each in (image, torch.zeros_like(image)))
     with gradients_enabled():
         with frozen:
-            value = _neuron(vit.tap(), point, level, token, channel)
+            value = _neuron(vit, point, level, token, channel)
         (gradient,) = torch.autograd.grad(value.sum(), point)
         with frozen.replay():
-            constant = _neuron(vit.tap(), blank, level, token, channel)
+            constant = _neuron(vit, blank, level, token, channel)
     faithful = _faithful((point * gradient)[0].detach(), float(value.detach()), float(constant.detach()))
     total = float(faithful.pixels.double().sum())
     if abs(total - faithful.change) > COMPLETE * max(abs(faithful.change), abs(faithful.bias)):
@@ -229,7 +235,8 @@ def _faithful_at_0(vit: Vit, image: Pixels, token: int, channel: int) -> Faithfu
     embedding = find_embedding(vit)
     if embedding.position is None:
         raise Unsupported(f"{vit.name} has a norm before its first block, so level 0 is no sum of pixels; ask for 1.")
-    replay, _ = vit.tap().record(torch.cat([image, torch.zeros_like(image)]))
+    replay, logits = vit.tap().record(torch.cat([image, torch.zeros_like(image)]))
+    require_finite(vit.name, logits, ("this image", "a blank image"))
     ends = level_zero(vit.anatomy, replay)[:, token, channel].double()
     return _faithful(neuron_view(vit, image, 0, token, channel, embedding=embedding)[0], float(ends[0]), float(ends[1]))
 
@@ -239,7 +246,7 @@ def _faithful(pixels: Float[Tensor, "colour row column"], here: float, blank: fl
     return Faithful(pixels, change, blank, abs(float(pixels.double().sum()) - change) / max(abs(change), NO_CHANGE))
 
 
-def _neuron(tap: Tap, images: Pixels, level: int, token: int, channel: int) -> Float[Tensor, "image"]:
+def _neuron(vit: Vit, images: Pixels, level: int, token: int, channel: int) -> Float[Tensor, "image"]:
     """z_level[token, channel] of each image, above level 0; gradients flow if enabled."""
     values: list[Tensor] = []
 
@@ -247,7 +254,7 @@ def _neuron(tap: Tap, images: Pixels, level: int, token: int, channel: int) -> F
         if layer == level - 1:
             values.append(tokens[:, token, channel])
 
-    tap.read(images, Readers(output=keep))
+    require_finite(vit.name, vit.tap().read(images, Readers(output=keep)))
     return values[0]
 
 
