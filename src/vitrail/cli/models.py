@@ -18,11 +18,13 @@ from vitrail.cli.options import (
     Json,
     ModelOptions,
     Out,
+    Prototype,
     StudiedModel,
     Study,
     Weights,
     analysis_names,
     decode,
+    embedding_of_folder,
     is_number,
     seed_option,
     split_option,
@@ -70,6 +72,7 @@ def look(
     mask: Annotated[
         Path | None, typer.Option(help="A PNG of instance ids, for t-SNE by object; with one image.", metavar="FILE")
     ] = None,
+    prototype: Prototype = None,
     save: Annotated[bool, typer.Option("--save", help="Also write every array, as DIR/IMAGE/look.zarr.")] = False,
     formats: Formats = [Format.png],  # noqa: B006 - typer copies it
 ) -> None:
@@ -99,6 +102,7 @@ def look(
         with with_file_name(path):
             require_channels(image := decode(path), vit.n_channels)
             vit.view(image)
+    mean = None if prototype is None else embedding_of_folder(vit, prototype)
     for path, folder in zip(images, folders, strict=True):
         image = decode(path)
         with Console(stderr=True).status(escape(path.name)) as status:
@@ -114,6 +118,7 @@ def look(
                 mask=ids,
                 patch=_parse_patch(patch),
                 channel=channel,
+                prototype=mean,
                 progress=step,
             )
             step("drawing")
