@@ -4,6 +4,7 @@ import itertools
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -187,6 +188,13 @@ def matches(
         "matches.png"
     ),
     limit: Annotated[int | None, typer.Option(help="Images to search, at most.", min=1)] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that keeps the images' tokens, so that the next search runs the model over new ones alone.",
+            metavar="DIR",
+        ),
+    ] = None,
 ) -> None:
     """Find the patches of other images whose tokens are most like one of a photograph."""
     from rich.console import Console
@@ -195,6 +203,7 @@ def matches(
     from vitrail.figures.matches import patch_matches
     from vitrail.figures.style import figure_path, save
     from vitrail.tokens.matches import match_findings, match_patches
+    from vitrail.tokens.token_index import indexed_scan
 
     place, image, out = _parse_patch(patch), decode(photo), figure_path(out)
     assert place is not None
@@ -203,16 +212,21 @@ def matches(
         vit.view(image)
     source = open_images(images, limit=limit, labels=False)
     with Console(stderr=True).status("reading images") as status:
-        manifest = scan(source, lambda n, total: status.update(f"reading images: {n} of {total}"))
-        search = match_patches(
-            vit,
-            image,
-            source,
-            manifest,
-            place,
-            layer=layer,
-            progress=lambda n, total: status.update(f"searching: {n} of {total}"),
-        )
+
+        def reading(n: int, total: int) -> None:
+            status.update(f"reading images: {n} of {total}")
+
+        with nullcontext(scan(source, reading)) if index is None else indexed_scan(index, source, reading) as manifest:
+            search = match_patches(
+                vit,
+                image,
+                source,
+                manifest,
+                place,
+                layer=layer,
+                index=index,
+                progress=lambda n, total: status.update(f"searching: {n} of {total}"),
+            )
         file = save(patch_matches(search), out)
     for sentence in match_findings(search):
         typer.echo(sentence)
