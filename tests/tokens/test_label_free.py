@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
+import xarray as xr
 from hierarchies import maxvit, pvt, swin
 from numpy.testing import assert_allclose
 from PIL import Image
 from token_models import small_images, small_vit
 from torch import nn
+from typer.testing import CliRunner
 
 import vitrail
 from vitrail import Preprocessing, open_vit
+from vitrail.cli.entry import app
 from vitrail.contract.tiny_models import FAMILIES
 from vitrail.errors import ModelError, Unsupported, UsageError
 from vitrail.live import LiveModel
@@ -213,3 +216,23 @@ def test_a_look_and_the_page_have_the_similarities_the_prototype_where_it_is_giv
     plain = LiveModel(colours).look_part(photo, "tokens", ("relevance",))
     assert "prototype_similarity" not in plain["relevance_method"]
     assert "self_similarity" in plain["relevance_method"]
+
+
+def test_the_command_compares_with_the_mean_embedding_of_a_folder(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "kind"
+    folder.mkdir()
+    for path in (tmp_path / "photo.png", folder / "a.png", folder / "b.png"):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    command = ["look", "vitrail:photos", str(tmp_path / "photo.png"), "--measures", "tokens", "--save"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--prototype", str(folder)])
+    assert done.exit_code == 0, done.output
+    vit = open_vit("vitrail:photos")
+    prototype = mean_embedding(vit, [Image.open(folder / name) for name in ("a.png", "b.png")])
+    expected = embedding_similarity(vit, vit.prepare([Image.open(tmp_path / "photo.png")]), prototype)[0]
+    looked = xr.open_zarr(tmp_path / "out" / "photo" / "look.zarr", consolidated=False)
+    assert_allclose(looked["relevance"].sel(relevance_method="prototype_similarity"), expected, atol=1e-5)
+    refused = CliRunner().invoke(
+        app, ["open", "vitrail:photos", str(folder / "a.png"), "--no-live", "--prototype", "x"]
+    )
+    assert isinstance(refused.exception, UsageError)
+    assert "--no-live leaves out" in str(refused.exception)

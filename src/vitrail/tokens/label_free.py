@@ -205,10 +205,11 @@ def _prototype_rows(prototype: object, tokens: FinalTokens) -> Float[Tensor, "#i
         vectors = torch.as_tensor(np.asarray(prototype, dtype=np.float32)).to(tokens.embedding.device)
     except (TypeError, ValueError) as error:
         raise UsageError(f"A prototype is a vector of numbers, and a {type(prototype).__name__} is none.") from error
+    shape = tuple(vectors.shape)
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.shape not in {(1, n_channels), (n_images, n_channels)}:
         raise UsageError(
-            f"The prototype has shape {tuple(np.shape(prototype))}, and the tokens have {n_channels} channels; give "
+            f"The prototype has shape {shape}, and the tokens have {n_channels} channels; give "
             "one vector of as many numbers, as vitrail.tokens.label_free.mean_embedding makes of images."
         )
     if not vectors.isfinite().all() or not vectors.any(-1).all():

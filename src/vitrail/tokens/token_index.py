@@ -153,7 +153,7 @@ class TokenIndex:
         self._maps.move_to_end(row.part)
         while len(self._maps) > N_MAPPED:
             self._maps.popitem(last=False)
-        tokens = self._maps[row.part][row.row]
+        tokens: np.ndarray = self._maps[row.part][row.row]
         if not np.isfinite(tokens).all():
             raise self._damaged(row.part)
         return tokens
@@ -226,7 +226,7 @@ class TokenIndex:
 
     def _map(self, part: str) -> Float[np.ndarray, "image patch feature"]:
         try:
-            tokens = np.load(self.folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
+            tokens: np.ndarray = np.load(self.folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
             raise self._damaged(part) from error
         n_rows = sum(row.part == part for row in self._rows.values())
