@@ -1,6 +1,6 @@
 """Does the patch of another photograph that is most like one of an object lie on an object of the same category?
 
-    python experiments/matches.py --data ../shared/data        # docs/tokens/matches.md
+    python experiments/matches.py [--data ../shared/data]        # docs/tokens/matches.md
 
 For each object of the photographs with masks the patch nearest to its centre is searched in every other photograph that
 holds its category. Beside the share of hits: what a patch drawn at random would hit, and what the patch at the same
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokens import DOCS, MODELS, interval, masked_photographs, opened, row
+from tokens import DOCS, MODELS, ROOT, interval, masked_photographs, opened, row
 from vitrail import open_vit
 from vitrail.models.objects import in_view, patch_objects
 from vitrail.tokens.levels import read_levels
@@ -67,7 +67,9 @@ def hits(vit, data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and coco-masks/")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with models/ and coco-masks/"
+    )
     arguments = parser.parse_args()
     lines = ["# Matches: the most similar patch of another photograph, and the category it lies on", ""]
     for model in (*MODELS, SMALL):

@@ -325,7 +325,10 @@ def curves_command(arguments: argparse.Namespace) -> None:
         plain = arguments.work / f"grouping-{model}-plain.npz"
         if plain.exists():
             draw_grouping(model, arguments.work)
-        pieces = [dict(np.load(file)) for file in sorted(arguments.work.glob(f"relevance-{model}-????.npz"))]
+        pieces = [
+            dict(np.load(file))
+            for file in sorted(arguments.work.glob(f"relevance-{model}-{arguments.precision}-????.npz"))
+        ]
         if pieces:
             draw_relevance_curves(model, pieces)
 
@@ -432,8 +435,8 @@ def draw_relevance_curves(model: str, pieces: list[dict[str, np.ndarray]]) -> No
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("photographs", "curves"))
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--precision", default="bfloat16", help="of the passes that experiments/tokens.py made")
+    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--precision", default="float32", help="of the passes that experiments/tokens.py made")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-neurons")
     ARGUMENTS = parser.parse_args()
     DOCS.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,19 @@
 """Tables of docs/tokens.md from real models and photographs, one command each; every command goes on where it stopped.
 
-    python experiments/tokens.py robustness --data ../shared/data --images 1000
-    python experiments/tokens.py masked     --data ../shared/data
-    python experiments/tokens.py precision  --data ../shared/data
-    python experiments/tokens.py grouping   --data ../shared/data
-    python experiments/tokens.py filters    --data ../shared/data
-    python experiments/tokens.py relevance  --data ../shared/data
-    python experiments/tokens.py hierarchy  --data ../shared/data
-    python experiments/tokens.py views      --data ../shared/data
-    python experiments/tokens.py artefacts  --data ../shared/data
+    python experiments/tokens.py robustness [--data ../shared/data] [--images 1000] [--models MODEL ...]
+    python experiments/tokens.py relevance      the same options
+    python experiments/tokens.py views          the same options; [--neurons 1] a level and photograph
+    python experiments/tokens.py masked         robustness of the photographs with masks
+    python experiments/tokens.py merged         one table of all four, of what of them is there
+    python experiments/tokens.py precision --images 20
+    python experiments/tokens.py grouping
+    python experiments/tokens.py filters
+    python experiments/tokens.py artefacts      of the ViT-S as well
+    python experiments/tokens.py hierarchy [--hierarchy swin]     or pvt, maxvit; trains it where --build has no weights
 
-Partial results lie in --work (a folder below the system's temporary one by default); tables and curves are written to
-docs/tokens. Photographs are taken in a fixed shuffled order, so that what is there at any time is a fair sample.
+Partial results lie in --work (a folder below the system's temporary one by default), a file for 20 photographs; tables
+are written to docs/tokens. Photographs are taken in a fixed shuffled order, the same for every command, so that what is
+there at any time is a fair sample. `--finished` tabulates what is there and computes nothing.
 """
 
 import argparse
@@ -19,15 +21,16 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from PIL import Image
-from tiny_swin import SIDE, normalised, trained_swin
+from tiny_hierarchies import HIERARCHIES, SIDE, normalised, trained
 
 from vitrail import open_vit
 from vitrail.data import ImageEntry, load_image, open_images, scan, with_masks
@@ -45,21 +48,25 @@ from vitrail.tokens.embedding import find_embedding
 from vitrail.tokens.filters import auroc, best_filters_by_class, filter_energy, filter_table, salient_patches
 from vitrail.tokens.flow import flow_row, read_steps, rollout
 from vitrail.tokens.grouping import RADII, SCORES, score_grouping
+from vitrail.tokens.label_free import final_tokens
 from vitrail.tokens.levels import read_levels
 from vitrail.tokens.relevance import METHODS, deletion_and_insertion, relevance, unavailable_methods
 from vitrail.tokens.views import agreement, faithful_view, flow_view, neuron_view
 from vitrail.wint.batches import read_images
 
 MODELS = ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "tokens"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "tokens"
 CHUNK = 20
+N_NEIGHBOURS = 5
+"""Photographs whose mean embedding is a prototype."""
 
 
 def opened(data: Path, model: str, precision: str = "float32"):
     return open_vit(f"timm:{model}", weights=data / "models" / f"{model}.safetensors", precision=precision)
 
 
-def photographs(data: Path, limit: int):
+def photographs(data: Path, limit: int | None):
     """The source and its entries in a fixed shuffled order; labels by class folder."""
     source = open_images(data / "imagenet-sample", class_names=data / "models" / "imagenet_classes.txt", n_classes=1000)
     entries = scan(source).images
@@ -72,61 +79,101 @@ def chunks(entries: Sequence[ImageEntry], size: int = CHUNK) -> Iterator[tuple[i
         yield start, entries[start : start + size]
 
 
-# --- robustness ------------------------------------------------------------------------------------------------------
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def robustness_of(arguments: argparse.Namespace, precision: str, model: str, limit: int, work: Path) -> list[Path]:
-    """One file of responses per chunk of photographs; those that are there are not computed again."""
-    vit = opened(arguments.data, model, precision)
-    source, entries = photographs(arguments.data, limit)
-    asked = robustness.all_probes(vit.anatomy.grid)
+def computed_parts(
+    arguments: argparse.Namespace,
+    name: str,
+    entries: Sequence[ImageEntry],
+    compute: Callable[[int, Sequence[ImageEntry]], dict[str, np.ndarray]],
+) -> list[Path]:
+    """One file for each chunk of photographs; computes those that are not there, and none with `--finished`."""
     files = []
     for start, some in chunks(entries):
-        file = work / f"robustness-{model}-{precision}-{start:04d}.npz"
-        files.append(file)
-        if not file.exists():
-            images = vit.prepare([load_image(source, entry) for entry in some])
-            labels = np.array([entry.label for entry in some])
-            save_responses(file, vit, images, labels, range(start, start + len(some)), asked)
-            print(file.name, flush=True)
+        file = arguments.work / f"{name}-{start:04d}.npz"
+        if not arguments.finished and n_photographs(file) < len(some):
+            started = time.perf_counter()
+            save_part(file, compute(start, some))
+            seconds = (time.perf_counter() - started) / len(some)
+            print(f"{name}: {start + len(some)} of {len(entries)} photographs, {seconds:.1f} s each", flush=True)
+        if file.exists():
+            files.append(file)
     return files
 
 
-def save_responses(file: Path, vit, images, labels, numbers, asked) -> None:
+def save_part(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Whole or not at all."""
+    unfinished = file.with_suffix(".unfinished.npz")
+    np.savez(unfinished, **arrays)
+    unfinished.replace(file)
+
+
+def n_photographs(file: Path) -> int:
+    """How many photographs a part holds; 0 where it is not there. A run of fewer `--images` leaves a short one."""
+    return len(joined([file])["photograph"]) if file.exists() else 0
+
+
+def joined(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The arrays of all parts, by name, and the number of each `photograph`; `probes` once."""
+    pieces = [dict(np.load(file)) for file in files]
+    whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0] if name != "probes"}
+    whole.setdefault("photograph", np.arange(len(next(iter(whole.values())))))
+    return whole | ({"probes": pieces[0]["probes"]} if "probes" in pieces[0] else {})
+
+
+def write_sections(
+    arguments: argparse.Namespace, name: str, head: Sequence[str], sections: Sequence[list[str]]
+) -> None:
+    """Writes a page of what is there; a page that is there already does not become an empty one."""
+    if not any(sections):
+        raise SystemExit(f"{arguments.work} has no part of {name} to tabulate; run this without --finished.")
+    write(name, [*head, "", *(line for section in sections for line in section)])
+
+
+def parts_name(analysis: str, model: str, precision: str) -> str:
+    return f"{analysis}-{model}-{precision}"
+
+
+# --- robustness ------------------------------------------------------------------------------------------------------
+
+
+def robustness_of(arguments: argparse.Namespace, precision: str, model: str, limit: int) -> list[Path]:
+    source, entries = photographs(arguments.data, limit)
+    vit = opened(arguments.data, model, precision)
+    asked = robustness.all_probes(vit.anatomy.grid)
+
+    def compute(start: int, some: Sequence[ImageEntry]) -> dict[str, np.ndarray]:
+        images = vit.prepare([load_image(source, entry) for entry in some])
+        labels = np.array([entry.label for entry in some])
+        return responses_of(vit, images, labels, range(start, start + len(some)), asked)
+
+    return computed_parts(arguments, parts_name("robustness", model, precision), entries, compute)
+
+
+def responses_of(vit, images, labels, numbers, asked) -> dict[str, np.ndarray]:
     steps, logits = read_steps(vit.tap(), images)
     salience = rollout(steps, vit.anatomy.blocks[0].prefix, vit.anatomy.class_index(0)).numpy()
     intact = logits.float().softmax(-1).numpy()
     responses = robustness.respond(vit, images, labels, salience, numbers, asked)
     fields = ("correct", "probability", "drift", "class_drift")
-    found = {field: np.stack([getattr(response, field) for response in responses], 1) for field in fields}
+    arrays = {field: np.stack([getattr(response, field) for response in responses], 1) for field in fields}
     answers = np.take_along_axis(intact, labels[:, None], 1)[:, 0]
-    save_all(file, asked, intact.argmax(1) == labels, answers, found)
+    return with_probes(asked, intact.argmax(1) == labels, answers, arrays) | {"photograph": np.array(numbers)}
 
 
-def save_all(file: Path, asked, correct: np.ndarray, probability: np.ndarray, found: dict[str, np.ndarray]) -> None:
-    """Whole or not at all."""
-    told = json.dumps([{"kind": type(probe).__name__, **asdict(probe)} for probe in asked])
-    unfinished = file.with_suffix(".unfinished.npz")
-    np.savez(unfinished, probes=told, intact_correct=correct, intact_probability=probability, **found)
-    unfinished.replace(file)
+def with_probes(asked, correct: np.ndarray, probability: np.ndarray, arrays: dict[str, np.ndarray]):
+    """Responses with the probes that they answer and what the intact images give."""
+    probes = np.array(json.dumps([{"kind": type(probe).__name__, **asdict(probe)} for probe in asked]))
+    return {"probes": probes, "intact_correct": correct, "intact_probability": probability, **arrays}
 
 
 def robustness_command(arguments: argparse.Namespace) -> None:
-    lines = ["# Robustness", ""]
+    sections = []
     for model in arguments.models:
-        if arguments.finished:
-            files = sorted(arguments.work.glob(f"robustness-{model}-{arguments.precision}-????.npz"))
-        else:
-            files = robustness_of(arguments, arguments.precision, model, arguments.images, arguments.work)
-        lines += robustness_table(model, arguments.precision, joined(files))
-    write("robustness.md", lines)
-
-
-def joined(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The responses of all chunks, by name; `probes` once."""
-    pieces = [dict(np.load(file)) for file in files if file.exists()]
-    found = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0] if name != "probes"}
-    return found | {"probes": pieces[0]["probes"]}
+        files = robustness_of(arguments, arguments.precision, model, arguments.images)
+        sections.append(robustness_table(model, arguments.precision, joined(files)) if files else [])
+    write_sections(arguments, "robustness.md", ["# Robustness"], sections)
 
 
 def robustness_table(model: str, precision: str, found: dict[str, np.ndarray]) -> list[str]:
@@ -149,23 +196,30 @@ def robustness_table(model: str, precision: str, found: dict[str, np.ndarray]) -
     return [*lines, "", *matched_table(found, asked), ""]
 
 
-def matched_table(found: dict[str, np.ndarray], asked: list[dict]) -> list[str]:
-    """Paired differences on the same photographs: what losing salient patches costs beyond as many others."""
+def lost_beyond(found: dict[str, np.ndarray], asked: list[dict]) -> dict[tuple[str, float, str], np.ndarray]:
+    """What losing salient patches costs each photograph beyond as many others, by loss, amount and which others."""
     place = {(each.get("selection"), each.get("loss"), each.get("amount")): i for i, each in enumerate(asked)}
+    beyond = {}
+    for loss in sorted({each["loss"] for each in asked if "loss" in each}):
+        for amount in sorted({each["amount"] for each in asked if "amount" in each}):
+            salient = found["probability"][:, place["salient", loss, amount]]
+            for other in ("random", "non-salient"):
+                beyond[loss, amount, other] = found["probability"][:, place[other, loss, amount]] - salient
+    return beyond
+
+
+def matched_table(found: dict[str, np.ndarray], asked: list[dict]) -> list[str]:
+    """Paired differences on the same photographs."""
     lines = [
         "Probability lost by salient patches beyond the same number of random or non-salient ones (paired):",
         "",
         "| lost by | amount | beyond random | beyond non-salient |",
         "|---|---|---|---|",
     ]
-    for loss in sorted({each["loss"] for each in asked if "loss" in each}):
-        for amount in sorted({each["amount"] for each in asked if "amount" in each}):
-            salient = found["probability"][:, place["salient", loss, amount]]
-            beyond = [
-                interval(found["probability"][:, place[other, loss, amount]] - salient)
-                for other in ("random", "non-salient")
-            ]
-            lines.append(row([loss, f"{amount:.0%}", *beyond]))
+    beyond = lost_beyond(found, asked)
+    for loss, amount in dict.fromkeys((loss, amount) for loss, amount, _ in beyond):
+        cells = [interval(beyond[loss, amount, other]) for other in ("random", "non-salient")]
+        lines.append(row([loss, f"{amount:.0%}", *cells]))
     return lines
 
 
@@ -177,8 +231,7 @@ def precision_command(arguments: argparse.Namespace) -> None:
              "|---|---|---|---|"]  # fmt: skip
     for model in arguments.models:
         wide, narrow = (
-            joined(robustness_of(arguments, precision, model, limit, arguments.work))
-            for precision in ("float32", "bfloat16")
+            joined(robustness_of(arguments, precision, model, limit)) for precision in ("float32", "bfloat16")
         )
         probability = np.abs(wide["probability"].mean(0) - narrow["probability"].mean(0)).max()
         same = (wide["correct"] == narrow["correct"]).mean()
@@ -261,19 +314,19 @@ def grouping_table(model: str, cells: int | None, held: dict[str, np.ndarray]) -
 
 
 def masked_command(arguments: argparse.Namespace) -> None:
-    """Robustness on the photographs with objects: salient patches are those that objects cover."""
-    lines = ["# Robustness where objects are known", "", "Labels are the model's own predictions on the intact image."]
+    """Robustness on the photographs with objects: salient patches are those that objects cover. `merged` has it."""
     for model in arguments.models:
-        file = arguments.work / f"masked-{model}-{arguments.precision}.npz"
-        if not file.exists():
-            save_masked(file, opened(arguments.data, model, arguments.precision), arguments.data)
-        lines += ["", *robustness_table(model, arguments.precision, dict(np.load(file)))]
-    write("robustness-masks.md", lines)
+        file = arguments.work / f"{parts_name('masked', model, arguments.precision)}.npz"
+        if not file.exists() and not arguments.finished:
+            save_part(file, masked_responses(opened(arguments.data, model, arguments.precision), arguments.data))
+        if file.exists():
+            print("\n".join(robustness_table(model, arguments.precision, joined([file]))))
 
 
-def save_masked(file: Path, vit, data: Path) -> None:
+def masked_responses(vit, data: Path) -> dict[str, np.ndarray]:
+    """Labels are the model's own predictions on the intact image."""
     asked, kept = robustness.all_probes(vit.anatomy.grid, losses=("mean", "removed")), []
-    for number, (image, ids, _, _) in enumerate(masked_photographs(data)):
+    for number, (image, ids, _, name) in enumerate(masked_photographs(data)):
         covered = coverage((in_view(ids, vit.preprocessing) > 0).astype(np.int64), vit.anatomy.grid)[1]
         if not len(covered):
             continue
@@ -281,8 +334,9 @@ def save_masked(file: Path, vit, data: Path) -> None:
         intact = vit.logits(images).float().softmax(-1).numpy()
         responses = robustness.respond(vit, images, intact.argmax(1), covered[:1], [number], asked)
         kept.append((intact.max(), responses))
+        print(f"masked: {name}, {len(kept)} photographs with objects", flush=True)
     fields = ("correct", "probability", "drift", "class_drift")
-    save_all(file, asked, np.ones(len(kept), dtype=bool), np.array([each for each, _ in kept]), {
+    return with_probes(asked, np.ones(len(kept), dtype=bool), np.array([each for each, _ in kept]), {
         field: np.stack([np.stack([getattr(each, field)[0] for each in responses]) for _, responses in kept])
         for field in fields
     })  # fmt: skip
@@ -352,42 +406,79 @@ def filter_lines(model: str, by_mask, by_rollout, categories, names) -> list[str
 
 
 def relevance_command(arguments: argparse.Namespace) -> None:
-    lines = ["# Relevance", "", "Area under deletion (lower is better) and insertion (higher is better) of the label's "
-             "probability; patches painted in the image's mean colour, ten steps.", ""]  # fmt: skip
+    head = [
+        "# Relevance",
+        "",
+        "Area under deletion (lower is better) and insertion (higher is better) of the label's probability; patches "
+        "painted in the image's mean colour, ten steps. `prototype_similarity`: the prototype is the mean embedding of "
+        f"the {N_NEIGHBOURS} other photographs whose embeddings are most like the photograph's own; "
+        f"`random_prototype`, its null, that of {N_NEIGHBOURS} others by chance.",
+    ]
+    sections = []
     for model in arguments.models:
         files = relevance_of(arguments, model)
-        lines += relevance_table(model, [dict(np.load(file)) for file in files])
-    write("relevance.md", lines)
+        sections.append(relevance_table(model, joined(files)) if files else [])
+    write_sections(arguments, "relevance.md", head, sections)
 
 
 def relevance_of(arguments: argparse.Namespace, model: str) -> list[Path]:
-    wide, narrow = opened(arguments.data, model), opened(arguments.data, model, arguments.precision)
-    source, entries = photographs(arguments.data, min(arguments.images, 100))
-    files = []
-    for start, some in chunks(entries):
-        file = arguments.work / f"relevance-{model}-{start:04d}.npz"
-        if not file.exists():
-            images = [load_image(source, entry) for entry in some]
-            labels = np.array([entry.label for entry in some])
-            maps = relevance(wide, wide.prepare(images), labels)
-            np.savez(file, **curves_of(narrow, narrow.prepare(images), labels, maps))
-            print(file.name, flush=True)
-        files.append(file)
-    return files
+    """Maps are taken in float32, their curves in the precision asked for."""
+    source, entries = photographs(arguments.data, arguments.images)
+    wide = opened(arguments.data, model)
+    narrow = wide if arguments.precision == "float32" else opened(arguments.data, model, arguments.precision)
+    embeddings = None if arguments.finished else embeddings_of(arguments, model, wide)
+
+    def compute(start: int, some: Sequence[ImageEntry]) -> dict[str, np.ndarray]:
+        images, numbers = [load_image(source, entry) for entry in some], np.arange(start, start + len(some))
+        labels = np.array([entry.label for entry in some])
+        prepared = wide.prepare(images)
+        maps = relevance(wide, prepared, labels, prototype=prototypes(embeddings, numbers))
+        null = prototypes(embeddings, numbers, by_chance=True)
+        maps["random_prototype"] = relevance(wide, prepared, labels, ["prototype_similarity"], prototype=null)[
+            "prototype_similarity"
+        ]
+        return curves_of(narrow, narrow.prepare(images), labels, maps) | {"photograph": numbers}
+
+    return computed_parts(arguments, parts_name("relevance", model, arguments.precision), entries, compute)
+
+
+def embeddings_of(arguments: argparse.Namespace, model: str, vit) -> np.ndarray:
+    """Of all photographs, however many are judged, so that the neighbours of one do not depend on that."""
+    source, entries = photographs(arguments.data, None)
+
+    def compute(start: int, some: Sequence[ImageEntry]) -> dict[str, np.ndarray]:
+        embedding = final_tokens(vit, vit.prepare([load_image(source, entry) for entry in some])).embedding.numpy()
+        return {"embedding": embedding, "photograph": np.arange(start, start + len(some))}
+
+    return joined(computed_parts(arguments, parts_name("embeddings", model, "float32"), entries, compute))["embedding"]
+
+
+def prototypes(embeddings: np.ndarray, numbers: np.ndarray, *, by_chance: bool = False) -> np.ndarray:
+    """The mean embedding [image feature] of each photograph's nearest others by cosine, or of others by chance."""
+    directions = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    rows = []
+    for number in numbers:
+        if by_chance:
+            order = np.random.default_rng((0, number)).permutation(len(embeddings))
+        else:
+            order = np.argsort(-(directions @ directions[number]), kind="stable")
+        rows.append(embeddings[order[order != number][:N_NEIGHBOURS]].mean(0))
+    return np.array(rows, dtype=np.float32)
 
 
 def curves_of(vit, images, labels: np.ndarray, maps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Curves of deletion and insertion [image amount] of each map, by method and way."""
-    found = {}
+    by_name = {}
     for method, scores in maps.items():
         curves = deletion_and_insertion(vit, images, labels, scores)
-        found |= {f"{method} deletion": curves.deletion, f"{method} insertion": curves.insertion}
-    return found
+        by_name |= {f"{method} deletion": curves.deletion, f"{method} insertion": curves.insertion}
+    return by_name
 
 
 def hierarchy_command(arguments: argparse.Namespace) -> None:
-    """Relevance on a Swin trained here, whose rollout is refused; labels are the true ones."""
-    vit = trained_swin(arguments.data, arguments.build / "tiny_swin.safetensors")
+    """Relevance on a hierarchy trained here, whose rollout is refused; labels are the true ones."""
+    name = arguments.hierarchy
+    vit = trained(name, arguments.data, arguments.build / f"tiny_{name}.safetensors")
     test = read_images(str(arguments.data / "cifar10" / "test.npz"))
     pixels, labels = normalised(test.pixels(SIDE)), test.labels.numpy()
     with torch.no_grad():
@@ -396,120 +487,261 @@ def hierarchy_command(arguments: argparse.Namespace) -> None:
     print(accuracy)
     reasons = unavailable_methods(vit)
     chosen = np.random.default_rng(0).permutation(len(labels))[:200]
+    others = np.setdiff1d(np.arange(len(labels)), chosen)
+    of_classes = np.stack([class_prototype(vit, pixels[others][labels[others] == each]) for each in range(10)])
     images, labels = pixels[chosen], labels[chosen]
-    maps = relevance(vit, images, labels, [method for method in METHODS if method not in reasons])
-    lines = ["# Relevance in a hierarchy", "", f"A small Swin trained on CIFAR-10 (`experiments/tiny_swin.py`): three "
-             f"stages on grids of 16 x 16, 8 x 8 and 4 x 4 patches, windows of 4 x 4, {accuracy}. Otherwise as in "
-             "[relevance.md](relevance.md). Rollout and gradient-weighted rollout are refused: "
-             f"\"{reasons['gradient']}\".", ""]  # fmt: skip
-    lines += relevance_table("Swin, CIFAR-10", [curves_of(vit, images, labels, maps)])
-    write("relevance-hierarchy.md", lines)
+    methods = [method for method in METHODS if method not in reasons]
+    maps = relevance(vit, images, labels, methods, prototype=of_classes[labels])
+    other_classes = (labels + np.random.default_rng(1).integers(1, 10, len(labels))) % 10
+    maps["random_prototype"] = relevance(
+        vit, images, labels, ["prototype_similarity"], prototype=of_classes[other_classes]
+    )["prototype_similarity"]
+    grids = dict.fromkeys(block.grid for block in vit.anatomy.blocks)
+    lines = [f"# Relevance in a hierarchy: {name}", "", "A small model trained on CIFAR-10 "
+             f"(`experiments/tiny_hierarchies.py`) on grids of {', '.join(f'{a} x {b}' for a, b in grids)} patches, "
+             f"{accuracy}. Otherwise as in [relevance.md](relevance.md), but that prototypes are the mean embedding of "
+             f"{N_OF_CLASS} other test images of the class, and `random_prototype` that of another class. Rollout and "
+             f"gradient-weighted rollout are refused: \"{reasons['gradient']}\".", ""]  # fmt: skip
+    lines += relevance_table(f"{name}, CIFAR-10", curves_of(vit, images, labels, maps))
+    write(f"relevance-hierarchy{'' if name == 'swin' else f'-{name}'}.md", lines)
 
 
-def relevance_table(model: str, pieces: Sequence[dict[str, np.ndarray]]) -> list[str]:
-    areas = {}
-    for name in pieces[0]:
-        curve = np.concatenate([piece[name] for piece in pieces])
-        areas[name] = (curve[:, 1:] + curve[:, :-1]).mean(axis=1) / 2
-    n = len(next(iter(areas.values())))
-    lines = [
-        f"## {model}, {n} photographs",
-        "",
-        "| method | deletion | insertion | insertion - deletion | that beyond random (paired) |",
-        "|---|---|---|---|---|",
-    ]
+N_OF_CLASS = 50
+
+
+def class_prototype(vit, pixels: torch.Tensor) -> np.ndarray:
+    return final_tokens(vit, pixels[:N_OF_CLASS]).embedding.mean(0).numpy()
+
+
+def relevance_areas(curves: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """By method, of each photograph the areas, their difference and that beyond a random order."""
+    areas = {name: (curve[:, 1:] + curve[:, :-1]).mean(axis=1) / 2 for name, curve in curves.items() if " " in name}
     random = areas["random insertion"] - areas["random deletion"]
-    for method in [method for method in METHODS if f"{method} deletion" in areas]:
-        gap = areas[f"{method} insertion"] - areas[f"{method} deletion"]
-        beyond = interval(gap - random) if method != "random" else ""
-        lines.append(
-            row(
-                [
-                    method,
-                    interval(areas[f"{method} deletion"]),
-                    interval(areas[f"{method} insertion"]),
-                    interval(gap),
-                    beyond,
-                ]
-            )
-        )
+    by_method = {}
+    for method in [method for method in (*METHODS, "random_prototype") if f"{method} deletion" in areas]:
+        deletion, insertion = (areas[f"{method} {way}"] for way in ("deletion", "insertion"))
+        by_method[method] = {
+            "deletion": deletion,
+            "insertion": insertion,
+            "insertion - deletion": insertion - deletion,
+            "that beyond random (paired)": insertion - deletion - random,
+        }
+    return by_method
+
+
+def relevance_table(model: str, curves: dict[str, np.ndarray]) -> list[str]:
+    by_method = relevance_areas(curves)
+    names = list(by_method["random"])
+    lines = [
+        f"## {model}, {len(by_method['random']['deletion'])} photographs",
+        "",
+        row(["method", *names]),
+        row(["---"] * (1 + len(names))),
+    ]
+    for method, areas in by_method.items():
+        cells = [interval(values) for values in areas.values()]
+        lines.append(row([method, *(cells if method != "random" else [*cells[:-1], ""])]))
     return [*lines, ""]
 
 
 # --- views -----------------------------------------------------------------------------------------------------------
 
+LEVELS = (0, 1, 2, 4, 6, 8, 10, 12)
+N_STEPS_BETWEEN = 20
+"""Of so many photographs one has the view by 16 steps, which takes as long as 16 others."""
+
+VIEW_SCORES = {
+    "cosine": "gradient x input: cosine with plain",
+    "rank": "gradient x input: ranks of patches",
+    "missing": "gradient x input: missing",
+    "missing16": "16 steps: missing",
+    "cosine_frozen": "frozen: cosine with plain",
+    "rank_frozen": "frozen: ranks of patches",
+    "missing_frozen": "frozen: missing",
+    "bias_share": "frozen: share of bias",
+}
+TIMES = ("seconds_view", "seconds_both", "seconds_faithful", "seconds_frozen")
+
 
 def views_command(arguments: argparse.Namespace) -> None:
     """How far the plain view agrees with the faithful one, what that accounts for, and what a view costs."""
-    lines = ["# Views", ""]
+    sections = []
     for model in arguments.models:
-        file = arguments.work / f"views-{model}.npz"
-        if not file.exists():
-            save_views(file, opened(arguments.data, model), arguments.data)
-        held = dict(np.load(file))
-        lines += [
-            f"## {model}, {held['cosine'].shape[1]} neurons of {held['cosine'].shape[1] // 4} photographs a level",
+        files = views_of(arguments, model)
+        if not files:
+            continue
+        scores = joined(files)
+        n, n_neurons = scores["cosine"].shape[0], scores["cosine"].shape[2]
+        lines = [
+            f"## {model}, {n} photographs, {n_neurons} neuron{'s' * (n_neurons != 1)} of each a level",
             "",
             "| level | gradient x input: cosine with plain | ranks of patches | missing (median) | 16 steps: missing "
-            "| frozen: cosine with plain | ranks of patches | missing (largest) | share of bias (median) |",
+            "(median) | frozen: cosine with plain | ranks of patches | missing (largest) | share of bias (median) |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        for index, level in enumerate(held["levels"]):
+        for index, level in enumerate(LEVELS):
+            each = {name: scores[name][:, index] for name in VIEW_SCORES}
             lines.append(row([
-                str(level), interval(held["cosine"][index], 2), interval(held["rank"][index], 2),
-                f"{np.median(held['missing'][index]):.2f}", f"{np.median(held['missing16'][index]):.3f}",
-                interval(held["cosine_frozen"][index], 2), interval(held["rank_frozen"][index], 2),
-                f"{held['missing_frozen'][index].max():.0e}", f"{np.median(held['bias_share'][index]):.2f}",
+                str(level), interval(each["cosine"].mean(1), 2), interval(each["rank"].mean(1), 2),
+                f"{np.median(each['missing']):.2f}", f"{np.nanmedian(each['missing16']):.3f}",
+                interval(each["cosine_frozen"].mean(1), 2), interval(each["rank_frozen"].mean(1), 2),
+                f"{each['missing_frozen'].max():.0e}", f"{np.median(each['bias_share']):.2f}",
             ]))  # fmt: skip
+        view, both, faithful, frozen = (1000 * np.median(scores[name]) for name in TIMES)
         lines += [
             "",
-            f"One view (median): {1000 * np.median(held['seconds_view']):.1f} ms from kept maps, "
-            f"{1000 * np.median(held['seconds_both']):.0f} ms with the pass that reads them; the faithful view "
-            f"{1000 * np.median(held['seconds_faithful']):.0f} ms by gradient, "
-            f"{1000 * np.median(held['seconds_frozen']):.0f} ms frozen (processor time, {int(held['threads'])} cores).",
+            f"One view (median): {view:.1f} ms from kept maps, {both:.0f} ms with the pass that reads them; the "
+            f"faithful view {faithful:.0f} ms by gradient, {frozen:.0f} ms frozen (processor time, "
+            f"{int(scores['threads'][0])} threads).",
             "",
         ]
-    write("views.md", lines)
+        sections.append(lines)
+    write_sections(arguments, "views.md", ["# Views"], sections)
 
 
-def save_views(file: Path, vit, data: Path, levels: Sequence[int] = (0, 1, 2, 4, 6, 8, 10, 12)) -> None:
-    """Four random neurons of four photographs at some levels; the complete view, which is dear, of one of two."""
-    source, entries = photographs(data, 4)
-    rng, embedding = np.random.default_rng(0), find_embedding(vit)
-    names = ("cosine", "rank", "missing", "missing16", "cosine_frozen", "rank_frozen", "missing_frozen", "bias_share")
-    found = {name: [[] for _ in levels] for name in names}
-    times = {name: [] for name in ("seconds_view", "seconds_both", "seconds_faithful", "seconds_frozen")}
-    for number, entry in enumerate(entries):
-        image = vit.prepare([load_image(source, entry)])
-        steps, _ = read_steps(vit.tap(), image)
-        for index, level in enumerate(levels):
-            for _ in range(4):
-                token, channel = int(rng.integers(1, 197)), int(rng.integers(len(embedding.filters)))
-                started = time.process_time()
-                row_ = flow_row(steps[:level], token) if level else flow_row(steps[:1], token) * 0
-                plain = flow_view(image, embedding.filters[channel], embedding.grid, row_[:, embedding.prefix :])[0]
-                times["seconds_view"].append(time.process_time() - started)
-                started = time.process_time()
-                plain = neuron_view(vit, image, level, token, channel, embedding=embedding)[0]
-                times["seconds_both"].append(time.process_time() - started)
-                started = time.process_time()
-                faithful = faithful_view(vit, image, level, token, channel)
-                times["seconds_faithful"].append(time.process_time() - started)
-                both = agreement(plain, faithful.pixels, embedding.grid)
-                found["cosine"][index].append(both.cosine)
-                found["rank"][index].append(both.rank)
-                found["missing"][index].append(faithful.missing)
-                started = time.process_time()
-                frozen = faithful_view(vit, image, level, token, channel, path="frozen")
-                times["seconds_frozen"].append(time.process_time() - started)
-                both = agreement(plain, frozen.pixels, embedding.grid)
-                found["cosine_frozen"][index].append(both.cosine)
-                found["rank_frozen"][index].append(both.rank)
-                found["missing_frozen"][index].append(frozen.missing)
-                found["bias_share"][index].append(abs(frozen.bias) / (abs(frozen.bias) + abs(frozen.change)))
-            if number < 2:
-                found["missing16"][index].append(faithful_view(vit, image, level, token, channel, 16).missing)
-    np.savez(file, levels=levels, threads=torch.get_num_threads(), **found, **times)
+def views_of(arguments: argparse.Namespace, model: str) -> list[Path]:
+    source, entries = photographs(arguments.data, arguments.images)
+    vit = opened(arguments.data, model, arguments.precision)
+
+    def compute(start: int, some: Sequence[ImageEntry]) -> dict[str, np.ndarray]:
+        numbers = range(start, start + len(some))
+        by_photograph = [
+            view_scores(vit, load_image(source, entry), number, arguments.neurons)
+            for number, entry in zip(numbers, some, strict=True)
+        ]
+        arrays = {name: np.array([each[name] for each in by_photograph]) for name in by_photograph[0]}
+        threads = np.full(len(some), torch.get_num_threads())
+        return {**arrays, "threads": threads, "photograph": np.array(numbers)}
+
+    name = parts_name("views" if arguments.neurons == 1 else f"views{arguments.neurons}", model, arguments.precision)
+    return computed_parts(arguments, name, entries, compute)
+
+
+def view_scores(vit, photograph, number: int, n_neurons: int) -> dict[str, np.ndarray]:
+    """Scores and seconds [level neuron] of random neurons of one photograph."""
+    rng, embedding, image = np.random.default_rng((0, number)), find_embedding(vit), vit.prepare([photograph])
+    steps, _ = read_steps(vit.tap(), image)
+    n_tokens, n_channels = vit.anatomy.blocks[0].tokens, len(embedding.filters)
+    scores = {name: np.full((len(LEVELS), n_neurons), np.nan) for name in (*VIEW_SCORES, *TIMES)}
+
+    def timed(name: str, at: tuple[int, ...], compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        started = time.process_time()
+        result = compute(*args, **options)
+        scores[name][at] = time.process_time() - started
+        return result
+
+    for at in np.ndindex(len(LEVELS), n_neurons):
+        level = LEVELS[at[0]]
+        token, channel = int(rng.integers(embedding.prefix, n_tokens)), int(rng.integers(n_channels))
+        neuron = (level, token, channel)
+        timed("seconds_view", at, plain_view, image, embedding, steps, *neuron)
+        plain = timed("seconds_both", at, neuron_view, vit, image, *neuron, embedding=embedding)[0]
+        faithful = timed("seconds_faithful", at, faithful_view, vit, image, *neuron)
+        frozen = timed("seconds_frozen", at, faithful_view, vit, image, *neuron, path="frozen")
+        for suffix, view in (("", faithful), ("_frozen", frozen)):
+            both = agreement(plain, view.pixels, embedding.grid)
+            scores[f"cosine{suffix}"][at], scores[f"rank{suffix}"][at] = both.cosine, both.rank
+            scores[f"missing{suffix}"][at] = view.missing
+        scores["bias_share"][at] = abs(frozen.bias) / (abs(frozen.bias) + abs(frozen.change))
+        if number % N_STEPS_BETWEEN == 0 and at[1] == 0:
+            scores["missing16"][at] = faithful_view(vit, image, level, token, channel, 16).missing
+    return scores
+
+
+def plain_view(image, embedding, steps, level: int, token: int, channel: int):
+    """From maps that were kept."""
+    flow = flow_row(steps[:level], token) if level else flow_row(steps[:1], token) * 0
+    return flow_view(image, embedding.filters[channel], embedding.grid, flow[:, embedding.prefix :])[0]
+
+
+# --- one table -------------------------------------------------------------------------------------------------------
+
+
+def merged_command(arguments: argparse.Namespace) -> None:
+    """Robustness, relevance and views of all models in one table, of what is there of the same photographs."""
+    arguments.finished = True
+    by_model = [merged_rows(arguments, model) for model in arguments.models]
+    names = list(dict.fromkeys(name for rows in by_model for name in rows))
+    if not names:
+        raise SystemExit(
+            f"{arguments.work} has no part of {', '.join(arguments.models)} in {arguments.precision}: run robustness, "
+            "relevance, views and masked first."
+        )
+    lines = [
+        "# Robustness, relevance and views",
+        "",
+        f"The same {arguments.images} photographs for all, in {arguments.precision}; mean and 95 % interval over "
+        "photographs, of each the mean over its neurons. Where fewer photographs are there, the cell says on how many. "
+        "Rows with objects are of photographs with masks, and their labels the model's own predictions.",
+        "",
+        row(["what", "of", *arguments.models]),
+        row(["---"] * (2 + len(arguments.models))),
+    ]
+    for name in names:
+        expected = None if name[0].startswith("objects known") else arguments.images
+        lines.append(row([*name, *(merged_cell(rows.get(name), expected) for rows in by_model)]))
+    write("robustness-relevance-views.md", lines)
+
+
+def merged_rows(arguments: argparse.Namespace, model: str) -> dict[tuple[str, str], np.ndarray]:
+    """Values of each photograph, by what they are and of what."""
+    rows: dict[tuple[str, str], np.ndarray] = {}
+    _, entries = photographs(arguments.data, arguments.images)
+    for title, analysis in (("", "robustness"), ("objects known: ", "masked")):
+        name = parts_name(analysis, model, arguments.precision)
+        if analysis == "masked":
+            files = [file for file in [arguments.work / f"{name}.npz"] if file.exists()]
+        else:
+            files = computed_parts(arguments, name, entries, nothing_is_computed)
+        rows |= robustness_rows(title, joined(files)) if files else {}
+    if files := computed_parts(
+        arguments, parts_name("relevance", model, arguments.precision), entries, nothing_is_computed
+    ):
+        for method, areas in relevance_areas(joined(files)).items():
+            rows |= {(f"relevance: {what}", method): values for what, values in areas.items()}
+    if files := computed_parts(
+        arguments, parts_name("views", model, arguments.precision), entries, nothing_is_computed
+    ):
+        scores = joined(files)
+        for score, title in VIEW_SCORES.items():
+            for index, level in enumerate(LEVELS):
+                values = scores[score][:, index]
+                values = values[:, 0] if score == "missing16" else values.mean(1)
+                rows[f"views, {title}", f"level {level}"] = values[~np.isnan(values)]
+    return rows
+
+
+def nothing_is_computed(start: int, some: Sequence[ImageEntry]) -> dict[str, np.ndarray]:
+    raise AssertionError("with --finished no part is computed")
+
+
+def robustness_rows(title: str, responses: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+    asked = json.loads(str(responses["probes"]))
+    rows = {
+        (f"{title}top-1", "intact"): responses["intact_correct"],
+        (f"{title}probability", "intact"): responses["intact_probability"],
+    }
+    for index, probe in enumerate(asked):
+        rows[f"{title}top-1", probe_name(probe)] = responses["correct"][:, index]
+        rows[f"{title}probability", probe_name(probe)] = responses["probability"][:, index]
+        rows[f"{title}drift after the last layer", probe_name(probe)] = responses["drift"][:, index, -1]
+    for (loss, amount, other), values in lost_beyond(responses, asked).items():
+        rows[f"{title}probability lost beyond {other} patches (paired)", f"salient, {loss}, {amount:.0%}"] = values
+    return rows
+
+
+def probe_name(probe: dict) -> str:
+    if probe["kind"] == "Occlusion":
+        return f"{probe['selection']}, {probe['loss']}, {probe['amount']:.0%}"
+    return f"shuffled {probe['cells']} x {probe['cells']}"
+
+
+def merged_cell(values: np.ndarray | None, expected: int | None) -> str:
+    """Mean, interval, and of how many photographs where these are not all."""
+    if values is None or not len(values):
+        return "not there"
+    n = "" if len(values) == expected else f"; {len(values)} photographs"
+    return interval(values) + n
 
 
 # --- artefacts -------------------------------------------------------------------------------------------------------
@@ -653,11 +885,15 @@ def write(name: str, lines: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=sorted(COMMANDS))
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/, imagenet-sample/, coco-masks/")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="has models/, imagenet-sample/, coco-masks/"
+    )
     parser.add_argument("--models", nargs="+", help="Default: the two tiny ones; artefacts: the ViT-S as well.")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--finished", action="store_true", help="robustness: tabulate what is there, compute nothing")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--neurons", type=int, default=1, help="views: of each photograph and level")
+    parser.add_argument("--hierarchy", choices=sorted(HIERARCHIES), default="swin")
+    parser.add_argument("--finished", action="store_true", help="tabulate the parts that are there, compute nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-neurons")
     parser.add_argument("--build", type=Path, default=Path(".build"), help="hierarchy: where its weights are kept")
@@ -676,6 +912,7 @@ COMMANDS = {
     "grouping": grouping_command,
     "hierarchy": hierarchy_command,
     "masked": masked_command,
+    "merged": merged_command,
     "precision": precision_command,
     "relevance": relevance_command,
     "robustness": robustness_command,

@@ -363,7 +363,7 @@ def test_what_needs_gradients_is_left_out_of_a_model_that_lets_none_through(mode
     vit = open_vit(model().eval(), image_size=32, weights="random", n_classes=5)
     looked = look(vit, photo(), measures="heads,tokens,head_windows")
     assert {"head_probability", "peak_attention", "token_colour"} <= set(looked)
-    assert list(looked["relevance"]["relevance_method"].values[:3]) == ["raw", "rollout", "random 1"]
+    assert list(looked["relevance"]["relevance_method"].values[:4]) == ["raw", "rollout", "self_similarity", "random 1"]
     assert "No gradient" in looked.attrs["left_out"]["head_window_area"]
     assert "No gradient" in unavailable(vit, ["head_probability"], {"importance": "estimate"})["head_probability"]
 
@@ -388,8 +388,9 @@ def test_a_hierarchy_is_looked_at_with_layers_padded():
     assert looked["token_similarity"].shape == (4, 196)
     assert np.isnan(looked["token_similarity"][3, 49:]).all()
     assert "class_attention" in looked.attrs["left_out"]
-    assert looked["relevance"].shape == (7, 196)
-    assert looked["relevance_method"].to_numpy().astype(str).tolist()[:3] == ["raw", "grad_sam", "random 1"]
+    assert looked["relevance"].shape == (8, 196)
+    methods = looked["relevance_method"].to_numpy().astype(str).tolist()
+    assert methods[:4] == ["raw", "grad_sam", "self_similarity", "random 1"]
     assert np.isfinite(looked["relevance"]).all()
     best = int(looked["relevance"].sel(relevance_method="grad_sam").to_numpy().argmax())
     assert looked.attrs["patch"] == list(divmod(best, 14))

@@ -80,12 +80,12 @@ import sys
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from tokens import joined, save_all
+from tokens import joined, save_part, with_probes
 from vitrail.tokens.robustness import all_probes
 folder = Path(sys.argv[2])
 for name, n in (("a", 3), ("b", 2)):
-    found = {"drift": np.full((n, 4), n)}
-    save_all(folder / f"{name}.npz", all_probes((2, 2)), np.ones(n, bool), np.zeros(n), found)
+    responses = {"drift": np.full((n, 4), n)}
+    save_part(folder / f"{name}.npz", with_probes(all_probes((2, 2)), np.ones(n, bool), np.zeros(n), responses))
 whole = joined(sorted(folder.glob("?.npz")))
 print(len(whole["intact_correct"]), whole["drift"].shape, "Occlusion" in str(whole["probes"]))
 """

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from PIL import Image
 
 from vitrail.analysis import Analysis, analyses, unavailable
@@ -57,14 +57,16 @@ class LiveModel:
     study put their mean.
     """
 
-    def __init__(self, vit: Vit) -> None:
+    def __init__(self, vit: Vit, prototype: Float[np.ndarray, "feature"] | None = None) -> None:
         """Wrap an open model.
 
         Args:
             vit: The model.
+            prototype: An embedding that patches of every image are compared with, as for `vitrail.look`.
         """
         require_vit(vit)
         self.vit = vit
+        self.prototype = prototype
         self._lock = RLock()
         self._images: OrderedDict[str, OneImage] = OrderedDict()
         self._parts: dict[str, tuple[LookPart, ...]] = {}
@@ -257,7 +259,7 @@ class LiveModel:
         ids = None if mask is None else ids_of(mask, image.size)
         key = image_digest(image) + ("" if ids is None else image_digest(Image.fromarray(ids.astype(np.int32))))
         if key not in self._images:
-            self._images[key] = record_image(self.vit, image, mask=ids)
+            self._images[key] = record_image(self.vit, image, mask=ids, prototype=self.prototype)
         self._images.move_to_end(key)
         while len(self._images) > MAX_RECORDED_IMAGES:
             self._images.popitem(last=False)

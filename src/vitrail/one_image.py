@@ -80,6 +80,7 @@ class OneImage:
         asked_patch: row and column of the patch to look at, if one was asked for.
         asked_channel: the neuron to look at, if one was asked for.
         instance_ids: [row column] of the view, 0 for background; None without a mask.
+        prototype: [feature] what relevance by `prototype_similarity` compares patches with; None without one.
         left_out: reasons by array name.
     """
 
@@ -92,6 +93,7 @@ class OneImage:
     asked_patch: tuple[int, int] | None = None
     asked_channel: int | None = None
     instance_ids: Int[np.ndarray, "row column"] | None = None
+    prototype: Float[np.ndarray, "feature"] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     _computed: dict[str, Any] = field(default_factory=dict)
 
@@ -190,6 +192,7 @@ def record_image(
     mask: np.ndarray | Image.Image | None = None,
     patch: Iterable[SupportsIndex] | None = None,
     channel: SupportsIndex | None = None,
+    prototype: Float[np.ndarray, "feature"] | None = None,
 ) -> OneImage:
     """Passes one image through the model, for the parts that are computed from it.
 
@@ -199,6 +202,7 @@ def record_image(
         mask: [row column] instance ids of its objects, an array or an image, as large as the photograph.
         patch: row and column of the patch to look at, as for `look`.
         channel: the neuron to look at, as for `look`.
+        prototype: an embedding that patches are compared with, as for `look`.
 
     Returns:
         The image with its plain pass and without measures.
@@ -216,7 +220,7 @@ def record_image(
     pixels = vit.prepare([image])
     replay, logits = vit.tap().record(pixels)
     require_finite(vit.name, logits)
-    return OneImage(vit, vit.view(image), pixels, replay, logits, {}, place, channel, ids)
+    return OneImage(vit, vit.view(image), pixels, replay, logits, {}, place, channel, ids, prototype)
 
 
 def _base_part(one: OneImage) -> xr.Dataset:
@@ -264,6 +268,7 @@ def look(
     mask: np.ndarray | Image.Image | None = None,
     patch: Iterable[SupportsIndex] | None = None,
     channel: SupportsIndex | None = None,
+    prototype: Float[np.ndarray, "feature"] | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> xr.Dataset:
     """Computes every analysis of one image.
@@ -277,6 +282,8 @@ def look(
             for background.
         patch: row and column of the patch to look at; None for the one that the prediction rests on most.
         channel: the neuron to look at; None for the filter through which salient patches stand out most.
+        prototype: an embedding that patches are compared with too (relevance by `prototype_similarity`), as
+            `vitrail.tokens.label_free.mean_embedding` makes it of a class or a folder; None: without.
         progress: told what is being computed.
 
     Returns:
@@ -286,7 +293,8 @@ def look(
         and `patch`: row and column of the patch that was looked at.
 
     Raises:
-        UsageError: an analysis, the patch or the channel is not known, or the image is no photograph.
+        UsageError: an analysis, the patch or the channel is not known, the prototype is none of this model's, or the
+            image is no photograph.
         DataError: the image is broken or its black and white are not defined; the mask holds no instance ids, or has
             another size than the image.
         ModelError: the model's answer has NaN or infinite numbers.
@@ -310,7 +318,9 @@ def look(
     pixels = vit.prepare([image])
     arrays, replay, logits = measure_image(vit, pixels, names, None if ids is None else [ids])
     arrays, empty = _part_empty(arrays)
-    one = OneImage(vit, vit.view(image), pixels, replay, logits, arrays, place, channel, ids, {**reasons, **empty})
+    one = OneImage(
+        vit, vit.view(image), pixels, replay, logits, arrays, place, channel, ids, prototype, {**reasons, **empty}
+    )
     dataset = _dataset(vit, arrays)
     for analysis in chosen:
         progress(analysis.title.lower())

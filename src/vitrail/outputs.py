@@ -15,6 +15,7 @@ from vitrail.errors import UsageError
 __all__ = [
     "EXPORT_SIGN",
     "FIGURE_SIGN",
+    "INDEX_MARKER",
     "STUDY_MARKER",
     "STUDY_PLAN",
     "address",
@@ -35,6 +36,9 @@ STUDY_MARKER, STUDY_PLAN = ".vitrail-study", "study.json"
 
 EXPORT_SIGN = "export.json"
 """The file of an export that says what it is."""
+
+INDEX_MARKER = "token-index.json"
+"""The file of an index of tokens that says what it is."""
 
 FIGURE_SIGN = b"Software\x00vitrail"
 """In every figure that is a PNG, before its pixels."""
@@ -182,6 +186,8 @@ def output_kind(folder: Path, names: Collection[str]) -> str | None:
     """
     if STUDY_MARKER in names or {STUDY_PLAN, "images.json", "parts"} <= set(names):
         return "a study"
+    if INDEX_MARKER in names:
+        return "an index of tokens"
     if "zarr.json" in names:
         return "arrays"
     try:

@@ -159,8 +159,9 @@ def test_gradient_rollout_is_that_of_maps_and_gradients_taken_by_hand(vit, image
 
 
 def test_gradient_rollout_knows_of_the_class_and_the_others_do_not(vit, images):
-    one = relevance(vit, images, np.array([1, 1, 1]))
-    other = relevance(vit, images, np.array([5, 5, 5]))
+    prototype = np.ones(48, np.float32)
+    one = relevance(vit, images, np.array([1, 1, 1]), prototype=prototype)
+    other = relevance(vit, images, np.array([5, 5, 5]), prototype=prototype)
     for method in METHODS:
         same = np.allclose(one[method], other[method])
         assert same == (method not in ("gradient", "grad_sam", "legrad"))

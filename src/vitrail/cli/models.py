@@ -4,6 +4,7 @@ import itertools
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +19,13 @@ from vitrail.cli.options import (
     Json,
     ModelOptions,
     Out,
+    Prototype,
     StudiedModel,
     Study,
     Weights,
     analysis_names,
     decode,
+    embedding_of_folder,
     is_number,
     seed_option,
     split_option,
@@ -70,6 +73,7 @@ def look(
     mask: Annotated[
         Path | None, typer.Option(help="A PNG of instance ids, for t-SNE by object; with one image.", metavar="FILE")
     ] = None,
+    prototype: Prototype = None,
     save: Annotated[bool, typer.Option("--save", help="Also write every array, as DIR/IMAGE/look.zarr.")] = False,
     formats: Formats = [Format.png],  # noqa: B006 - typer copies it
 ) -> None:
@@ -99,6 +103,7 @@ def look(
         with with_file_name(path):
             require_channels(image := decode(path), vit.n_channels)
             vit.view(image)
+    mean = None if prototype is None else embedding_of_folder(vit, prototype)
     for path, folder in zip(images, folders, strict=True):
         image = decode(path)
         with Console(stderr=True).status(escape(path.name)) as status:
@@ -114,6 +119,7 @@ def look(
                 mask=ids,
                 patch=_parse_patch(patch),
                 channel=channel,
+                prototype=mean,
                 progress=step,
             )
             step("drawing")
@@ -214,6 +220,13 @@ def matches(
         "matches.png"
     ),
     limit: Annotated[int | None, typer.Option(help="Images to search, at most.", min=1)] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that keeps the images' tokens, so that the next search runs the model over new ones alone.",
+            metavar="DIR",
+        ),
+    ] = None,
 ) -> None:
     """Find the patches of other images whose tokens are most like one of a photograph."""
     from rich.console import Console
@@ -222,6 +235,7 @@ def matches(
     from vitrail.figures.matches import patch_matches
     from vitrail.figures.style import figure_path, save
     from vitrail.tokens.matches import match_findings, match_patches
+    from vitrail.tokens.token_index import indexed_scan
 
     place, image, out = _parse_patch(patch), decode(photo), figure_path(out)
     assert place is not None
@@ -230,16 +244,21 @@ def matches(
         vit.view(image)
     source = open_images(images, limit=limit, labels=False)
     with Console(stderr=True).status("reading images") as status:
-        manifest = scan(source, lambda n, total: status.update(f"reading images: {n} of {total}"))
-        search = match_patches(
-            vit,
-            image,
-            source,
-            manifest,
-            place,
-            layer=layer,
-            progress=lambda n, total: status.update(f"searching: {n} of {total}"),
-        )
+
+        def reading(n: int, total: int) -> None:
+            status.update(f"reading images: {n} of {total}")
+
+        with nullcontext(scan(source, reading)) if index is None else indexed_scan(index, source, reading) as manifest:
+            search = match_patches(
+                vit,
+                image,
+                source,
+                manifest,
+                place,
+                layer=layer,
+                index=index,
+                progress=lambda n, total: status.update(f"searching: {n} of {total}"),
+            )
         file = save(patch_matches(search), out)
     for sentence in match_findings(search):
         typer.echo(sentence)

@@ -16,6 +16,7 @@ from vitrail.outputs import STUDY_PLAN
 from vitrail.stats import MAX_SEED
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from vitrail.models.open import Vit
@@ -27,11 +28,13 @@ __all__ = [
     "Json",
     "ModelOptions",
     "Out",
+    "Prototype",
     "Quiet",
     "Study",
     "Weights",
     "analysis_names",
     "decode",
+    "embedding_of_folder",
     "is_number",
     "progress_bars",
     "require_study",
@@ -158,6 +161,34 @@ def with_file_name(path: Path) -> "Iterator[None]":
         raise BadImage(f"{path}: {error}") from error
 
 
+def embedding_of_folder(vit: "Vit", images: str) -> "np.ndarray":
+    """The mean embedding of a folder's images, which patches are compared with; says on stderr how far it is.
+
+    Args:
+        vit: The model.
+        images: What `vitrail.open_images` takes.
+
+    Returns:
+        A prototype [feature], as `vitrail.tokens.label_free.mean_embedding` makes it.
+
+    Raises:
+        VitrailError: There is no image that can be read, or the model has no tokens on a grid.
+    """
+    from rich.console import Console
+
+    from vitrail.data import load_image, open_images, scan
+    from vitrail.tokens.label_free import mean_embedding, require_final_tokens
+
+    require_final_tokens(vit)
+    source = open_images(images, labels=False)
+    with Console(stderr=True).status("reading the prototype's images") as status:
+        entries = scan(source).images
+        photographs = (load_image(source, entry) for entry in entries)
+        return mean_embedding(
+            vit, photographs, progress=lambda n: status.update(f"the prototype: {n} of {len(entries)} images")
+        )
+
+
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -177,6 +208,13 @@ StudiedModel = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.", metavar="DIR")]
+Prototype = Annotated[
+    str | None,
+    typer.Option(
+        help="Images of one kind: patches are compared with their mean embedding too (prototype_similarity).",
+        metavar="FOLDER",
+    ),
+]
 Study = Annotated[
     Path, typer.Argument(metavar="STUDY", help="A folder written by `vitrail study`.", callback=require_study)
 ]

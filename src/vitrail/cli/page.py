@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrail.cli.entry import app
-from vitrail.cli.options import Device, Out, StudiedModel, Weights, decode, require_study
+from vitrail.cli.options import (
+    Device,
+    Out,
+    Prototype,
+    StudiedModel,
+    Weights,
+    decode,
+    embedding_of_folder,
+    require_study,
+)
 from vitrail.cli.studies import print_summary
 from vitrail.errors import UsageError, VitrailError, explain_missing_library
 
@@ -57,11 +66,14 @@ def open_(
             help=f"Of photographs without a study: what is measured, as in `vitrail study`. Default: {OF_PHOTOGRAPHS}."
         ),
     ] = None,
+    prototype: Prototype = None,
     model: StudiedModel = None,
     weights: Weights = None,
     device: Device = "cpu",
 ) -> None:
     """Open a study, or a model and some photographs, as linked views in the browser."""
+    if prototype is not None and not live:
+        raise UsageError("--prototype is for the live model, which --no-live leaves out; give one of the two.")
     if photographs:
         if model is not None:
             raise UsageError(f"Before photographs {study!r} is the model itself; --model is for a study.")
@@ -75,9 +87,10 @@ def open_(
             decode(path)  # a study would skip a file that cannot be read and go on without it
         vit = open_vit(study, weights=weights, device=device)
         typer.echo(repr(vit))
+        mean = None if prototype is None else embedding_of_folder(vit, prototype)
         with tempfile.TemporaryDirectory(prefix="vitrail-") as folder:
             path = study_photographs(vit, photographs, Path(folder), measures or OF_PHOTOGRAPHS)
-            live_model = LiveModel(vit) if live else None
+            live_model = LiveModel(vit, mean) if live else None
             serve(path, live_model, host=host, port=port, open_browser=browser, announce=_announce)
         return
     if measures is not None:
@@ -89,7 +102,7 @@ def open_(
     from vitrail.app.server import serve
 
     def open_model() -> Any:
-        return open_live_model(path, model, weights, device)
+        return open_live_model(path, model, weights, device, prototype)
 
     model_or_none = open_model if live else None
     serve(path, model_or_none, host=host, port=port, open_browser=browser, announce=_announce, others=beside)
@@ -145,7 +158,9 @@ def demo(
         serve_page(out, LiveModel(vit), port=port, open_browser=browser, announce=_announce)
 
 
-def open_live_model(study: Path, model: str | None, weights: str | None, device: str) -> Any:
+def open_live_model(
+    study: Path, model: str | None, weights: str | None, device: str, prototype: str | None = None
+) -> Any:
     """The study's model behind the page; where it cannot be opened, a line says why the page goes on without it.
 
     Args:
@@ -153,6 +168,7 @@ def open_live_model(study: Path, model: str | None, weights: str | None, device:
         model: Where the model is, if not where it was.
         weights: Where the weights are, if not where they were.
         device: Where the model runs.
+        prototype: Images whose mean embedding patches are compared with; None: none.
 
     Returns:
         A `vitrail.live.LiveModel`.
@@ -164,7 +180,8 @@ def open_live_model(study: Path, model: str | None, weights: str | None, device:
         from vitrail.live import LiveModel
         from vitrail.study.reopen import reopen
 
-        return LiveModel(reopen(study, model=model, weights=weights, device=device))
+        vit = reopen(study, model=model, weights=weights, device=device)
+        return LiveModel(vit, None if prototype is None else embedding_of_folder(vit, prototype))
     except ModuleNotFoundError as error:
         sentence = explain_missing_library(error)
         if sentence is None:

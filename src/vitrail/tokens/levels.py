@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from vitrail.errors import Unsupported
-from vitrail.grid import Grid
+from vitrail.grid import Grid, overlap_shares
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
 from vitrail.tap.anatomy import Anatomy, Block
@@ -18,10 +18,12 @@ from vitrail.tap.tap import Readers, Replay, Tap
 __all__ = [
     "Levels",
     "block_returned",
+    "first_grid",
     "grids_returned",
     "input_tokens",
     "layers_of_own_grid",
     "level_zero",
+    "on_first_grid",
     "read_levels",
     "require_one_grid",
 ]
@@ -132,6 +134,44 @@ def require_one_grid(anatomy: Anatomy, levels: int | None = None) -> tuple[int, 
             )
     assert first.grid is not None
     return first.grid
+
+
+def first_grid(vit: Vit) -> Grid:
+    """The grid of the first layer, the finest of a hierarchy, whose patches scores are of.
+
+    Args:
+        vit: The model.
+
+    Returns:
+        (rows, columns) of patches.
+
+    Raises:
+        Unsupported: Its tokens lie on no grid.
+    """
+    grid = vit.anatomy.blocks[0].grid
+    if grid is None:
+        raise Unsupported(f"The tokens of {vit.name} lie on no grid that could be found, so no patch has a relevance.")
+    return grid
+
+
+def on_first_grid(vit: Vit, values: Float[Tensor, "image row column"]) -> Float[Tensor, "image patch"]:
+    """Amounts on the grid of any layer, each spread evenly over the patches of the first grid that it covers.
+
+    Args:
+        vit: The model.
+        values: For each patch of a layer's grid.
+
+    Returns:
+        For each patch of the first layer's grid; sums over patches stay.
+
+    Raises:
+        Unsupported: The first layer's tokens lie on no grid.
+    """
+    rows, columns = (
+        torch.from_numpy(overlap_shares(n_here, n_there)).to(values)
+        for n_here, n_there in zip(values.shape[1:], first_grid(vit), strict=True)
+    )
+    return torch.einsum("irc,rp,cq->ipq", values, rows, columns).flatten(1)
 
 
 _RETURNED: WeakKeyDictionary[Vit, dict[int, int]] = WeakKeyDictionary()

@@ -5,7 +5,9 @@ ours: how well other patches of the same photograph are matched, and how often t
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from vitrail.arguments import whole_number, whole_numbers
 from vitrail.contract.outlook import require_finite
-from vitrail.data import ImageSource, Manifest, PhotographLike, load_image
+from vitrail.data import ImageEntry, ImageSource, Manifest, PhotographLike, image_digest, load_image
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import sides_in_patches
 from vitrail.models.open import Vit, require_vit
@@ -26,6 +28,7 @@ from vitrail.stats import mean_interval
 from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers
 from vitrail.tokens.levels import layers_of_own_grid
+from vitrail.tokens.token_index import TokenIndex
 
 __all__ = ["match_findings", "match_patches"]
 
@@ -35,13 +38,20 @@ SHOWN_FROM = 0.9
 are alike."""
 
 
+class _Candidate(NamedTuple):
+    """An image to search: the digest of what the model sees of it, and the tokens of its patches."""
+
+    entry: ImageEntry
+    view_digest: str
+    keys: Float[Tensor, "patch feature"]
+
+
 class _Match(NamedTuple):
     """An image among the best; of equals the first in the folder is the better."""
 
     cosine: float
     minus_index: int
-    id: str
-    view: Image.Image
+    entry: ImageEntry
     likeness: Float[np.ndarray, "patch"]
 
 
@@ -55,6 +65,7 @@ def match_patches(
     *,
     layer: SupportsIndex | None = None,
     n_matches: SupportsIndex = 11,
+    index: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Finds the patches of a folder's images whose tokens are most like that of one patch of a photograph.
@@ -69,6 +80,9 @@ def match_patches(
         patch: Row and column on the layer's grid, counted from 0.
         layer: Whose output is compared; None: the last that returns its patches on a grid.
         n_matches: How many images are kept whole, the best ones.
+        index: A folder that keeps the tokens of the images (`vitrail.tokens.token_index`), new or of an earlier search
+            with this model, layer and preprocessing: the model is run over images alone that it does not hold yet.
+            None: over all, and nothing is kept.
         progress: Called with the images done and their number.
 
     Returns:
@@ -81,7 +95,9 @@ def match_patches(
         all those kept lie below.
 
     Raises:
-        UsageError: There is no such layer or patch, no match is to be kept, or no image is left to search.
+        UsageError: There is no such layer or patch, no match is to be kept, no image is left to search, or the index
+            is of other tokens or no index.
+        DataError: An image is not what was scanned, or the index is damaged.
         Unsupported: The layer returns no token for each patch of a grid.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
 
@@ -103,45 +119,44 @@ def match_patches(
             "counted from 0."
         )
     view = vit.view(photo)
-    chosen, pixels = patch[0] * grid[1] + patch[1], np.asarray(view)
-    queries = _directions(vit, [view], layer, ["the photograph"])[0]
+    chosen, digest = patch[0] * grid[1] + patch[1], image_digest(view)
+    queries = _directions(vit, [view], ["the photograph"], layer)[0]
     others = np.arange(len(queries)) != chosen
+    if index is None:
+        candidates = _read_candidates(vit, source, manifest, layer, progress)
+    else:
+        candidates = _indexed_candidates(vit, source, manifest, layer, index, progress)
     ids: list[str] = []
     columns: list[tuple[float, int, float]] = []
     best: list[_Match] = []
-    for start in range(0, len(manifest.images), BATCH):
-        entries = manifest.images[start : start + BATCH]
-        views = [vit.view(load_image(source, entry)) for entry in entries]
-        directions = _directions(vit, views, layer, [entry.id for entry in entries])
-        for entry, other, keys in zip(entries, views, directions, strict=True):
-            if np.array_equal(np.asarray(other), pixels):
-                continue
-            cosines = (queries @ keys.T).cpu().numpy()
-            likeness = cosines[chosen]
-            match = _Match(float(likeness.max()), -len(ids), entry.id, other, likeness)
-            ids.append(entry.id)
-            columns.append((match.cosine, int(likeness.argmax()), cosines[others].max(1).mean()))
-            (heapq.heappush if len(best) < n_matches else heapq.heappushpop)(best, match)
-        if progress is not None:
-            progress(start + len(entries), len(manifest.images))
+    for candidate in candidates:
+        if candidate.view_digest == digest:
+            continue
+        cosines = (queries @ candidate.keys.to(queries).T).cpu().numpy()
+        likeness = cosines[chosen]
+        match = _Match(float(likeness.max()), -len(ids), candidate.entry, likeness)
+        ids.append(candidate.entry.id)
+        columns.append((match.cosine, int(likeness.argmax()), cosines[others].max(1).mean()))
+        (heapq.heappush if len(best) < n_matches else heapq.heappushpop)(best, match)
     if not ids:
         raise UsageError("There is no image to search besides the photograph itself: give a folder of others.")
     best.sort(reverse=True)
     cosine, at, cosine_others = zip(*columns, strict=True)
     likeness = (queries @ queries[chosen]).cpu().numpy()
     match_likeness = np.stack([each.likeness for each in best])
+    match_views = [np.asarray(vit.view(load_image(source, each.entry))) for each in best]
     return xr.Dataset(
         {
             "cosine": ("image", np.array(cosine, np.float32)),
             "place": ("image", np.array(at, np.int32)),
             "cosine_others": ("image", np.array(cosine_others, np.float32)),
-            "match_view": (("match", "row", "column", "colour"), np.stack([np.asarray(each.view) for each in best])),
+            "match_view": (("match", "row", "column", "colour"), np.stack(match_views)),
             "match_likeness": (("match", "patch"), match_likeness),
             "match_place": ("match", match_likeness.argmax(1).astype(np.int32)),
-            "view": (("row", "column", "colour"), pixels),
+            "view": (("row", "column", "colour"), np.asarray(view)),
             "likeness": ("patch", likeness),
         },
-        coords={"image": ids, "match": [each.id for each in best]},
+        coords={"image": ids, "match": [each.entry.id for each in best]},
         attrs={
             "name": vit.name,
             "layer": layer,
@@ -151,6 +166,35 @@ def match_patches(
             "shown_from": float(np.quantile(np.concatenate([likeness[None], match_likeness]), SHOWN_FROM)),
         },
     )
+
+
+def _read_candidates(
+    vit: Vit, source: ImageSource, manifest: Manifest, layer: int, progress: Callable[[int, int], None] | None
+) -> Iterator[_Candidate]:
+    """Runs the model over all images."""
+    for start in range(0, len(manifest.images), BATCH):
+        entries = manifest.images[start : start + BATCH]
+        views = [vit.view(load_image(source, entry)) for entry in entries]
+        directions = _directions(vit, views, [entry.id for entry in entries], layer)
+        yield from map(_Candidate, entries, map(image_digest, views), directions)
+        if progress is not None:
+            progress(start + len(entries), len(manifest.images))
+
+
+def _indexed_candidates(
+    vit: Vit,
+    source: ImageSource,
+    manifest: Manifest,
+    layer: int,
+    folder: str | Path,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[_Candidate]:
+    """Reads tokens from disk, after those that are missing there were added."""
+    index = TokenIndex(folder, vit, layer, partial(_directions, vit, layer=layer), BATCH)
+    index.add(source, manifest.images, progress)
+    for entry in manifest.images:
+        # a copy: the map is read-only, and its part may be unmapped
+        yield _Candidate(entry, index.view_digest(entry), torch.from_numpy(np.array(index.tokens(entry))))
 
 
 def match_findings(matches: xr.Dataset) -> list[str]:
@@ -199,7 +243,7 @@ def _layer(vit: Vit, layer: int | None) -> int:
 
 
 def _directions(
-    vit: Vit, views: Sequence[Image.Image], layer: int, names: Sequence[str]
+    vit: Vit, views: Sequence[Image.Image], names: Sequence[str], layer: int
 ) -> Float[Tensor, "image patch channel"]:
     """The tokens of patches after a layer, each of length 1."""
     block = vit.anatomy.blocks[layer]

@@ -19,7 +19,7 @@ from vitrail.tokens.grouping import tsne
 from vitrail.tokens.levels import read_levels, require_one_grid
 from vitrail.tokens.outliers import norm_outliers
 from vitrail.tokens.pictures import as_picture
-from vitrail.tokens.relevance import deletion_and_insertion, relevance, unavailable_methods
+from vitrail.tokens.relevance import PROTOTYPE_METHODS, deletion_and_insertion, relevance, unavailable_methods
 from vitrail.tokens.vectors import N_FOR_COLOURS, colour_basis, similarity
 from vitrail.tokens.views import Faithful, agreement, faithful_view, global_view, neuron_view
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "most_relevant_patch"]
 
-LOOK_METHODS = ("raw", "rollout", "gradient", "grad_sam")
-"""Of relevance, as far as the model has them."""
+LOOK_METHODS = ("raw", "rollout", "gradient", "grad_sam", "self_similarity", "prototype_similarity")
+"""Of relevance, as far as the model has them; those of `PROTOTYPE_METHODS` where a prototype is given."""
 
-BY_PREFERENCE = ("gradient", "grad_sam", "rollout", "raw")
+BY_PREFERENCE = ("gradient", "grad_sam", "rollout", "raw", "self_similarity")
 """By how far deletion and insertion favour them (docs/tokens/relevance.md); hierarchies lack some."""
 
 N_RANDOM = 5
@@ -140,11 +140,12 @@ def _patch_in_layer(one: "OneImage", layer: int) -> int:
 
 def _relevance_by_method(one: "OneImage") -> dict[str, Float[np.ndarray, "patch"]]:
     reasons = one.once("relevance_reasons", lambda: unavailable_methods(one.vit))
-    methods = [method for method in LOOK_METHODS if method not in reasons]
+    without = PROTOTYPE_METHODS if one.prototype is None else ()
+    methods = [method for method in LOOK_METHODS if method not in reasons and method not in without]
     if not methods:
         raise Unsupported(reasons["raw"])
     label = np.array([one.label if one.vit.n_classes is not None else 0])
-    by_method = one.once("relevance", lambda: relevance(one.vit, one.pixels, label, methods))
+    by_method = one.once("relevance", lambda: relevance(one.vit, one.pixels, label, methods, prototype=one.prototype))
     return {name: scores[0] for name, scores in by_method.items()}
 
 

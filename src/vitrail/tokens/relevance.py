@@ -9,8 +9,12 @@ grad_sam   each layer's maps times their gradient for one class, positive part, 
 legrad     the gradient alone, positive part, averaged over layers (after Bousselham et al. 2024, arXiv 2404.03214)
 random     nothing but chance: what the others have to beat
 
-Rollouts carry tokens from layer to layer and need one grid through all of them. The others do not: what a key of any
-layer is given lies where the key lies, also in hierarchies (Swin, PVT, MaxViT).
+    self_similarity         cosine of each patch's last token with the image's own embedding (`label_free`)
+    prototype_similarity    the same with a prototype, such as the mean embedding of a class
+
+Raw attention, rollout and the two similarities need neither label nor gradient. Rollouts carry tokens from layer to
+layer and need one grid through all of them. The others do not: what a key of any layer is given lies where the key
+lies, also in hierarchies (Swin, PVT, MaxViT).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,19 +27,21 @@ from torch import Tensor
 
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
-from vitrail.grid import Grid, n_patches, overlap_shares
+from vitrail.grid import n_patches
 from vitrail.models.gradients import gradients_enabled, reason_against_gradients
 from vitrail.models.open import Vit
 from vitrail.tap.edits import Edit
 from vitrail.tap.places import KeyPlaces
 from vitrail.tap.tap import LayerAttention, Readers
 from vitrail.tokens.flow import LayerSteps, flows, measure_windows, rollout
-from vitrail.tokens.levels import require_one_grid
+from vitrail.tokens.label_free import embedding_similarity, require_final_tokens
+from vitrail.tokens.levels import first_grid, on_first_grid, require_one_grid
 from vitrail.tokens.robustness import drop_orders, paint, patches_to_drop
 
 __all__ = [
     "CLASS_METHODS",
     "METHODS",
+    "PROTOTYPE_METHODS",
     "Curves",
     "deletion_and_insertion",
     "gradient_rollout",
@@ -45,9 +51,12 @@ __all__ = [
 ]
 
 Images = Float[Tensor, "image channel row column"]
-METHODS = ("raw", "rollout", "gradient", "grad_sam", "legrad", "random")
+METHODS = ("raw", "rollout", "gradient", "grad_sam", "legrad", "self_similarity", "prototype_similarity", "random")
 CLASS_METHODS = ("gradient", "grad_sam", "legrad")
 """Methods that explain one class; they need a classifier."""
+
+PROTOTYPE_METHODS = ("prototype_similarity",)
+"""Methods that compare with a prototype, which has to be given."""
 
 N_STEPS = 10
 """Steps of deletion and insertion between nothing and everything."""
@@ -55,7 +64,13 @@ N_STEPS = 10
 
 @torch.no_grad()
 def relevance(
-    vit: Vit, images: Images, classes: Int[np.ndarray, "image"], methods: Sequence[str] = METHODS, seed: int = 0
+    vit: Vit,
+    images: Images,
+    classes: Int[np.ndarray, "image"],
+    methods: Sequence[str] | None = None,
+    seed: int = 0,
+    *,
+    prototype: Float[np.ndarray, "feature"] | Float[np.ndarray, "image feature"] | None = None,
 ) -> dict[str, Float[np.ndarray, "image patch"]]:
     """How much each patch matters to the prediction, by each method.
 
@@ -63,21 +78,31 @@ def relevance(
         vit: The model.
         images: Prepared images.
         classes: The class of each image that those of `CLASS_METHODS` explain; the others do not know of classes.
-        methods: Of `METHODS`; `unavailable_methods` names those that the model does not have.
+        methods: Of `METHODS`; `unavailable_methods` names those that the model does not have. None: all, without those
+            of `PROTOTYPE_METHODS` where no prototype is given.
         seed: Of `random`.
+        prototype: What `prototype_similarity` compares with: one embedding, as `label_free.mean_embedding` makes it of
+            images, or one for each image.
 
     Returns:
         Scores by method, of the patches of the first layer's grid; scales differ, only the order within an image means
         something.
 
     Raises:
-        UsageError: There is no such method.
+        UsageError: There is no such method, or it compares with a prototype and none of that shape was given.
         Unsupported: The model does not have one of the methods.
         ModelError: The answer to an image is not finite (NaN or infinite).
     """
+    if methods is None:
+        methods = [method for method in METHODS if prototype is not None or method not in PROTOTYPE_METHODS]
     undefined = [method for method in methods if method not in METHODS]
     if undefined:
         raise UsageError(f"There is no relevance {undefined[0]!r}; choose from {', '.join(METHODS)}.")
+    if prototype is None and any(method in PROTOTYPE_METHODS for method in methods):
+        raise UsageError(
+            "prototype_similarity compares with a prototype; give prototype=, such as "
+            "vitrail.tokens.label_free.mean_embedding(vit, photographs)."
+        )
     reasons = unavailable_methods(vit)
     refused = [reasons[method] for method in methods if method in reasons]
     if refused:
@@ -91,8 +116,11 @@ def relevance(
             scores[method] = gradient_rollout(vit, images, classes).cpu().numpy()
         elif method in ("grad_sam", "legrad"):
             scores[method] = layer_gradients(vit, images, classes, times_map=method == "grad_sam").cpu().numpy()
+        elif method in ("self_similarity", "prototype_similarity"):
+            reference = prototype if method == "prototype_similarity" else None
+            scores[method] = embedding_similarity(vit, images, reference).cpu().numpy()
         else:
-            scores[method] = np.random.default_rng(seed).random((len(images), n_patches(_first_grid(vit))))
+            scores[method] = np.random.default_rng(seed).random((len(images), n_patches(first_grid(vit))))
     return scores
 
 
@@ -111,7 +139,9 @@ def unavailable_methods(vit: Vit) -> dict[str, str]:
         "gradient": (_require_classifier, _require_whole_maps, _require_gradients),
         "grad_sam": (_require_classifier, _places, _require_gradients),
         "legrad": (_require_classifier, _places, _require_gradients),
-        "random": (_first_grid,),
+        "self_similarity": (require_final_tokens,),
+        "prototype_similarity": (require_final_tokens,),
+        "random": (first_grid,),
     }
     reasons: dict[str, str] = {}
     for method, required in checks.items():
@@ -123,15 +153,7 @@ def unavailable_methods(vit: Vit) -> dict[str, str]:
     return reasons
 
 
-def _first_grid(vit: Vit) -> Grid:
-    """The grid of the first layer, the finest of a hierarchy: scores are of its patches."""
-    grid = vit.anatomy.blocks[0].grid
-    if grid is None:
-        raise Unsupported(f"The tokens of {vit.name} lie on no grid that could be found, so no patch has a relevance.")
-    return grid
-
-
-def _require_one_grid(vit: Vit) -> Grid:
+def _require_one_grid(vit: Vit) -> tuple[int, int]:
     return require_one_grid(vit.anatomy)
 
 
@@ -187,7 +209,7 @@ def _has_one_grid(vit: Vit) -> bool:
 
 def _require_raw(vit: Vit) -> None:
     if not _has_one_grid(vit):
-        _first_grid(vit)
+        first_grid(vit)
         last = len(vit.anatomy.blocks) - 1
         if not vit.anatomy.blocks[last].calls:
             raise Unsupported(f"L{last} of {vit.name} computes its attention in an operator that cannot be observed.")
@@ -206,16 +228,7 @@ def _attention_received(vit: Vit, images: Images) -> Float[Tensor, "image patch"
             maps.append(tap.key_places(last, attention.call).on_grid(received))
 
     require_finite(vit.name, tap.read(images, Readers(attention=read)))
-    return _on_first_grid(vit, torch.stack(maps).mean(0))
-
-
-def _on_first_grid(vit: Vit, values: Float[Tensor, "image row column"]) -> Float[Tensor, "image patch"]:
-    """Amounts on the grid of any layer, each spread evenly over the patches of the first grid that it covers."""
-    rows, columns = (
-        torch.from_numpy(overlap_shares(n_here, n_there)).to(values)
-        for n_here, n_there in zip(values.shape[1:], _first_grid(vit), strict=True)
-    )
-    return torch.einsum("irc,rp,cq->ipq", values, rows, columns).flatten(1)
+    return on_first_grid(vit, torch.stack(maps).mean(0))
 
 
 def _maps(vit: Vit, images: Images) -> tuple[list[Tensor], Tensor]:
@@ -315,14 +328,14 @@ def layer_gradients(
         require_finite(vit.name, logits)
         target = torch.as_tensor(classes, device=logits.device)[:, None]
         torch.autograd.grad(logits.gather(1, target).sum(), pixels)
-    by_layer = [_on_first_grid(vit, gains.by_layer[layer]) for layer in sorted(gains.by_layer)]
+    by_layer = [on_first_grid(vit, gains.by_layer[layer]) for layer in sorted(gains.by_layer)]
     shares = [each / each.sum(1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny) for each in by_layer]
     return torch.stack(shares).mean(0)
 
 
 def _places(vit: Vit) -> dict[tuple[int, int], KeyPlaces]:
     """Where keys lie, by layer and attention call, of all calls whose keys have a place."""
-    _first_grid(vit)
+    first_grid(vit)
     tap, reasons = vit.tap(), list[str]()
     places: dict[tuple[int, int], KeyPlaces] = {}
     for layer, block in enumerate(vit.anatomy.blocks):
@@ -431,7 +444,7 @@ def deletion_and_insertion(
         Unsupported: The tokens lie on no grid.
         ModelError: The answer to an image is not finite (NaN or infinite).
     """
-    grid, step = _first_grid(vit), vit.anatomy.blocks[0].patch_step
+    grid, step = first_grid(vit), vit.anatomy.blocks[0].patch_step
     if scores.shape != (len(images), n_patches(grid)):
         raise UsageError(
             f"Scores of shape {scores.shape} were passed for {len(images)} images on a grid of {grid[0]} x {grid[1]} "

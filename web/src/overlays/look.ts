@@ -23,6 +23,8 @@ interface Looked {
   objects?: boolean;
   /** The row of an array without layers: which method. */
   method?: string;
+  /** What to do where the array lacks the method. */
+  without?: string;
 }
 
 const LOOKED: Looked[] = [
@@ -104,6 +106,27 @@ const LOOKED: Looked[] = [
     tab: "patches",
     method: "raw",
   },
+  {
+    id: "relevance-self_similarity",
+    measure: "relevance",
+    title: "similarity to the image's embedding",
+    unit: "",
+    reading: "How alike each patch's last token is to the class token, or without one to the patches' mean; no label.",
+    source: "cosine after the final norm; our construction, after DINO (arXiv 2104.14294)",
+    tab: "patches",
+    method: "self_similarity",
+  },
+  {
+    id: "relevance-prototype_similarity",
+    measure: "relevance",
+    title: "similarity to the prototype",
+    unit: "",
+    reading: "How alike each patch's last token is to the mean embedding of the images in --prototype; no label.",
+    source: "cosine after the final norm; prototypes after Snell et al. 2017 (arXiv 1703.05175)",
+    tab: "patches",
+    method: "prototype_similarity",
+    without: "No prototype is given: start the page with `vitrail open .. --prototype FOLDER`.",
+  },
 ];
 
 const overlays = LOOKED.map((looked): Overlay => ({
@@ -144,9 +167,9 @@ export function ofObjects(study: Study, { values }: LookArray, { title }: Looked
 const hexColour = (colour: string): number[] => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16) / 255);
 
 /** One method's scores of the first layer's patches, [method, patch]. */
-export function ofMethod(study: Study, array: LookArray, { method, title }: Looked): OverlayData {
+export function ofMethod(study: Study, array: LookArray, { method, title, without }: Looked): OverlayData {
   const row = along<string>(array, "relevance_method").indexOf(method!);
-  if (row < 0) throw new Error(`This model has no relevance by ${method}.`);
+  if (row < 0) throw new Error(without ?? `This model has no relevance by ${method}.`);
   const n = array.shape[1]!;
   const values = array.values.subarray(row * n, (row + 1) * n) as Float32Array;
   const [low] = ends(values);

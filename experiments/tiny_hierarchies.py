@@ -1,9 +1,12 @@
-"""A small Swin trained on CIFAR-10, for tables that need a hierarchy with weights; about 20 minutes on one thread."""
+"""Small hierarchies trained on CIFAR-10, for tables that need one with weights; about 20 minutes each on one thread."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
@@ -21,13 +24,40 @@ def swin() -> SwinTransformer:
     return SwinTransformer(**shape, embed_dim=48, depths=(2, 2, 2), num_heads=(2, 4, 8))
 
 
-def trained_swin(data: Path, weights: Path) -> Vit:
-    """The trained model; trains it where the file of weights is not there."""
-    model = swin()
+def pvt() -> PyramidVisionTransformerV2:
+    """Three stages of two layers on grids of 8 x 8, 4 x 4 and 2 x 2 patches; the first two attend to pooled keys."""
+    widths, heads = (48, 96, 192), (2, 4, 8)
+    return PyramidVisionTransformerV2(
+        num_classes=10, depths=(2, 2, 2), embed_dims=widths, num_heads=heads, sr_ratios=(4, 2, 1), mlp_ratios=(4, 4, 4)
+    )
+
+
+def maxvit() -> MaxxVit:
+    """Two stages of two blocks, which pool 16 x 16 patches to 8 x 8 and 4 x 4; windows first, then across them."""
+    config = MaxxVitCfg(
+        embed_dim=(48, 96),
+        depths=(2, 2),
+        block_type=("M", "M"),
+        stem_width=24,
+        conv_cfg=MaxxVitConvCfg(block_type="mbconv"),
+        transformer_cfg=MaxxVitTransformerCfg(window_size=4, dim_head=24),
+    )
+    return MaxxVit(config, img_size=SIDE, num_classes=10)
+
+
+HIERARCHIES: dict[str, Callable[[], nn.Module]] = {"swin": swin, "pvt": pvt, "maxvit": maxvit}
+
+
+def trained(name: str, data: Path, weights: Path) -> Vit:
+    """A trained model of `HIERARCHIES`; trains it where the file of weights is not there."""
+    torch.manual_seed(0)
+    model = HIERARCHIES[name]()
     if not weights.exists():
         train(model, data)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), weights)
+        unfinished = weights.with_suffix(".unfinished")
+        save_file(model.state_dict(), unfinished)
+        unfinished.replace(weights)
     model.load_state_dict(load_file(weights))
     return open_vit(model.eval(), image_size=SIDE, mean=MEAN, std=STD)
 
@@ -49,7 +79,7 @@ def train(model: nn.Module, data: Path) -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            print(f"step {step}: loss {loss:.3f}", flush=True)
+            print(f"step {step} of {N_STEPS}: loss {loss:.3f}", flush=True)
 
 
 def normalised(pixels):
