@@ -111,7 +111,7 @@ LONG_QUEUE = (
     ("frozen", 0), ("hard", 0),
     *((arm, 2) for arm in tuple(ARMS)[:4]),
     ("frozen", 1), ("hard", 1), ("hard-start", 0), ("hard-start", 1),
-    ("wint-budget", 0), ("wint-budget", 1),
+    ("wint-budget", 2), ("wint-budget", 0),
 )  # fmt: skip
 """Arms and seeds of the long runs, in the order in which differences that are paired by seed become known."""
 
