@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "random"])
 def test_relevance_of_a_model_without_numbers_is_refused(vit, images, method) -> None:
     with pytest.raises(ModelError, match=rf"to the image at index 0 {NOT_FINITE}"):
-        relevance(vit, images, np.array([0, 1]), [method])
+        relevance(vit, images, np.array([0, 1]), [method], prototype=np.ones(48, np.float32))
 
 
 @pytest.mark.parametrize(

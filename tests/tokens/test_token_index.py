@@ -57,9 +57,9 @@ def views_read(monkeypatch):
     """How many views went through the model in each pass."""
     passes, read = [], matches._directions
 
-    def count(vit, views, layer):
+    def count(vit, views, names, layer):
         passes.append(len(views))
-        return read(vit, views, layer)
+        return read(vit, views, names, layer)
 
     monkeypatch.setattr(matches, "_directions", count)
     return passes
