@@ -20,7 +20,7 @@ from vitrail.cli.entry import app
 from vitrail.errors import Unsupported, UsageError
 from vitrail.figures.artefacts import artefact_trial
 from vitrail.models.open import Vit
-from vitrail.tokens.artefact_findings import artefact_findings
+from vitrail.tokens.artefact_findings import artefact_effects, artefact_findings
 from vitrail.tokens.artefact_trial import OBJECT_SCORES, try_registers
 from vitrail.tokens.artefacts import outlying_patches, without_neurons, written_by_heads, written_by_layers
 from vitrail.tokens.outliers import REGISTER_MODELS, TRIED_MODELS
@@ -250,6 +250,26 @@ def test_objects_lie_apart_again_with_registers_and_not_with_registers_for_other
     assert_allclose(other, plain, atol=0.02)
     said = " ".join(artefact_findings(neuron_trial))
     assert f"the silhouette of tokens by object is {plain:.3f}, mean over 7 images with two objects" in said
+
+
+def test_effects_are_means_over_images_with_their_intervals(neuron_trial) -> None:
+    effects = artefact_effects(neuron_trial)
+    worst = int(neuron_trial.attrs["worst_layer"])
+    for model in neuron_trial["model"].values.tolist():
+        of_model = neuron_trial.sel(model=model)
+        by_hand = {
+            "outliers": of_model["outlier_share"][:, worst] * neuron_trial.sizes["patch"],
+            "same_top1": of_model["same_top1"],
+            "outlier_attention": of_model["outlier_attention"],
+            "attention_entropy": of_model["attention_entropy"],
+            "object_silhouette": of_model["grouping"].sel(score="object_silhouette"),
+        }
+        assert set(effects["effect"].values) == set(by_hand)
+        for name, values in by_hand.items():
+            told = effects.sel(model=model, effect=name)
+            assert_allclose(told["mean"], np.nanmean(values), rtol=1e-6)
+            assert not told["low"] > told["mean"]
+            assert not told["high"] < told["mean"]
 
 
 def test_the_figure_draws_writers_ablations_and_effects(neuron_trial) -> None:

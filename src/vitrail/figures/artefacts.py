@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
 
 from vitrail.figures.style import COOL, LINE, MARK, SOFT, WHISKER, Figure, blank, explain, styled
-from vitrail.stats import mean_interval, share_interval
+from vitrail.tokens.artefact_findings import artefact_effects
 from vitrail.tokens.outliers import REGISTER_MODELS, outlier_counts
 
 __all__ = ["artefact_trial"]
@@ -23,6 +22,8 @@ COLOURS = {
 }
 NAMES = {"random neurons": "registers, other neurons"}
 EFFECTS = {
+    "outliers": "outlying patches after L{}",
+    "same_top1": "same class",
     "outlier_attention": "attention on them",
     "attention_entropy": "entropy of the map",
     "object_silhouette": "silhouette by object",
@@ -115,38 +116,17 @@ def _draw_heads(figure: Any, axes: Any, trial: xr.Dataset) -> None:
 
 
 def _draw_effects(figure: Any, trial: xr.Dataset) -> None:
-    """Each number of every model with its interval; grouping and attention of those with registers, beside the rest."""
-    models = [str(each) for each in trial["model"].values]
-    share = trial["outlier_share"].isel(layer=int(trial.attrs["worst_layer"])) * trial.sizes["patch"]
-    panels = {f"outlying patches after L{trial.attrs['worst_layer']}": share}
-    if "same_top1" in trial:
-        panels["same class"] = trial["same_top1"]
-    grouping = trial["grouping"].isel(score=0)
-    values = {
-        "outlier_attention": trial["outlier_attention"],
-        "attention_entropy": trial["attention_entropy"],
-        str(grouping["score"].values): grouping,
-    }
-    panels |= {EFFECTS[name]: each for name, each in values.items()}
-    rows = figure.subplots(1, len(panels), sharey=True)
-    for axes, (title, of_model) in zip(rows, panels.items(), strict=True):
-        axes.set_title(title, fontsize=7)
+    """What each model makes of tokens and answers, with its interval."""
+    effects = artefact_effects(trial)
+    models, names = effects["model"].values.tolist(), effects["effect"].values.tolist()
+    panels = figure.subplots(1, len(names), sharey=True)
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_title(EFFECTS[name].format(trial.attrs["worst_layer"]), fontsize=7)
         for row, model in enumerate(models):
-            numbers = of_model.sel(model=model).to_numpy()
-            numbers = numbers[~np.isnan(numbers)]
-            low, high = _interval(numbers)
-            axes.plot([low, high], [row, row], color=WHISKER, linewidth=2.2)
-            axes.plot([numbers.mean()], [row], "o", color=COLOURS[model], markersize=4)
+            effect = effects.sel(effect=name, model=model)
+            axes.plot([effect["low"], effect["high"]], [row, row], color=WHISKER, linewidth=2.2)
+            axes.plot([effect["mean"]], [row], "o", color=COLOURS[model], markersize=4)
         axes.grid(axis="x", color=LINE, linewidth=0.6)
         axes.tick_params(labelsize=6)
-    rows[0].set_yticks(range(len(models)), [NAMES.get(model, model) for model in models])
-    rows[0].invert_yaxis()
-
-
-def _interval(numbers: Float[np.ndarray, "image"]) -> tuple[float, float]:
-    """Of their mean, of a share where all are 0 or 1; NaN, which draws nothing, where there is none."""
-    if np.isin(numbers, (0.0, 1.0)).all():
-        low, high, _ = share_interval(numbers.astype(bool))
-    else:
-        low, high, _ = mean_interval(numbers)
-    return float(low), float(high)
+    panels[0].set_yticks(range(len(models)), [NAMES.get(model, model) for model in models])
+    panels[0].invert_yaxis()

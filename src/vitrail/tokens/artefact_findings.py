@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from vitrail.sentence import percent
 from vitrail.stats import mean_interval, paired_interval, share_interval
 from vitrail.tokens.outliers import ABLATIONS, REGISTER_MODELS
 
-__all__ = ["SCORE_WORDS", "artefact_findings"]
+__all__ = ["SCORE_WORDS", "artefact_effects", "artefact_findings"]
 
 SCORE_WORDS = {
     "object_silhouette": "the silhouette of tokens by object",
@@ -18,6 +18,36 @@ SCORE_WORDS = {
     "purity": "the purity of clusters of tokens",
     "in_object": "the cosine between tokens of an object",
 }
+
+
+def artefact_effects(trial: xr.Dataset) -> xr.Dataset:
+    """What each changed model makes of tokens and answers, over images.
+
+    Args:
+        trial: What `vitrail.tokens.artefact_trial.try_registers` gives.
+
+    Returns:
+        [effect model]: `mean`, and its 95 % interval `low` to `high`, NaN where there is none. Effects are
+        `outliers` (patches of outlying length after the worst layer), `same_top1` of models with classes,
+        `outlier_attention`, `attention_entropy`, and the first score of grouping by its name.
+
+    Example:
+        >>> artefact_effects(trial)["mean"].sel(effect="outliers").to_series()  # doctest: +SKIP
+    """
+    grouping = trial["grouping"].isel(score=0)
+    effects = {
+        "outliers": trial["outlier_share"].isel(layer=int(trial.attrs["worst_layer"])) * trial.sizes["patch"],
+        **({"same_top1": trial["same_top1"]} if "same_top1" in trial else {}),
+        "outlier_attention": trial["outlier_attention"],
+        "attention_entropy": trial["attention_entropy"],
+        str(grouping["score"].values): grouping,
+    }
+    models = trial["model"].values
+    rows = np.array(
+        [[_mean_and_interval(each.sel(model=model).to_numpy()) for model in models] for each in effects.values()]
+    )
+    parts = {name: (("effect", "model"), rows[..., at]) for at, name in enumerate(("mean", "low", "high"))}
+    return xr.Dataset(parts, {"effect": list(effects), "model": models})
 
 
 def artefact_findings(trial: xr.Dataset) -> list[str]:
@@ -176,3 +206,13 @@ def _points(share: float) -> str:
 
 def _thousandths(value: float) -> str:
     return f"{value:+.3f}"
+
+
+def _mean_and_interval(values: Float[np.ndarray, "image"] | Bool[np.ndarray, "image"]) -> tuple[float, float, float]:
+    """Mean and interval over the images that have a value; the interval is that of a share where all are 0 or 1."""
+    numbers = values.astype(np.float64)[~np.isnan(values.astype(np.float64))]
+    if not len(numbers):
+        return np.nan, np.nan, np.nan
+    is_share = bool(np.isin(numbers, (0.0, 1.0)).all())
+    low, high, _ = share_interval(numbers.astype(bool)) if is_share else mean_interval(numbers)
+    return float(numbers.mean()), float(low), float(high)
