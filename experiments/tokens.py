@@ -776,7 +776,7 @@ def artefacts_command(arguments: argparse.Namespace) -> None:
             if refusal.exists():
                 lines += [title, "", refusal.read_text(), ""]
                 continue
-            trial = saved_trial(file)
+            trial = saved_trial(file).assign_attrs(name=model)  # a model in a folder has its path for a name
             lines += [title, "", *artefact_table(trial)]
             save(artefact_trial(trial.isel(example=slice(0))), DOCS / f"artefacts-{name}-{photographs_of}.png")
     write("artefacts.md", lines)

@@ -92,12 +92,12 @@ def _draw_layers(figure: Any, trial: xr.Dataset) -> None:
     layers = range(len(written))
     for part, (words, colour) in enumerate((("attention", COOL), ("MLP", MARK))):
         left.bar([at + 0.4 * part - 0.2 for at in layers], written[:, part], width=0.4, color=colour, label=words)
-    left.set(xlabel="layer (index)", ylabel="added to the token's length")
+    left.set(xlabel="layer (index)", ylabel="added to the length")
     left.legend(frameon=False, fontsize=6.5)
     counts = outlier_counts(trial)
     for model in REGISTER_MODELS:
-        right.plot(counts.sel(model=model).to_numpy(), "o-", color=COLOURS[model], markersize=3, label=model)
-    right.set(xlabel="after layer (index)", ylabel="patches of an image that stand out")
+        right.plot(counts.sel(model=model).to_numpy(), "o-", color=COLOURS[model], markersize=3, label=NAMES.get(model, model))
+    right.set(xlabel="after layer (index)", ylabel="outlying patches, mean")
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=6.5)
     for axes in (left, right):
@@ -112,7 +112,7 @@ def _draw_heads(figure: Any, axes: Any, trial: xr.Dataset) -> None:
     axes.set(xlabel="head (index)", ylabel="layer (index)")
     axes.set_xticks(range(written.shape[1]))
     axes.set_yticks(range(written.shape[0]))
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="added to the length")
 
 
 def _draw_effects(figure: Any, trial: xr.Dataset) -> None:
@@ -127,6 +127,7 @@ def _draw_effects(figure: Any, trial: xr.Dataset) -> None:
             axes.plot([effect["low"], effect["high"]], [row, row], color=WHISKER, linewidth=2.2)
             axes.plot([effect["mean"]], [row], "o", color=COLOURS[model], markersize=4)
         axes.grid(axis="x", color=LINE, linewidth=0.6)
+        axes.locator_params(axis="x", nbins=4)
         axes.tick_params(labelsize=6)
     panels[0].set_yticks(range(len(models)), [NAMES.get(model, model) for model in models])
     panels[0].invert_yaxis()
