@@ -96,7 +96,9 @@ def _draw_layers(figure: Any, trial: xr.Dataset) -> None:
     left.legend(frameon=False, fontsize=6.5)
     counts = outlier_counts(trial)
     for model in REGISTER_MODELS:
-        right.plot(counts.sel(model=model).to_numpy(), "o-", color=COLOURS[model], markersize=3, label=NAMES.get(model, model))
+        right.plot(
+            counts.sel(model=model).to_numpy(), "o-", color=COLOURS[model], markersize=3, label=NAMES.get(model, model)
+        )
     right.set(xlabel="after layer (index)", ylabel="outlying patches, mean")
     right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=6.5)
