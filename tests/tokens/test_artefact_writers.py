@@ -315,6 +315,7 @@ def test_heads_that_cannot_be_told_apart_are_left_out_with_the_reason() -> None:
     assert "no projection" in trial.attrs["no_heads"]
     said = artefact_findings(trial)
     assert f"Which heads write them is not told. {trial.attrs['no_heads']}" in said
+    assert not any("the 1 strongest" in sentence for sentence in said)
     assert not any("heads off" in sentence for sentence in said)
     assert "written by heads" not in {axes.get_title() for axes in artefact_trial(trial).axes}
 

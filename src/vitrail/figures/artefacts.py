@@ -100,8 +100,9 @@ def _draw_layers(figure: Any, trial: xr.Dataset) -> None:
             counts.sel(model=model).to_numpy(), "o-", color=COLOURS[model], markersize=3, label=NAMES.get(model, model)
         )
     right.set(xlabel="after layer (index)", ylabel="outlying patches, mean")
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False, fontsize=6.5)
+    right.set_ylim(0, 1.55 * (float(counts.max()) or 1))
+    right.legend(frameon=False, fontsize=6.5, loc="upper right")
+    right.locator_params(axis="x", integer=True)
     for axes in (left, right):
         axes.grid(axis="y", color=LINE, linewidth=0.6)
 

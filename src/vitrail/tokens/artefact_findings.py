@@ -113,9 +113,10 @@ def _largest_part(trial: xr.Dataset) -> str:
 
 def _strongest_neurons(trial: xr.Dataset) -> str:
     shares = trial["neuron_share"].to_numpy()
+    together = "" if len(shares) == 1 else f", the {len(shares)} strongest {percent(shares.sum())}"
     return (
         f"Neuron {int(trial['neuron_index'][0])} of L{int(trial['neuron_layer'][0])} alone writes {percent(shares[0])} "
-        f"of it, the {len(shares)} strongest {percent(shares.sum())}."
+        f"of it{together}."
     )
 
 
