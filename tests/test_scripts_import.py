@@ -92,3 +92,23 @@ print(len(whole["intact_correct"]), whole["drift"].shape, "Occlusion" in str(who
     command = [sys.executable, "-c", code, ROOT / "experiments", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split("\n")[0] == "5 (5, 4) True", done.stderr
+
+
+def test_rows_of_findings_are_those_that_a_study_can_answer_with_its_own_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    vit = open_vit(timm.create_model("vit_tiny_patch16_224", **shape).eval(), mean=0.5, std=0.5)
+    (tmp_path / "photos").mkdir()
+    for index in range(9):
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    study = run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures="heads,patches")
+    command = [sys.executable, ROOT / "experiments/findings.py", tmp_path / "study"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line[2:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("- "))
+    entropy = study["strength_entropy"].to_numpy()[:, 0]
+    said = rows["Entropy over hops of L0, nats"]
+    assert all(f"L0H{head} {entropy[:, head].mean():.2f} [" in said for head in (0, 1)), said
+    assert rows["Sinks take"].startswith(f"L0 {study['sink_share'].to_numpy()[:, 0].mean():.3f}")
+    assert not any(claim.startswith(("Grouping", "Which head", "Windows")) for claim in rows)  # no masks, no budget
