@@ -1,5 +1,6 @@
 """The routes of a comparison: the numbers of `vitrail.compare`, looked up, and refused in sentences."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import vitrail
 from synthetic_study import write_beside, write_study
 from vitrail.app import create_app
 from vitrail.comparison.findings import comparison_findings
+from vitrail.errors import UsageError
 from vitrail.study.store import open_study
 
 HOME = "http://127.0.0.1:8765"
@@ -114,8 +116,16 @@ def test_the_page_is_told_which_effects_are_infinite_none_and_unknown(
     ]
 
 
-def test_a_study_that_cannot_be_compared_is_refused_when_it_is_asked_for(studies: tuple[Path, Path]) -> None:
-    with TestClient(create_app(studies[0], others=[studies[0]]), base_url=HOME) as client:
+def test_a_study_is_not_compared_with_itself(studies: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="was to be compared with itself; name another study"):
+        create_app(studies[0], others=[studies[1], studies[0] / ".." / studies[0].name])
+
+
+def test_a_study_that_cannot_be_compared_is_refused_when_it_is_asked_for(
+    studies: tuple[Path, Path], tmp_path: Path
+) -> None:
+    copied = shutil.copytree(studies[0], tmp_path / "again")
+    with TestClient(create_app(studies[0], others=[copied]), base_url=HOME) as client:
         answer = client.get("/api/compare/0")
     assert answer.status_code == 422
-    assert "itself" in answer.json()["error"]
+    assert "same" in answer.json()["error"]

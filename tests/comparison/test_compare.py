@@ -441,3 +441,15 @@ def test_random_signs_reject_as_rarely_as_they_say():
     assert p[[0, 1, 3]].min() > 0.05
     assert_array_equal(sign_flip_p_values(np.zeros((5, 2))), 1)
     assert np.isnan(sign_flip_p_values(np.full((5, 1), np.nan))).all()
+
+
+def test_a_model_in_a_folder_is_called_by_its_name_alone(tmp_path: Path) -> None:
+    first = write(tmp_path / "one", numbers(0), NAMES, model="timm:vit_tiny_patch16_224")
+    second = write(tmp_path / "two", numbers(1), NAMES, model=str(tmp_path / "models" / "mine"))
+    compared = vitrail.compare(first, second)
+    assert (compared.attrs["name_a"], compared.attrs["name_b"]) == ("vit_tiny_patch16_224", "mine")
+
+
+def test_maps_of_example_images_have_no_mean_to_compare() -> None:
+    assert not declaration("object_map").is_quantity
+    assert declaration("object_auroc").is_quantity

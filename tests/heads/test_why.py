@@ -218,3 +218,11 @@ def test_heads_that_a_layer_lacks_have_no_row(study: xr.Dataset) -> None:
     assert [len(images) for images in extreme_images(narrow, 2, 1)] == [0, 0]
     with pytest.raises(UsageError, match="L2H1"):
         why_sentences(narrow, 2, 1)
+
+
+def test_of_a_study_without_measures_of_heads_it_is_said_what_adds_them(study: xr.Dataset) -> None:
+    without = study.drop_dims(["head"])
+    said = why_sentences(without, 1, 0)
+    assert "`vitrail study ... --measures heads` adds it" in said[0]
+    with pytest.raises(UsageError, match="was asked for; the study has layers"):
+        why_sentences(without, 99, 0)

@@ -3,7 +3,13 @@
 import type { Line } from "./charts/lines";
 import type { NamedArray } from "./types";
 
-const COLOURS: Record<string, number | undefined> = { raw: 2, rollout: 5, grad_sam: 3, self_similarity: 0, prototype_similarity: 6 };
+const COLOURS: Record<string, number | undefined> = {
+  raw: 2,
+  rollout: 5,
+  grad_sam: 3,
+  self_similarity: 0,
+  prototype_similarity: 6,
+};
 
 export function relevanceLines({ shape, values }: NamedArray, methods: string[]): Line[] {
   const nSteps = shape[1]!;

@@ -119,8 +119,11 @@ class AppState:
 
         Raises:
             StudyError: For a folder that is no study.
+            UsageError: The study is to be compared with itself.
             WeightsMismatch: The live model has other weights than the study's.
         """
+        if any(other.resolve() == study_path.resolve() for other in others):
+            raise UsageError(f"{study_path} was to be compared with itself; name another study of the same images.")
         self.folder = study_path
         self.in_commands = str(study_path)
         self.others = tuple(others)
@@ -281,6 +284,7 @@ def create_app(
 
     Raises:
         StudyError: For a folder that is no study.
+        UsageError: The study is to be compared with itself.
         WeightsMismatch: The open model has other weights than the study's. One that a function opens is refused on the
             page.
     """

@@ -87,6 +87,7 @@ MEASURES = (
         source="the class token's row (the mean over the rows of patches, without their own), without prefix tokens",
         limits="Of one image in eight, drawn by its pixels, among those with objects; NaN for all others.",
         needs=("token_grid", "grid", "masks"),
+        is_quantity=False,
     ),
 )
 

@@ -320,8 +320,13 @@ def _attributes(pair: Pair, left_out: dict[str, str], correspondence: dict[str, 
 
 def _short_names(pair: Pair) -> tuple[str, str]:
     """What the two are called in figures: their models, or their folders where the models have one name."""
-    models = pair.a.plan.model.rpartition(":")[2], pair.b.plan.model.rpartition(":")[2]
+    models = _short_name(pair.a.plan.model), _short_name(pair.b.plan.model)
     folders = pair.a.folder.resolve().name, pair.b.folder.resolve().name
     if models[0] != models[1]:
         return models
     return folders if folders[0] != folders[1] else (f"{folders[0]} (first)", f"{folders[1]} (second)")
+
+
+def _short_name(model: str) -> str:
+    """Without the library that it is of, and of a folder without the way to it."""
+    return Path(model).name if Path(model).is_absolute() else model.rpartition(":")[2]

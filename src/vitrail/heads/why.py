@@ -136,7 +136,7 @@ def why_sentences(study: xr.Dataset, layer: int, head: int, *, table: xr.Dataset
     """
     table = why_table(study) if table is None else table
     _require(study, table, layer, head)
-    row = table.isel(layer=layer, head=head)
+    row = table.isel(layer=layer, head=head, missing_dims="ignore")  # a study may hold nothing of single heads
     sentences = [
         *_importance(study, row, layer, head),
         *_other_metrics(table, layer, head),
