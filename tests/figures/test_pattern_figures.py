@@ -76,6 +76,11 @@ def test_the_map_shows_one_images_heads_on_all_heads(study: xr.Dataset) -> None:
     assert {"0", "1"} <= set(words(figure))
 
 
+def test_the_map_of_a_single_image_names_it(study: xr.Dataset) -> None:
+    shown = words(pattern_map(study.isel(image=[4]), "patch"))
+    assert "Map of patch patterns, image 4.png" in shown
+
+
 def test_clusters_carry_name_size_heads_and_rule(study: xr.Dataset) -> None:
     told = " ".join(words(cluster_maps(study))).replace("\n", " ")
     assert "0 shift (+1, 0)" in told.replace("  ", " ")

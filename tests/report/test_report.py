@@ -290,6 +290,7 @@ def test_a_study_of_one_image_has_no_intervals(tmp_path):
         r"loses [\d.]+ of its probability(, and the answer changes)?: no head costs this image more", read.text
     )
     assert "interval" not in read.text.split("How to cite")[0].split("How to read these numbers")[0]
+    assert "1 images" not in read.text
     numbers = read.text
     limits = {" ".join(measure.limits.split()) for measure in measures().values()}
     for words in sorted(limits, key=len, reverse=True):  # they may say where a measure is NaN

@@ -56,6 +56,9 @@ export const percent = (share: number, digits = 1): string => `${(100 * share).t
 
 export const count = (n: number): string => n.toLocaleString("en");
 
+/** So many images: "1 image", "12 images". */
+export const countImages = (n: number): string => `${count(n)} image${n === 1 ? "" : "s"}`;
+
 /** The first of several names of a class: "macaw" of "macaw, ara". */
 export const className = (names: string[], index: number | undefined): string =>
   index === undefined || index < 0 ? "no label" : (names[index]?.split(",")[0] ?? `class ${index}`);

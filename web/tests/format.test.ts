@@ -1,6 +1,17 @@
 import { expect, test } from "vitest";
 
-import { alike, axisNumbers, axisTitle, chance, className, count, headName, number, percent } from "../src/format";
+import {
+  alike,
+  axisNumbers,
+  axisTitle,
+  chance,
+  className,
+  count,
+  countImages,
+  headName,
+  number,
+  percent,
+} from "../src/format";
 
 test("numbers keep three significant digits", () => {
   expect(number(0.123456)).toBe("0.123");
@@ -50,4 +61,8 @@ test("numbers of one chart share their decimals, unless those would be many", ()
   expect([12.34, 2].map(alike([12.34, 2, NaN]))).toEqual(["12.3", "2.0"]);
   expect(alike([1e-9])(1e-9)).toBe(number(1e-9));
   expect(alike([1])(NaN)).toBe("–");
+});
+
+test("a single image is no plural", () => {
+  expect([0, 1, 2, 1234].map(countImages)).toEqual(["0 images", "1 image", "2 images", "1,234 images"]);
 });

@@ -88,7 +88,7 @@ def pattern_map(study: xr.Dataset, kind: str = "patch", image: int | str = 0) ->
     """
     xy = pattern_positions(study, kind)
     at = image_position(study, image)
-    figure = blank(6.6, 5.6, f"Map of {KINDS[kind]} patterns, {study.sizes['image']:,} images")
+    figure = blank(6.6, 5.6, f"Map of {KINDS[kind]} patterns, {_images(study)}")
     axes = figure.subplots()
     density = pattern_density(xy)
     top = max(float(density.height.max()), 1e-12)

@@ -217,7 +217,9 @@ def _extremes(line: LayerQuantity) -> tuple[tuple[int, int], tuple[float, float]
 def _parts(study: ReportData, lines: dict[str, LayerQuantity], names: list[str]) -> Iterator[Part]:
     if study.sample_words:
         yield Text(study.sample_words)
-    title = f"Interactions over the layers, {study.sample.sizes['image']:,} images"
+    n_images = study.sample.sizes["image"]
+    whose = f"{n_images:,} images" if n_images > 1 else "one image"
+    title = f"Interactions over the layers, {whose}"
     yield Drawing(
         quantities_over_layers(
             list(lines.values()), title, "Each image's mean over its patches. Our constructions, after Ma et al. 2022."
