@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from heads.head_models import timm_swin
 from tokens.test_artefacts import LAYER, NEURON, PATCHES, planted, tokens_by_hand
-from vitrail import Preprocessing, artefact_heads, open_vit
+from vitrail import Preprocessing, artefact_heads, artefact_neurons, open_vit
 from vitrail.cli.entry import app
 from vitrail.errors import Unsupported, UsageError
 from vitrail.figures.artefacts import artefact_trial
@@ -354,5 +354,29 @@ def test_masks_and_heads_that_are_none_are_refused(neuron_vit) -> None:
         try_registers(neuron_vit, views, masks=[halves()[:32]] * 4)
     with pytest.raises(UsageError, match=r"None of the 2 images .* two objects of some size"):
         try_registers(neuron_vit, views, masks=[halves(), halves(), np.ones((64, 64), np.int64), None])
-    with pytest.raises(UsageError, match="0 heads cannot be switched off"):
+    with pytest.raises(UsageError, match="0 heads cannot be asked for"):
         try_registers(neuron_vit, views, n_heads=0)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_numbers_of_writers_without_meaning_are_refused(neuron_vit, n) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for ask in (artefact_heads, artefact_neurons):
+        with pytest.raises(UsageError, match=r"heads|neurons"):
+            ask(neuron_vit, images, n)
+        with pytest.raises(UsageError, match="there is none"):
+            ask(neuron_vit, images[:0])
+    with pytest.raises(UsageError, match="neurons"):
+        try_registers(neuron_vit, noise_views(2), n)
+    with pytest.raises(UsageError, match="registers"):
+        try_registers(neuron_vit, noise_views(2), 1, n)
+
+
+def test_a_model_whose_neurons_add_nothing_to_outlying_tokens_has_none_to_switch_off() -> None:
+    model = planted_head()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc2.weight.zero_()
+            block.mlp.fc2.bias.zero_()
+    with pytest.raises(Unsupported, match=r"No neuron of .* adds to the length of its outlying tokens after L"):
+        try_registers(open_vit(model, preprocessing=HALF), noise_views(4), 2)

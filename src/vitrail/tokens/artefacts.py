@@ -12,13 +12,14 @@ strongest activation among the patches, and none to the patches themselves: test
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vitrail.arguments import whole_number
 from vitrail.contract.outlook import require_finite
 from vitrail.contract.surgery import NoProjection, Projection, projections
 from vitrail.errors import Unsupported, UsageError
@@ -28,7 +29,7 @@ from vitrail.models.task import TASKS
 from vitrail.sentence import percent
 from vitrail.tap.anatomy import Block
 from vitrail.tap.attention import LayerAttention, Readers
-from vitrail.tap.clone import CANNOT_RUN, clone_sharing, first_weight
+from vitrail.tap.clone import CANNOT_RUN, clone_sharing, first_weight, require_images
 from vitrail.tokens.levels import input_tokens
 from vitrail.tokens.outliers import norm_outliers
 
@@ -38,6 +39,7 @@ __all__ = [
     "RegisterModel",
     "artefact_heads",
     "artefact_neurons",
+    "at_least_one",
     "layer_of_most_outliers",
     "mlp_widths",
     "outlying_patches",
@@ -99,9 +101,13 @@ def outlying_patches(vit: Vit, images: Float[Tensor, "image channel row column"]
         True for the outlying patches of each layer, by `vitrail.tokens.outliers.norm_outliers` in each image.
 
     Raises:
+        UsageError: These are no images for the model, or there is none.
         Unsupported: A layer has no patches on a grid.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
     """
+    require_images(images)
+    if not len(images):
+        raise UsageError("Tokens of outlying length are looked for on images, and there is none; give at least one.")
     norms: dict[int, Float[Tensor, "image patch"]] = {}
 
     def read(layer: int, tokens: Tensor) -> None:
@@ -219,7 +225,9 @@ def strongest_heads(written: Float[Tensor, "layer head"], length: float, n: int)
     ]
 
 
-def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], n: int = 5) -> list[ArtefactHead]:
+def artefact_heads(
+    vit: Vit, images: Float[Tensor, "image channel row column"], n: SupportsIndex = 5
+) -> list[ArtefactHead]:
     """The heads that write the outlying tokens of some images.
 
     Looked for is the layer after which most patches are outlying, and of it and the layers before the heads that add
@@ -234,6 +242,7 @@ def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], 
         Those that add most first; empty where no token is outlying.
 
     Raises:
+        UsageError: There is no such number of heads, or there are no images.
         Unsupported: As for `written_by_heads`.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
 
@@ -241,6 +250,7 @@ def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], 
         >>> vitrail.artefact_heads(vit, vit.prepare(photographs))[0]  # doctest: +SKIP
     """
     require_vit(vit)
+    n = at_least_one("heads", n)
     by_layer = outlying_patches(vit, images)
     layer = layer_of_most_outliers(by_layer)
     if layer is None:
@@ -249,7 +259,9 @@ def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], 
     return strongest_heads(written, _tokens_of_layers(vit, images, layer, by_layer[layer]).length, n)
 
 
-def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"], n: int = 10) -> list[ArtefactNeuron]:
+def artefact_neurons(
+    vit: Vit, images: Float[Tensor, "image channel row column"], n: SupportsIndex = 10
+) -> list[ArtefactNeuron]:
     """The neurons that write the outlying tokens of some images.
 
     Looked for is the layer after which most patches are outlying, and of it and the layers before the neurons that add
@@ -264,11 +276,13 @@ def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"]
         Those that add most first; empty where no token is outlying.
 
     Raises:
+        UsageError: There is no such number of neurons, or there are no images.
         Unsupported: As for `written_by_layers`, or the blocks do not add what an MLP gives as its last layer gives it,
             times a factor a channel.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
     """
     require_vit(vit)
+    n = at_least_one("neurons", n)
     by_layer = outlying_patches(vit, images)
     layer = layer_of_most_outliers(by_layer)
     if layer is None:
@@ -435,6 +449,25 @@ class RegisterModel(nn.Module):
         moved[:, first:end, neurons] = 0
         moved[:, self._at : first, neurons] = strongest.expand(-1, self._n_registers, -1)
         return moved
+
+
+def at_least_one(what: str, n: SupportsIndex) -> int:
+    """Refuses a number of writers or registers that has no meaning.
+
+    Args:
+        what: They are, in the plural.
+        n: As it was given.
+
+    Returns:
+        The number.
+
+    Raises:
+        UsageError: It is no whole number, or less than 1.
+    """
+    n = whole_number(f"The number of {what}", n)
+    if n < 1:
+        raise UsageError(f"{n} {what} cannot be asked for; give 1 or more.")
+    return n
 
 
 # --- where things are ------------------------------------------------------------------------------------------------
