@@ -272,6 +272,13 @@ def test_effects_are_means_over_images_with_their_intervals(neuron_trial) -> Non
             assert not told["high"] < told["mean"]
 
 
+def test_an_effect_that_is_0_in_every_image_has_the_interval_of_a_share_if_it_is_one_alone(neuron_trial) -> None:
+    zeros = neuron_trial.assign({name: 0 * neuron_trial[name] for name in ("grouping", "same_top1", "outlier_share")})
+    effects = artefact_effects(zeros.assign(grouping=zeros["grouping"].fillna(0))).sel(model="as it is")
+    assert float(effects["high"].sel(effect="same_top1")) > 0
+    assert effects["high"].sel(effect=["outliers", "object_silhouette"]).isnull().all()
+
+
 def test_the_figure_draws_writers_ablations_and_effects(neuron_trial) -> None:
     figure = artefact_trial(neuron_trial)
     titles = {axes.get_title(loc) for axes in figure.axes for loc in ("left", "center")}
