@@ -142,6 +142,22 @@ def test_each_head_has_its_exact_part_of_the_length(head_vit) -> None:
     assert_allclose(best[0].length / best[0].share, float(final.norm(dim=-1).mean()), rtol=1e-4)
 
 
+def test_layers_that_share_the_weight_of_their_projection_have_biases_of_their_own() -> None:
+    model = planted_head()
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            block.attn.proj.bias.normal_()
+    apart = open_vit(copy.deepcopy(model))
+    for vit in (apart, open_vit(model)):
+        for block in vit.model.blocks[1:]:
+            weight = vit.model.blocks[0].attn.proj.weight
+            block.attn.proj.weight = nn.Parameter(weight.detach().clone()) if vit is apart else weight
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    outlying = torch.zeros(2, 16, dtype=torch.bool)
+    outlying[:, list(PATCHES)] = True
+    assert_allclose(written_by_heads(vit, images, LAYER, outlying), written_by_heads(apart, images, LAYER, outlying))
+
+
 def test_without_the_planted_head_the_outliers_are_gone_and_without_others_or_neurons_they_are_not(head_trial) -> None:
     assert [head_trial[f"head_{each}"].values.tolist() for each in ("layer", "index")] == [[LAYER], [HEAD]]
     left = 16 * head_trial["outlier_share"].isel(layer=LAYER).mean("image")

@@ -191,10 +191,13 @@ def written_by_heads(
     heads: dict[int, Float[Tensor, "row head channel"]] = {}
     tokens = _tokens_of_layers(vit, images, layer, outliers, heads)
     by_call = projections(vit.model, vit.anatomy, noise_images(vit, 2))
-    parameters = dict(clone_sharing(vit.model).named_parameters())
+    clone = clone_sharing(vit.model)
+    parameters = dict(clone.named_parameters())
     written = torch.full((layer + 1, max(vit.n_heads[: layer + 1])), torch.nan)
     for at in range(layer + 1):
-        weight, bias = _head_weights(at, by_call[at, 0], parameters, heads[at])
+        weight, bias = _head_weights(
+            at, clone.get_submodule(vit.anatomy.blocks[at].path), by_call[at, 0], parameters, heads[at]
+        )
         scale = _channel_scale(
             f"What the attention of L{at} adds is not what its output projection gives",
             tokens.by_attention(at),
@@ -583,7 +586,11 @@ def _require_one_call(vit: Vit, layer: int) -> None:
 
 
 def _head_weights(
-    layer: int, projection: Projection | NoProjection, parameters: dict[str, nn.Parameter], heads: Tensor
+    layer: int,
+    block: nn.Module,
+    projection: Projection | NoProjection,
+    parameters: dict[str, nn.Parameter],
+    heads: Tensor,
 ) -> tuple[Float[Tensor, "out head channel"], Float[Tensor, "out"] | float]:
     """Each head's part of the output projection, and the projection's bias."""
     if isinstance(projection, NoProjection):
@@ -593,7 +600,10 @@ def _head_weights(
     columns = projection.channels.to(weight.device).nonzero()[:, 1]
     if weight.shape[1] != projection.channels.shape[1] or len(columns) != n_heads * width:
         raise Unsupported(f"{projection.weight} of L{layer} does not take each channel of each head once.")
-    bias = parameters.get(f"{projection.weight.removesuffix('weight')}bias")
+    shared = parameters[projection.weight]  # named once, of the first of the modules that have it
+    own = next((each for each in block.modules() if getattr(each, "weight", None) is shared), None)
+    named = parameters.get(f"{projection.weight.removesuffix('weight')}bias")
+    bias = named if own is None else getattr(own, "bias", None)
     return weight[:, columns].unflatten(1, (n_heads, width)), 0.0 if bias is None else bias.detach().float()
 
 
