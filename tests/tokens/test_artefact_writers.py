@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from heads.head_models import timm_swin
 from tokens.test_artefacts import LAYER, NEURON, PATCHES, planted, tokens_by_hand
-from vitrail import Preprocessing, artefact_heads, open_vit
+from vitrail import Preprocessing, artefact_heads, artefact_neurons, open_vit
 from vitrail.cli.entry import app
 from vitrail.errors import Unsupported, UsageError
 from vitrail.figures.artefacts import artefact_trial
@@ -140,6 +140,22 @@ def test_each_head_has_its_exact_part_of_the_length(head_vit) -> None:
     assert (best[0].layer, best[0].head) == (LAYER, HEAD)
     assert best[0].share > 0.8
     assert_allclose(best[0].length / best[0].share, float(final.norm(dim=-1).mean()), rtol=1e-4)
+
+
+def test_layers_that_share_the_weight_of_their_projection_have_biases_of_their_own() -> None:
+    model = planted_head()
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            block.attn.proj.bias.normal_()
+    apart = open_vit(copy.deepcopy(model))
+    for vit in (apart, open_vit(model)):
+        for block in vit.model.blocks[1:]:
+            weight = vit.model.blocks[0].attn.proj.weight
+            block.attn.proj.weight = nn.Parameter(weight.detach().clone()) if vit is apart else weight
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    outlying = torch.zeros(2, 16, dtype=torch.bool)
+    outlying[:, list(PATCHES)] = True
+    assert_allclose(written_by_heads(vit, images, LAYER, outlying), written_by_heads(apart, images, LAYER, outlying))
 
 
 def test_without_the_planted_head_the_outliers_are_gone_and_without_others_or_neurons_they_are_not(head_trial) -> None:
@@ -272,6 +288,13 @@ def test_effects_are_means_over_images_with_their_intervals(neuron_trial) -> Non
             assert not told["high"] < told["mean"]
 
 
+def test_an_effect_that_is_0_in_every_image_has_the_interval_of_a_share_if_it_is_one_alone(neuron_trial) -> None:
+    zeros = neuron_trial.assign({name: 0 * neuron_trial[name] for name in ("grouping", "same_top1", "outlier_share")})
+    effects = artefact_effects(zeros.assign(grouping=zeros["grouping"].fillna(0))).sel(model="as it is")
+    assert float(effects["high"].sel(effect="same_top1")) > 0
+    assert effects["high"].sel(effect=["outliers", "object_silhouette"]).isnull().all()
+
+
 def test_the_figure_draws_writers_ablations_and_effects(neuron_trial) -> None:
     figure = artefact_trial(neuron_trial)
     titles = {axes.get_title(loc) for axes in figure.axes for loc in ("left", "center")}
@@ -354,5 +377,29 @@ def test_masks_and_heads_that_are_none_are_refused(neuron_vit) -> None:
         try_registers(neuron_vit, views, masks=[halves()[:32]] * 4)
     with pytest.raises(UsageError, match=r"None of the 2 images .* two objects of some size"):
         try_registers(neuron_vit, views, masks=[halves(), halves(), np.ones((64, 64), np.int64), None])
-    with pytest.raises(UsageError, match="0 heads cannot be switched off"):
+    with pytest.raises(UsageError, match="0 heads cannot be asked for"):
         try_registers(neuron_vit, views, n_heads=0)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_numbers_of_writers_without_meaning_are_refused(neuron_vit, n) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for ask in (artefact_heads, artefact_neurons):
+        with pytest.raises(UsageError, match=r"heads|neurons"):
+            ask(neuron_vit, images, n)
+        with pytest.raises(UsageError, match="there is none"):
+            ask(neuron_vit, images[:0])
+    with pytest.raises(UsageError, match="neurons"):
+        try_registers(neuron_vit, noise_views(2), n)
+    with pytest.raises(UsageError, match="registers"):
+        try_registers(neuron_vit, noise_views(2), 1, n)
+
+
+def test_a_model_whose_neurons_add_nothing_to_outlying_tokens_has_none_to_switch_off() -> None:
+    model = planted_head()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc2.weight.zero_()
+            block.mlp.fc2.bias.zero_()
+    with pytest.raises(Unsupported, match=r"No neuron of .* adds to the length of its outlying tokens after L"):
+        try_registers(open_vit(model, preprocessing=HALF), noise_views(4), 2)

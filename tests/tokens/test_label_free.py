@@ -95,6 +95,8 @@ def test_the_prototype_of_images_is_the_mean_of_their_class_tokens():
     with torch.no_grad():
         assert_allclose(prototype, vit.model.forward_features(images)[:, 0].mean(0), rtol=1e-4, atol=1e-5)
     assert counted == [8, 11]
+    one = Image.fromarray(pixels[0])
+    assert_allclose(mean_embedding(vit, one), mean_embedding(vit, [one]))
     with pytest.raises(UsageError, match=r"mean of images, and none was given; name a folder"):
         mean_embedding(vit, [])
 

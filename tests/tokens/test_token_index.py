@@ -172,6 +172,37 @@ def test_damaged_parts_are_named_and_made_again_when_they_are_removed(vit, folde
     assert part.read_bytes() == whole
 
 
+def test_folders_that_changed_names_are_read_anew_by_the_search_after_one_that_finds_it(vit, tmp_path, monkeypatch):
+    from vitrail.data import scanning
+
+    monkeypatch.setattr(scanning, "CLOCK_STEP_S", -60.0)  # as if the files had lain there for a minute
+    for name, seed in (("images", 0), ("others", 100)):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            noise(seed + number).save(tmp_path / name / f"{number}.bmp")  # all of one size
+
+    def indexed():
+        source = data.open_images(tmp_path / "images", labels=False)
+        with token_index.indexed_scan(tmp_path / "index", source) as manifest:
+            return match_patches(vit, photo(), source, manifest, (1, 2), index=tmp_path / "index", n_matches=3)
+
+    first = indexed()
+    xr.testing.assert_identical(indexed(), first)
+    (tmp_path / "images").rename(tmp_path / "before")
+    (tmp_path / "others").rename(tmp_path / "images")
+    with pytest.raises(DataError, match="has changed"):
+        indexed()
+    xr.testing.assert_allclose(indexed(), search(vit, tmp_path / "images"), atol=1e-5)
+
+
+def test_noise_that_is_no_number_is_that_of_another_model(vit, folder, tmp_path):
+    search(vit, folder, tmp_path / "index")
+    file = tmp_path / "index" / "noise.npy"
+    np.save(file, np.full_like(np.load(file), np.nan))
+    with pytest.raises(UsageError, match="gives other tokens to the same image"):
+        search(vit, folder, tmp_path / "index")
+
+
 def test_tokens_that_are_no_numbers_are_never_written(folder, tmp_path):
     broken = opened()
     index = token_index.TokenIndex(

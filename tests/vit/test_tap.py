@@ -475,6 +475,28 @@ def test_a_hook_that_keeps_tensors_on_the_model_is_no_change_of_it_and_a_hook_th
 
 
 @torch.no_grad()
+def test_a_tensor_that_a_hook_kept_is_a_change_where_the_user_puts_it(fresh, noise):
+    model = fresh(VIT)
+
+    def keep(module, args, output):
+        model.kept = output.mean(0, keepdim=True)
+
+    model.blocks[0].register_forward_hook(keep)
+    model.blocks[2].steer = None
+    model.blocks[2].register_forward_pre_hook(
+        lambda module, args: None if module.steer is None else (args[0] + module.steer,)
+    )
+    vit = open_vit(model, image_size=64)
+    images, tap = noise(vit), vit.tap()
+    plain = tap.read(images)
+    tap.read(images)
+    model.blocks[2].steer = model.kept
+    steered = tap.read(images)
+    assert not torch.allclose(steered, plain)
+    assert_allclose(steered, model(images), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_clone_is_kept_as_long_as_nothing_but_numbers_and_the_mode_change(fresh, noise):
     model = fresh(VIT)
     vit = open_vit(model, image_size=64)

@@ -25,7 +25,7 @@ from vitrail.data.geometry import (
 )
 from vitrail.errors import UsageError
 
-__all__ = ["HALF", "ImageSize", "Preprocessing", "UnknownPreprocessing", "override", "read_sides"]
+__all__ = ["HALF", "ImageSize", "Preprocessing", "UnknownPreprocessing", "override", "photographs_of", "read_sides"]
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -227,7 +227,7 @@ class Preprocessing:
             UsageError: they are no photographs, there is none, or the model takes neither one channel nor three.
             BadImage: one is broken, too narrow, or its black and white are not defined.
         """
-        return self.normalize([self.view(image) for image in _photographs_of(images)])
+        return self.normalize([self.view(image) for image in photographs_of(images)])
 
     def pixels(self, images: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image channel row column"]:
         """The inverse of the normalisation.
@@ -323,8 +323,18 @@ def override(
     return replace(preprocessing, **changes, source=f"given: {', '.join(words)}; the rest: {preprocessing.source}")
 
 
-def _photographs_of(images: Any) -> Iterator[Any]:
-    """One photograph, or each of several: arrays of one axis hold several, as a column of paths does."""
+def photographs_of(images: Any) -> Iterator[Any]:
+    """One photograph, or each of several: arrays of one axis hold several, as a column of paths does.
+
+    Args:
+        images: One, or several.
+
+    Returns:
+        Each of them, as it was given.
+
+    Raises:
+        UsageError: It is neither.
+    """
     is_one = isinstance(images, (Image.Image, str, Path, bytes, bytearray, memoryview))
     try:
         return iter([images] if is_one or getattr(images, "ndim", None) in (2, 3) else images)

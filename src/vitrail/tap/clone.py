@@ -90,6 +90,10 @@ _PACKED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic
 """Where torch keeps the modules whose weights are packed integers and whose inputs are quantised as they run."""
 
 
+_Key = tuple[int, Any]
+"""The identity of an object, sequence or dictionary, and name or number in it."""
+
+
 class ModuleState:
     """What `clone_sharing` copies of a model, to tell whether a clone made then is still like it.
 
@@ -148,9 +152,10 @@ class ModuleState:
         """
         if not self._is_same(model):
             now = ModuleState(model)
-            for leaf in tree_flatten(self._changes(now))[0]:
-                if isinstance(leaf, torch.Tensor):
-                    _note_tensor_of_pass(leaf)
+            for key, value in self._changes(now):
+                for leaf in tree_flatten(value)[0]:
+                    if isinstance(leaf, torch.Tensor):
+                        _note_tensor_of_pass(leaf, key)
             self._adopt(now)
 
     def _is_same(self, model: nn.Module) -> bool:
@@ -165,16 +170,16 @@ class ModuleState:
     def _adopt(self, now: "ModuleState") -> bool:
         """Becomes a later state where that differs by tensors of passes alone."""
         same = now._model is self._model and now._contents == self._contents
-        if not same or not all(map(_is_of_passes, self._changes(now))):
+        if not same or not all(starmap(_is_of_passes, self._changes(now))):
             return False
         vars(self).update(vars(now))
         return True
 
-    def _changes(self, now: "ModuleState") -> list[Any]:
+    def _changes(self, now: "ModuleState") -> list[tuple[_Key, Any]]:
         """What a later state has where this one has something else, and None for each thing that it lacks."""
         owners = {owner for owner, _ in now._entries}
-        lacking = [None for key in self._entries if key[0] in owners and key not in now._entries]
-        return lacking + [value for key, value in now._entries.items() if self._entries.get(key, _ABSENT) is not value]
+        lacking = [(key, None) for key in self._entries if key[0] in owners and key not in now._entries]
+        return lacking + [each for each in now._entries.items() if self._entries.get(each[0], _ABSENT) is not each[1]]
 
     def _size_now(self) -> int:
         return sum(map(len, self._dicts)) + sum(map(len, self._sequences))
@@ -191,10 +196,10 @@ class ModuleState:
     def _contents_now(self) -> Iterator[bytes]:
         return chain(map(np.ndarray.tobytes, self._arrays), map(bytes, self._bytearrays))
 
-    def _entries_now(self) -> dict[tuple[int, Any], Any]:
+    def _entries_now(self) -> dict[_Key, Any]:
         """What dictionaries, sequences and objects hold: by the identity of these, and name or number in them."""
         compared = iter(self._compared)
-        entries: dict[tuple[int, Any], Any] = {
+        entries: dict[_Key, Any] = {
             (id(part), name): value for part in self._dicts for name, value in part.items() if next(compared)
         }
         entries |= {(id(part), number): value for part in self._sequences for number, value in enumerate(part)}
@@ -204,21 +209,32 @@ class ModuleState:
 
 _ABSENT = object()
 
-_TENSORS_OF_PASSES: dict[int, weakref.ref[torch.Tensor]] = {}
-"""Tensors that hooks have put on a model in passes of clones, by their identity, as long as they are kept."""
+_TENSORS_OF_PASSES: dict[int, tuple[weakref.ref[torch.Tensor], set[_Key]]] = {}
+"""Tensors that hooks have put on a model in passes of clones, by their identity, as long as they are kept; and where:
+the user may put one elsewhere, to be used there."""
 
 
-def _note_tensor_of_pass(tensor: torch.Tensor) -> None:
-    key = id(tensor)
-    _TENSORS_OF_PASSES[key] = weakref.ref(tensor, lambda _: _TENSORS_OF_PASSES.pop(key, None))
+def _note_tensor_of_pass(tensor: torch.Tensor, key: _Key) -> None:
+    identity = id(tensor)
+    if identity not in _TENSORS_OF_PASSES:
+        reference = weakref.ref(tensor, lambda _: _TENSORS_OF_PASSES.pop(identity, None))
+        _TENSORS_OF_PASSES[identity] = reference, set()
+    _TENSORS_OF_PASSES[identity][1].add(_place(key))
 
 
-def _is_of_passes(value: Any) -> bool:
-    """Whether a value is a tensor that a hook has put on a model in a pass, or holds such tensors alone."""
+def _is_of_passes(key: _Key, value: Any) -> bool:
+    """Whether a value is a tensor that a hook has put there in a pass, or holds such tensors alone."""
     leaves = tree_flatten(value)[0]
+    noted = [_TENSORS_OF_PASSES.get(id(leaf)) for leaf in leaves]
     return bool(leaves) and all(
-        id(leaf) in _TENSORS_OF_PASSES and _TENSORS_OF_PASSES[id(leaf)]() is leaf for leaf in leaves
+        each is not None and each[0]() is leaf and _place(key) in each[1]
+        for leaf, each in zip(leaves, noted, strict=True)
     )
+
+
+def _place(key: _Key) -> _Key:
+    """Where something is kept: by name, or in a sequence, whose numbers move as a hook adds to it."""
+    return (key[0], _ABSENT) if isinstance(key[1], int) else key
 
 
 def _slot(part: Any, name: str) -> Any:

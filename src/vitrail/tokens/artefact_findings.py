@@ -44,7 +44,10 @@ def artefact_effects(trial: xr.Dataset) -> xr.Dataset:
     }
     models = trial["model"].values
     rows = np.array(
-        [[_mean_and_interval(each.sel(model=model).to_numpy()) for model in models] for each in effects.values()]
+        [
+            [_mean_and_interval(each.sel(model=model).to_numpy(), is_share=name == "same_top1") for model in models]
+            for name, each in effects.items()
+        ]
     )
     parts = {name: (("effect", "model"), rows[..., at]) for at, name in enumerate(("mean", "low", "high"))}
     return xr.Dataset(parts, {"effect": list(effects), "model": models})
@@ -209,11 +212,16 @@ def _thousandths(value: float) -> str:
     return f"{value:+.3f}"
 
 
-def _mean_and_interval(values: Float[np.ndarray, "image"] | Bool[np.ndarray, "image"]) -> tuple[float, float, float]:
-    """Mean and interval over the images that have a value; the interval is that of a share where all are 0 or 1."""
+def _mean_and_interval(
+    values: Float[np.ndarray, "image"] | Bool[np.ndarray, "image"], *, is_share: bool
+) -> tuple[float, float, float]:
+    """Mean and interval over the images that have a value; that of a share where all are 0 or 1, and no mean of draws.
+
+    Other effects may happen to be 0 in every image, as a silhouette is of one cluster: these have no interval.
+    """
     numbers = values.astype(np.float64)[~np.isnan(values.astype(np.float64))]
     if not len(numbers):
         return np.nan, np.nan, np.nan
-    is_share = bool(np.isin(numbers, (0.0, 1.0)).all())
-    low, high, _ = share_interval(numbers.astype(bool)) if is_share else mean_interval(numbers)
+    is_yes_or_no = is_share and bool(np.isin(numbers, (0.0, 1.0)).all())
+    low, high, _ = share_interval(numbers.astype(bool)) if is_yes_or_no else mean_interval(numbers)
     return float(numbers.mean()), float(low), float(high)

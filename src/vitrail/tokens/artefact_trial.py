@@ -27,6 +27,7 @@ from vitrail.tokens.artefacts import (
     ArtefactHead,
     ArtefactNeuron,
     artefact_neurons,
+    at_least_one,
     layer_of_most_outliers,
     mlp_widths,
     outlying_patches,
@@ -102,10 +103,11 @@ def try_registers(
         off: means over `N_DRAWS` draws.
 
     Raises:
-        UsageError: Fewer than 2 images, the seed is out of range, a layer has fewer other neurons than were traced to
-            it, so that there is no null, or masks of which no image to be tried on has two objects.
-        Unsupported: No token is outlying, the model has no MLPs that can be read, or it takes no registers, as for
-            `with_registers`.
+        UsageError: Fewer than 2 images, no neuron, register or head is asked for, the seed is out of range, a layer
+            has fewer other neurons than were traced to it, so that there is no null, or masks of which no image to be
+            tried on has two objects.
+        Unsupported: No token is outlying, no neuron adds to the length of those that are, the model has no MLPs that
+            can be read, or it takes no registers, as for `with_registers`.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
 
     Example:
@@ -116,8 +118,8 @@ def try_registers(
     require_seed(seed)
     if len(views) < 2:
         raise UsageError("Artefacts are looked for on some images and registers tried on others: give at least 2.")
-    if n_heads < 1:
-        raise UsageError(f"{n_heads} heads cannot be switched off; give 1 or more.")
+    n_neurons, n_registers = at_least_one("neurons", n_neurons), at_least_one("registers", n_registers)
+    n_heads = at_least_one("heads", n_heads)
     half = len(views) // 2
     finding, trying = views[: min(N_FINDING, half)], views[half:]
     prepared = vit.prepare_views(list(finding))
@@ -130,6 +132,11 @@ def try_registers(
         )
     owners = None if masks is None else _owners(vit, views, masks, half)
     neurons = artefact_neurons(vit, prepared, n_neurons)
+    if neurons[0].length <= 0:
+        raise Unsupported(
+            f"No neuron of {vit.name} adds to the length of its outlying tokens after L{worst}, so none can be "
+            "switched off or listened to: they are written by attention, or are long before L0."
+        )
     length = neurons[0].length / neurons[0].share
     head_written, no_heads = _head_written(vit, prepared, worst, outliers[worst])
     n_all = int(head_written.isfinite().sum())

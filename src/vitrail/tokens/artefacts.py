@@ -12,13 +12,14 @@ strongest activation among the patches, and none to the patches themselves: test
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vitrail.arguments import whole_number
 from vitrail.contract.outlook import require_finite
 from vitrail.contract.surgery import NoProjection, Projection, projections
 from vitrail.errors import Unsupported, UsageError
@@ -28,7 +29,7 @@ from vitrail.models.task import TASKS
 from vitrail.sentence import percent
 from vitrail.tap.anatomy import Block
 from vitrail.tap.attention import LayerAttention, Readers
-from vitrail.tap.clone import CANNOT_RUN, clone_sharing, first_weight
+from vitrail.tap.clone import CANNOT_RUN, clone_sharing, first_weight, require_images
 from vitrail.tokens.levels import input_tokens
 from vitrail.tokens.outliers import norm_outliers
 
@@ -38,6 +39,7 @@ __all__ = [
     "RegisterModel",
     "artefact_heads",
     "artefact_neurons",
+    "at_least_one",
     "layer_of_most_outliers",
     "mlp_widths",
     "outlying_patches",
@@ -99,9 +101,13 @@ def outlying_patches(vit: Vit, images: Float[Tensor, "image channel row column"]
         True for the outlying patches of each layer, by `vitrail.tokens.outliers.norm_outliers` in each image.
 
     Raises:
+        UsageError: These are no images for the model, or there is none.
         Unsupported: A layer has no patches on a grid.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
     """
+    require_images(images)
+    if not len(images):
+        raise UsageError("Tokens of outlying length are looked for on images, and there is none; give at least one.")
     norms: dict[int, Float[Tensor, "image patch"]] = {}
 
     def read(layer: int, tokens: Tensor) -> None:
@@ -185,10 +191,13 @@ def written_by_heads(
     heads: dict[int, Float[Tensor, "row head channel"]] = {}
     tokens = _tokens_of_layers(vit, images, layer, outliers, heads)
     by_call = projections(vit.model, vit.anatomy, noise_images(vit, 2))
-    parameters = dict(clone_sharing(vit.model).named_parameters())
+    clone = clone_sharing(vit.model)
+    parameters = dict(clone.named_parameters())
     written = torch.full((layer + 1, max(vit.n_heads[: layer + 1])), torch.nan)
     for at in range(layer + 1):
-        weight, bias = _head_weights(at, by_call[at, 0], parameters, heads[at])
+        weight, bias = _head_weights(
+            at, clone.get_submodule(vit.anatomy.blocks[at].path), by_call[at, 0], parameters, heads[at]
+        )
         scale = _channel_scale(
             f"What the attention of L{at} adds is not what its output projection gives",
             tokens.by_attention(at),
@@ -219,7 +228,9 @@ def strongest_heads(written: Float[Tensor, "layer head"], length: float, n: int)
     ]
 
 
-def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], n: int = 5) -> list[ArtefactHead]:
+def artefact_heads(
+    vit: Vit, images: Float[Tensor, "image channel row column"], n: SupportsIndex = 5
+) -> list[ArtefactHead]:
     """The heads that write the outlying tokens of some images.
 
     Looked for is the layer after which most patches are outlying, and of it and the layers before the heads that add
@@ -234,6 +245,7 @@ def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], 
         Those that add most first; empty where no token is outlying.
 
     Raises:
+        UsageError: There is no such number of heads, or there are no images.
         Unsupported: As for `written_by_heads`.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
 
@@ -241,6 +253,7 @@ def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], 
         >>> vitrail.artefact_heads(vit, vit.prepare(photographs))[0]  # doctest: +SKIP
     """
     require_vit(vit)
+    n = at_least_one("heads", n)
     by_layer = outlying_patches(vit, images)
     layer = layer_of_most_outliers(by_layer)
     if layer is None:
@@ -249,7 +262,9 @@ def artefact_heads(vit: Vit, images: Float[Tensor, "image channel row column"], 
     return strongest_heads(written, _tokens_of_layers(vit, images, layer, by_layer[layer]).length, n)
 
 
-def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"], n: int = 10) -> list[ArtefactNeuron]:
+def artefact_neurons(
+    vit: Vit, images: Float[Tensor, "image channel row column"], n: SupportsIndex = 10
+) -> list[ArtefactNeuron]:
     """The neurons that write the outlying tokens of some images.
 
     Looked for is the layer after which most patches are outlying, and of it and the layers before the neurons that add
@@ -264,11 +279,13 @@ def artefact_neurons(vit: Vit, images: Float[Tensor, "image channel row column"]
         Those that add most first; empty where no token is outlying.
 
     Raises:
+        UsageError: There is no such number of neurons, or there are no images.
         Unsupported: As for `written_by_layers`, or the blocks do not add what an MLP gives as its last layer gives it,
             times a factor a channel.
         ModelError: The answer or the tokens of an image are not finite (NaN or infinite).
     """
     require_vit(vit)
+    n = at_least_one("neurons", n)
     by_layer = outlying_patches(vit, images)
     layer = layer_of_most_outliers(by_layer)
     if layer is None:
@@ -437,6 +454,25 @@ class RegisterModel(nn.Module):
         return moved
 
 
+def at_least_one(what: str, n: SupportsIndex) -> int:
+    """Refuses a number of writers or registers that has no meaning.
+
+    Args:
+        what: They are, in the plural.
+        n: As it was given.
+
+    Returns:
+        The number.
+
+    Raises:
+        UsageError: It is no whole number, or less than 1.
+    """
+    n = whole_number(f"The number of {what}", n)
+    if n < 1:
+        raise UsageError(f"{n} {what} cannot be asked for; give 1 or more.")
+    return n
+
+
 # --- where things are ------------------------------------------------------------------------------------------------
 
 
@@ -550,7 +586,11 @@ def _require_one_call(vit: Vit, layer: int) -> None:
 
 
 def _head_weights(
-    layer: int, projection: Projection | NoProjection, parameters: dict[str, nn.Parameter], heads: Tensor
+    layer: int,
+    block: nn.Module,
+    projection: Projection | NoProjection,
+    parameters: dict[str, nn.Parameter],
+    heads: Tensor,
 ) -> tuple[Float[Tensor, "out head channel"], Float[Tensor, "out"] | float]:
     """Each head's part of the output projection, and the projection's bias."""
     if isinstance(projection, NoProjection):
@@ -560,7 +600,10 @@ def _head_weights(
     columns = projection.channels.to(weight.device).nonzero()[:, 1]
     if weight.shape[1] != projection.channels.shape[1] or len(columns) != n_heads * width:
         raise Unsupported(f"{projection.weight} of L{layer} does not take each channel of each head once.")
-    bias = parameters.get(f"{projection.weight.removesuffix('weight')}bias")
+    shared = parameters[projection.weight]  # named once, of the first of the modules that have it
+    own = next((each for each in block.modules() if getattr(each, "weight", None) is shared), None)
+    named = parameters.get(f"{projection.weight.removesuffix('weight')}bias")
+    bias = named if own is None else getattr(own, "bias", None)
     return weight[:, columns].unflatten(1, (n_heads, width)), 0.0 if bias is None else bias.detach().float()
 
 

@@ -21,6 +21,7 @@ from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import n_patches
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
+from vitrail.models.preprocessing import photographs_of
 from vitrail.tap.final_norm import FinalNorm, apply_norm, find_final_norm
 from vitrail.tap.modes import plain_modes
 from vitrail.tap.tap import Readers
@@ -158,7 +159,7 @@ def embedding_similarity(
 @plain_modes()
 def mean_embedding(
     vit: Vit,
-    photographs: Iterable[PhotographLike],
+    photographs: Iterable[PhotographLike] | PhotographLike,
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Float[np.ndarray, "feature"]:
@@ -217,8 +218,8 @@ def _prototype_rows(prototype: object, tokens: FinalTokens) -> Float[Tensor, "#i
     return vectors
 
 
-def _batches(photographs: Iterable[PhotographLike]) -> Iterator[list[PhotographLike]]:
-    remaining = iter(photographs)
+def _batches(photographs: Iterable[PhotographLike] | PhotographLike) -> Iterator[list[PhotographLike]]:
+    remaining = photographs_of(photographs)
     while batch := list(islice(remaining, BATCH)):
         yield batch
 

@@ -195,7 +195,7 @@ class TokenIndex:
                 f"{self.folder / NOISE} cannot be read ({error}); name a new folder for --index."
             ) from error
         tolerance = NOISE_TOLERANCE.get(self._vit.precision, NOISE_TOLERANCE_HALF)
-        if noise_then.shape != noise.shape or np.abs(noise_then - noise).max() > tolerance:
+        if noise_then.shape != noise.shape or not np.abs(noise_then - noise).max() <= tolerance:  # NaN is other, too
             raise UsageError(
                 f"The index in {self.folder} is of {stored.get('model')} with these weights, and it now gives other "
                 "tokens to the same image: something else of it was changed (a hook, registers). Name another folder "
@@ -283,7 +283,8 @@ def indexed_scan(
         progress: Called with the images done and their number.
 
     Yields:
-        The scan, which the index keeps when the context ends, if it is there then.
+        The scan, which the index keeps when the context ends, if it is there then; after a `DataError` it keeps none,
+        and the next one reads all files.
 
     Raises:
         UsageError: The folder holds something else.
@@ -304,10 +305,15 @@ def indexed_scan(
         unfinished.write_text(manifest.to_json(), encoding="utf-8")
         os.utime(unfinished, (started, started))
 
+    is_right = True
     try:
         yield manifest
+    except DataError:  # a file may be another than it was though it looks untouched, as in folders that changed names
+        is_right = False
+        file.unlink(missing_ok=True)
+        raise
     finally:
-        if (path / INDEX_MARKER).exists():
+        if is_right and (path / INDEX_MARKER).exists():
             write_atomically(file, write)
 
 
