@@ -19,7 +19,7 @@ from vitrail.data import as_photograph, decode_image
 from vitrail.data.channels import channels_of
 from vitrail.errors import BadImage, ModelError, UsageError
 from vitrail.models.open import open_vit
-from vitrail.models.preprocessing import Preprocessing, _photographs_of, override, read_sides
+from vitrail.models.preprocessing import Preprocessing, override, photographs_of, read_sides
 from vitrail.models.processors import read_preprocessing, timm_preprocessing
 from vitrail.models.sources import Request, load_model
 
@@ -673,7 +673,7 @@ def test_one_photograph_is_a_batch_of_one_and_none_is_refused():
         preprocessing.tensor([])
     for given in (None, 5, np.array("a.jpg")):
         with pytest.raises(UsageError, match="no photograph and holds none"):
-            _photographs_of(given)  # tests check types before it is reached
+            photographs_of(given)  # tests check types before it is reached
 
 
 def test_a_column_of_paths_holds_several_photographs(tmp_path):
