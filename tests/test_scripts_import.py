@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 
-from vitrail import open_vit, run_study
+from vitrail import Vit, open_vit, run_study
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_ALL = """
@@ -29,6 +29,17 @@ for path in sys.argv[1:]:
         del sys.modules[name]
 print("imported", len(sys.argv[1:]) - failed)
 """
+
+
+def small_vit_and_images(folder: Path, n_images: int) -> Vit:
+    """A random ViT of three layers; as many images of noise are put into the folder."""
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    folder.mkdir()
+    for index in range(n_images):
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return open_vit(timm.create_model("vit_tiny_patch16_224", **shape).eval(), mean=0.5, std=0.5)
 
 
 def test_all_scripts_import_what_they_use() -> None:
@@ -54,13 +65,7 @@ def test_one_command_prints_kernel_mask_and_whole_of_block_sparse_attention() ->
 
 
 def test_a_study_without_regions_is_told_the_command_that_adds_them_and_then_has_its_table(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
-    vit = open_vit(timm.create_model("vit_tiny_patch16_224", **shape).eval(), mean=0.5, std=0.5)
-    (tmp_path / "photos").mkdir()
-    for index in range(2):
-        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    vit = small_vit_and_images(tmp_path / "photos", 2)
     arguments = [ROOT / "experiments/heads.py", "regions", tmp_path / "study", "--work", tmp_path / "work"]
     for measures in ("head_probability", "head_probability,regions"):
         run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures=measures)
@@ -95,13 +100,7 @@ print(len(whole["intact_correct"]), whole["drift"].shape, "Occlusion" in str(who
 
 
 def test_rows_of_findings_are_those_that_a_study_can_answer_with_its_own_numbers(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
-    vit = open_vit(timm.create_model("vit_tiny_patch16_224", **shape).eval(), mean=0.5, std=0.5)
-    (tmp_path / "photos").mkdir()
-    for index in range(9):
-        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    vit = small_vit_and_images(tmp_path / "photos", 9)
     study = run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures="heads,patches")
     command = [sys.executable, ROOT / "experiments/findings.py", tmp_path / "study"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

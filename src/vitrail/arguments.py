@@ -5,7 +5,7 @@ from typing import Any
 
 from vitrail.errors import UsageError
 
-__all__ = ["whole_number", "whole_numbers"]
+__all__ = ["at_least_one", "whole_number", "whole_numbers"]
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -25,6 +25,25 @@ def whole_number(name: str, value: Any) -> int:
         return index(value)
     except TypeError as error:
         raise UsageError(f"{name} {value!r} has no meaning; give a whole number.") from error
+
+
+def at_least_one(what: str, n: Any) -> int:
+    """A number of things, of which there must be one at least.
+
+    Args:
+        what: They are, in the plural.
+        n: As it was given.
+
+    Returns:
+        The number.
+
+    Raises:
+        UsageError: It is no whole number, or less than 1.
+    """
+    number = whole_number(f"The number of {what}", n)
+    if number < 1:
+        raise UsageError(f"{number} {what} cannot be asked for; give 1 or more.")
+    return number
 
 
 def whole_numbers(name: str, values: Any, count: int | None = None) -> tuple[int, ...]:

@@ -53,6 +53,7 @@ from vitrail.app.static_files import NOT_BUILT, built_page
 from vitrail.app.study_arrays import StudyArrays, parse_image_set
 from vitrail.app.summary import STATISTICS, SetSummary
 from vitrail.app.what_if import routes as what_if_routes
+from vitrail.comparison.pairs import refuse_same_folder
 from vitrail.errors import UsageError, VitrailError
 from vitrail.study.store import PARTS, PLAN, open_study, read_manifest, read_plan
 
@@ -122,8 +123,8 @@ class AppState:
             UsageError: The study is to be compared with itself.
             WeightsMismatch: The live model has other weights than the study's.
         """
-        if any(other.resolve() == study_path.resolve() for other in others):
-            raise UsageError(f"{study_path} was to be compared with itself; name another study of the same images.")
+        for other in others:
+            refuse_same_folder(study_path, other)
         self.folder = study_path
         self.in_commands = str(study_path)
         self.others = tuple(others)

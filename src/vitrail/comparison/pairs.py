@@ -14,7 +14,7 @@ from vitrail.errors import UsageError
 from vitrail.study.plan import Plan, same_buffers
 from vitrail.study.store import open_study, read_manifest, read_plan
 
-__all__ = ["LayerPairs", "Pair", "StudySide", "describe_labels", "open_pair"]
+__all__ = ["LayerPairs", "Pair", "StudySide", "describe_labels", "open_pair", "refuse_same_folder"]
 
 MOST_IMAGES = 10_000
 """More paired images than this are thinned evenly: intervals shrink with the root of the number, and resampling more
@@ -107,6 +107,20 @@ class Pair:
         return np.asarray(labels[0] == labels[1])
 
 
+def refuse_same_folder(a: Path, b: Path) -> None:
+    """Refuses a study that is to be compared with itself.
+
+    Args:
+        a: Folder of the first study.
+        b: Folder of the second.
+
+    Raises:
+        UsageError: They are one folder.
+    """
+    if a.resolve() == b.resolve():
+        raise UsageError(f"{a} was to be compared with itself; name another study of the same images.")
+
+
 def open_pair(a: str | Path, b: str | Path) -> Pair:
     """Joins two finished studies by the digests of their images.
 
@@ -127,8 +141,7 @@ def open_pair(a: str | Path, b: str | Path) -> Pair:
         1000
     """
     folders = Path(a), Path(b)
-    if folders[0].resolve() == folders[1].resolve():
-        raise UsageError(f"{a} was to be compared with itself; name another study of the same images.")
+    refuse_same_folder(*folders)
     plans = [read_plan(folder) for folder in folders]
     _refuse_same_model(folders, plans)
     manifests = [read_manifest(folder) for folder in folders]

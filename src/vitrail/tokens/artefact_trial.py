@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from vitrail.arguments import at_least_one
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.objects import patch_objects
@@ -27,7 +28,6 @@ from vitrail.tokens.artefacts import (
     ArtefactHead,
     ArtefactNeuron,
     artefact_neurons,
-    at_least_one,
     layer_of_most_outliers,
     mlp_widths,
     outlying_patches,

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitrail.arguments import whole_number
+from vitrail.arguments import at_least_one
 from vitrail.contract.outlook import require_finite
 from vitrail.contract.surgery import NoProjection, Projection, projections
 from vitrail.errors import Unsupported, UsageError
@@ -39,7 +39,6 @@ __all__ = [
     "RegisterModel",
     "artefact_heads",
     "artefact_neurons",
-    "at_least_one",
     "layer_of_most_outliers",
     "mlp_widths",
     "outlying_patches",
@@ -452,25 +451,6 @@ class RegisterModel(nn.Module):
         moved[:, first:end, neurons] = 0
         moved[:, self._at : first, neurons] = strongest.expand(-1, self._n_registers, -1)
         return moved
-
-
-def at_least_one(what: str, n: SupportsIndex) -> int:
-    """Refuses a number of writers or registers that has no meaning.
-
-    Args:
-        what: They are, in the plural.
-        n: As it was given.
-
-    Returns:
-        The number.
-
-    Raises:
-        UsageError: It is no whole number, or less than 1.
-    """
-    n = whole_number(f"The number of {what}", n)
-    if n < 1:
-        raise UsageError(f"{n} {what} cannot be asked for; give 1 or more.")
-    return n
 
 
 # --- where things are ------------------------------------------------------------------------------------------------
