@@ -237,7 +237,40 @@ def precision_command(arguments: argparse.Namespace) -> None:
         same = (wide["correct"] == narrow["correct"]).mean()
         drift = np.abs(wide["drift"].mean(0) - narrow["drift"].mean(0)).max()
         lines.append(row([model, f"{probability:.4f}", f"{same:.2%}", f"{drift:.4f}"]))
-    write("precision.md", lines)
+    write("precision.md", [*lines, *precision_of_relevance(arguments)])
+
+
+def precision_of_relevance(arguments: argparse.Namespace) -> list[str]:
+    """Areas of deletion and insertion in both, of the photographs whose curves are there in both."""
+    _, entries = photographs(arguments.data, arguments.images)
+    lines = []
+    for model in arguments.models:
+        files = {
+            precision: {file.name[-8:]: file for file in computed_parts(
+                argparse.Namespace(work=arguments.work, finished=True), parts_name("relevance", model, precision),
+                entries, nothing_is_computed,
+            )} for precision in ("float32", "bfloat16")
+        }  # fmt: skip
+        both = sorted(set.intersection(*map(set, files.values())))
+        if not both:
+            continue
+        wide, narrow = (relevance_areas(joined([files[each][name] for name in both])) for each in files)
+        apart = {
+            what: [wide[method][what] - narrow[method][what] for method in wide] for what in next(iter(wide.values()))
+        }
+        lines.append(row([
+            f"{model}, {len(apart['deletion'][0])} photographs",
+            *(f"{max(abs(each.mean()) for each in methods):.4f}" for methods in apart.values()),
+            *(f"{np.abs(methods).mean():.4f}" for methods in [apart["insertion - deletion"]]),
+        ]))  # fmt: skip
+    if not lines:
+        return []
+    return [
+        "", "Areas of relevance, maps in float32 and curves in both. Largest difference of a method's mean over "
+        "photographs, and the mean difference of a single area, as a number without sign.", "",
+        row(["model", "deletion", "insertion", "insertion - deletion", "that beyond random", "a single area"]),
+        row(["---"] * 6), *lines,
+    ]  # fmt: skip
 
 
 # --- grouping --------------------------------------------------------------------------------------------------------
@@ -417,7 +450,8 @@ def relevance_command(arguments: argparse.Namespace) -> None:
     sections = []
     for model in arguments.models:
         files = relevance_of(arguments, model)
-        sections.append(relevance_table(model, joined(files)) if files else [])
+        title = model if arguments.precision == "float32" else f"{model}, curves in {arguments.precision}"
+        sections.append(relevance_table(title, joined(files)) if files else [])
     write_sections(arguments, "relevance.md", head, sections)
 
 
@@ -667,12 +701,13 @@ def merged_command(arguments: argparse.Namespace) -> None:
             f"{arguments.work} has no part of {', '.join(arguments.models)} in {arguments.precision}: run robustness, "
             "relevance, views and masked first."
         )
+    curves = f" (curves of relevance in {of_curves(arguments)})" if of_curves(arguments) != arguments.precision else ""
     lines = [
         "# Robustness, relevance and views",
         "",
-        f"The same {arguments.images} photographs for all, in {arguments.precision}; mean and 95 % interval over "
-        "photographs, of each the mean over its neurons. Where fewer photographs are there, the cell says on how many. "
-        "Rows with objects are of photographs with masks, and their labels the model's own predictions.",
+        f"The same {arguments.images} photographs for all, in {arguments.precision}{curves}; mean and 95 % interval "
+        "over photographs, of each the mean over its neurons. Where fewer photographs are there, the cell says on how "
+        "many. Rows with objects are of photographs with masks, and their labels the model's own predictions.",
         "",
         row(["what", "of", *arguments.models]),
         row(["---"] * (2 + len(arguments.models))),
@@ -681,6 +716,11 @@ def merged_command(arguments: argparse.Namespace) -> None:
         expected = None if name[0].startswith("objects known") else arguments.images
         lines.append(row([*name, *(merged_cell(rows.get(name), expected) for rows in by_model)]))
     write("robustness-relevance-views.md", lines)
+
+
+def of_curves(arguments: argparse.Namespace) -> str:
+    """The precision of the relevance curves that are merged."""
+    return arguments.relevance_precision or arguments.precision
 
 
 def merged_rows(arguments: argparse.Namespace, model: str) -> dict[tuple[str, str], np.ndarray]:
@@ -695,7 +735,7 @@ def merged_rows(arguments: argparse.Namespace, model: str) -> dict[tuple[str, st
             files = computed_parts(arguments, name, entries, nothing_is_computed)
         rows |= robustness_rows(title, joined(files)) if files else {}
     if files := computed_parts(
-        arguments, parts_name("relevance", model, arguments.precision), entries, nothing_is_computed
+        arguments, parts_name("relevance", model, of_curves(arguments)), entries, nothing_is_computed
     ):
         for method, areas in relevance_areas(joined(files)).items():
             rows |= {(f"relevance: {what}", method): values for what, values in areas.items()}
@@ -740,7 +780,7 @@ def merged_cell(values: np.ndarray | None, expected: int | None) -> str:
     """Mean, interval, and of how many photographs where these are not all."""
     if values is None or not len(values):
         return "not there"
-    n = "" if len(values) == expected else f"; {len(values)} photographs"
+    n = "" if len(values) == expected else f"; {len(values)} photograph{'s' * (len(values) != 1)}"
     return interval(values) + n
 
 
@@ -891,6 +931,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="Default: the two tiny ones; artefacts: the ViT-S as well.")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--relevance-precision", help="merged: of the curves of relevance, where not --precision")
     parser.add_argument("--neurons", type=int, default=1, help="views: of each photograph and level")
     parser.add_argument("--hierarchy", choices=sorted(HIERARCHIES), default="swin")
     parser.add_argument("--finished", action="store_true", help="tabulate the parts that are there, compute nothing")

@@ -40,6 +40,7 @@ def planted_study() -> xr.Dataset:
     }
     fit = {"method": "pca", "why": "PCA, as it describes held-out images as well", "n_latents": 8}
     errors = {"autoencoder_error": 0.41, "pca_error": 0.4, "n_train": 100, "n_held": 20, "n_clusters": 2}
+    errors["gain"] = [-0.02, 0.001]
     return xr.Dataset(
         {name: (declaration(name).dims, values, declaration(name).attributes()) for name, values in arrays.items()},
         coords={"image": [f"{at}.png" for at in range(N_IMAGES)]},
@@ -72,8 +73,15 @@ def test_the_map_shows_one_images_heads_on_all_heads(study: xr.Dataset) -> None:
     np.testing.assert_allclose(dots.get_array(), np.argwhere(there)[:, 0])
     told = " ".join(words(figure)).replace("\n", " ")
     assert "330 maps" in told
-    assert "autoencoder 0.410, PCA 0.400" in told
+    assert "autoencoder 0.410, PCA 0.400 (PCA - autoencoder: -0.0100, 95 % interval -0.0200 to 0.0010)." in told
     assert {"0", "1"} <= set(words(figure))
+
+
+def test_a_study_of_an_older_version_has_no_interval_of_the_two_errors(study: xr.Dataset) -> None:
+    about = study.attrs["patterns"]
+    fit = {name: value for name, value in about["patch"].items() if name != "gain"}
+    old = study.assign_attrs(patterns={**about, "patch": fit})
+    assert "autoencoder 0.410, PCA 0.400." in " ".join(words(pattern_map(old))).replace("\n", " ")
 
 
 def test_the_map_of_a_single_image_names_it(study: xr.Dataset) -> None:

@@ -1,5 +1,6 @@
 """Attention patterns: numbers and names on closed forms, coders and clusters on planted families, placing again."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ from vitrail.patterns.names import (
     typical_values,
 )
 from vitrail.patterns.rules import rule_values, step_mass
+from vitrail.stats import mean_interval
 
 BLOCK = Shape("patch", GRID, N_PATCHES**2, 128)
 GROUND = ComparableLayers(GRID, {0: (GRID, 0)}, None, {})
@@ -188,8 +190,8 @@ class TestGround:
 class TestCoder:
     def test_an_autoencoder_beats_pca_where_there_are_more_patterns_than_components(self):
         maps = torch.as_tensor(many_patterns(1200))
-        held = torch.arange(len(maps)) % 5 == 0
-        coder = fit_coder(coder_inputs(maps, BLOCK).half(), held, BLOCK)
+        held = np.arange(len(maps)) % 5 == 0
+        coder = fit_coder(coder_inputs(maps, BLOCK).half(), np.arange(len(maps)), held, BLOCK)
         assert coder.method == "autoencoder"
         assert coder.fit.autoencoder_error < 0.95 * coder.fit.pca_error
         x = coder_inputs(maps[held], BLOCK).clamp(max=coder.clip)  # the errors are what decoding shows
@@ -199,21 +201,32 @@ class TestCoder:
     def test_on_the_named_families_its_held_out_error_is_below_that_of_pca(self):
         """Ten families in four numbers, less than their nine differences. With 128 there is nothing to gain."""
         maps = torch.as_tensor(planted(40)[0])
-        held = torch.arange(len(maps)) // len(FAMILIES) % 5 == 0  # every family, all of one draw together
+        draw = np.arange(len(maps)) // len(FAMILIES)
+        is_held_out = np.arange(draw.max() + 1) % 5 == 0
+        held = is_held_out[draw]  # every family, all of one draw together
         few = replace(BLOCK, n_latents=4)
-        coder = fit_coder(coder_inputs(maps, few).half(), held, few)
+        coder = fit_coder(coder_inputs(maps, few).half(), draw, is_held_out, few)
         assert coder.method == "autoencoder"
         assert coder.fit.autoencoder_error < 0.95 * coder.fit.pca_error
         x = coder_inputs(maps[held], few).clamp(max=coder.clip)
-        rest = (x - coder.decode(coder.encode(maps[held]))).square().sum() / (x - coder.mean).square().sum()
-        assert_allclose(rest, coder.fit.autoencoder_error, rtol=0.02)
+        rest, spread = (x - coder.decode(coder.encode(maps[held]))).square().sum(1), (x - coder.mean).square().sum(1)
+        assert_allclose(rest.sum() / spread.sum(), coder.fit.autoencoder_error, rtol=0.02)
+
+        pca = copy.deepcopy(coder)  # the interval is over draws, not over their ten maps each
+        pca.net, pca.axes = None, coder.axes[:, : few.n_latents]
+        less = (x - pca.decode(pca.encode(maps[held]))).square().sum(1) - rest
+        by_draw = less.view(-1, len(FAMILIES)).sum(1) / spread.view(-1, len(FAMILIES)).sum(1).mean()
+        found = mean_interval(by_draw.numpy().astype(np.float64))
+        assert_allclose((coder.fit.gain_low, coder.fit.gain_high), (found.low, found.high), rtol=0.03)
+        assert 0 < coder.fit.gain_low < coder.fit.pca_error - coder.fit.autoencoder_error < coder.fit.gain_high
 
     def test_pca_is_used_where_it_is_as_good(self):
         noise = torch.randn(600, 64, generator=torch.Generator().manual_seed(0))
-        coder = fit_coder(noise, torch.arange(600) % 5 == 0, Shape("patch", (2, 4), 64, 3))
+        coder = fit_coder(noise, np.arange(600), np.arange(600) % 5 == 0, Shape("patch", (2, 4), 64, 3))
         assert coder.method == "pca"
         assert coder.fit.pca_error < coder.fit.autoencoder_error / 0.99
         assert coder.fit.why == "PCA, as it describes held-out images as well"
+        assert coder.fit.gain_low < coder.fit.pca_error - coder.fit.autoencoder_error < coder.fit.gain_high
 
     def test_principal_axes_are_those_of_the_whole_sample(self):
         x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 40)
@@ -222,12 +235,14 @@ class TestCoder:
         assert_allclose((axes.T.double() @ expected[:5].T).diagonal().abs(), 1.0, atol=1e-3)
 
     def test_one_image_and_constant_maps_are_coded_by_pca_that_nothing_judges(self):
-        one = fit_coder(coder_inputs(torch.as_tensor(planted(1)[0]), BLOCK), torch.zeros(10, dtype=torch.bool), BLOCK)
+        alone = coder_inputs(torch.as_tensor(planted(1)[0]), BLOCK)
+        one = fit_coder(alone, np.zeros(10, dtype=int), np.zeros(1, dtype=bool), BLOCK)
         assert one.method == "pca"
         assert one.fit.why == "PCA, unjudged: there is no second image to hold out"
         assert math.isnan(one.fit.pca_error)
+        assert math.isnan(one.fit.gain_low)
         same = torch.as_tensor(uniform(), dtype=torch.float32).expand(20, -1, -1)
-        flat = fit_coder(coder_inputs(same, BLOCK), torch.arange(20) < 4, BLOCK)
+        flat = fit_coder(coder_inputs(same, BLOCK), np.arange(20), np.arange(20) < 4, BLOCK)
         assert "do not differ from the mean map" in flat.fit.why
         assert_allclose(flat.encode(same), 0.0, atol=1e-5)
 

@@ -47,7 +47,7 @@ def tokens(monkeypatch, folder):
 def options(work, n_images=5, **others):
     return Namespace(
         **{"data": None, "work": work, "images": n_images, "precision": "float32", "finished": False, "neurons": 1}
-        | {"models": ["small"]}
+        | {"models": ["small"], "relevance_precision": None}
         | others
     )
 
@@ -111,4 +111,11 @@ def test_the_merged_table_holds_what_is_there_and_says_on_how_many_photographs(t
     cosine = table["views, frozen: cosine with plain", "level 1"][0]
     assert cosine.startswith(f"{scores['cosine_frozen'][:, 1].mean():.3f} (")
     assert cosine.endswith("; 4 photographs")
-    assert table["views, 16 steps: missing", "level 1"][0].endswith("; 1 photographs")
+    assert table["views, 16 steps: missing", "level 1"][0].endswith("; 1 photograph")
+    tokens.relevance_of(options(tmp_path, n_images=4, precision="bfloat16"), "small")
+    tokens.merged_command(options(tmp_path, relevance_precision="bfloat16"))
+    merged = (tmp_path / "robustness-relevance-views.md").read_text()
+    assert "in float32 (curves of relevance in bfloat16)" in merged
+    assert "; 4 photographs |" in next(line for line in merged.splitlines() if line.startswith("| relevance: deletion"))
+    (said,) = tokens.precision_of_relevance(options(tmp_path, n_images=4))[-1:]
+    assert said == "| small, 4 photographs | 0.0000 | 0.0000 | 0.0000 | 0.0000 | 0.0000 |"  # here one model is both

@@ -276,7 +276,12 @@ def _describe_latents(study: xr.Dataset, kind: str) -> str:
         for name, key in (("autoencoder", "autoencoder_error"), ("PCA", "pca_error"))
         if fit[key]
     )
-    comparison = f" Error on held-out images, as a share of their variance: {errors}." if errors else ""
+    comparison = f" Error on held-out images, as a share of their variance: {errors}" if errors else ""
+    low, high = fit.get("gain") or (None, None)  # not in studies of older versions
+    if low is not None and high is not None:
+        gain = fit["pca_error"] - fit["autoencoder_error"]
+        comparison += f" (PCA - autoencoder: {gain:.4f}, 95 % interval {low:.4f} to {high:.4f})"
+    comparison += "." if comparison else ""
     return f"Latents: {fit['n_latents']} of {fit['why']}.{comparison}"
 
 

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from vitrail.stats import Interval, mean_interval
 
 __all__ = [
     "LATENTS",
@@ -99,6 +102,8 @@ class Fit(NamedTuple):
         n_train: Maps that were learnt from.
         n_held: Maps held out.
         why: A sentence.
+        gain_low, gain_high: 95 % interval, over the images held out, of pca_error - autoencoder_error; NaN where no
+            autoencoder was tried or too few images are held out.
     """
 
     autoencoder_error: float
@@ -106,6 +111,8 @@ class Fit(NamedTuple):
     n_train: int
     n_held: int
     why: str
+    gain_low: float = math.nan
+    gain_high: float = math.nan
 
 
 class Coder(nn.Module):
@@ -268,7 +275,8 @@ def coder_inputs(maps: Float[Tensor, "map *cells"], shape: Shape) -> Float[Tenso
 
 def fit_coder(
     sample: Float[Tensor, "map cell"],
-    is_held_out: Bool[Tensor, "map"],
+    images: Int[np.ndarray, "map"],
+    is_held_out: Bool[np.ndarray, "image"],
     shape: Shape,
     seed: int = 0,
     progress: Progress | None = None,
@@ -279,7 +287,8 @@ def fit_coder(
 
     Args:
         sample: Inputs of the coder (`coder_inputs`), in float16 to save memory; clipped in place.
-        is_held_out: The maps that judge and are not learnt from.
+        images: The image of each map.
+        is_held_out: The images that judge and are not learnt from.
         shape: Of the coder; fewer latents where the sample has fewer maps.
         seed: Of the axes and of the training.
         progress: Called after each update.
@@ -289,37 +298,47 @@ def fit_coder(
     """
     clip = _quantile(sample)
     sample.clamp_(max=clip)
-    train, test = sample[~is_held_out], sample[is_held_out]
+    held = torch.as_tensor(is_held_out[images])
+    train, test = sample[~held], sample[held]
     n_latents = max(1, min(shape.n_latents, len(train) - 1, shape.n_inputs))
     coder = _principal_coder(train, replace(shape, n_latents=n_latents), clip, seed)
     spread = _squares(test, lambda x: (x - coder.mean) / coder.scale)
     coordinates = [torch.cat([coder.coordinates(piece) for piece in _pieces(each)]) for each in (train, test)]
-    outside = spread - float(coordinates[1].square().sum(dtype=torch.float64))
+    outside = spread - coordinates[1].square().sum(1, dtype=torch.float64)
 
-    def error() -> float:
-        """Of the held-out maps; what lies outside of all coordinates is lost either way."""
+    def lost() -> Float[Tensor, "map"]:
+        """Of each map held out; what lies outside of all coordinates is lost either way."""
         with torch.no_grad():
             rest = coordinates[1] - coder.expand(coder.compress(coordinates[1]))
-        return (outside + float(rest.square().sum(dtype=torch.float64))) / spread if spread > 0 else math.nan
+        return outside + rest.square().sum(1, dtype=torch.float64)
 
-    pca_error, ae_error, why = error(), math.nan, _no_trial(len(train), len(test), spread)
-    if not why:
+    def error(each: Float[Tensor, "map"]) -> float:
+        return float(each.sum() / spread.sum()) if spread.sum() > 0 else math.nan
+
+    by_pca = lost()
+    coder.fit = Fit(math.nan, error(by_pca), len(train), len(test), _no_trial(len(train), len(test), spread))
+    if not coder.fit.why:
         coder.net = _train(coder, coordinates[0], seed, progress or (lambda done, of: None))
-        ae_error = error()
-        better = ae_error < CLEARLY_BETTER * pca_error
-        why = f"{'an autoencoder' if better else 'PCA'}, as it describes held-out images "
-        why += "better" if better else "as well"
+        by_networks = lost()
+        better = error(by_networks) < CLEARLY_BETTER * coder.fit.pca_error
+        gain = _gain((by_pca - by_networks).numpy(), spread.numpy(), images[is_held_out[images]])
+        coder.fit = coder.fit._replace(
+            autoencoder_error=error(by_networks),
+            why=f"{'an autoencoder' if better else 'PCA'}, as it describes held-out images "
+            f"{'better' if better else 'as well'}",
+            gain_low=float(gain.low),
+            gain_high=float(gain.high),
+        )
         coder.net = coder.net if better else None
     if coder.net is None:
         coder.axes, coder.spread = coder.axes[:, :n_latents].contiguous(), coder.spread[:n_latents].clone()
-    coder.fit = Fit(ae_error, pca_error, len(train), len(test), why)
     return coder.eval().requires_grad_(False)
 
 
 def _principal_coder(train: Float[Tensor, "map cell"], shape: Shape, clip: float, seed: int) -> Coder:
     """PCA with more coordinates than latents."""
     mean = torch.stack([piece.sum(0, dtype=torch.float64) for piece in _pieces(train)]).sum(0).div(len(train)).float()
-    squares = _squares(train, lambda x: x - mean)
+    squares = float(_squares(train, lambda x: x - mean).sum())
     scale = math.sqrt(squares / train.numel()) or 1.0
     n_axes = max(1, min(COORDINATES * shape.n_latents, len(train) - 1, shape.n_inputs))
     axes = principal_axes(train, mean, n_axes, seed)
@@ -333,11 +352,18 @@ def _principal_coder(train: Float[Tensor, "map cell"], shape: Shape, clip: float
 NOT_FITTED = Fit(math.nan, math.nan, 0, 0, "not yet judged")
 
 
-def _no_trial(n_train: int, n_test: int, spread: float) -> str:
+def _gain(less: Float[np.ndarray, "map"], spread: Float[np.ndarray, "map"], images: Int[np.ndarray, "map"]) -> Interval:
+    """Interval over images of how much less is lost, as a share of all spread, which is taken as known."""
+    _, image = np.unique(images, return_inverse=True)
+    by_image = np.bincount(image, less)
+    return mean_interval(by_image * len(by_image) / spread.sum())
+
+
+def _no_trial(n_train: int, n_test: int, spread: Float[Tensor, "map"]) -> str:
     """Why no autoencoder is trained; empty if one is."""
     if n_test == 0:
         return "PCA, unjudged: there is no second image to hold out"
-    if not spread > 0:
+    if not spread.sum() > 0:
         return "PCA, unjudged: the maps held out do not differ from the mean map"
     return f"PCA: {n_train} maps are too few to train an autoencoder" if n_train < MIN_TRAIN_MAPS else ""
 
@@ -416,8 +442,8 @@ def _train(coder: Coder, coordinates: Float[Tensor, "map coordinate"], seed: int
 
 
 @torch.no_grad()
-def _squares(sample: Float[Tensor, "map cell"], of: Callable[[Tensor], Tensor]) -> float:
-    return float(sum(of(piece.float()).square().sum(dtype=torch.float64).item() for piece in _pieces(sample)))
+def _squares(sample: Float[Tensor, "map cell"], of: Callable[[Tensor], Tensor]) -> Float[Tensor, "map"]:
+    return torch.cat([of(piece.float()).square().sum(1, dtype=torch.float64) for piece in _pieces(sample)])
 
 
 def _pieces(sample: Float[Tensor, "map cell"]) -> Iterator[Float[Tensor, "piece cell"]]:

@@ -249,7 +249,7 @@ def fit_patterns(
     Returns:
         The model.
     """
-    coder = fit_coder(sample.x, torch.as_tensor(is_held_out[sample.image]), sample.shape, seed, progress)
+    coder = fit_coder(sample.x, sample.image, is_held_out, sample.shape, seed, progress)
     latents = torch.cat([coder.encode_inputs(piece) for piece in sample.x.split(ENCODE_MAPS)])
     return PatternModel(coder, fit_layout(latents.numpy(), seed), layers)
 

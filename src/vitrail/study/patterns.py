@@ -145,6 +145,7 @@ def _about(models: Sequence[PatternModel], layers: ComparableLayers) -> dict[str
             "n_latents": coder.shape.n_latents,
             "autoencoder_error": _number(fit.autoencoder_error),
             "pca_error": _number(fit.pca_error),
+            "gain": [_number(fit.gain_low), _number(fit.gain_high)],
             "n_train": fit.n_train,
             "n_held": fit.n_held,
             "n_clusters": model.layout.n_clusters,
