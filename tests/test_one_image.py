@@ -388,11 +388,11 @@ def test_a_hierarchy_is_looked_at_with_layers_padded():
     assert looked["token_similarity"].shape == (4, 196)
     assert np.isnan(looked["token_similarity"][3, 49:]).all()
     assert "class_attention" in looked.attrs["left_out"]
-    assert looked["relevance"].shape == (8, 196)
+    assert looked["relevance"].shape == (9, 196)
     methods = looked["relevance_method"].to_numpy().astype(str).tolist()
-    assert methods[:4] == ["raw", "grad_sam", "self_similarity", "random 1"]
+    assert methods[:5] == ["raw", "grad_sam", "lrp", "self_similarity", "random 1"]
     assert np.isfinite(looked["relevance"]).all()
-    best = int(looked["relevance"].sel(relevance_method="grad_sam").to_numpy().argmax())
+    best = int(looked["relevance"].sel(relevance_method="lrp").to_numpy().argmax())
     assert looked.attrs["patch"] == list(divmod(best, 14))
     assert_allclose(looked["relevance_deletion"][:, -1], looked["relevance_insertion"][:, 0], rtol=1e-4)
     assert "tokens cannot be followed" in looked.attrs["left_out"]["filter_auroc"]

@@ -133,6 +133,29 @@ def test_operands_that_are_given_by_name_are_held_still_too():
     assert found.missing < 1e-3
 
 
+class InGroups(nn.Module):
+    """A norm over groups of channels and all tokens, with a weight and a bias of its own."""
+
+    def __init__(self, n_channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(4, n_channels)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        return self.norm(x.mT).mT
+
+
+def test_statistics_of_a_group_norm_are_held_still_too():
+    vit = small_vit()
+    vit.model.blocks[0].mlp.act = InGroups(vit.model.blocks[0].mlp.fc1.out_features)
+    image = small_images(1)
+    plain = read_levels(vit.tap(), image).tokens[1]
+    recorded = tokens_through(vit, image, 1, Frozen())
+    assert_allclose(recorded.detach(), plain, rtol=1e-4, atol=1e-4)
+    assert faithful_view(vit, image, 1, 6, 30, path="frozen").missing < 1e-3
+
+
 class Largest(nn.Module):
     """Of each channel and its neighbour the larger: not linear, and nothing that is held still."""
 

@@ -160,7 +160,7 @@ def test_a_model_without_layer_gradients_says_why_in_one_sentence(make, words):
 def test_a_model_of_one_grid_with_windows_is_sent_from_gradient_rollout_to_grad_sam():
     vit = swin(depths=(2,), num_heads=(2,))
     assert set(unavailable_methods(vit)) == {"gradient"}
-    with pytest.raises(Unsupported, match=r"attends within windows.* use grad_sam"):
+    with pytest.raises(Unsupported, match=r"attends within windows.* use lrp or grad_sam"):
         relevance(vit, small_images(1, (32, 32)), np.array([0]), ["gradient"])
 
 

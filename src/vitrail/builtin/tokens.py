@@ -253,11 +253,13 @@ IMAGE_MEASURES = (
         high="the prediction rests on this patch",
         source="raw: attention of the last layer; rollout: Abnar and Zuidema 2020 (arXiv 2005.00928); gradient: Chefer "
         "et al. 2021 (arXiv 2103.15679) for the predicted class; grad_sam: our construction after Barkan et al. 2021 "
-        "(arXiv 2204.11073) for the predicted class; self_similarity and prototype_similarity: our construction, the "
+        "(arXiv 2204.11073) for the predicted class; lrp: layer-wise relevance propagation with attention, norms and "
+        "gains of activations held still, after Ali et al. 2022 (arXiv 2202.07304), in logits of the predicted class "
+        "beyond the image's mean colour; self_similarity and prototype_similarity: our construction, the "
         "cosine of the last layer's tokens, after the final norm, with the image's own embedding and with a prototype "
         "(mean embedding of other images, after Snell et al. 2017, arXiv 1703.05175), without a label; beside random "
         "scores. Hierarchies have raw and grad_sam, what keys are given, where the keys lie, on the first grid; "
-        "and the similarities, of the last grid",
+        "lrp; and the similarities, of the last grid",
         limits="Methods disagree; `relevance_deletion` and `relevance_insertion` say which to believe.",
         needs=("token_grid",),
         depends_on=(),

@@ -215,6 +215,7 @@ def _relevance(look: xr.Dataset) -> Figure | None:
                 scores.sel(relevance_method=method).to_numpy(),
                 _grid(look, 0),
                 view=view_in_patches(look.attrs, 0),
+                low=0.0 if method == "lrp" else None,
             ),
             method,
         )
@@ -226,8 +227,9 @@ def _relevance(look: xr.Dataset) -> Figure | None:
         "Clear to orange: lowest to the 98 % quantile of the image. raw: attention of the last layer; rollout: "
         "attention through all layers, the same for every class; gradient: attention times its gradient for this class "
         "(Chefer et al. 2021); grad_sam: the same, averaged over layers (after Barkan et al. 2021), which hierarchies "
-        "have too; self_similarity: cosine of the patch's last token with the image's embedding; prototype_similarity: "
-        "with the prototype, both without a label. Which to believe is told by deletion and insertion.",
+        "have too; lrp: what the patch adds to the logit, from 0 (after Ali et al. 2022); self_similarity: cosine of "
+        "the patch's last token with the image's embedding; prototype_similarity: with the prototype, both without a "
+        "label. Which to believe is told by deletion and insertion.",
         side=1.9,
     )
 

@@ -202,6 +202,7 @@ def overlaid(
     grid: Grid,
     top: float = 0.98,
     view: Sides | None = None,
+    low: float | None = None,
 ) -> Picture:
     """A photograph in grey under patch values, clear where they are low and orange where they are high.
 
@@ -211,11 +212,12 @@ def overlaid(
         grid: Rows and columns of patches.
         top: Quantile at which the scale ends: a few sinks of attention would leave nothing to see of the rest.
         view: How many patches long the sides of the photograph are (`grid.view_in_patches`); None: the grid's.
+        low: Where the scale begins, in the unit of the values; None: at the lowest.
 
     Returns:
         Red, green, blue of each pixel, 0 to 1; pixels behind the last patch are clear.
     """
-    low, high = float(values.min()), float(np.quantile(values, top))
+    low, high = float(values.min()) if low is None else low, float(np.quantile(values, top))
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1).reshape(grid)
     row, column = (
         ((np.arange(n_pixels) + 0.5) * side / n_pixels).astype(np.int64)

@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from vitrail.errors import Unsupported
 from vitrail.models.noise import noise_images
@@ -38,7 +42,7 @@ def gradients_enabled() -> Iterator[None]:
         Unsupported: The model lets no gradient through.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad(), autocast_off():
+        with torch.inference_mode(False), torch.enable_grad(), autocast_off(), _LayoutOfBatchNorm():
             yield
     except RuntimeError as error:
         message = " ".join(str(error).split())
@@ -48,6 +52,22 @@ def gradients_enabled() -> Iterator[None]:
             f"No gradient goes through this model, as where its forward runs under torch.no_grad or writes in place to "
             f"what the gradient needs (torch: {message[:_MESSAGE_LENGTH]})."
         ) from error
+
+
+class _LayoutOfBatchNorm(TorchFunctionMode):
+    """Gradients reach a batch norm laid out in memory as its input is.
+
+    Of a single image on a CPU, torch's derivative of a batch norm is wrong without a word where they are not, as they
+    are where its output is made tokens next (`flatten(2).transpose(1, 2)`; XCiT does that). Found in torch 2.14.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        normed = func(*args, **kwargs)
+        if func in (F.batch_norm, torch.batch_norm) and isinstance(normed, Tensor) and normed.requires_grad:
+            given: Tensor = (args[0] if args else kwargs["input"]).detach()
+            normed.register_hook(lambda gradient: torch.empty_like(given).copy_(gradient))
+        return normed
 
 
 _REASONS: WeakKeyDictionary[Vit, tuple[ModuleState, str]] = WeakKeyDictionary()

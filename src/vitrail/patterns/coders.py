@@ -306,7 +306,7 @@ def fit_coder(
     coordinates = [torch.cat([coder.coordinates(piece) for piece in _pieces(each)]) for each in (train, test)]
     outside = spread - coordinates[1].square().sum(1, dtype=torch.float64)
 
-    def lost() -> Float[Tensor, "map"]:
+    def loss_by_map() -> Float[Tensor, "map"]:
         """Of each map held out; what lies outside of all coordinates is lost either way."""
         with torch.no_grad():
             rest = coordinates[1] - coder.expand(coder.compress(coordinates[1]))
@@ -315,11 +315,11 @@ def fit_coder(
     def error(each: Float[Tensor, "map"]) -> float:
         return float(each.sum() / spread.sum()) if spread.sum() > 0 else math.nan
 
-    by_pca = lost()
+    by_pca = loss_by_map()
     coder.fit = Fit(math.nan, error(by_pca), len(train), len(test), _no_trial(len(train), len(test), spread))
     if not coder.fit.why:
         coder.net = _train(coder, coordinates[0], seed, progress or (lambda done, of: None))
-        by_networks = lost()
+        by_networks = loss_by_map()
         better = error(by_networks) < CLEARLY_BETTER * coder.fit.pca_error
         gain = _gain((by_pca - by_networks).numpy(), spread.numpy(), images[is_held_out[images]])
         coder.fit = coder.fit._replace(

@@ -143,6 +143,8 @@ class Frozen(TorchFunctionMode):
             return self._layer_norm(*args, **kwargs)
         if func is F.rms_norm:
             return self._rms_norm(*args, **kwargs)
+        if func is F.group_norm:
+            return self._group_norm(*args, **kwargs)
         if func in _ACTIVATIONS and _is_signal(args[0]):
             return self._activation(func, args, kwargs)
         if func in _FROZEN_WHOLE:
@@ -195,6 +197,17 @@ class Frozen(TorchFunctionMode):
         floor = torch.finfo(input.dtype).eps if eps is None else eps
         normed = self._scale(_widen(input), axes, floor).to(input.dtype)
         return normed if weight is None else normed * weight
+
+    def _group_norm(
+        self, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:  # fmt: skip
+        """`torch.nn.functional.group_norm`, argument for argument."""
+        wide = _widen(input).unflatten(1, (num_groups, -1)).flatten(2)
+        normed = self._scale(wide - wide.mean(2, keepdim=True), (2,), eps).view(input.shape).to(input.dtype)
+        of_channel = (-1, *[1] * (input.ndim - 2))
+        normed = normed if weight is None else normed * weight.view(of_channel)
+        return normed if bias is None else normed + bias.view(of_channel)
 
     def _scale(self, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
         """x over its root mean square, which is frozen."""

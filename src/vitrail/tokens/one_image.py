@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "most_relevant_patch"]
 
-LOOK_METHODS = ("raw", "rollout", "gradient", "grad_sam", "self_similarity", "prototype_similarity")
+LOOK_METHODS = ("raw", "rollout", "gradient", "grad_sam", "lrp", "self_similarity", "prototype_similarity")
 """Of relevance, as far as the model has them; those of `PROTOTYPE_METHODS` where a prototype is given."""
 
-BY_PREFERENCE = ("gradient", "grad_sam", "rollout", "raw", "self_similarity")
+BY_PREFERENCE = ("gradient", "lrp", "grad_sam", "rollout", "raw", "self_similarity")
 """By how far deletion and insertion favour them (docs/tokens/relevance.md); hierarchies lack some."""
 
 N_RANDOM = 5

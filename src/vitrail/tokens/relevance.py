@@ -7,6 +7,8 @@ gradient   each layer's maps times their gradient for one class, positive part, 
 grad_sam   each layer's maps times their gradient for one class, positive part, averaged over layers (after Barkan et
            al. 2021, arXiv 2204.11073)
 legrad     the gradient alone, positive part, averaged over layers (after Bousselham et al. 2024, arXiv 2404.03214)
+lrp        what each patch adds to the logit of one class, with attention, norms and gains held still (after Ali et al.
+           2022, arXiv 2202.07304; `lrp`)
 random     nothing but chance: what the others have to beat
 
     self_similarity         cosine of each patch's last token with the image's own embedding (`label_free`)
@@ -36,6 +38,7 @@ from vitrail.tap.tap import LayerAttention, Readers
 from vitrail.tokens.flow import LayerSteps, flows, measure_windows, rollout
 from vitrail.tokens.label_free import embedding_similarity, require_final_tokens
 from vitrail.tokens.levels import first_grid, on_first_grid, require_one_grid
+from vitrail.tokens.lrp import layerwise_relevance
 from vitrail.tokens.robustness import drop_orders, paint, patches_to_drop
 
 __all__ = [
@@ -51,8 +54,10 @@ __all__ = [
 ]
 
 Images = Float[Tensor, "image channel row column"]
-METHODS = ("raw", "rollout", "gradient", "grad_sam", "legrad", "self_similarity", "prototype_similarity", "random")
-CLASS_METHODS = ("gradient", "grad_sam", "legrad")
+METHODS = (
+    "raw", "rollout", "gradient", "grad_sam", "legrad", "lrp", "self_similarity", "prototype_similarity", "random",
+)  # fmt: skip
+CLASS_METHODS = ("gradient", "grad_sam", "legrad", "lrp")
 """Methods that explain one class; they need a classifier."""
 
 PROTOTYPE_METHODS = ("prototype_similarity",)
@@ -116,6 +121,8 @@ def relevance(
             scores[method] = gradient_rollout(vit, images, classes).cpu().numpy()
         elif method in ("grad_sam", "legrad"):
             scores[method] = layer_gradients(vit, images, classes, times_map=method == "grad_sam").cpu().numpy()
+        elif method == "lrp":
+            scores[method] = layerwise_relevance(vit, images, classes).cpu().numpy()
         elif method in ("self_similarity", "prototype_similarity"):
             reference = prototype if method == "prototype_similarity" else None
             scores[method] = embedding_similarity(vit, images, reference).cpu().numpy()
@@ -139,6 +146,7 @@ def unavailable_methods(vit: Vit) -> dict[str, str]:
         "gradient": (_require_classifier, _require_whole_maps, _require_gradients),
         "grad_sam": (_require_classifier, _places, _require_gradients),
         "legrad": (_require_classifier, _places, _require_gradients),
+        "lrp": (_require_classifier, first_grid, _require_gradients),
         "self_similarity": (require_final_tokens,),
         "prototype_similarity": (require_final_tokens,),
         "random": (first_grid,),
@@ -174,12 +182,12 @@ def _require_whole_maps(vit: Vit) -> None:
     require_one_grid(vit.anatomy)
     if any(set(block.kinds) != {"token"} for block in blocks):
         raise Unsupported(
-            f"{vit.name} attends within windows; gradient-weighted rollout needs whole maps; use grad_sam."
+            f"{vit.name} attends within windows; gradient-weighted rollout needs whole maps; use lrp or grad_sam."
         )
     if any(call.follows for block in blocks for call in block.calls):
         raise Unsupported(
             f"{vit.name} has layers whose attention calls follow each other, and gradient-weighted rollout takes one "
-            "step a layer; use rollout or grad_sam."
+            "step a layer; use rollout, lrp or grad_sam."
         )
 
 

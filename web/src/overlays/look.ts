@@ -23,6 +23,8 @@ interface Looked {
   objects?: boolean;
   /** The row of an array without layers: which method. */
   method?: string;
+  /** Where the colour begins; without, at the lowest value of the image. */
+  floor?: number;
   /** What to do where the array lacks the method. */
   without?: string;
 }
@@ -75,6 +77,7 @@ const LOOKED: Looked[] = [
     source: "Chefer et al. 2021 (arXiv 2103.15679)",
     tab: "patches",
     method: "gradient",
+    without: "This needs a classifier, a gradient, and whole maps on one grid through all layers; the model lacks one.",
   },
   {
     id: "relevance-grad_sam",
@@ -85,6 +88,19 @@ const LOOKED: Looked[] = [
     source: "after Barkan et al. 2021 (arXiv 2204.11073)",
     tab: "patches",
     method: "grad_sam",
+    without: "This needs a classifier, a gradient and keys whose place is known; the model lacks one of them.",
+  },
+  {
+    id: "relevance-lrp",
+    measure: "relevance",
+    title: "relevance carried back to the pixels",
+    unit: "logits",
+    reading: "What the patch adds to the logit of the prediction; clear where it adds nothing or takes away.",
+    source: "layer-wise relevance propagation, after Ali et al. 2022 (arXiv 2202.07304)",
+    tab: "patches",
+    method: "lrp",
+    without: "This needs a classifier and a gradient; the model lacks one of them.",
+    floor: 0,
   },
   {
     id: "relevance-rollout",
@@ -95,6 +111,7 @@ const LOOKED: Looked[] = [
     source: "Abnar and Zuidema 2020 (arXiv 2005.00928)",
     tab: "patches",
     method: "rollout",
+    without: "This needs one grid of tokens through all layers, which the model does not have.",
   },
   {
     id: "relevance-raw",
@@ -167,12 +184,13 @@ export function ofObjects(study: Study, { values }: LookArray, { title }: Looked
 const hexColour = (colour: string): number[] => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16) / 255);
 
 /** One method's scores of the first layer's patches, [method, patch]. */
-export function ofMethod(study: Study, array: LookArray, { method, title, without }: Looked): OverlayData {
+export function ofMethod(study: Study, array: LookArray, looked: Looked): OverlayData {
+  const { method, title, unit, floor, without } = looked;
   const row = along<string>(array, "relevance_method").indexOf(method!);
   if (row < 0) throw new Error(without ?? `This model has no relevance by ${method}.`);
   const n = array.shape[1]!;
   const values = array.values.subarray(row * n, (row + 1) * n) as Float32Array;
-  const [low] = ends(values);
+  const low = floor ?? ends(values)[0];
   const paint = (own: boolean): Paint => ({
     kind: "weights",
     grid: gridOf(study, 0, n),
@@ -181,7 +199,7 @@ export function ofMethod(study: Study, array: LookArray, { method, title, withou
     floor: low,
     top: Math.max(own ? ends(values)[1] : sharedTop(values), low + 1e-9),
     floorName: "",
-    unit: "",
+    unit,
     prefix: [],
   });
   return { paint: (_token, own) => paint(own) };
