@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Rows of docs/findings.md that one study answers, with 95 % intervals over its photographs.
 
-    vitrail study MODEL PHOTOS --measures heads,regions,patches --out STUDY
+    vitrail study MODEL PHOTOS --measures heads,regions,patterns,patches --out STUDY
     vitrail study MODEL PHOTOS --masks MASKS --measures tokens,objects,head_windows --out WITH_MASKS
     python experiments/findings.py STUDY [WITH_MASKS ..]
 
@@ -95,6 +95,33 @@ def smallest_entropies(study: xr.Dataset) -> str:
     return by_layer(np.stack([entropies[:, layer, head] for layer, head in enumerate(local)], 1), 2)
 
 
+def clusters(study: xr.Dataset) -> str:
+    """Clusters that the maps of all heads fall into, and the share of maps in none, of each image."""
+    said = []
+    for kind, words in (("patch", "patch patterns"), ("cls", "class patterns")):
+        if f"pattern_{kind}_cluster" in study:
+            cluster = study[f"pattern_{kind}_cluster"].transpose("image", "layer", "head").to_numpy()
+            taken = np.isfinite(study[f"pattern_{kind}_xy"].transpose("image", "layer", "head", ...).to_numpy()).all(-1)
+            none = np.where(taken, cluster < 0, np.nan).reshape(len(cluster), -1)
+            count = study.attrs["patterns"][kind]["n_clusters"]
+            said.append(f"{words} {count} clusters, {mean(np.nanmean(none, 1), limits=(0.0, 1.0))} of maps in none")
+    return f"{'; '.join(said)} ({study.sizes['image']} photographs)"
+
+
+def coders(study: xr.Dataset) -> str:
+    """Held-out errors of the autoencoder and of PCA, and how much lower the first is, over the images held out."""
+    said = []
+    for kind, words in (("patch", "patch patterns"), ("cls", "class patterns")):
+        fit = study.attrs["patterns"].get(kind, {})
+        if fit.get("autoencoder_error") is not None:
+            gain = fit["pca_error"] - fit["autoencoder_error"]
+            low, high = fit.get("gain", (None, None))
+            bounds = f"[{low:.4f}, {high:.4f}]" if low is not None else "(no interval)"
+            errors = f"autoencoder {fit['autoencoder_error']:.4f}, PCA {fit['pca_error']:.4f}"
+            said.append(f"{words} {errors}, PCA - autoencoder {gain:.4f} {bounds}, used: {fit['method']}")
+    return "; ".join(said) or "no autoencoder was tried"
+
+
 def tendencies(study: xr.Dataset) -> str:
     """Length of the tendency of the responsive field."""
     field = study["tendency"].transpose("image", "layer", "patch", "xy").to_numpy().astype(np.float64)
@@ -165,6 +192,8 @@ ROWS: dict[str, tuple[tuple[str, ...], Row]] = {
     "Which region of a head carries it": (("head_region_probability",), regions),
     "Entropy over hops of L0, nats": (("strength_entropy",), first_entropies),
     "Smallest entropy of a layer, nats": (("strength_entropy",), smallest_entropies),
+    "Patterns of attention": (("pattern_patch_cluster|pattern_cls_cluster",), clusters),
+    "Autoencoder or PCA, held-out error": (("pattern_patch_cluster|pattern_cls_cluster",), coders),
     "Tendency of the responsive field, patches": (("tendency",), tendencies),
     "Sinks take": (("sink_share",), sinks),
     "Windows under one budget": (("head_window_area",), windows),

@@ -111,3 +111,18 @@ def test_rows_of_findings_are_those_that_a_study_can_answer_with_its_own_numbers
     assert all(f"L0H{head} {entropy[:, head].mean():.2f} [" in said for head in (0, 1)), said
     assert rows["Sinks take"].startswith(f"L0 {study['sink_share'].to_numpy()[:, 0].mean():.3f}")
     assert not any(claim.startswith(("Grouping", "Which head", "Windows")) for claim in rows)  # no masks, no budget
+
+
+def test_rows_of_patterns_have_intervals_over_images_and_over_those_held_out(tmp_path: Path) -> None:
+    vit = small_vit_and_images(tmp_path / "photos", 60)
+    study = run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures="patterns")
+    command = [sys.executable, ROOT / "experiments/findings.py", tmp_path / "study"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line[2:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("- "))
+    none = (study["pattern_patch_cluster"].to_numpy() < 0).mean((1, 2))
+    assert f"patch patterns {study.sizes['cluster']} clusters, {none.mean():.3f} [" in rows["Patterns of attention"]
+    fit = study.attrs["patterns"]["patch"]
+    low, high = fit["gain"]
+    assert low < fit["pca_error"] - fit["autoencoder_error"] < high
+    assert f"[{low:.4f}, {high:.4f}]" in rows["Autoencoder or PCA, held-out error"]
