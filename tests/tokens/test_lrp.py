@@ -15,7 +15,8 @@ from vitrail.errors import Unsupported
 from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import open_vit
 from vitrail.tap.frozen import Frozen
-from vitrail.tokens.lrp import layerwise_relevance, sum_over_patches
+from vitrail.tokens.levels import sum_over_patches
+from vitrail.tokens.lrp import layerwise_relevance
 from vitrail.tokens.relevance import deletion_and_insertion, relevance, unavailable_methods
 from vitrail.tokens.robustness import paint
 

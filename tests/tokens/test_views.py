@@ -24,7 +24,6 @@ from vitrail.tokens.views import (
     global_view,
     local_view,
     neuron_view,
-    patch_sums,
 )
 
 
@@ -145,12 +144,6 @@ def test_agreement_is_1_with_itself_and_small_with_something_else():
     assert abs(unlike.cosine) < 0.1
     assert abs(unlike.rank) < 0.5
     assert math.isnan(agreement(one, torch.zeros_like(one), (4, 8)).cosine)
-
-
-def test_patch_sums_add_up_to_the_whole(images):
-    sums = patch_sums(images[0], (4, 8))
-    assert_allclose(sums.sum(), images[0].sum(), rtol=1e-4)
-    assert_allclose(sums[11], images[0][:, 8:16, 24:32].sum(), rtol=1e-4)
 
 
 def test_the_picture_of_a_view_is_clipped_and_has_one_scale_for_its_colours():

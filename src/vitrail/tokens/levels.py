@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from vitrail.errors import Unsupported
-from vitrail.grid import Grid, overlap_shares
+from vitrail.grid import Grid, n_patches, overlap_shares, patch_edges
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
 from vitrail.tap.anatomy import Anatomy, Block
@@ -26,6 +27,7 @@ __all__ = [
     "on_first_grid",
     "read_levels",
     "require_one_grid",
+    "sum_over_patches",
 ]
 
 
@@ -228,3 +230,23 @@ def _tokens_returned(vit: Vit) -> dict[int, int]:
         vit.tap().read(noise_images(vit), count)
         _RETURNED[vit] = n_tokens
     return _RETURNED[vit]
+
+
+def sum_over_patches(
+    pixels: Float[Tensor, "image row column"], grid: Grid, step: tuple[int, int] | None
+) -> Float[Tensor, "image patch"]:
+    """The sum over the pixels of each patch.
+
+    Args:
+        pixels: One number a pixel.
+        grid: (rows, columns) of patches.
+        step: (rows, columns) of pixels from one patch to the next, where known (`Block.patch_step`).
+
+    Returns:
+        Sums, in the unit of the pixels; pixels behind the last patch belong to none.
+    """
+    for axis in (1, 2):
+        edges = patch_edges(pixels.shape[axis], grid[axis - 1], step and step[axis - 1])
+        pieces = pixels.narrow(axis, 0, int(edges[-1])).split(np.diff(edges).tolist(), axis)
+        pixels = torch.stack([piece.sum(axis) for piece in pieces], axis)
+    return pixels.reshape(len(pixels), n_patches(grid))

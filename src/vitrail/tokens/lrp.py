@@ -6,13 +6,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.contract.outlook import require_finite
-from vitrail.grid import Grid, n_patches, patch_edges
 from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import Vit
 from vitrail.tap.frozen import Frozen
-from vitrail.tokens.levels import first_grid
+from vitrail.tokens.levels import first_grid, sum_over_patches
 
-__all__ = ["layerwise_relevance", "sum_over_patches"]
+__all__ = ["layerwise_relevance"]
 
 Images = Float[Tensor, "image channel row column"]
 
@@ -64,23 +63,3 @@ def layerwise_relevance(vit: Vit, images: Images, classes: Int[np.ndarray, "imag
     there = pixels.detach().float()
     added = ((there - there.mean((2, 3), keepdim=True)) * gradient.float()).sum(1)
     return sum_over_patches(added, grid, vit.anatomy.blocks[0].patch_step)
-
-
-def sum_over_patches(
-    pixels: Float[Tensor, "image row column"], grid: Grid, step: tuple[int, int] | None
-) -> Float[Tensor, "image patch"]:
-    """The sum over the pixels of each patch.
-
-    Args:
-        pixels: One number a pixel.
-        grid: (rows, columns) of patches.
-        step: (rows, columns) of pixels from one patch to the next, where known (`Block.patch_step`).
-
-    Returns:
-        Sums, in the unit of the pixels; pixels behind the last patch belong to none.
-    """
-    for axis in (1, 2):
-        edges = patch_edges(pixels.shape[axis], grid[axis - 1], step and step[axis - 1])
-        pieces = pixels.narrow(axis, 0, int(edges[-1])).split(np.diff(edges).tolist(), axis)
-        pixels = torch.stack([piece.sum(axis) for piece in pieces], axis)
-    return pixels.reshape(len(pixels), n_patches(grid))

@@ -22,7 +22,7 @@ from vitrail.tap.frozen import Frozen
 from vitrail.tap.tap import Readers
 from vitrail.tokens.embedding import Embedding, find_embedding
 from vitrail.tokens.flow import flow_row, read_steps
-from vitrail.tokens.levels import level_zero
+from vitrail.tokens.levels import level_zero, sum_over_patches
 
 __all__ = [
     "Agreement",
@@ -33,7 +33,6 @@ __all__ = [
     "global_view",
     "local_view",
     "neuron_view",
-    "patch_sums",
 ]
 
 PATHS = ("gradient", "frozen")
@@ -286,24 +285,8 @@ def agreement(
     """
     lengths = float(one.double().norm() * other.double().norm())
     cosine = float((one.double() * other.double()).sum()) / lengths if lengths else float("nan")
-    amounts = [patch_sums(each.abs(), grid).numpy() for each in (one, other)]
+    amounts = [sum_over_patches(each.float().abs().sum(0)[None], grid, None)[0].numpy() for each in (one, other)]
     return Agreement(cosine, spearman(*amounts))
-
-
-def patch_sums(pixels: Float[Tensor, "colour row column"], grid: tuple[int, int]) -> Float[Tensor, "patch"]:
-    """The sum of a view's entries in each patch.
-
-    Args:
-        pixels: A view.
-        grid: (rows, columns) of patches.
-
-    Returns:
-        Sums in float32.
-    """
-    rows, columns = grid
-    cut = pixels.float().unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
-    sums: Tensor = cut.sum((0, 2, 4)).flatten()
-    return sums
 
 
 def _refuse_unknown(vit: Vit, embedding: Embedding, level: int, token: int, channel: int) -> None:
