@@ -52,7 +52,7 @@ __all__ = [
     "view_panels",
 ]
 
-CYCLE = (COOL, MARK, "#5a7d2a", "#7a4aa0", "#8a6d0a", "#5a6170")
+CYCLE = (COOL, MARK, "#5a7d2a", "#7a4aa0", "#8a6d0a", "#5a6170", "#b0417a")
 LOG_FROM = 10
 """Norms that differ by more than this factor are drawn on a log scale."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -88,7 +88,7 @@ class Curve:
         mean: Value at each point.
         low: Lower end of the interval at each point; None: no interval.
         high: Upper end of the interval.
-        dashed: Whether the line is dashed.
+        dashed: Whether the line is what others are compared with: dashed, and of no colour that another line has.
     """
 
     name: str
@@ -291,8 +291,8 @@ def curves(
 
 
 def _draw_curve(axes: Any, curve: Curve | MeanCurve, index: int) -> None:
-    colour = CYCLE[index % len(CYCLE)]
-    dashes = "--" if isinstance(curve, Curve) and curve.dashed else "-"
+    is_reference = isinstance(curve, Curve) and curve.dashed
+    colour, dashes = (INK, "--") if is_reference else (CYCLE[index % len(CYCLE)], "-")
     marker = MARKERS[index % len(MARKERS)]
     axes.plot(
         curve.x,
