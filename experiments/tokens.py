@@ -245,18 +245,21 @@ def precision_of_relevance(arguments: argparse.Namespace) -> list[str]:
     _, entries = photographs(arguments.data, arguments.images)
     lines = []
     for model in arguments.models:
-        files = {
-            precision: {file.name[-8:]: file for file in computed_parts(
-                argparse.Namespace(work=arguments.work, finished=True), parts_name("relevance", model, precision),
-                entries, nothing_is_computed,
-            )} for precision in ("float32", "bfloat16")
-        }  # fmt: skip
-        both = sorted(set.intersection(*map(set, files.values())))
-        if not both:
+        both = []
+        for precision in ("float32", "bfloat16"):
+            parts = argparse.Namespace(work=arguments.work, finished=True)
+            files = computed_parts(parts, parts_name("relevance", model, precision), entries, nothing_is_computed)
+            both.append(joined(files) if files else {"photograph": np.array([], dtype=int)})
+        _, *rows = np.intersect1d(*(each["photograph"] for each in both), return_indices=True)
+        if not len(rows[0]):
             continue
-        wide, narrow = (relevance_areas(joined([files[each][name] for name in both])) for each in files)
+        wide, narrow = (
+            relevance_areas({name: values[at] for name, values in each.items()})
+            for each, at in zip(both, rows, strict=True)
+        )
         apart = {
-            what: [wide[method][what] - narrow[method][what] for method in wide] for what in next(iter(wide.values()))
+            what: [wide[method][what] - narrow[method][what] for method in wide if method in narrow]
+            for what in wide["random"]
         }
         lines.append(row([
             f"{model}, {len(apart['deletion'][0])} photographs",

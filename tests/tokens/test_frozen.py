@@ -1,17 +1,19 @@
 """The frozen path: a model held still is a linear map, so a view through it accounts for every neuron whole."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from numpy.testing import assert_allclose
 from token_models import small_images, small_vit
-from torch import nn
+from torch import Tensor, nn
 
 from vitrail import Readers, open_vit
 from vitrail.errors import Unsupported, UsageError
 from vitrail.tap.frozen import Frozen
 from vitrail.tokens.levels import read_levels
+from vitrail.tokens.lrp import layerwise_relevance
 from vitrail.tokens.views import faithful_view
 
 
@@ -154,6 +156,102 @@ def test_statistics_of_a_group_norm_are_held_still_too():
     recorded = tokens_through(vit, image, 1, Frozen())
     assert_allclose(recorded.detach(), plain, rtol=1e-4, atol=1e-4)
     assert faithful_view(vit, image, 1, 6, 30, path="frozen").missing < 1e-3
+
+
+class Of(nn.Module):
+    """A function in a module's place."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def frozen_view_with(function):
+    """A frozen view of the same model and image with a function for the activation of its first block."""
+    vit, image = small_vit(), small_images(1)
+    vit.model.blocks[0].mlp.act = Of(function)
+    plain = read_levels(vit.tap(), image).tokens[1]
+    recorded = tokens_through(vit, image, 1, Frozen())
+    assert_allclose(recorded.detach(), plain, rtol=1e-4, atol=1e-4)
+    view = faithful_view(vit, image, 1, 6, 30, path="frozen")
+    assert view.missing < 1e-3
+    return view.pixels
+
+
+def in_place(function, *others):
+    """The same as a statement: what it returns is not used."""
+
+    def call(x):
+        y = x.clone()
+        function(y, *(other(x) for other in others))
+        return y
+
+    return call
+
+
+SAME = {
+    "relu in place": (F.relu, in_place(F.relu_)),
+    "relu by its argument": (F.relu, in_place(lambda y: F.relu(y, inplace=True))),
+    "product in place": (lambda x: x * x.roll(1, -1), in_place(Tensor.mul_, lambda x: x.roll(1, -1))),
+    "square by power": (lambda x: F.relu(x) * F.relu(x), lambda x: F.relu(x) ** 2),
+    "square": (lambda x: F.relu(x) * F.relu(x), lambda x: torch.square(F.relu(x))),
+    "power by name": (lambda x: x * x * x, lambda x: torch.pow(input=x, exponent=3)),
+    "relu6": (lambda x: F.hardtanh(x, 0.0, 6.0), F.relu6),
+    "unit length": (lambda x: x / x.norm(dim=-1, keepdim=True), lambda x: F.normalize(x, dim=-1)),
+    "cosine": (
+        lambda x: (F.normalize(x, dim=-1) * F.normalize(x.roll(1, 1), dim=-1)).sum(-1, keepdim=True).expand_as(x),
+        lambda x: F.cosine_similarity(x, x.roll(1, 1), dim=-1)[..., None].expand_as(x),
+    ),
+    "layer norm": (lambda x: F.layer_norm(x, x.shape[-1:]), lambda x: torch.layer_norm(x, x.shape[-1:])),
+    "group norm": (lambda x: F.group_norm(x.mT, 4).mT, lambda x: torch.group_norm(x.mT, 4).mT),
+    "instance norm": (lambda x: F.group_norm(x.mT, x.shape[-1]).mT, lambda x: F.instance_norm(x.mT).mT),
+    "mean square by power": (
+        lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6),
+        lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).pow(-0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_what_is_the_same_is_held_still_alike(kind):
+    one, other = (frozen_view_with(function) for function in SAME[kind])
+    assert_allclose(other, one, rtol=1e-3, atol=1e-6)
+
+
+def test_a_gain_computed_of_a_trained_parameter_is_no_signal():
+    """1 + 0 changes nothing, whether it is trained or not."""
+    vit, image = small_vit(), small_images(1)
+    expected = faithful_view(vit, image, 1, 6, 30, path="frozen").pixels
+    mlp = vit.model.blocks[0].mlp
+    mlp.gain = nn.Parameter(torch.zeros(1))
+    mlp.act = Of(lambda x: F.gelu(x) * (1 + mlp.gain))
+    assert_allclose(faithful_view(vit, image, 1, 6, 30, path="frozen").pixels, expected, rtol=1e-4, atol=1e-7)
+    assert mlp.gain.requires_grad
+
+
+class InFloat32(nn.Module):
+    """A layer norm whose weights stay in float32 when the model is cast."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.weights = (norm.weight.detach().clone(), norm.bias.detach().clone())
+
+    def forward(self, x):
+        return F.layer_norm(x, self.shape, *self.weights, self.eps)
+
+
+def test_norms_with_weights_in_float32_take_images_in_half_precision():
+    vit, image = small_vit(), small_images(1)
+    expected = layerwise_relevance(vit, image, np.array([2]))
+    for block in vit.model.blocks:
+        block.norm1, block.norm2 = InFloat32(block.norm1), InFloat32(block.norm2)
+    half = open_vit(vit.model, preprocessing=vit.preprocessing, precision="bfloat16")
+    found = layerwise_relevance(half, image.bfloat16(), np.array([2]))
+    assert float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
 
 
 class Largest(nn.Module):

@@ -1,6 +1,8 @@
 """Relevance by the gradients of attention maps: by hand, planted, in hierarchies, refused, against chance."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from vitrail.contract.tiny_models import FAMILIES
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import open_vit
 from vitrail.tap.tap import Readers
-from vitrail.tokens.relevance import deletion_and_insertion, layer_gradients, relevance, unavailable_methods
+from vitrail.tokens.relevance import _Gains, deletion_and_insertion, layer_gradients, relevance, unavailable_methods
 
 
 def gains_by_hand(model, images, classes, times_map):
@@ -177,6 +179,22 @@ def test_relevance_leaves_the_images_and_the_model_as_they_are():
     assert not images.requires_grad
     assert all(parameter.grad is None for parameter in vit.model.parameters())
     assert_array_equal(vit.logits(images), before)
+
+
+def test_a_pass_is_let_go_of_when_its_gradients_are_taken(monkeypatch):
+    """A hook on a tensor that the hook itself holds is a cycle that no collector sees."""
+    vit, images, passes = small_vit(), small_images(1), []
+    read = _Gains.read
+
+    def watch(self, attention):
+        passes.append(weakref.ref(attention))
+        read(self, attention)
+
+    monkeypatch.setattr(_Gains, "read", watch)
+    layer_gradients(vit, images, np.array([0]))
+    gc.collect()
+    assert len(passes) == 3
+    assert not any(each() for each in passes)
 
 
 def test_no_gradient_reaches_a_reader_of_a_pass_without_gradients():

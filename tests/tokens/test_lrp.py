@@ -7,17 +7,26 @@ import pytest
 import torch
 from hierarchies import bright_images, brightness, maxvit, pvt, swin
 from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 from token_models import small_images, small_vit
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from vitrail import look
 from vitrail.contract.tiny_models import FAMILIES
-from vitrail.errors import Unsupported
+from vitrail.errors import Unsupported, UsageError
 from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import open_vit
 from vitrail.tap.frozen import Frozen
 from vitrail.tokens.levels import sum_over_patches
-from vitrail.tokens.lrp import layerwise_relevance
-from vitrail.tokens.relevance import deletion_and_insertion, relevance, unavailable_methods
+from vitrail.tokens.lrp import classes_of_images, layerwise_relevance
+from vitrail.tokens.relevance import (
+    deletion_and_insertion,
+    gradient_rollout,
+    layer_gradients,
+    relevance,
+    unavailable_methods,
+)
 from vitrail.tokens.robustness import paint
 
 
@@ -104,6 +113,77 @@ def test_a_model_without_it_says_why(make, words):
     assert unavailable_methods(vit)["lrp"] == str(error.value)
 
 
+class PowerPooled(nn.Module):
+    """A generalised mean of the tokens in front of the classifier; its root is held still, and nothing else goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_vit(class_token=False, global_pool="").model
+
+    def forward(self, images):
+        tokens = self.inner.forward_features(images).clamp(min=1e-3)
+        return self.inner.head(tokens.pow(3).mean(1).pow(-1 / 3))
+
+
+def test_a_model_that_it_holds_still_whole_says_so_and_keeps_the_other_methods():
+    vit = open_vit(PowerPooled().eval(), image_size=(32, 64), mean=0.5, std=0.5, n_classes=10)
+    reasons = unavailable_methods(vit)
+    assert "goes through statistics that lrp holds still; use grad_sam" in reasons["lrp"]
+    assert set(reasons) == {"lrp"}
+    with pytest.raises(Unsupported, match="lrp holds still"):
+        relevance(vit, small_images(1), np.array([0]), ["lrp"])
+    looked = look(vit, Image.fromarray(np.zeros((32, 64, 3), np.uint8)), measures="tokens")
+    methods = looked["relevance_method"].to_numpy().astype(str).tolist()
+    assert {"raw", "rollout", "gradient", "grad_sam"} <= set(methods)
+    assert "lrp" not in methods
+
+
+class RunAgain(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, *args, **kwargs):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def test_a_model_that_runs_parts_again_in_the_backward_pass_is_refused_in_a_sentence():
+    vit = small_vit()
+    vit.model.blocks[1].mlp = RunAgain(vit.model.blocks[1].mlp)
+    with pytest.raises(Unsupported, match="runs parts of it again"):
+        layerwise_relevance(vit, small_images(1), np.array([0]))
+    assert "runs parts of it again" in unavailable_methods(vit)["lrp"]
+
+
+@pytest.mark.parametrize("explain", [layerwise_relevance, layer_gradients, gradient_rollout])
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ([0, 12], "12 is no class of .*: classes are whole numbers from 0 to 9, one an image"),
+        ([-1, 0], "-1 is no class"),
+    ],
+)
+def test_what_is_no_class_of_each_image_is_refused(explain, classes, words):
+    with pytest.raises(UsageError, match=words):
+        explain(small_vit(), small_images(2), np.array(classes))
+
+
+@pytest.mark.parametrize(("classes", "words"), [([0.5, 1.0], "0.5 is no class"), ([True, False], "True is no class")])
+def test_classes_are_whole_numbers(classes, words):
+    with pytest.raises(UsageError, match=words):
+        classes_of_images(small_vit(), classes, 2)
+    with pytest.raises(UsageError, match=r"2 images need one class each, and classes of shape \(1,\) were given"):
+        classes_of_images(small_vit(), [0], 2)
+    assert classes_of_images(small_vit(), [1, 0], 2).tolist() == [1, 0]
+
+
+def test_a_caller_in_inference_mode_has_it_too():
+    vit, images, classes = small_vit(), small_images(2), np.array([1, 2])
+    with torch.inference_mode():
+        found = layerwise_relevance(vit, images, classes)
+    assert_allclose(found, layerwise_relevance(vit, images, classes), rtol=1e-5)
+
+
 def test_it_leaves_the_images_and_the_model_as_they_are():
     vit, images = swin(), small_images(1, (32, 32))
     before = vit.logits(images)
@@ -112,6 +192,18 @@ def test_it_leaves_the_images_and_the_model_as_they_are():
     assert not images.requires_grad
     assert all(parameter.grad is None for parameter in vit.model.parameters())
     assert_array_equal(vit.logits(images), before)
+
+
+def test_the_gradient_through_an_instance_norm_in_front_of_tokens_is_that_of_the_image_among_others():
+    torch.manual_seed(0)
+    norm, images, weights = nn.InstanceNorm2d(8), torch.randn(2, 8, 6, 6), torch.randn(2, 36, 8)
+    both = []
+    for some in (slice(0, 2), slice(1, 2)):
+        with gradients_enabled():
+            pixels = images[some].clone().requires_grad_()
+            product = norm(pixels).flatten(2).transpose(1, 2) * weights[some]
+            both.append(torch.autograd.grad(product.sum(), pixels)[0][-1])
+    assert_allclose(both[1], both[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_images", [1, 2])

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitrail.errors import Unsupported
@@ -16,7 +16,7 @@ from vitrail.models.open import Vit
 from vitrail.tap.clone import ModuleState
 from vitrail.tap.modes import autocast_off
 
-__all__ = ["gradients_enabled", "reason_against_gradients"]
+__all__ = ["gradients_enabled", "parameters_at_rest", "reason_against_gradients"]
 
 _NO_GRADIENT = (
     "does not require grad",
@@ -25,6 +25,8 @@ _NO_GRADIENT = (
     "in-place operation",
     "nference tensor",
     "not support backward",
+    "torch.utils.checkpoint",
+    "incompatible with .grad()",
 )
 """What torch says, in a RuntimeError like any other, where no gradient can be had."""
 
@@ -42,32 +44,56 @@ def gradients_enabled() -> Iterator[None]:
         Unsupported: The model lets no gradient through.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad(), autocast_off(), _LayoutOfBatchNorm():
+        with torch.inference_mode(False), torch.enable_grad(), autocast_off(), _LayoutOfNorms():
             yield
     except RuntimeError as error:
         message = " ".join(str(error).split())
         if not isinstance(error, NotImplementedError) and not any(words in message for words in _NO_GRADIENT):
             raise
         raise Unsupported(
-            f"No gradient goes through this model, as where its forward runs under torch.no_grad or writes in place to "
-            f"what the gradient needs (torch: {message[:_MESSAGE_LENGTH]})."
+            f"No gradient goes through this model, as where its forward runs under torch.no_grad, writes in place to "
+            f"what the gradient needs, or runs parts of it again (checkpointing) (torch: {message[:_MESSAGE_LENGTH]})."
         ) from error
 
 
-class _LayoutOfBatchNorm(TorchFunctionMode):
-    """Gradients reach a batch norm laid out in memory as its input is.
+@contextmanager
+def parameters_at_rest(model: nn.Module) -> Iterator[None]:
+    """Around a pass, no gradient flows to parameters, nor to what is computed of them; then all is as it was.
 
-    Of a single image on a CPU, torch's derivative of a batch norm is wrong without a word where they are not, as they
-    are where its output is made tokens next (`flatten(2).transpose(1, 2)`; XCiT does that). Found in torch 2.14.
+    Args:
+        model: The model.
+
+    Returns:
+        Nothing; a context manager.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+class _LayoutOfNorms(TorchFunctionMode):
+    """Gradients reach a batch or an instance norm laid out in memory as its input is.
+
+    Of a single image on a CPU, torch's derivative of these is wrong without a word where they are not, as they are
+    where its output is made tokens next (`flatten(2).transpose(1, 2)`; XCiT does that). Found in torch 2.14.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        normed = func(*args, **kwargs)
-        if func in (F.batch_norm, torch.batch_norm) and isinstance(normed, Tensor) and normed.requires_grad:
+        result = func(*args, **kwargs)
+        normed = result[0] if func is torch.native_batch_norm else result
+        if func in _NORMS and isinstance(normed, Tensor) and normed.requires_grad:
             given: Tensor = (args[0] if args else kwargs["input"]).detach()
             normed.register_hook(lambda gradient: torch.empty_like(given).copy_(gradient))
-        return normed
+        return result
+
+
+_NORMS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm, F.instance_norm, torch.instance_norm)
 
 
 _REASONS: WeakKeyDictionary[Vit, tuple[ModuleState, str]] = WeakKeyDictionary()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from vitrail.errors import Unsupported
 from vitrail.tap.anatomy import MAPLESS_KINDS, Block, Kind
@@ -116,11 +117,16 @@ class LayerAttention:
         """What the heads give after edits, before the output projection; None where a native kernel answered."""
         return None if self._result.out is None else self._spec.layout.canonical(self._result.out, self._rows)
 
-    def register_out_hook(self, hook: Callable[[Float[Tensor, "image window head query channel"]], None]) -> None:
+    def register_out_hook(
+        self, hook: Callable[[Float[Tensor, "image window head query channel"]], None]
+    ) -> RemovableHandle:
         """Registers a function that is called with the gradient of `out`, when one is taken after the pass.
 
         Args:
             hook: Given the gradient, in canonical order; it is called anew for every gradient that is taken.
+
+        Returns:
+            The handle that removes it. A hook that holds this call keeps all of its pass in memory until it is removed.
 
         Raises:
             Unsupported: A native kernel answered, or the model lets no gradient through.
@@ -131,7 +137,9 @@ class LayerAttention:
                 f"No gradient reaches the attention of L{self.layer}; enable gradients and let the images or the "
                 "weights require one."
             )
-        out.register_hook(lambda gradient: hook(self._spec.layout.canonical(gradient, self._rows)))
+        layout, rows = self._spec.layout, self._rows
+        handle: RemovableHandle = out.register_hook(lambda gradient: hook(layout.canonical(gradient, rows)))
+        return handle
 
     def weights(self) -> Float[Tensor, "image head query key"]:
         """Computes the attention map after softmax.

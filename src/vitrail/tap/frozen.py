@@ -10,7 +10,8 @@ them frozen, the model is linear plus a constant from pixels to any token, whate
         tap.read(other, ...)
 
 A product of two signals (a gated MLP) is split between them, each half with the other frozen. Operations that are not
-known here (a maximum, say) stay as they are; the map is then not linear, which a caller finds by comparing sums.
+known here (a maximum, say) stay as they are; the map is then not linear, which a caller finds by comparing sums. What
+is computed of a trainable parameter cannot be told from a signal: read with `parameters_at_rest` around.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from vitrail.errors import Unsupported
@@ -35,6 +37,13 @@ _ACTIVATIONS = {
     torch.relu,
     torch.relu_,
     Tensor.relu,
+    Tensor.relu_,
+    F.relu6,
+    F.hardtanh,
+    F.hardtanh_,
+    F.prelu,
+    torch.prelu,
+    F.softsign,
     F.silu,
     F.mish,
     F.hardswish,
@@ -43,10 +52,17 @@ _ACTIVATIONS = {
     F.selu,
     F.celu,
     torch.tanh,
+    torch.tanh_,
     Tensor.tanh,
+    Tensor.tanh_,
     F.tanh,
+    torch.square,
+    Tensor.square,
 }
-"""Elementwise functions with f(0) = 0: x times a gain."""
+"""Elementwise functions with f(0) = 0: x times a gain. A square that a norm is made of is held still by its root."""
+
+_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
+"""As activations where the exponent is above 0, else whole: the reciprocal of a statistic."""
 
 _FROZEN_WHOLE = {
     torch.softmax,
@@ -63,11 +79,6 @@ _FROZEN_WHOLE = {
     Tensor.sqrt,
     torch.exp,
     Tensor.exp,
-    torch.pow,
-    Tensor.pow,
-    Tensor.__pow__,
-    torch.square,
-    Tensor.square,
     torch.var,
     Tensor.var,
     torch.std,
@@ -114,6 +125,16 @@ class Frozen(TorchFunctionMode):
         self._next: int | None = None
         """Index of the value that a replayed pass takes next; None while recording."""
 
+    def __enter__(self) -> "Frozen":
+        self._whole = disable_saved_tensors_hooks(_RUN_AGAIN)
+        self._whole.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._whole.__exit__(kind, error, trace)
+
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Around a pass of the same model, uses the recorded values instead of its own.
@@ -135,22 +156,20 @@ class Frozen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if kwargs and (func in _ACTIVATIONS or func in _PRODUCTS or func in _QUOTIENTS):
+        if kwargs and any(func in group for group in (_ACTIVATIONS, _POWERS, _PRODUCTS, _QUOTIENTS)):
             args, kwargs = operands_first(args, kwargs)
         if func is _SDPA:
             return self._attention(*args, **kwargs)
-        if func is F.layer_norm:
-            return self._layer_norm(*args, **kwargs)
-        if func is F.rms_norm:
-            return self._rms_norm(*args, **kwargs)
-        if func is F.group_norm:
-            return self._group_norm(*args, **kwargs)
-        if func in _ACTIVATIONS and _is_signal(args[0]):
+        if func in _NORMS:
+            return getattr(self, _NORMS[func])(*args, **kwargs)
+        if func is F.instance_norm and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
+            return self._instance_norm(*args, **kwargs)
+        if (func in _ACTIVATIONS and _is_signal(args[0])) or (func in _POWERS and _is_positive_power(*args, **kwargs)):
             return self._activation(func, args, kwargs)
-        if func in _FROZEN_WHOLE:
+        if func in _FROZEN_WHOLE or func in _POWERS:
             return self._freeze(lambda: func(*args, **kwargs))
         if func in _PRODUCTS and len(args) == 2 and _is_signal(args[0]) and _is_signal(args[1]):
-            return self._product(*args)
+            return self._product(func, *args)
         if func in _QUOTIENTS and len(args) == 2 and _is_signal(args[1]):
             divisor = self._freeze(lambda: args[1])
             return func(args[0], divisor, **kwargs)
@@ -181,13 +200,13 @@ class Frozen(TorchFunctionMode):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-5,
+        cudnn_enable: bool = True,
     ) -> Tensor:
-        """`torch.nn.functional.layer_norm`, argument for argument."""
+        """`torch.nn.functional.layer_norm`, and `torch.layer_norm`, argument for argument."""
         axes = tuple(range(-len(normalized_shape), 0))
         wide = _widen(input)
-        normed = self._scale(wide - wide.mean(axes, keepdim=True), axes, eps).to(input.dtype)
-        normed = normed if weight is None else normed * weight
-        return normed if bias is None else normed + bias
+        normed = self._scale(wide - wide.mean(axes, keepdim=True), axes, eps)
+        return _affine(normed, weight, bias).to(input.dtype)
 
     def _rms_norm(
         self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
@@ -195,19 +214,51 @@ class Frozen(TorchFunctionMode):
         """`torch.nn.functional.rms_norm`, argument for argument."""
         axes = tuple(range(-len(normalized_shape), 0))
         floor = torch.finfo(input.dtype).eps if eps is None else eps
-        normed = self._scale(_widen(input), axes, floor).to(input.dtype)
-        return normed if weight is None else normed * weight
+        return _affine(self._scale(_widen(input), axes, floor), weight, None).to(input.dtype)
 
     def _group_norm(
-        self, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+        self,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
         eps: float = 1e-5,
-    ) -> Tensor:  # fmt: skip
-        """`torch.nn.functional.group_norm`, argument for argument."""
+        cudnn_enabled: bool = True,
+    ) -> Tensor:
+        """`torch.nn.functional.group_norm`, and `torch.group_norm`, argument for argument."""
         wide = _widen(input).unflatten(1, (num_groups, -1)).flatten(2)
-        normed = self._scale(wide - wide.mean(2, keepdim=True), (2,), eps).view(input.shape).to(input.dtype)
+        normed = self._scale(wide - wide.mean(2, keepdim=True), (2,), eps).view(input.shape)
         of_channel = (-1, *[1] * (input.ndim - 2))
-        normed = normed if weight is None else normed * weight.view(of_channel)
-        return normed if bias is None else normed + bias.view(of_channel)
+        weight, bias = (each if each is None else each.view(of_channel) for each in (weight, bias))
+        return _affine(normed, weight, bias).to(input.dtype)
+
+    def _instance_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.instance_norm` by statistics of the input, argument for argument."""
+        return self._group_norm(input, input.shape[1], weight, bias, eps)
+
+    def _normalize(
+        self, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+    ) -> Tensor:
+        """`torch.nn.functional.normalize`, argument for argument."""
+        length = self._freeze(lambda: input.norm(p, dim, keepdim=True).clamp_min(eps))
+        normed: Tensor = input / length
+        return normed
+
+    def _cosine(self, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+        """`torch.nn.functional.cosine_similarity`, argument for argument."""
+        units = [self._normalize(each, 2.0, dim, eps) for each in (x1, x2)]
+        both = self._product(torch.mul, *units) if all(map(_is_signal, units)) else units[0] * units[1]
+        return both.sum(dim)
 
     def _scale(self, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
         """x over its root mean square, which is frozen."""
@@ -217,20 +268,37 @@ class Frozen(TorchFunctionMode):
     def _activation(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         x: Tensor = args[0]
 
-        def gain() -> Tensor:
+        def gain() -> tuple[Tensor, bool]:
             at = x.detach()
-            result: Tensor = func(at.clone(), *args[1:], **kwargs)
-            return torch.where(at != 0, result / torch.where(at != 0, at, 1), 0)
+            given = at.clone()
+            result: Tensor = func(given, *args[1:], **kwargs)
+            return torch.where(at != 0, result / torch.where(at != 0, at, 1), 0), result is given
 
-        scaled: Tensor = x * self._freeze(gain)
-        return scaled
+        gains, in_place = self._freeze(gain)
+        scaled: Tensor = x * gains
+        return x.copy_(scaled) if in_place else scaled
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        one, other = self._freeze(lambda: left), self._freeze(lambda: right)
+    def _product(self, func: Any, left: Tensor, right: Tensor) -> Tensor:
+        one, other = self._freeze(left.clone), self._freeze(right.clone)
         halves: Tensor = 0.5 * (left * other + one * right)
-        return halves
+        return left.copy_(halves) if func in _IN_PLACE else halves
 
 
+_NORMS = {
+    F.layer_norm: "_layer_norm",
+    torch.layer_norm: "_layer_norm",
+    F.rms_norm: "_rms_norm",
+    torch.rms_norm: "_rms_norm",
+    F.group_norm: "_group_norm",
+    torch.group_norm: "_group_norm",
+    F.normalize: "_normalize",
+    F.cosine_similarity: "_cosine",
+    torch.cosine_similarity: "_cosine",
+}
+_IN_PLACE = {Tensor.mul_, Tensor.__imul__}
+
+
+_RUN_AGAIN = "torch.utils.checkpoint runs a part of it again in the backward pass, where nothing is held still"
 _OTHER_PATH = "This model takes another path for another input, so it cannot be frozen as a linear map."
 
 
@@ -239,6 +307,19 @@ def _is_signal(value: Any) -> bool:
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or not value.requires_grad:
         return False
     return not isinstance(value._base, nn.Parameter)
+
+
+def _is_positive_power(base: Any, exponent: Any) -> bool:
+    """Whether a signal is raised to what is above 0 everywhere, and depends on no input itself."""
+    if not _is_signal(base) or _is_signal(exponent):
+        return False
+    return bool((exponent > 0).all()) if isinstance(exponent, Tensor) else exponent > 0
+
+
+def _affine(normed: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """In float32 or wider, as torch's own kernels do, whatever the weights are in."""
+    normed = normed if weight is None else normed * weight.to(normed.dtype)
+    return normed if bias is None else normed + bias.to(normed.dtype)
 
 
 def _widen(x: Tensor) -> Tensor:

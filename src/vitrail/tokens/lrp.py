@@ -1,17 +1,22 @@
 """Relevance of patches for a class by layer-wise relevance propagation, for plain models and hierarchies alike."""
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.contract.outlook import require_finite
-from vitrail.models.gradients import gradients_enabled
+from vitrail.errors import Unsupported, UsageError
+from vitrail.models.gradients import gradients_enabled, parameters_at_rest
+from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
+from vitrail.tap.clone import ModuleState
 from vitrail.tap.frozen import Frozen
 from vitrail.tokens.levels import first_grid, sum_over_patches
 
-__all__ = ["layerwise_relevance"]
+__all__ = ["classes_of_images", "layerwise_relevance", "reason_against_lrp", "require_classifier"]
 
 Images = Float[Tensor, "image channel row column"]
 
@@ -43,7 +48,8 @@ def layerwise_relevance(vit: Vit, images: Images, classes: Int[np.ndarray, "imag
         Of each patch of the first layer's grid.
 
     Raises:
-        Unsupported: The tokens lie on no grid, or no gradient goes through the model.
+        Unsupported: The model has no classifier, its tokens lie on no grid, or no gradient goes through it.
+        UsageError: There is not one class of the model for each image.
         ModelError: The answer to an image is not finite (NaN or infinite).
 
     Example:
@@ -52,14 +58,102 @@ def layerwise_relevance(vit: Vit, images: Images, classes: Int[np.ndarray, "imag
         >>> scores.shape  # of a ViT of 14 x 14 patches
         torch.Size([1, 196])
     """
-    grid = first_grid(vit)
-    pixels = images.detach().clone().requires_grad_()
-    with gradients_enabled():
+    explained, grid = classes_of_images(vit, classes, len(images)), first_grid(vit)
+    with gradients_enabled(), parameters_at_rest(vit.model):
+        pixels = images.detach().clone().requires_grad_()
         with Frozen():
             logits = vit.tap().read(pixels).float()
         require_finite(vit.name, logits)
-        target = torch.as_tensor(classes, device=logits.device)[:, None]
-        (gradient,) = torch.autograd.grad(logits.gather(1, target).sum(), pixels)
+        of_class = logits.gather(1, torch.as_tensor(explained, device=logits.device)[:, None]).sum()
+        (gradient,) = torch.autograd.grad(of_class, pixels)
     there = pixels.detach().float()
     added = ((there - there.mean((2, 3), keepdim=True)) * gradient.float()).sum(1)
     return sum_over_patches(added, grid, vit.anatomy.blocks[0].patch_step)
+
+
+_REASONS: WeakKeyDictionary[Vit, tuple[ModuleState, str]] = WeakKeyDictionary()
+_SAME = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""How far, beside the largest logit, logits of a pass that is held still may be from the model's own; else 0.1."""
+
+
+def reason_against_lrp(vit: Vit) -> str:
+    """Why relevance cannot be carried back through a model that lets gradients through. Tried on an image of noise,
+    once as long as the model's modules stay as they are.
+
+    Args:
+        vit: The model.
+
+    Returns:
+        A sentence; empty where it can.
+    """
+    if vit not in _REASONS or not _REASONS[vit][0].is_of(vit.model):
+        _REASONS[vit] = ModuleState(vit.model), _reason_of_trial(vit)
+    return _REASONS[vit][1]
+
+
+def _reason_of_trial(vit: Vit) -> str:
+    try:
+        with gradients_enabled(), parameters_at_rest(vit.model):
+            pixels = noise_images(vit).requires_grad_()
+            own = vit.tap().read(pixels.detach())
+            with Frozen():
+                logits = vit.tap().read(pixels)
+            if not logits.requires_grad:
+                return (
+                    f"All that reaches the output of {vit.name} goes through statistics that lrp holds still; use "
+                    "grad_sam."
+                )
+            torch.autograd.grad(logits.float().sum(), [pixels])
+    except Unsupported as reason:
+        return f"{reason} lrp needs one; use raw attention or rollout."
+    apart = float((logits.detach().float() - own.float()).abs().max() / own.float().abs().max().clamp_min(LEAST_LOGIT))
+    if apart > _SAME.get(own.dtype, 0.1):
+        return (
+            f"{vit.name} does something that cannot be held still: its answers are off by {apart:.2g} of the largest "
+            "logit when attention, norms and gains are. Use grad_sam."
+        )
+    return ""
+
+
+LEAST_LOGIT = 1e-6
+"""Logits below this count as this large where differences are compared with them."""
+
+
+def require_classifier(vit: Vit) -> None:
+    """Refuses a model without classes.
+
+    Args:
+        vit: The model.
+
+    Raises:
+        Unsupported: It has no classifier.
+    """
+    if vit.n_classes is None:
+        raise Unsupported(f"{vit.name} has no classifier, so no class has a gradient; use raw attention or rollout.")
+
+
+def classes_of_images(vit: Vit, classes: object, n_images: int) -> Int[np.ndarray, "image"]:
+    """The classes that are explained, one for each image.
+
+    Args:
+        vit: The model.
+        classes: As a user gave them.
+        n_images: How many images there are.
+
+    Returns:
+        Whole numbers.
+
+    Raises:
+        Unsupported: The model has no classifier.
+        UsageError: There are more or fewer than images, or one is no whole number from 0 to n_classes - 1.
+    """
+    require_classifier(vit)
+    given, n_classes = np.asarray(classes), int(vit.n_classes or 0)
+    if given.shape != (n_images,):
+        raise UsageError(f"{n_images} images need one class each, and classes of shape {given.shape} were given.")
+    wrong = given if given.dtype.kind not in "iu" else given[(given < 0) | (given >= n_classes)]
+    if len(wrong):
+        raise UsageError(
+            f"{wrong[0]} is no class of {vit.name}: classes are whole numbers from 0 to {n_classes - 1}, one an image."
+        )
+    return given.astype(np.int64)

@@ -145,8 +145,28 @@ def _relevance_by_method(one: "OneImage") -> dict[str, Float[np.ndarray, "patch"
     if not methods:
         raise Unsupported(reasons["raw"])
     label = np.array([one.label if one.vit.n_classes is not None else 0])
-    by_method = one.once("relevance", lambda: relevance(one.vit, one.pixels, label, methods, prototype=one.prototype))
-    return {name: scores[0] for name, scores in by_method.items()}
+
+    def by_method() -> dict[str, np.ndarray]:
+        try:
+            return relevance(one.vit, one.pixels, label, methods, prototype=one.prototype)
+        except Unsupported:  # of one of them: it costs itself alone
+            return _relevance_one_by_one(one, label, methods)
+
+    scores: dict[str, np.ndarray] = one.once("relevance", by_method)
+    return {name: of_image[0] for name, of_image in scores.items()}
+
+
+def _relevance_one_by_one(one: "OneImage", label: np.ndarray, methods: list[str]) -> dict[str, np.ndarray]:
+    scores: dict[str, np.ndarray] = {}
+    reasons: list[Unsupported] = []
+    for method in methods:
+        try:
+            scores |= relevance(one.vit, one.pixels, label, [method], prototype=one.prototype)
+        except Unsupported as reason:
+            reasons.append(reason)
+    if not scores:
+        raise reasons[0]
+    return scores
 
 
 def _relevance(one: "OneImage") -> Arrays:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
@@ -38,7 +39,7 @@ from vitrail.tap.tap import LayerAttention, Readers
 from vitrail.tokens.flow import LayerSteps, flows, measure_windows, rollout
 from vitrail.tokens.label_free import embedding_similarity, require_final_tokens
 from vitrail.tokens.levels import first_grid, on_first_grid, require_one_grid
-from vitrail.tokens.lrp import layerwise_relevance
+from vitrail.tokens.lrp import classes_of_images, layerwise_relevance, reason_against_lrp, require_classifier
 from vitrail.tokens.robustness import drop_orders, paint, patches_to_drop
 
 __all__ = [
@@ -94,7 +95,8 @@ def relevance(
         something.
 
     Raises:
-        UsageError: There is no such method, or it compares with a prototype and none of that shape was given.
+        UsageError: There is no such method, it explains a class and there is not one for each image, or it compares
+            with a prototype and none of that shape was given.
         Unsupported: The model does not have one of the methods.
         ModelError: The answer to an image is not finite (NaN or infinite).
     """
@@ -143,10 +145,10 @@ def unavailable_methods(vit: Vit) -> dict[str, str]:
     checks: dict[str, tuple[Callable[[Vit], object], ...]] = {
         "raw": (_require_raw,),
         "rollout": (_require_one_grid,),
-        "gradient": (_require_classifier, _require_whole_maps, _require_gradients),
-        "grad_sam": (_require_classifier, _places, _require_gradients),
-        "legrad": (_require_classifier, _places, _require_gradients),
-        "lrp": (_require_classifier, first_grid, _require_gradients),
+        "gradient": (require_classifier, _require_whole_maps, _require_gradients),
+        "grad_sam": (require_classifier, _places, _require_gradients),
+        "legrad": (require_classifier, _places, _require_gradients),
+        "lrp": (require_classifier, first_grid, _require_gradients, _require_path),
         "self_similarity": (require_final_tokens,),
         "prototype_similarity": (require_final_tokens,),
         "random": (first_grid,),
@@ -165,15 +167,16 @@ def _require_one_grid(vit: Vit) -> tuple[int, int]:
     return require_one_grid(vit.anatomy)
 
 
-def _require_classifier(vit: Vit) -> None:
-    if vit.n_classes is None:
-        raise Unsupported(f"{vit.name} has no classifier, so no class has a gradient; use raw attention or rollout.")
-
-
 def _require_gradients(vit: Vit) -> None:
     reason = reason_against_gradients(vit)
     if reason:
         raise Unsupported(f"{reason} Use raw attention or rollout.")
+
+
+def _require_path(vit: Vit) -> None:
+    reason = reason_against_lrp(vit)
+    if reason:
+        raise Unsupported(reason)
 
 
 def _require_whole_maps(vit: Vit) -> None:
@@ -263,11 +266,12 @@ def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]
         The class token's row less the identity, or the patches' mean row where there is no class token; zero or more.
 
     Raises:
+        UsageError: There is not one class of the model for each image.
         Unsupported: The model has no classifier, has several grids, attends within windows, or lets no gradient
             through.
         ModelError: The answer to an image is not finite (NaN or infinite).
     """
-    _require_classifier(vit)
+    explained = classes_of_images(vit, classes, len(images))
     _require_whole_maps(vit)
     anatomy = vit.anatomy
     tokens = anatomy.blocks[0].tokens
@@ -279,7 +283,7 @@ def gradient_rollout(vit: Vit, images: Images, classes: Int[np.ndarray, "image"]
         edits = [Edit(layer, region=factor) for layer, factor in enumerate(factors)]
         logits = vit.tap().read(images, edits=edits).float()
         require_finite(vit.name, logits)
-        target = torch.as_tensor(classes, device=logits.device)[:, None]
+        target = torch.as_tensor(explained, device=logits.device)[:, None]
         gradients = torch.autograd.grad(logits.gather(1, target).sum(), factors)
     steps = [torch.eye(tokens, device=images.device) + each.float().clamp(min=0).mean(1) for each in gradients]
     carried = flows(steps)[-1] - torch.eye(tokens, device=images.device)
@@ -319,6 +323,7 @@ def layer_gradients(
         channels, hidden attention) or without a grid take no part.
 
     Raises:
+        UsageError: There is not one class of the model for each image.
         Unsupported: The model has no classifier, no layer has keys whose place is known, or no gradient goes through.
         ModelError: The answer to an image is not finite (NaN or infinite).
 
@@ -328,14 +333,17 @@ def layer_gradients(
         >>> scores.shape  # of a Swin with 56 x 56 patches in its first stage
         torch.Size([1, 3136])
     """
-    _require_classifier(vit)
+    explained = classes_of_images(vit, classes, len(images))
     gains = _Gains(_places(vit), times_map)
     with gradients_enabled():
         pixels = images.detach().clone().requires_grad_()
-        logits = vit.tap().read(pixels, Readers(attention=gains.read)).float()
-        require_finite(vit.name, logits)
-        target = torch.as_tensor(classes, device=logits.device)[:, None]
-        torch.autograd.grad(logits.gather(1, target).sum(), pixels)
+        try:
+            logits = vit.tap().read(pixels, Readers(attention=gains.read)).float()
+            require_finite(vit.name, logits)
+            target = torch.as_tensor(explained, device=logits.device)[:, None]
+            torch.autograd.grad(logits.gather(1, target).sum(), pixels)
+        finally:
+            gains.remove_hooks()
     by_layer = [on_first_grid(vit, gains.by_layer[layer]) for layer in sorted(gains.by_layer)]
     shares = [each / each.sum(1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny) for each in by_layer]
     return torch.stack(shares).mean(0)
@@ -371,6 +379,7 @@ class _Gains:
     def __init__(self, places: dict[tuple[int, int], KeyPlaces], times_map: bool) -> None:
         self.by_layer: dict[int, Float[Tensor, "image row column"]] = {}
         self._places, self._times_map = places, times_map
+        self._hooks: list[RemovableHandle] = []
 
     def read(self, attention: LayerAttention) -> None:
         """Has the gradients of an attention call added when they are taken.
@@ -380,7 +389,14 @@ class _Gains:
         """
         places = self._places.get((attention.layer, attention.call))
         if places is not None:
-            attention.register_out_hook(lambda gradient: self._add(attention, places, gradient))
+            hook = attention.register_out_hook(lambda gradient: self._add(attention, places, gradient))
+            self._hooks.append(hook)
+
+    def remove_hooks(self) -> None:
+        """Lets go of the pass."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _add(
         self, attention: LayerAttention, places: KeyPlaces, gradient: Float[Tensor, "image window head query channel"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
-from vitrail.models.gradients import gradients_enabled
+from vitrail.models.gradients import gradients_enabled, parameters_at_rest
 from vitrail.models.open import Vit
 from vitrail.stats import spearman
 from vitrail.tap.frozen import Frozen
@@ -213,7 +213,7 @@ def _frozen_view(vit: Vit, image: Pixels, level: int, token: int, channel: int) 
     """Two passes: one that is recorded and differentiated, one of a blank image through the same linear map."""
     frozen = Frozen()
     point, blank = (each.detach().clone().requires_grad_(True) for each in (image, torch.zeros_like(image)))
-    with gradients_enabled():
+    with gradients_enabled(), parameters_at_rest(vit.model):
         with frozen:
             value = _neuron(vit, point, level, token, channel)
         (gradient,) = torch.autograd.grad(value.sum(), point)
