@@ -10,7 +10,6 @@ Models and photographs are looked for in --data; they come with no package.
 """
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from vitrail.patterns.maps import comparable_layers
 from vitrail.patterns.model import MapSample, coder_shape, draw_held_out, draw_sample
 from vitrail.patterns.names import NAMES
 from vitrail.patterns.tables import all_patterns, pattern_clusters
+from vitrail.stats import mean_interval
 from vitrail.study import run
 from vitrail.study.patterns import Passes
 from vitrail.study.progress import Progress
@@ -142,18 +142,29 @@ def why(args: argparse.Namespace) -> None:
 
 def coders(args: argparse.Namespace) -> None:
     """PCA, and a convolutional autoencoder from a random start; held-out errors as shares of variance."""
-    train, test = _sample(args)
+    train, test, images = _sample(args)
     mean = torch.stack([piece.sum(0, dtype=torch.float64) for piece in train.split(256)]).sum(0).div(len(train)).float()
     axes = principal_axes(train, mean, 384)
     spread = _squares(test, lambda x: x - mean)
+    rests = []
     for n_axes in (128, 384):
-        rest = _squares(test, lambda x, v=axes[:, :n_axes]: (x - mean) - (x - mean) @ v @ v.T)
-        print(f"PCA, {n_axes} components: {rest / spread:.4f}", flush=True)
-    print(f"convolutional, {args.epochs} epochs: {_convolutional(args, train, test, mean, spread):.4f}", flush=True)
+        rests.append(_squares(test, lambda x, v=axes[:, :n_axes]: (x - mean) - (x - mean) @ v @ v.T))
+        print(f"PCA, {n_axes} components: {_share(rests[-1], spread, images)}", flush=True)
+    rest = _convolutional(args, train, test, mean, spread)
+    print(f"convolutional, {args.epochs} epochs: {_share(rest, spread, images)}", flush=True)
+    print(f"more than PCA, 128 components: {_share(rest - rests[0], spread, images)}", flush=True)
 
 
-def _sample(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The study's own sample of patch blocks, filled by one pass and kept."""
+def _share(rest: Tensor, spread: Tensor, images: np.ndarray) -> str:
+    """Of the held-out maps' variance, with a 95 % interval over their images."""
+    _, image = np.unique(images, return_inverse=True)
+    by_image = np.bincount(image, rest.numpy())
+    interval = mean_interval(by_image * len(by_image) / float(spread.sum()))
+    return f"{float(rest.sum() / spread.sum()):.4f} [{float(interval.low):.4f}, {float(interval.high):.4f}]"
+
+
+def _sample(args: argparse.Namespace) -> tuple[Tensor, Tensor, np.ndarray]:
+    """The study's own sample of patch blocks, filled by one pass and kept; and the image of each map held out."""
     folder, kept = args.work / args.model, args.work / f"{args.model}-sample.npy"
     plan, manifest = read_plan(folder), read_manifest(folder)
     vit = opened(args.model, args.data)
@@ -170,12 +181,13 @@ def _sample(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
         np.save(kept, sample.x.numpy())
     clip = float(np.quantile(sample.x.flatten()[::97].float().numpy(), 0.999))
     held = torch.as_tensor(draw_held_out(plan.n_images, plan.seed)[sample.image])
-    return sample.x[~held].clamp(max=clip), sample.x[held].clamp(max=clip)
+    return sample.x[~held].clamp(max=clip), sample.x[held].clamp(max=clip), sample.image[held.numpy()]
 
 
-def _squares(sample: Tensor, of: Callable[[Tensor], Tensor]) -> float:
+def _squares(sample: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of each map."""
     with torch.no_grad():
-        return float(sum(of(piece.float()).square().sum().item() for piece in sample.split(256)))
+        return torch.cat([of(piece.float()).square().sum(1, dtype=torch.float64) for piece in sample.split(256)])
 
 
 def convolutional() -> nn.Sequential:
@@ -190,16 +202,16 @@ def convolutional() -> nn.Sequential:
     )  # fmt: skip
 
 
-def _convolutional(args: argparse.Namespace, train: Tensor, test: Tensor, mean: Tensor, spread: float) -> float:
+def _convolutional(args: argparse.Namespace, train: Tensor, test: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    """What it loses of each map held out."""
     torch.manual_seed(0)
-    net, done_file = convolutional(), args.work / f"{args.model}-convolutional.json"
-    scale = (_squares(train, lambda x: x - mean) / train.numel()) ** 0.5
+    net, kept = convolutional(), args.work / f"{args.model}-convolutional.npy"
+    if kept.is_file():
+        return torch.from_numpy(np.load(kept, allow_pickle=False))
+    scale = float(_squares(train, lambda x: x - mean).sum() / train.numel()) ** 0.5
     per_epoch = len(train) // 64
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.epochs * per_epoch)
-    told: dict[str, float] = json.loads(done_file.read_text()) if done_file.is_file() else {}
-    if len(told) == args.epochs:
-        return told[str(args.epochs)]
 
     def through(x: Tensor) -> Tensor:
         blocks = ((x - mean) / scale).view(-1, 14, 14, 196).permute(0, 3, 1, 2)
@@ -213,10 +225,11 @@ def _convolutional(args: argparse.Namespace, train: Tensor, test: Tensor, mean: 
             loss.backward()
             optimiser.step()
             schedule.step()
-        told[str(epoch + 1)] = _squares(test, lambda x: x - through(x)) / spread
-        print(f"  epoch {epoch + 1}: {told[str(epoch + 1)]:.4f}, {cpu_seconds():.0f} s of processor", flush=True)
-        done_file.write_text(json.dumps(told))
-    return told[str(args.epochs)]
+        rest = _squares(test, lambda x: x - through(x))
+        error = float(rest.sum() / spread.sum())
+        print(f"  epoch {epoch + 1}: {error:.4f}, {cpu_seconds():.0f} s of processor", flush=True)
+    np.save(kept, rest.numpy())
+    return rest
 
 
 def main() -> None:
