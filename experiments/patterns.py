@@ -24,12 +24,11 @@ from vitrail.data import open_images
 from vitrail.figures.whole import draw_figures
 from vitrail.heads.why import why_sentences, why_table
 from vitrail.models.open import Vit, open_vit
-from vitrail.patterns.coders import principal_axes
+from vitrail.patterns.coders import principal_axes, spread_share
 from vitrail.patterns.maps import comparable_layers
 from vitrail.patterns.model import MapSample, coder_shape, draw_held_out, draw_sample
 from vitrail.patterns.names import NAMES
 from vitrail.patterns.tables import all_patterns, pattern_clusters
-from vitrail.stats import mean_interval
 from vitrail.study import run
 from vitrail.study.patterns import Passes
 from vitrail.study.progress import Progress
@@ -157,9 +156,7 @@ def coders(args: argparse.Namespace) -> None:
 
 def _share(rest: Tensor, spread: Tensor, images: np.ndarray) -> str:
     """Of the held-out maps' variance, with a 95 % interval over their images."""
-    _, image = np.unique(images, return_inverse=True)
-    by_image = np.bincount(image, rest.numpy())
-    interval = mean_interval(by_image * len(by_image) / float(spread.sum()))
+    interval = spread_share(rest.numpy(), spread.numpy(), images)
     return f"{float(rest.sum() / spread.sum()):.4f} [{float(interval.low):.4f}, {float(interval.high):.4f}]"
 
 

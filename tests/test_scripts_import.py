@@ -99,13 +99,17 @@ print(len(whole["intact_correct"]), whole["drift"].shape, "Occlusion" in str(who
     assert done.stdout.split("\n")[0] == "5 (5, 4) True", done.stderr
 
 
+def rows_of_findings(study: Path) -> dict[str, str]:
+    command = [sys.executable, ROOT / "experiments/findings.py", study]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(line[2:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("- "))
+
+
 def test_rows_of_findings_are_those_that_a_study_can_answer_with_its_own_numbers(tmp_path: Path) -> None:
     vit = small_vit_and_images(tmp_path / "photos", 9)
     study = run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures="heads,patches")
-    command = [sys.executable, ROOT / "experiments/findings.py", tmp_path / "study"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = dict(line[2:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("- "))
+    rows = rows_of_findings(tmp_path / "study")
     entropy = study["strength_entropy"].to_numpy()[:, 0]
     said = rows["Entropy over hops of L0, nats"]
     assert all(f"L0H{head} {entropy[:, head].mean():.2f} [" in said for head in (0, 1)), said
@@ -116,10 +120,7 @@ def test_rows_of_findings_are_those_that_a_study_can_answer_with_its_own_numbers
 def test_rows_of_patterns_have_intervals_over_images_and_over_those_held_out(tmp_path: Path) -> None:
     vit = small_vit_and_images(tmp_path / "photos", 60)
     study = run_study(vit, tmp_path / "photos", out=tmp_path / "study", measures="patterns")
-    command = [sys.executable, ROOT / "experiments/findings.py", tmp_path / "study"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = dict(line[2:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("- "))
+    rows = rows_of_findings(tmp_path / "study")
     none = (study["pattern_patch_cluster"].to_numpy() < 0).mean((1, 2))
     assert f"patch patterns {study.sizes['cluster']} clusters, {none.mean():.3f} [" in rows["Patterns of attention"]
     fit = study.attrs["patterns"]["patch"]

@@ -161,7 +161,7 @@ def training_crop(rng: np.random.Generator, label: int, shares: tuple[float, flo
     while True:
         crop = photograph.crop(training_box(rng, photograph.size, shares))
         if _has_contrast(crop):
-            return _scaled(crop)
+            return _scale_crop(crop)
 
 
 def square_view(photograph: Image.Image) -> Image.Image:
@@ -244,7 +244,7 @@ def _held_out_crop(label: int, number: int) -> Crop:
         box = _square_within(block, _side(rng, photograph.size, CROP_SHARE), rng)
         crop = photograph.crop(box)
         if _has_contrast(crop):
-            return Crop(f"{CLASS_NAMES[label]}/{number:03d}", label, _scaled(crop), box)
+            return Crop(f"{CLASS_NAMES[label]}/{number:03d}", label, _scale_crop(crop), box)
 
 
 @lru_cache(maxsize=len(_FILES))
@@ -289,5 +289,5 @@ def _has_contrast(crop: Image.Image) -> bool:
     return ImageStat.Stat(crop.convert("L")).stddev[0] >= MIN_CONTRAST
 
 
-def _scaled(crop: Image.Image) -> Image.Image:
+def _scale_crop(crop: Image.Image) -> Image.Image:
     return crop.resize((CROP_PX, CROP_PX), Image.Resampling.BICUBIC)

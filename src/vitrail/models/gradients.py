@@ -1,6 +1,6 @@
 """Gradients through models that may let none through: run under `no_grad`, with sums in place, with other kernels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from vitrail.models.open import Vit
 from vitrail.tap.clone import ModuleState
 from vitrail.tap.modes import autocast_off
 
-__all__ = ["gradients_enabled", "parameters_at_rest", "reason_against_gradients"]
+__all__ = ["gradients_enabled", "parameters_at_rest", "reason_against_gradients", "reason_of_trial"]
 
 _NO_GRADIENT = (
     "does not require grad",
@@ -96,7 +96,7 @@ class _LayoutOfNorms(TorchFunctionMode):
 _NORMS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm, F.instance_norm, torch.instance_norm)
 
 
-_REASONS: WeakKeyDictionary[Vit, tuple[ModuleState, str]] = WeakKeyDictionary()
+_REASONS: WeakKeyDictionary[Vit, dict[Callable[[Vit], str], tuple[ModuleState, str]]] = WeakKeyDictionary()
 
 
 def reason_against_gradients(vit: Vit) -> str:
@@ -109,12 +109,26 @@ def reason_against_gradients(vit: Vit) -> str:
     Returns:
         A sentence; empty where one reaches them.
     """
-    if vit not in _REASONS or not _REASONS[vit][0].is_of(vit.model):
-        _REASONS[vit] = ModuleState(vit.model), _reason_of_trial(vit)
-    return _REASONS[vit][1]
+    return reason_of_trial(vit, _try_gradients)
 
 
-def _reason_of_trial(vit: Vit) -> str:
+def reason_of_trial(vit: Vit, trial: Callable[[Vit], str]) -> str:
+    """What a trial says of a model; it is run once as long as the model's modules stay as they are.
+
+    Args:
+        vit: The model.
+        trial: Answers a sentence, empty where nothing is wrong.
+
+    Returns:
+        The sentence.
+    """
+    reasons = _REASONS.setdefault(vit, {})
+    if trial not in reasons or not reasons[trial][0].is_of(vit.model):
+        reasons[trial] = ModuleState(vit.model), trial(vit)
+    return reasons[trial][1]
+
+
+def _try_gradients(vit: Vit) -> str:
     try:
         with gradients_enabled():
             pixels = noise_images(vit).requires_grad_()

@@ -29,6 +29,7 @@ __all__ = [
     "fit_coder",
     "load_coder",
     "principal_axes",
+    "spread_share",
 ]
 
 LATENTS = {"patch": 128, "cls": 32}
@@ -321,7 +322,7 @@ def fit_coder(
         coder.net = _train(coder, coordinates[0], seed, progress or (lambda done, of: None))
         by_networks = loss_by_map()
         better = error(by_networks) < CLEARLY_BETTER * coder.fit.pca_error
-        gain = _gain((by_pca - by_networks).numpy(), spread.numpy(), images[is_held_out[images]])
+        gain = spread_share((by_pca - by_networks).numpy(), spread.numpy(), images[is_held_out[images]])
         coder.fit = coder.fit._replace(
             autoencoder_error=error(by_networks),
             why=f"{'an autoencoder' if better else 'PCA'}, as it describes held-out images "
@@ -352,10 +353,21 @@ def _principal_coder(train: Float[Tensor, "map cell"], shape: Shape, clip: float
 NOT_FITTED = Fit(math.nan, math.nan, 0, 0, "not yet judged")
 
 
-def _gain(less: Float[np.ndarray, "map"], spread: Float[np.ndarray, "map"], images: Int[np.ndarray, "map"]) -> Interval:
-    """Interval over images of how much less is lost, as a share of all spread, which is taken as known."""
+def spread_share(
+    amounts: Float[np.ndarray, "map"], spread: Float[np.ndarray, "map"], images: Int[np.ndarray, "map"]
+) -> Interval:
+    """95 % interval, over images, of an amount as a share of all spread, which is taken as known.
+
+    Args:
+        amounts: Of each map, such as what a coder loses of it.
+        spread: Squared distance of each map from the mean map.
+        images: The image of each map.
+
+    Returns:
+        The interval of sum of amounts / sum of spread; NaN for too few images.
+    """
     _, image = np.unique(images, return_inverse=True)
-    by_image = np.bincount(image, less)
+    by_image = np.bincount(image, amounts)
     return mean_interval(by_image * len(by_image) / spread.sum())
 
 

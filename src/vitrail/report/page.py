@@ -219,14 +219,14 @@ def _source(figure: Any) -> str:
     svg = picture(figure, "svg", bare=True)
     if len(svg) <= LARGEST_SVG:
         return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-    return _encoded(Image.open(io.BytesIO(picture(figure, "png", bare=True))).convert("RGB").quantize(256))
+    return _as_base64(Image.open(io.BytesIO(picture(figure, "png", bare=True))).convert("RGB").quantize(256))
 
 
 def _png(pixels: UInt8[np.ndarray, "row column channel"]) -> str:
-    return _encoded(Image.fromarray(pixels).quantize(128))
+    return _as_base64(Image.fromarray(pixels).quantize(128))
 
 
-def _encoded(image: Image.Image) -> str:
+def _as_base64(image: Image.Image) -> str:
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

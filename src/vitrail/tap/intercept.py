@@ -392,17 +392,17 @@ def _einsum_product(args: Any, live: Tensor) -> _Product | None:
     batch, query, key, channel = axes
 
     def multiply(weights: Tensor) -> Tensor:
-        written = _permuted(weights, batch + query + key, weights_axes)
+        written = _permute(weights, batch + query + key, weights_axes)
         pair = (written, v) if place == 0 else (v, written)
-        return _permuted(torch.einsum(args[0], *pair), output, batch + query + channel)
+        return _permute(torch.einsum(args[0], *pair), output, batch + query + channel)
 
     shared = [letter for letter in batch if letter not in v_axes]  # one set of values for several heads
-    values = _permuted(v[(None,) * len(shared)], "".join(shared) + v_axes, batch + key + channel)
+    values = _permute(v[(None,) * len(shared)], "".join(shared) + v_axes, batch + key + channel)
     return _Product(
-        _permuted(live, weights_axes, batch + query + key),
+        _permute(live, weights_axes, batch + query + key),
         values,
         multiply,
-        lambda out: _permuted(out, batch + query + channel, output),
+        lambda out: _permute(out, batch + query + channel, output),
     )
 
 
@@ -427,7 +427,7 @@ def _einsum_axes(weights: str, v: str, output: str) -> tuple[str, str, str, str]
     return "..." * dots + batch, query.pop(), key.pop(), channel.pop()
 
 
-def _permuted(tensor: Tensor, axes: str, order: str) -> Tensor:
+def _permute(tensor: Tensor, axes: str, order: str) -> Tensor:
     """A view of the tensor with its named axes in another order."""
     if axes == order:
         return tensor

@@ -210,12 +210,12 @@ def _changed_models(
         yield "other neurons off", without_neurons(vit, _other_neurons(vit, neurons, generator)), []
     if heads:
         own = [(each.layer, each.head) for each in heads]
-        yield "heads off", vit, _pruned(own)
+        yield "heads off", vit, _prune_edits(own)
         for _ in range(N_DRAWS):
-            yield "other heads off", vit, _pruned(_other_heads(own, head_written, generator))
+            yield "other heads off", vit, _prune_edits(_other_heads(own, head_written, generator))
 
 
-def _pruned(heads: Sequence[tuple[int, int]]) -> list[Edit]:
+def _prune_edits(heads: Sequence[tuple[int, int]]) -> list[Edit]:
     layers = sorted({layer for layer, _ in heads})
     return [Edit(layer, prune=tuple(sorted(head for at, head in heads if at == layer))) for layer in layers]
 
@@ -225,24 +225,24 @@ def _by_model(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """The variables that every model has; draws of a null are averaged."""
 
-    def stacked(of: Callable[[_Outcome], Tensor]) -> np.ndarray:
+    def stack(of: Callable[[_Outcome], Tensor]) -> np.ndarray:
         draws = [torch.stack([of(each).double() for each in tried]).mean(0) for tried in outcomes.values()]
         return torch.stack(draws).numpy()
 
     by_image = ("model", "image")
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "outlier_share": ((*by_image, "layer"), stacked(lambda each: each.outlier_share)),
-        "output_shift": (by_image, stacked(lambda each: _shift(each.output, plain.output))),
-        "outlier_attention": (by_image, stacked(lambda each: (each.attention * plain.outlying).sum(-1))),
-        "register_attention": (by_image, stacked(lambda each: each.register_attention)),
-        "attention_entropy": (by_image, stacked(lambda each: _entropy_share(each.attention))),
-        "grouping": ((*by_image, "score"), stacked(lambda each: torch.from_numpy(each.grouping))),
-        "token_norm": (("model", "example", "patch"), stacked(lambda each: each.token_norm)),
-        "class_attention": (("model", "example", "patch"), stacked(lambda each: each.attention[:N_EXAMPLES])),
+        "outlier_share": ((*by_image, "layer"), stack(lambda each: each.outlier_share)),
+        "output_shift": (by_image, stack(lambda each: _shift(each.output, plain.output))),
+        "outlier_attention": (by_image, stack(lambda each: (each.attention * plain.outlying).sum(-1))),
+        "register_attention": (by_image, stack(lambda each: each.register_attention)),
+        "attention_entropy": (by_image, stack(lambda each: _entropy_share(each.attention))),
+        "grouping": ((*by_image, "score"), stack(lambda each: torch.from_numpy(each.grouping))),
+        "token_norm": (("model", "example", "patch"), stack(lambda each: each.token_norm)),
+        "class_attention": (("model", "example", "patch"), stack(lambda each: each.attention[:N_EXAMPLES])),
     }
     if with_classes:
         top1 = plain.output.argmax(-1)
-        variables["same_top1"] = (by_image, stacked(lambda each: each.output.argmax(-1) == top1))
+        variables["same_top1"] = (by_image, stack(lambda each: each.output.argmax(-1) == top1))
     return variables
 
 

@@ -1,7 +1,5 @@
 """Relevance of patches for a class by layer-wise relevance propagation, for plain models and hierarchies alike."""
 
-from weakref import WeakKeyDictionary
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -9,10 +7,9 @@ from torch import Tensor
 
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
-from vitrail.models.gradients import gradients_enabled, parameters_at_rest
+from vitrail.models.gradients import gradients_enabled, parameters_at_rest, reason_of_trial
 from vitrail.models.noise import noise_images
 from vitrail.models.open import Vit
-from vitrail.tap.clone import ModuleState
 from vitrail.tap.frozen import Frozen
 from vitrail.tokens.levels import first_grid, sum_over_patches
 
@@ -71,9 +68,11 @@ def layerwise_relevance(vit: Vit, images: Images, classes: Int[np.ndarray, "imag
     return sum_over_patches(added, grid, vit.anatomy.blocks[0].patch_step)
 
 
-_REASONS: WeakKeyDictionary[Vit, tuple[ModuleState, str]] = WeakKeyDictionary()
 _SAME = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far, beside the largest logit, logits of a pass that is held still may be from the model's own; else 0.1."""
+
+_LEAST_LOGIT = 1e-6
+"""Logits below this count as this large where differences are compared with them."""
 
 
 def reason_against_lrp(vit: Vit) -> str:
@@ -86,12 +85,10 @@ def reason_against_lrp(vit: Vit) -> str:
     Returns:
         A sentence; empty where it can.
     """
-    if vit not in _REASONS or not _REASONS[vit][0].is_of(vit.model):
-        _REASONS[vit] = ModuleState(vit.model), _reason_of_trial(vit)
-    return _REASONS[vit][1]
+    return reason_of_trial(vit, _try_lrp)
 
 
-def _reason_of_trial(vit: Vit) -> str:
+def _try_lrp(vit: Vit) -> str:
     try:
         with gradients_enabled(), parameters_at_rest(vit.model):
             pixels = noise_images(vit).requires_grad_()
@@ -106,17 +103,13 @@ def _reason_of_trial(vit: Vit) -> str:
             torch.autograd.grad(logits.float().sum(), [pixels])
     except Unsupported as reason:
         return f"{reason} lrp needs one; use raw attention or rollout."
-    apart = float((logits.detach().float() - own.float()).abs().max() / own.float().abs().max().clamp_min(LEAST_LOGIT))
+    apart = float((logits.detach().float() - own.float()).abs().max() / own.float().abs().max().clamp_min(_LEAST_LOGIT))
     if apart > _SAME.get(own.dtype, 0.1):
         return (
             f"{vit.name} does something that cannot be held still: its answers are off by {apart:.2g} of the largest "
             "logit when attention, norms and gains are. Use grad_sam."
         )
     return ""
-
-
-LEAST_LOGIT = 1e-6
-"""Logits below this count as this large where differences are compared with them."""
 
 
 def require_classifier(vit: Vit) -> None:
