@@ -7,7 +7,7 @@ const COLOURS: Record<string, number | undefined> = {
   raw: 2,
   rollout: 5,
   grad_sam: 3,
-  lrp: 4,
+  lrp: 1,
   self_similarity: 0,
   prototype_similarity: 6,
 };

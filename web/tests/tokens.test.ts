@@ -115,6 +115,21 @@ test("measures of patches are read at the chosen one, and averaged without paddi
   });
 });
 
+test("no method of relevance has the colour of another, nor that of random orders", () => {
+  const methods = [
+    "raw",
+    "rollout",
+    "gradient",
+    "grad_sam",
+    "lrp",
+    "self_similarity",
+    "prototype_similarity",
+    "random 1",
+  ];
+  const lines = relevanceLines({ dims: [], shape: [8, 2], values: new Float32Array(16) }, methods);
+  expect(new Set(lines.map(({ colour }) => colour)).size).toBe(8);
+});
+
 test("random orders make one band, methods a line each", () => {
   const values = Float32Array.from([1, 0, 1, 0.5, 1, 0.75]);
   const lines = relevanceLines({ dims: [], shape: [3, 2], values }, ["gradient", "random 1", "random 2"]);
