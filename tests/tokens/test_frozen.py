@@ -284,3 +284,18 @@ def test_a_frozen_rms_norm_uses_the_epsilon_that_it_is_given():
             normed = F.rms_norm(x, (4,), *args)
         expected = x / (x.pow(2).mean() + eps).sqrt() * weight
         assert_allclose(normed.numpy(), expected.numpy(), rtol=1e-5)
+
+
+def test_in_bfloat16_what_is_linear_is_let_pass_by_its_rounding_and_what_is_not_is_refused():
+    vit, image = small_vit(), small_images(1)
+    half = open_vit(vit.model.bfloat16(), preprocessing=vit.preprocessing, precision="bfloat16")
+    missing = [
+        faithful_view(half, image.bfloat16(), level, 6, channel, path="frozen").missing
+        for level in (1, 2, 3)
+        for channel in range(0, 48, 6)
+    ]
+    assert max(missing) > 1e-2  # more than is let pass in float32
+    half.model.blocks[0].mlp.act = Largest()
+    broken = open_vit(half.model, preprocessing=vit.preprocessing, precision="bfloat16")
+    with pytest.raises(Unsupported, match="path='gradient'"):
+        faithful_view(broken, image.bfloat16(), 2, 6, 30, path="frozen")
