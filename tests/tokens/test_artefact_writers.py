@@ -22,7 +22,13 @@ from vitrail.figures.artefacts import artefact_trial
 from vitrail.models.open import Vit
 from vitrail.tokens.artefact_findings import artefact_effects, artefact_findings
 from vitrail.tokens.artefact_trial import OBJECT_SCORES, try_registers
-from vitrail.tokens.artefacts import outlying_patches, without_neurons, written_by_heads, written_by_layers
+from vitrail.tokens.artefacts import (
+    _layers_and_indices,
+    outlying_patches,
+    without_neurons,
+    written_by_heads,
+    written_by_layers,
+)
 from vitrail.tokens.outliers import REGISTER_MODELS, TRIED_MODELS
 
 HEAD, WIDTH = 1, 16
@@ -203,6 +209,9 @@ def test_neurons_off_are_zeros_for_every_token(neuron_vit) -> None:
         without_neurons(neuron_vit, [(0, 128)])
     with pytest.raises(UsageError, match="at least one"):
         without_neurons(neuron_vit, [])
+    for wrong in (5, [(1, 2.5)], (LAYER, NEURON), ["71"], [(1, 2, 3)]):
+        with pytest.raises(UsageError, match="has no meaning"):
+            _layers_and_indices(wrong)  # what the types of the public function leave to those who do not check them
 
 
 def test_without_the_planted_neuron_the_outliers_are_gone_and_without_others_or_heads_they_are_not(

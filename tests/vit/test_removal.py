@@ -86,6 +86,18 @@ def test_a_head_that_is_not_there_is_refused(opened):
         remove_heads(vit, {(0, 9)})
 
 
+def test_what_names_no_heads_or_a_head_twice_is_refused(opened, noise):
+    vit = opened("timm ViT")
+    for wrong, words in (([5], "names no heads"), ([(0, 1.5)], "names no heads"), ([(0, 1), (0, 1)], "a head twice")):
+        for refuse in (remove_heads, lambda vit, heads: logits_without(vit, noise(vit), heads)):
+            with pytest.raises(UsageError, match=words):
+                refuse(vit, wrong)
+        with pytest.raises(UsageError, match=words):
+            predictions_without(vit, noise(vit), [wrong])
+    named, paired = (logits_without(vit, noise(vit), heads) for heads in ("L0H1,L2H0", [(0, 1), (2, 0)]))
+    assert torch.equal(named, paired)
+
+
 def test_the_users_model_keeps_its_weights_and_shares_those_that_did_not_change(opened, noise):
     vit = opened("timm ViT")
     before = {name: value.clone() for name, value in vit.model.state_dict().items()}

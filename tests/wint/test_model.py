@@ -331,6 +331,31 @@ def test_full_fixed_windows_can_be_moved():
     assert_allclose(wider(noise()).detach(), model(noise()).detach(), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("move", "words"),
+    [
+        ((0, (1, 1), None, None), "four sides of 0 or more"),
+        ((0, (1, 1, 1, -1), None, None), "four sides of 0 or more"),
+        ((0, (1, 1, 1, float("nan")), None, None), "four sides of 0 or more"),
+        ((3, (1, 1, 1, 1), None, None), "no layer 3 .* there are 3"),
+        ((0, (1, 1, 1, 1), 2, None), "no head 2 .* there are 2"),
+        ((0, (1, 1, 1, 1), None, 64), "no patch 64 .* there are 64"),
+    ],
+)
+def test_a_move_of_a_window_that_is_not_there_is_refused(move, words):
+    with pytest.raises(UsageError, match=words):
+        moved_windows(small(), [move])
+
+
+def test_a_window_of_a_timm_model_moves_too():
+    model = attach(small_timm(), ((0.2,) * 4,) * 3)
+    moved = moved_windows(model, [(1, (0, 0, 0, 0), 2, None)])
+    image = noise(px=(64, 64))
+    assert not torch.allclose(moved(image), model(image))
+    with pytest.raises(UsageError, match=r"no head 3 .* there are 3"):
+        moved_windows(model, [(1, (0, 0, 0, 0), 3, None)])
+
+
 def test_a_pretrained_timm_model_starts_unchanged_bitwise():
     model = small_timm()
     before = model(noise(px=(64, 64)))

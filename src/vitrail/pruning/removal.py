@@ -5,7 +5,7 @@ Heads are left out of both; the projection keeps its bias, as it does when a hea
 on its whole width, or interleaves its heads, cannot be told by its looks, so it is tried once per model.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.open import PRECISIONS, Vit
 from vitrail.models.pruned import shrink
+from vitrail.pruning.ranking import as_heads
 from vitrail.tap.anatomy import Anatomy, Block, Call, layer_ranges
 from vitrail.tap.clone import clone_sharing, first_weight
 from vitrail.tap.edits import Edit
@@ -58,27 +59,28 @@ class PrunedModel:
     changes: Mapping[str, Any]
 
 
-def remove_heads(vit: Vit, heads: Heads) -> PrunedModel:
+def remove_heads(vit: Vit, heads: str | Iterable[Any]) -> PrunedModel:
     """A copy of the model without these heads; all tensors that did not change are shared with it.
 
     A layer that loses all its heads keeps the bias of its projection and is no layer with attention any more.
 
     Args:
         vit: The model; not edited.
-        heads: The heads to remove.
+        heads: The heads to remove: (layer, head) of each, or names, "L0H4,L3H1".
 
     Returns:
         The smaller model in evaluation mode, and what changed.
 
     Raises:
-        UsageError: The model has no such head.
+        UsageError: The model has no such head, or one is named twice.
         Unsupported: Heads of a layer cannot be taken apart, or the model does not run as the masked one without them.
     """
-    _check_heads(vit.anatomy, heads)
+    pairs = as_heads(heads)
+    _check_heads(vit.anatomy, pairs)
     reason = why_not_removable(vit)
     if reason:
         raise Unsupported(reason)
-    return _without_heads(vit.model, vit.anatomy, heads)
+    return _without_heads(vit.model, vit.anatomy, pairs)
 
 
 def why_not_removable(vit: Vit) -> str:

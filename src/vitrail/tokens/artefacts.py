@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vitrail.arguments import at_least_one
+from vitrail.arguments import at_least_one, whole_numbers
 from vitrail.contract.outlook import require_finite
 from vitrail.contract.surgery import NoProjection, Projection, projections
 from vitrail.errors import Unsupported, UsageError
@@ -310,7 +310,9 @@ def artefact_neurons(
     return sorted(ranked, key=lambda each: -each.length)[:n]
 
 
-def with_registers(vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron], n_registers: int = 1) -> Vit:
+def with_registers(
+    vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron], n_registers: SupportsIndex = 1
+) -> Vit:
     """The model with registers that take over what its artefact neurons write; nothing is trained.
 
     Args:
@@ -327,9 +329,10 @@ def with_registers(vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron]
         Unsupported: The model uses the tokens of its last block in no module that is given them all, or it does not run
             with more tokens than it has.
     """
-    if not neurons or n_registers < 1:
-        raise UsageError("Registers need at least one neuron to listen to and one token; neither can be none.")
-    module = RegisterModel(vit, [(each[0], each[1]) for each in neurons], n_registers)
+    pairs, n_registers = _layers_and_indices(neurons), at_least_one("registers", n_registers)
+    if not pairs:
+        raise UsageError("Registers need at least one neuron to listen to; none was given.")
+    module = RegisterModel(vit, pairs, n_registers)
     try:
         _run(module, _blank_images(vit))
     except CANNOT_RUN as error:
@@ -371,17 +374,18 @@ def without_neurons(vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron
         >>> ablated = without_neurons(vit, artefact_neurons(vit, images, 1))  # doctest: +SKIP
         >>> [int(each.sum()) for each in outlying_patches(ablated, images)]  # doctest: +SKIP
     """
-    if not neurons:
+    pairs = _layers_and_indices(neurons)
+    if not pairs:
         raise UsageError("No neuron was given; give layer and index of at least one to be switched off.")
     clone = clone_sharing(vit.model)
     linears = _last_linears(vit, clone)
-    for layer, own in _neurons_by_layer(vit, neurons, linears).items():
+    for layer, own in _neurons_by_layer(vit, pairs, linears).items():
         weight = linears[layer].weight.detach().clone()
         weight[:, own] = 0
         linears[layer].weight = nn.Parameter(weight, requires_grad=False)
     ablated = copy.copy(vit)
     ablated.model, ablated.opened_with = clone, None
-    ablated.name = f"{vit.name} without {len(neurons)} neuron{'s' if len(neurons) > 1 else ''}"
+    ablated.name = f"{vit.name} without {len(pairs)} neuron{'s' if len(pairs) > 1 else ''}"
     return ablated
 
 
@@ -623,8 +627,22 @@ def _hidden_rows(
     return hidden
 
 
+def _layers_and_indices(neurons: Any) -> list[tuple[int, int]]:
+    """Layer and index of each neuron; refuses what is no pair of whole numbers."""
+    try:
+        listed = list(neurons)
+    except TypeError as error:
+        raise UsageError(f"{neurons!r} has no meaning; give a list of neurons, each a layer and an index.") from error
+    pairs = []
+    for each in listed:
+        own = each[:2] if isinstance(each, ArtefactNeuron) else each
+        layer, neuron = whole_numbers("A neuron's layer and index", own, 2)
+        pairs.append((layer, neuron))
+    return pairs
+
+
 def _neurons_by_layer(
-    vit: Vit, neurons: Sequence[tuple[int, int] | ArtefactNeuron], linears: dict[int, nn.Linear]
+    vit: Vit, neurons: Sequence[tuple[int, int]], linears: dict[int, nn.Linear]
 ) -> dict[int, Int[Tensor, "neuron"]]:
     """The neurons of each layer, growing; refuses those that do not exist."""
     by_layer: dict[int, Int[Tensor, "neuron"]] = {}

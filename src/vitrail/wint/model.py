@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vitrail.arguments import whole_number
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid, positions
 from vitrail.patches import windows
@@ -709,15 +710,48 @@ def moved_windows(
     Returns:
         The copy, in evaluation mode.
 
+    Raises:
+        UsageError: A layer, head or patch is not there, or a window does not have four sides of 0 or more.
+
     Example:
         wider = moved_windows(model, [(3, (2, 2, 5, 2), None, 17)])     # layer 3, the window of patch 17
     """
     copy = clone_sharing(model)
-    heads = window_heads(copy)
-    for layer in {move[0] for move in moves}:
-        n_heads = next(module.num_heads for module in _attention_modules(copy, heads[layer]))
-        heads[layer].change = _change_sides([move[1:] for move in moves if move[0] == layer], n_heads)
+    kinds = (WindowHead, FixedWindows)
+    holders: list[Any] = [each for each in copy.modules() if isinstance(getattr(each, "windows", None), kinds)]
+    checked = [_checked_move(move, holders) for move in moves]
+    for layer in {move[0] for move in checked}:
+        own = [move[1:] for move in checked if move[0] == layer]
+        holders[layer].windows.change = _change_sides(own, _n_heads(holders[layer]))
     return copy
+
+
+def _checked_move(move: Any, holders: Sequence[Any]) -> tuple[int, tuple[float, ...], int | None, int | None]:
+    """A move of `moved_windows` whose layer, head and patch are there."""
+    try:
+        layer, sides, head, patch = move
+        sides = tuple(map(float, sides))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{move!r} moves no window; give layer, four sides, head or None, patch or None.") from error
+    if len(sides) != 4 or not all(side >= 0 for side in sides):
+        raise UsageError(f"A window has four sides of 0 or more (left, top, right, bottom), not {sides}.")
+    layer = _among("layer", layer, len(holders))
+    grid = holders[layer].grid
+    head = None if head is None else _among("head", head, _n_heads(holders[layer]))
+    patch = None if patch is None else _among("patch", patch, grid[0] * grid[1])
+    return layer, sides, head, patch
+
+
+def _among(name: str, number: Any, count: int) -> int:
+    whole = whole_number(f"The {name}", number)
+    if not 0 <= whole < count:
+        raise UsageError(f"There is no {name} {whole} whose window could move; there are {count}, counted from 0.")
+    return whole
+
+
+def _n_heads(holder: Any) -> int:
+    n_heads: int = getattr(holder, "attn", holder).num_heads  # of timm's module, which a holder wraps
+    return n_heads
 
 
 def _change_sides(
@@ -732,13 +766,6 @@ def _change_sides(
         return changed
 
     return change
-
-
-def _attention_modules(model: nn.Module, windows: nn.Module) -> Iterator[Any]:
-    """The attention modules that hold these windows."""
-    for module in model.modules():
-        if getattr(module, "windows", None) is windows:
-            yield getattr(module, "attn", module)
 
 
 @contextmanager
