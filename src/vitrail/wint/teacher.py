@@ -111,8 +111,8 @@ class Teacher:
         if self._n_windows == 1:
             matrix = indicator(weights, prefix)[:, None]
         else:
-            heads = range(weights.shape[1])
-            matrix = torch.stack([indicator(weights[:, head : head + 1], prefix) for head in heads], 1)
+            each_head = weights.flatten(0, 1).unsqueeze(1)  # a head's own map, as that of an image with one head
+            matrix = indicator(each_head, prefix).unflatten(0, weights.shape[:2])
         boxes, _ = windows.best_boxes(matrix, self._grid, self._n_patches)
         return self._as_sides(boxes)
 
