@@ -226,6 +226,20 @@ def test_a_neuron_that_is_not_there_is_refused_with_those_that_are(vit, images):
         neuron_view(vit, images, 0, 33, 0)
 
 
+@pytest.mark.parametrize("path", ["gradient", "frozen"])
+@pytest.mark.parametrize(
+    ("level", "token", "channel", "words"),
+    [
+        (9, 0, 0, "no level 9: .* levels 0 to 3"), (-1, 0, 0, "no level -1"),
+        (2, 99, 0, "no token 99: .* tokens 0 to "), (2, -1, 0, "no token -1"), (0, 99, 0, "no token 99"),
+        (2, 0, 999, "no channel 999: .* channels 0 to "), (2, 0, -1, "no channel -1"), (0, 0, -1, "no channel -1"),
+    ],
+)  # fmt: skip
+def test_a_faithful_view_of_a_neuron_that_is_not_there_is_refused(level, token, channel, words, path, vit, images):
+    with pytest.raises(UsageError, match=words):
+        faithful_view(vit, images[:1], level, token, channel, path=path)
+
+
 def test_a_step_that_is_not_there_is_refused(vit, images):
     with pytest.raises(UsageError, match="mean or raw"):
         step(torch.ones(1, 2, 3, 3), "sum")

@@ -204,6 +204,20 @@ def test_heads_and_keys_are_named_by_numbers_of_any_kind_and_by_nothing_else():
             edit_of(prune=numbers)
 
 
+def test_layers_calls_and_copies_are_whole_numbers():
+    for name in ("layer", "call", "copy"):
+        with pytest.raises(UsageError, match=rf"{name} 0\.5 has no meaning; give a whole number"):
+            edit_of(**{name: 0.5})
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 17, 17), (17, 16), (5, 3, 17, 17)])
+@pytest.mark.parametrize("name", ["bias", "region"])
+def test_a_bias_or_region_that_does_not_fit_the_map_is_refused(name, shape, opened, noise):
+    vit = opened(VIT)
+    with pytest.raises(UsageError, match=rf"{name} of an edit of L1 is .* \[image head query key\]"):
+        vit.tap().read(noise(vit), edits=[Edit(1, **{name: torch.ones(shape)})])
+
+
 @pytest.mark.parametrize("key", [17, -1])
 def test_a_dropped_key_that_is_not_there_is_refused(key, opened, noise):
     vit = opened(VIT)

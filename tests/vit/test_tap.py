@@ -544,6 +544,15 @@ def test_images_of_another_type_than_the_weights_are_refused_with_what_to_do(fre
         vit.logits(noise(vit).float())
 
 
+@pytest.mark.parametrize("kind", [VIT, "transformers ViT", "torchvision vit_b_16"])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 64), (2, 1, 64, 64)])
+def test_images_of_another_size_than_the_model_takes_are_refused_with_what_to_do(kind, shape, opened):
+    vit = opened(kind)
+    for run in (vit.logits, vit.tap().read, vit.tap().record):
+        with pytest.raises(UsageError, match=rf"are {shape[1]} x {shape[2]} x 64 .* was opened for 3 x 64 x 64: "):
+            run(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("given", [torch.zeros(3, 64, 64), [1], None, "cat.png"])
 def test_what_is_no_batch_of_images_is_refused(given):
     with pytest.raises(UsageError, match=r"tensor \[image, channel, row, column\], and .* was given"):

@@ -243,7 +243,7 @@ class Vit:
         """
         require_images(images)
         state, plain = self._plain
-        with images_of_model(plain, images), autocast_off():
+        with images_of_model(plain, images, self.anatomy.image_shape), autocast_off():
             logits = self.read_output(plain(images))
         state.note_pass(self.model)
         return logits

@@ -481,13 +481,18 @@ def require_images(images: object) -> None:
 
 @contextmanager
 def images_of_model(
-    model: nn.Module, images: torch.Tensor, is_of_reader: Callable[[BaseException], bool] = lambda error: False
+    model: nn.Module,
+    images: torch.Tensor,
+    image_shape: tuple[int, ...],
+    is_of_reader: Callable[[BaseException], bool] = lambda error: False,
 ) -> Iterator[None]:
-    """Around a run, says so where it fails on images of another type, or on another device, than the weights.
+    """Around a run, says so where it fails on images of another type or size, or on another device, than it was opened
+    for.
 
     Args:
         model: What is run.
         images: What it is given.
+        image_shape: (channels, rows, columns) of the images that it was opened for, in pixels.
         is_of_reader: Whether an error is that of a reader, which no images have caused.
 
     Returns:
@@ -498,10 +503,19 @@ def images_of_model(
     """
     try:
         yield
-    except (RuntimeError, TypeError) as error:
+    except CANNOT_RUN as error:
         weight = first_weight(model)
+        if isinstance(error, torch.OutOfMemoryError) or is_of_reader(error):
+            raise
+        if tuple(images.shape[1:]) != tuple(image_shape):
+            given, opened = (" x ".join(map(str, shape)) for shape in (images.shape[1:], image_shape))
+            raise UsageError(
+                f"{type(model).__name__} failed ({_message_of(error)}). The images are {given} (channel, row, column), "
+                f"and the model was opened for {opened}: give images as vit.prepare makes them, or open the model with "
+                "image_size=."
+            ) from error
         same = (images.dtype, images.device) == (weight.dtype, weight.device)
-        if isinstance(error, torch.OutOfMemoryError) or same or is_of_reader(error):
+        if same or not isinstance(error, RuntimeError | TypeError):
             raise
         raise UsageError(
             f"{type(model).__name__} failed ({_message_of(error)}). The images are {images.dtype} on {images.device}, "

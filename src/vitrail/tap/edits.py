@@ -3,15 +3,15 @@
 bias, dropped keys  ->  softmax  ->  region  ->  weights @ v  ->  gate  ->  prune  ->  reader
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitrail.arguments import whole_numbers
-from vitrail.errors import Unsupported
+from vitrail.arguments import whole_number, whole_numbers
+from vitrail.errors import Unsupported, UsageError
 from vitrail.tap.anatomy import Block, Call
 
 __all__ = ["Edit", "apply_regions", "apply_to_output", "edits_by_call", "score_bias"]
@@ -50,6 +50,9 @@ class Edit:
     gate: Float[Tensor, "..."] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("layer", "call", "copy"):
+            if name == "layer" or getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("prune", "drop_keys"):
             object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
 
@@ -136,6 +139,9 @@ def score_bias(
 
     Returns:
         What to add to the scores, or None if no edit acts on them.
+
+    Raises:
+        UsageError: A bias does not fit the map.
     """
     changing = [edit for edit in edits if edit.changes_scores]
     if not changing:
@@ -144,6 +150,7 @@ def score_bias(
     for edit in changing:
         part = total if edit.copy is None else total[edit.copy : edit.copy + 1]
         if edit.bias is not None:
+            _require_fit(edit, "bias", edit.bias, shape)
             part += edit.bias.to(like)
         if edit.drop_keys:
             part[..., list(edit.drop_keys)] = -torch.inf
@@ -166,11 +173,15 @@ def apply_regions(
 
     Returns:
         [row, head, query, key]; a new tensor where an edit has a region.
+
+    Raises:
+        UsageError: A region does not fit the map.
     """
     for edit in edits:
         if edit.region is None:
             continue
         region = edit.region[..., queries, :].to(weights)
+        _require_fit(edit, "region", region, weights.shape)
         if edit.copy is None:
             weights = weights * region
         else:
@@ -178,6 +189,18 @@ def apply_regions(
             factor[edit.copy] = region
             weights = (weights.unflatten(0, (copies, -1)) * factor).flatten(0, 1)
     return weights
+
+
+def _require_fit(edit: Edit, name: str, values: Tensor, shape: Sequence[int]) -> None:
+    try:
+        fits = torch.broadcast_shapes(values.shape, tuple(shape)) == tuple(shape)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise UsageError(
+            f"The {name} of an edit of L{edit.layer} is {list(values.shape)}, and the map that it is to change is "
+            f"{list(shape)} [image head query key]; give [query key] or [head query key] of all tokens."
+        )
 
 
 def apply_to_output(

@@ -382,7 +382,8 @@ class Tap:
         self._pass = state
         try:
             # a reader of another model may be the caller
-            accepted = images_of_model(self._clone, images, lambda error: error is state.reader_error)
+            shape, is_of_reader = self.anatomy.image_shape, lambda error: error is state.reader_error
+            accepted = images_of_model(self._clone, images, shape, is_of_reader)
             with accepted, autocast_off(), torch._C._EnableTorchFunction(), self._mode:
                 output = self._clone(images)
         except Captured:
@@ -425,6 +426,8 @@ class Tap:
 
     def _validate(self, edits: Sequence[Edit], copies: int) -> tuple[Edit, ...]:
         """Refuses edits that name what does not exist; those of a whole layer become edits of its calls."""
+        if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
+            raise UsageError("edits= takes a list of vitrail.Edit, such as edits=[Edit(layer=3, prune=(0, 2))].")
         by_call: list[Edit] = []
         for edit in edits:
             self._check_layer(edit.layer)

@@ -102,6 +102,8 @@ def relevance(
     """
     if methods is None:
         methods = [method for method in METHODS if prototype is not None or method not in PROTOTYPE_METHODS]
+    if not len(images):
+        raise UsageError("Relevance was asked for of no image; give at least one.")
     undefined = [method for method in methods if method not in METHODS]
     if undefined:
         raise UsageError(f"There is no relevance {undefined[0]!r}; choose from {', '.join(METHODS)}.")

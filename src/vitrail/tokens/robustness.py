@@ -305,7 +305,7 @@ def run_without(
     selected = [_select_in_edit(edit, index[0]) for edit in edits]
     try:
         return tap.run_from(0, _select_tokens(replay, tap, index), selected, readers=readers)
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, UsageError):  # the last: maps that are made for all tokens
         logits, other = (
             _run_masked(tap, replay, lost, readers, edits),
             _run_masked(tap, _blank_tokens(replay, tap, lost), lost, None, edits),

@@ -8,11 +8,13 @@ and activations are held still. It is our addition, as is the agreement between 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitrail.arguments import whole_number
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.gradients import gradients_enabled, parameters_at_rest
@@ -135,6 +137,7 @@ def neuron_view(
         ModelError: The answer to an image, or a filter, is not finite (NaN or infinite).
     """
     embedding = embedding or find_embedding(vit)
+    level, token, channel = _whole_numbers(level, token, channel)
     _refuse_unknown(vit, embedding, level, token, channel)
     if level == 0:
         row = torch.zeros((len(images), vit.anatomy.blocks[0].tokens), dtype=images.dtype, device=images.device)
@@ -189,7 +192,7 @@ def faithful_view(
         The view with the change it accounts for.
 
     Raises:
-        UsageError: More than one image, fewer than 1 step, or no such path.
+        UsageError: More than one image, fewer than 1 step, or no such path, level, token or channel.
         Unsupported: "frozen" through a model in which something else than these is not linear; a model that lets no
             gradient through.
         ModelError: The answer to the image is not finite (NaN or infinite).
@@ -198,6 +201,8 @@ def faithful_view(
         raise UsageError(f"A faithful view is of one image with 1 or more steps, not {len(image)} with {steps}.")
     if path not in PATHS or (path == "frozen" and steps != 1):
         raise UsageError(f"There is no path {path!r} with {steps} steps; choose gradient, or frozen with one step.")
+    level, token, channel = _whole_numbers(level, token, channel)
+    _refuse_outside(vit, "level", level, vit.n_layers + 1)
     if level == 0:
         return _faithful_at_0(vit, image, token, channel)
     if path == "frozen":
@@ -239,6 +244,7 @@ def _faithful_at_0(vit: Vit, image: Pixels, token: int, channel: int) -> Faithfu
     embedding = find_embedding(vit)
     if embedding.position is None:
         raise Unsupported(f"{vit.name} has a norm before its first block, so level 0 is no sum of pixels; ask for 1.")
+    _refuse_unknown(vit, embedding, 0, token, channel)
     replay, logits = vit.tap().record(torch.cat([image, torch.zeros_like(image)]))
     require_finite(vit.name, logits, ("this image", "a blank image"))
     ends = level_zero(vit.anatomy, replay)[:, token, channel].double()
@@ -256,6 +262,8 @@ def _neuron(vit: Vit, images: Pixels, level: int, token: int, channel: int) -> F
 
     def keep(layer: int, tokens: Tensor) -> None:
         if layer == level - 1:
+            for name, value, size in (("token", token, tokens.shape[1]), ("channel", channel, tokens.shape[2])):
+                _refuse_outside(vit, name, value, size)
             values.append(tokens[:, token, channel])
 
     require_finite(vit.name, vit.tap().read(images, Readers(output=keep)))
@@ -301,5 +309,13 @@ def _refuse_unknown(vit: Vit, embedding: Embedding, level: int, token: int, chan
         ("channel", channel, len(embedding.filters)),
     )
     for name, value, size in sizes:
-        if not 0 <= value < size:
-            raise UsageError(f"There is no {name} {value}: {vit.name} has {name}s 0 to {size - 1}.")
+        _refuse_outside(vit, name, value, size)
+
+
+def _refuse_outside(vit: Vit, name: str, value: int, size: int) -> None:
+    if not 0 <= value < size:
+        raise UsageError(f"There is no {name} {value}: {vit.name} has {name}s 0 to {size - 1}.")
+
+
+def _whole_numbers(level: Any, token: Any, channel: Any) -> tuple[int, int, int]:
+    return whole_number("level", level), whole_number("token", token), whole_number("channel", channel)

@@ -13,7 +13,17 @@ from vitrail.heads.regions import Mode, require_mode
 from vitrail.models.open import Vit
 from vitrail.pruning.ranking import parse_heads
 
-__all__ = ["HOW", "HeadOff", "WindowMove", "grid_of", "parse_heads_off", "parse_patches", "parse_window", "use_this"]
+__all__ = [
+    "HOW",
+    "HeadOff",
+    "WindowMove",
+    "grid_of",
+    "parse_heads_off",
+    "parse_patches",
+    "parse_window",
+    "parse_windows",
+    "use_this",
+]
 
 HOW = ("mean", "black", "removed", "shuffled")
 """What happens to patches: painted in the image's mean colour or in black, taken out of the sequence, or put in each
@@ -164,6 +174,28 @@ def parse_window(vit: Vit, window: WindowMove | Sequence[Any]) -> WindowMove:
         raise UsageError(f"Patch {move.patch} was asked for; the grid of L{layer} is {grid[0]} x {grid[1]}.")
     left, top, right, bottom = sides
     return WindowMove(layer, (left, top, right, bottom), head, None if patch is None else row * grid[1] + column)
+
+
+def parse_windows(vit: Vit, windows: Any) -> list[WindowMove]:
+    """The windows that are moved.
+
+    Args:
+        vit: the model.
+        windows: a list of what `parse_window` takes.
+
+    Returns:
+        The windows in their order.
+
+    Raises:
+        UsageError: it is no list, or one of them is no window of the model.
+    """
+    try:
+        listed = list(windows)
+    except TypeError as error:
+        raise UsageError(
+            f"{windows!r} is no list of windows; give (layer, (left, top, right, bottom)) of each."
+        ) from error
+    return [parse_window(vit, window) for window in listed]
 
 
 def _parse_patch(patch: Any) -> int | tuple[int, int] | None:

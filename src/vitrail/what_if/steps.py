@@ -37,7 +37,7 @@ from vitrail.what_if.changes import (
     grid_of,
     parse_heads_off,
     parse_patches,
-    parse_window,
+    parse_windows,
     use_this,
 )
 from vitrail.wint.model import moved_windows, window_heads
@@ -123,7 +123,7 @@ def what_if(
         ['unchanged', 'L0H0 off', 'L1H2 off']
     """
     seed = require_seed(seed)
-    off, moves = parse_heads_off(vit, heads_off), [parse_window(vit, window) for window in windows]
+    off, moves = parse_heads_off(vit, heads_off), parse_windows(vit, windows)
     mask = parse_patches(vit, patches)
     if how not in HOW:
         raise UsageError(f"Patches cannot be {how!r}; choose from {', '.join(HOW)}.")
