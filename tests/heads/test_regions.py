@@ -8,7 +8,15 @@ from torch.testing import assert_close
 
 from vitrail import open_vit
 from vitrail.errors import Unsupported, UsageError
-from vitrail.heads.regions import Mode, modes_offered, region_mask, region_modes, require_mode, why_not_all_modes
+from vitrail.heads.regions import (
+    Mode,
+    mode_edits,
+    modes_offered,
+    region_mask,
+    region_modes,
+    require_mode,
+    why_not_all_modes,
+)
 
 BOUND = 1e-5
 """Of the largest logit: another batch size, and weights @ v instead of the fused kernel."""
@@ -135,3 +143,9 @@ def test_heads_within_the_pixels_of_a_patch_have_no_modes_of_patches():
     assert modes_offered(vit.anatomy, 0, 2) == tuple(Mode)
     images = torch.randn((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     assert region_modes(vit.tap(), vit.anatomy, images, 0, 0).modes == (Mode.NOTHING, Mode.EVERYTHING)
+
+
+@pytest.mark.parametrize(("layer", "head", "words"), [(9, 0, "Layer 9"), (0, 9, "9")])
+def test_a_part_of_a_head_that_is_not_there_is_refused(layer, head, words):
+    with pytest.raises(UsageError, match=words):
+        mode_edits(open_vit(timm_vit()).anatomy, layer, head, [Mode.CROSS])

@@ -243,3 +243,16 @@ def test_prefix_rows_and_columns_stay_open() -> None:
 def test_a_share_of_no_meaning_is_refused(share: float) -> None:
     with pytest.raises(UsageError, match="above 0 and at most 1"):
         windows.n_patches_of(share, (14, 14))
+
+
+@pytest.mark.parametrize("n_patches", [0, -1])
+def test_a_box_of_no_patch_is_refused(n_patches):
+    with pytest.raises(UsageError, match="cannot be asked for"):
+        windows.best_boxes(torch.rand(2, 16, 16), (4, 4), n_patches)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("search", [windows.smallest_boxes, windows.smallest_areas])
+def test_a_box_that_holds_no_share_is_refused(search, share):
+    with pytest.raises(UsageError, match="above 0 and at most 1"):
+        search(torch.rand(2, 16, 16), (4, 4), share)

@@ -142,6 +142,19 @@ def test_a_made_image_excites_its_channel_more_than_noise_and_stays_an_image(vit
         maximise_activation(vit, 0, 7)
 
 
+@pytest.mark.parametrize(
+    ("channel", "options", "words"),
+    [
+        (99, {}, "no channel 99: level 2 .* has 0 to 47"), (-1, {}, "no channel -1"), (7, {"token": 99}, "no token 99"),
+        (7, {"token": -1}, "no token -1"), (7, {"n_steps": 0}, "0 steps cannot be asked for"),
+        (7, {"lr": 0.0}, "learning rate of 0"), (7, {"lr": float("nan")}, "learning rate of nan"),
+    ],
+)  # fmt: skip
+def test_no_image_is_made_for_a_neuron_that_is_not_there_or_in_no_steps(channel, options, words, vit):
+    with pytest.raises(UsageError, match=words):
+        maximise_activation(vit, 2, channel, **({"n_steps": 2} | options))
+
+
 def test_gradient_rollout_is_that_of_maps_and_gradients_taken_by_hand(vit, images):
     """Chefer, Gur and Wolf's rule on timm's own unfused attention, its maps kept with their gradients."""
     model, classes, maps = copy.deepcopy(vit.model), np.array([1, 4, 2]), []
@@ -207,6 +220,20 @@ def test_models_without_a_classifier_have_no_class_to_explain():
         gradient_rollout(features, small_images(1), np.array([0]))
     found = relevance(features, small_images(1), np.array([0]), ["raw", "rollout", "random"])
     assert {each.shape for each in found.values()} == {(1, 32)}
+
+
+def test_curves_of_no_class_or_no_image_are_refused(vit, images):
+    scores = np.random.default_rng(0).random((3, 32))
+    for classes, words in (([0, 1, 99], "99 is no class"), ([0, 1, -1], "-1 is no class")):
+        with pytest.raises(UsageError, match=words):
+            deletion_and_insertion(vit, images, np.array(classes), scores, 4)
+    with pytest.raises(UsageError, match="no image"):
+        deletion_and_insertion(vit, images[:0], np.zeros(0, dtype=int), scores[:0], 4)
+    with pytest.raises(UsageError, match="no image"):
+        relevance(vit, images[:0], np.zeros(0, dtype=int), ["raw"])
+    features = small_vit("vit_base_patch16_siglip_gap_224", num_classes=0)
+    with pytest.raises(Unsupported, match="no classifier"):
+        deletion_and_insertion(features, small_images(1), np.array([0]), scores[:1], 4)
 
 
 def test_an_unknown_relevance_is_refused(vit, images):

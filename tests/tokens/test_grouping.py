@@ -184,6 +184,20 @@ def test_a_layout_is_the_same_twice_and_keeps_objects_together():
     assert distances[same].mean() < 0.5 * distances[~same].mean()
 
 
+def test_tokens_that_are_all_the_same_lie_at_one_place_and_others_need_numbers():
+    """scikit-learn crashes the process on them."""
+    assert not tsne(np.full((10, 4), 0.3, dtype=np.float32)).any()
+    for wrong in (np.ones((1, 4)), np.full((9, 4), np.nan), np.zeros((9, 4))):
+        with pytest.raises(UsageError, match="2 tokens or more"):
+            tsne(wrong.astype(np.float32))
+
+
+def test_no_token_is_refused():
+    tokens, owner = planted()
+    with pytest.raises(UsageError, match="0 tokens and 0 objects"):
+        score_grouping(tokens[:0], owner[:0])
+
+
 # --- objects on the grid ---------------------------------------------------------------------------------------------
 
 

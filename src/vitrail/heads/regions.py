@@ -182,7 +182,11 @@ def mode_edits(anatomy: Anatomy, layer: int, head: int, modes: Sequence[Mode]) -
 
     Returns:
         Edits of the tap.
+
+    Raises:
+        UsageError: There is no such layer or head.
     """
+    _check_head(anatomy, layer, head)
     return [edit for copy, mode in enumerate(modes) for edit in _mode_edits(anatomy, layer, head, mode, copy)]
 
 

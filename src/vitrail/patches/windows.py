@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from vitrail import grid as grids
+from vitrail.arguments import at_least_one
 from vitrail.errors import UsageError
 from vitrail.grid import Grid
 from vitrail.patches.integral import ROUNDING, Integral, blocks, shapes_of_area
@@ -77,7 +78,11 @@ def best_boxes(
     Returns:
         The boxes, and the sum of the row in each; a row whose sum is 0 has an empty box. All boxes of `shapes_of_area`
         at all positions are compared; ties go to the flattest shape, then to the topmost, then to the leftmost box.
+
+    Raises:
+        UsageError: The area is no whole number of 1 or more.
     """
+    n_patches = at_least_one("patches of a box", n_patches)
     return _search(indicator, grid, shapes_of_area(grid, n_patches))
 
 
@@ -95,7 +100,11 @@ def smallest_boxes(
 
     Returns:
         The boxes, and the sum of the row in each.
+
+    Raises:
+        UsageError: The share is not above 0 and at most 1.
     """
+    _require_share(share)
     target = share * indicator.sum(-1) - ROUNDING
     boxes, mass = _search(indicator, grid, [(1, 1)])
     missing = mass < target
@@ -124,10 +133,19 @@ def smallest_areas(
 
     Returns:
         Whole numbers of patches, 1 to all; NaN for rows without mass.
+
+    Raises:
+        UsageError: The share is not above 0 and at most 1.
     """
+    _require_share(share)
     rows = indicator.flatten(0, -2)
     areas_of_blocks = [Integral(rows[part], grid).smallest_areas(share) for part in blocks(rows)]
     return torch.cat(areas_of_blocks).view(indicator.shape[:-1])
+
+
+def _require_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise UsageError(f"No box is asked to hold {share} of a row; give a share above 0 and at most 1.")
 
 
 @lru_cache(maxsize=8)

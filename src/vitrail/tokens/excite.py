@@ -10,10 +10,12 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitrail.arguments import at_least_one, whole_number
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import UsageError
 from vitrail.models.gradients import gradients_enabled
 from vitrail.models.open import PRECISIONS, Vit
+from vitrail.stats import require_seed
 from vitrail.tap.tap import Readers, Replay, Tap
 from vitrail.tokens.levels import layers_of_own_grid
 from vitrail.tokens.pictures import as_picture
@@ -209,12 +211,16 @@ def maximise_activation(
         The image, with the activation before and after.
 
     Raises:
-        UsageError: The model has no such level.
+        UsageError: The model has no such level, channel or token, or there is no step or no learning rate above 0.
         Unsupported: The model lets no gradient through.
         ModelError: The answer to the image is not finite (NaN or infinite).
     """
+    level, channel = whole_number("level", level), whole_number("channel", channel)
     if not 1 <= level <= vit.n_layers:
         raise UsageError(f"There is no level {level} to excite: {vit.name} has levels 1 to {vit.n_layers}.")
+    n_steps, seed = at_least_one("steps", n_steps), require_seed(seed)
+    if not 0 < lr < float("inf"):
+        raise UsageError(f"A learning rate of {lr} has no meaning; give a number above 0.")
     generator = torch.Generator().manual_seed(seed)
     rows, columns = vit.image_size
     activations = []
@@ -262,6 +268,9 @@ def _activation(vit: Vit, pixels: Tensor, level: int, channel: int, token: int |
 
     def keep(layer: int, tokens: Tensor) -> None:
         if layer == level - 1:
+            for name, value, size in (("channel", channel, tokens.shape[2]), ("token", token or 0, tokens.shape[1])):
+                if not 0 <= value < size:
+                    raise UsageError(f"There is no {name} {value}: level {level} of {vit.name} has 0 to {size - 1}.")
             values = tokens[0, :, channel].float()
             activations.append(values[prefix:].mean() if token is None else values[token])
 

@@ -41,6 +41,9 @@ NOISE = -1
 PERPLEXITY = 30.0
 """About how many neighbours t-SNE keeps together; scikit-learn's default."""
 
+SAME_DIRECTION = 1e-6
+"""Unit tokens whose coordinates all differ by less are the same, up to the rounding of float32."""
+
 Tokens = Float[np.ndarray, "token channel"]
 Owner = Int[np.ndarray, "token"]
 
@@ -86,8 +89,12 @@ def score_grouping(
         The scores.
 
     Raises:
-        UsageError: There is no such radius.
+        UsageError: There is no such radius, no token, or not an object for each token.
     """
+    if not len(tokens) or len(tokens) != len(owner):
+        raise UsageError(
+            f"{len(tokens)} tokens and {len(owner)} objects that they belong to were given; give one each."
+        )
     tokens = tokens.astype(np.float64)
     distances = _euclidean(tokens)
     clusters = cluster(distances, _radius(radius, tokens, distances, owner))
@@ -244,12 +251,19 @@ def tsne(tokens: Tokens, seed: int = 0) -> Float[np.ndarray, "token xy"]:
         seed: Of the initial positions.
 
     Returns:
-        Positions in arbitrary units; the same for the same tokens and seed.
+        Positions in arbitrary units; the same for the same tokens and seed. Tokens of one direction lie at one place.
+
+    Raises:
+        UsageError: There are fewer than 2 tokens, or one is not finite (NaN or infinite) or has no length.
     """
+    if len(tokens) < 2 or not np.isfinite(tokens).all() or not np.linalg.norm(tokens, axis=1).all():
+        raise UsageError("A layout is made of 2 tokens or more, each of finite numbers and with a length above 0.")
     from sklearn.manifold import TSNE  # half a second to import, and needed only here
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    if np.ptp(unit, axis=0).max() <= SAME_DIRECTION:  # scikit-learn divides by their spread, and crashes the process
+        return np.zeros((len(tokens), 2), dtype=np.float32)
     perplexity = min(PERPLEXITY, (len(tokens) - 1) / 3)  # scikit-learn asks for fewer neighbours than tokens
     with threadpool_limits(limits=1):  # the order of sums decides the layout
         xy = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(unit)

@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from vitrail.arguments import at_least_one
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import n_patches
@@ -466,8 +467,8 @@ def deletion_and_insertion(
 
     Raises:
         UsageError: The scores are not of the patches of the first layer's grid, or are no finite numbers, which have
-            no order.
-        Unsupported: The tokens lie on no grid.
+            no order; there is no image, no step, or no class of the model for each image.
+        Unsupported: The tokens lie on no grid, or the model has no classifier.
         ModelError: The answer to an image is not finite (NaN or infinite).
     """
     grid, step = first_grid(vit), vit.anatomy.blocks[0].patch_step
@@ -478,14 +479,17 @@ def deletion_and_insertion(
         )
     if not np.isfinite(scores).all():
         raise UsageError("Some scores are NaN or infinite, which have no order; pass finite scores of every patch.")
+    if not len(images):
+        raise UsageError("Curves were asked for of no image; give at least one.")
+    followed, n_steps = classes_of_images(vit, classes, len(images)), at_least_one("steps", n_steps)
     amounts = np.linspace(0, 1, n_steps + 1)
     order = drop_orders(scores, range(len(images)), seed)["salient"]
-    full, empty = _probability(vit, images, classes), _probability(vit, _blank(vit, images, grid), classes)
+    full, empty = _probability(vit, images, followed), _probability(vit, _blank(vit, images, grid), followed)
     deletion, insertion = [full], [empty]
     for amount in amounts[1:-1]:
         lost = patches_to_drop(order, amount)
-        deletion.append(_probability(vit, paint(images, lost, grid, "mean", vit.preprocessing, step), classes))
-        insertion.append(_probability(vit, paint(images, ~lost, grid, "mean", vit.preprocessing, step), classes))
+        deletion.append(_probability(vit, paint(images, lost, grid, "mean", vit.preprocessing, step), followed))
+        insertion.append(_probability(vit, paint(images, ~lost, grid, "mean", vit.preprocessing, step), followed))
     return Curves(amounts, np.stack([*deletion, empty], 1), np.stack([*insertion, full], 1))
 
 
