@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Rows of docs/findings.md that one study answers, with 95 % intervals over its photographs.
 
-    vitrail study MODEL PHOTOS --measures heads,regions,patterns,patches --out STUDY
-    vitrail study MODEL PHOTOS --masks MASKS --measures tokens,objects,head_windows --out WITH_MASKS
+    vitrail study MODEL PHOTOS --measures heads,regions,patterns --out STUDY
+    vitrail study MODEL PHOTOS --masks MASKS --measures patches,tokens,objects,head_windows --out WITH_MASKS
     python experiments/findings.py STUDY [WITH_MASKS ..]
 
 A study without a row's measures leaves the row out.

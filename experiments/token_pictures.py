@@ -1,7 +1,7 @@
 """Figures of docs/tokens.md, one command each; `photographs` draws those of single pictures, `curves` those of tables.
 
     python experiments/token_pictures.py photographs --data ../shared/data
-    python experiments/token_pictures.py curves --data ../shared/data          after experiments/tokens.py
+    python experiments/token_pictures.py curves --relevance-precision bfloat16      after experiments/tokens.py
 
 The pictures are the cat, coffee and astronaut that scikit-image carries; the masked one is of coco-masks.
 """
@@ -318,6 +318,7 @@ def draw_excited(vit, data: Path, level: int = 6, n_channels: int = 4) -> None:
 
 
 def curves_command(arguments: argparse.Namespace) -> None:
+    of_curves = arguments.relevance_precision or arguments.precision
     for model in MODELS:
         files = sorted(arguments.work.glob(f"robustness-{model}-{arguments.precision}-????.npz"))
         if files:
@@ -326,8 +327,7 @@ def curves_command(arguments: argparse.Namespace) -> None:
         if plain.exists():
             draw_grouping(model, arguments.work)
         pieces = [
-            dict(np.load(file))
-            for file in sorted(arguments.work.glob(f"relevance-{model}-{arguments.precision}-????.npz"))
+            dict(np.load(file)) for file in sorted(arguments.work.glob(f"relevance-{model}-{of_curves}-????.npz"))
         ]
         if pieces:
             draw_relevance_curves(model, pieces)
@@ -417,14 +417,15 @@ def draw_relevance_curves(model: str, pieces: list[dict[str, np.ndarray]]) -> No
     parts = {
         kind: [
             line_of(method, np.linspace(0, 1, 11), whole[f"{method} {kind}"].T)
-            for method in ("raw", "rollout", "gradient", "random")
+            for method in ("gradient", "lrp", "grad_sam", "raw", "rollout")
         ]
+        + [line_of("random", np.linspace(0, 1, 11), whole[f"random {kind}"].T, dashed=True)]
         for kind in ("deletion", "insertion")
     }
     n = len(next(iter(whole.values())))
     figure = curves(
         parts,
-        f"Which relevance to believe: {model}, {n} photographs",
+        f"Which relevance to believe: {model}, {n:,} photographs",
         "share of patches",
         "probability of the label",
         "Deletion: the most relevant patches go first (lower is better). Insertion: they come first (higher).",
@@ -437,6 +438,7 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=("photographs", "curves"))
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--precision", default="float32", help="of the passes that experiments/tokens.py made")
+    parser.add_argument("--relevance-precision", help="of the curves of relevance, if it is another one")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vitrail-neurons")
     ARGUMENTS = parser.parse_args()
     DOCS.mkdir(parents=True, exist_ok=True)

@@ -609,11 +609,13 @@ def views_command(arguments: argparse.Namespace) -> None:
             continue
         scores = joined(files)
         n, n_neurons = scores["cosine"].shape[0], scores["cosine"].shape[2]
+        n_in_steps = int(np.isfinite(scores["missing16"]).any((1, 2)).sum())
         lines = [
             f"## {model}, {n} photographs, {n_neurons} neuron{'s' * (n_neurons != 1)} of each a level",
             "",
-            "| level | gradient x input: cosine with plain | ranks of patches | missing (median) | 16 steps: missing "
-            "(median) | frozen: cosine with plain | ranks of patches | missing (largest) | share of bias (median) |",
+            "| level | gradient x input: cosine with plain | ranks of patches | missing (median) | 16 steps on "
+            f"{n_in_steps}: missing (median) | frozen: cosine with plain | ranks of patches | missing (largest) | "
+            "share of bias (median) |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for index, level in enumerate(LEVELS):
