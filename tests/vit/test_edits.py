@@ -210,6 +210,17 @@ def test_layers_calls_and_copies_are_whole_numbers():
             edit_of(**{name: 0.5})
 
 
+@torch.no_grad()
+def test_a_bias_of_each_image_is_that_of_every_copy(opened, noise):
+    vit = opened(VIT)
+    images = noise(vit)
+    replay, _ = vit.tap().record(images)
+    bias = torch.randn((len(images), 3, 17, 17), generator=torch.Generator().manual_seed(0))
+    copies = vit.tap().run_from(1, replay, [Edit(1, bias=bias), Edit(1, copy=0, prune=(0,))], copies=2)
+    expected = vit.tap().read(images, edits=[Edit(1, bias=bias)])
+    assert (copies.unflatten(0, (2, -1))[1] - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("shape", [(3, 3), (2, 17, 17), (17, 16), (5, 3, 17, 17)])
 @pytest.mark.parametrize("name", ["bias", "region"])
 def test_a_bias_or_region_that_does_not_fit_the_map_is_refused(name, shape, opened, noise):

@@ -150,7 +150,7 @@ def score_bias(
     for edit in changing:
         part = total if edit.copy is None else total[edit.copy : edit.copy + 1]
         if edit.bias is not None:
-            _require_fit(edit, "bias", edit.bias, shape)
+            _require_fit(edit, "bias", edit.bias, total.shape[1:])  # of one copy
             part += edit.bias.to(like)
         if edit.drop_keys:
             part[..., list(edit.drop_keys)] = -torch.inf
