@@ -270,6 +270,14 @@ def test_a_start_that_has_no_meaning_is_refused():
         small(drop_path_rate=1.0)
     with pytest.raises(UsageError, match="1 or 2, one a head"):
         small(start=((0.3,) * 4,) * 3)
+    for edges in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="patches soft"):
+            small(edges=edges)
+    with pytest.raises(UsageError, match="n_classes = -1"):
+        small(n_classes=-1)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="temperature"):
+            set_temperature(small(), temperature)
     with pytest.raises(UsageError, match=r"cut at 1\.5"):
         Shape(cut=1.5)
     with pytest.raises(UsageError, match="predicted, fixed or none"):

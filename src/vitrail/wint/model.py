@@ -440,6 +440,10 @@ class Shape(Architecture):
             raise UsageError(f"A width of {self.width} cannot be shared between {self.heads} heads; it must divide.")
         if any(side % self.patch_px for side in self.image_px):
             raise UsageError(f"Images of {self.image_px} px cannot be cut into patches of {self.patch_px} px.")
+        if self.n_classes < 0:
+            raise UsageError(f"n_classes = {self.n_classes} has no meaning; give a number of classes, or 0 for none.")
+        if not 0 <= self.edges < float("inf"):
+            raise UsageError(f"Edges of windows cannot be {self.edges} patches soft; give 0 for hard ones, or more.")
         if not 0 <= self.cut < 1:
             raise UsageError(f"Soft windows cannot be cut at {self.cut}; give a share from 0 to below 1.")
         if self.windows != "none" and len(self.start) not in (1, self.heads):
@@ -688,7 +692,7 @@ def set_temperature(model: nn.Module, temperature: float, *, hard: bool | None =
     Raises:
         UsageError: The temperature is not above 0.
     """
-    if temperature <= 0:
+    if not 0 < temperature < float("inf"):
         raise UsageError(f"A temperature of {temperature} has no meaning; it is above 0.")
     for head in window_heads(model):
         if isinstance(head, WindowHead):
