@@ -426,6 +426,7 @@ class Tap:
 
     def _validate(self, edits: Sequence[Edit], copies: int) -> tuple[Edit, ...]:
         """Refuses edits that name what does not exist; those of a whole layer become edits of its calls."""
+        edits = edits if isinstance(edits, Edit) else tuple(edits)
         if isinstance(edits, Edit) or not all(isinstance(edit, Edit) for edit in edits):
             raise UsageError("edits= takes a list of vitrail.Edit, such as edits=[Edit(layer=3, prune=(0, 2))].")
         by_call: list[Edit] = []
