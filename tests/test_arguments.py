@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitrail.arguments import whole_number, whole_numbers
+from vitrail.arguments import number_below, whole_number, whole_numbers
 from vitrail.errors import UsageError
 
 
@@ -18,6 +18,15 @@ def test_a_number_of_any_library_is_one_of_python(value):
 def test_what_is_no_whole_number_is_refused_by_its_name(value):
     with pytest.raises(UsageError, match=r"The layer .* has no meaning; give a whole number"):
         whole_number("The layer", value)
+
+
+def test_one_of_several_is_counted_from_0():
+    assert [number_below(3, "level", value, "this model") for value in (0, np.int64(2))] == [0, 2]
+    for value in (-1, 3):
+        with pytest.raises(UsageError, match=rf"no level {value}: this model has levels 0 to 2"):
+            number_below(3, "level", value, "this model")
+    with pytest.raises(UsageError, match=r"level 1\.5 has no meaning"):
+        number_below(3, "level", 1.5, "this model")
 
 
 def test_several_are_counted():

@@ -20,6 +20,7 @@ from vitrail.tap.edits import Edit
 from vitrail.tap.tap import Readers
 from vitrail.tokens.robustness import why_not_removable
 from vitrail.what_if import ARRAYS, HeadOff, WindowMove, steps
+from vitrail.what_if.changes import parse_windows
 from vitrail.windows.collect import predict_windows
 from vitrail.wint.model import Shape, WinT, hard_mask, record_sides, window_heads
 
@@ -356,6 +357,11 @@ def test_tokens_that_are_merged_are_not_compared_with_others_of_the_same_number(
 def test_what_has_no_meaning_is_refused_in_a_sentence(vit, changes, words):
     with pytest.raises(UsageError, match=words):
         vit.what_if(photo(), **changes)
+
+
+def test_windows_that_are_no_list_are_refused(vit):
+    with pytest.raises(UsageError, match="5 is no list of windows"):
+        parse_windows(vit, 5)
 
 
 class _Pyramid(torch.nn.Module):

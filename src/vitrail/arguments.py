@@ -5,7 +5,7 @@ from typing import Any
 
 from vitrail.errors import UsageError
 
-__all__ = ["at_least_one", "whole_number", "whole_numbers"]
+__all__ = ["at_least_one", "number_below", "whole_number", "whole_numbers"]
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -44,6 +44,27 @@ def at_least_one(what: str, n: Any) -> int:
     if number < 1:
         raise UsageError(f"{number} {what} cannot be asked for; give 1 or more.")
     return number
+
+
+def number_below(count: int, name: str, number: Any, owner: str) -> int:
+    """The number of one of several things that are counted from 0.
+
+    Args:
+        count: How many there are.
+        name: What it is, in the singular.
+        number: As it was given.
+        owner: What has them, for the refusal.
+
+    Returns:
+        The number.
+
+    Raises:
+        UsageError: It is no whole number from 0 to count - 1.
+    """
+    whole = whole_number(name, number)
+    if not 0 <= whole < count:
+        raise UsageError(f"There is no {name} {whole}: {owner} has {name}s 0 to {count - 1}.")
+    return whole
 
 
 def whole_numbers(name: str, values: Any, count: int | None = None) -> tuple[int, ...]:

@@ -145,8 +145,9 @@ def test_a_made_image_excites_its_channel_more_than_noise_and_stays_an_image(vit
 @pytest.mark.parametrize(
     ("channel", "options", "words"),
     [
-        (99, {}, "no channel 99: level 2 .* has 0 to 47"), (-1, {}, "no channel -1"), (7, {"token": 99}, "no token 99"),
-        (7, {"token": -1}, "no token -1"), (7, {"n_steps": 0}, "0 steps cannot be asked for"),
+        (99, {}, "no channel 99: level 2 .* channels 0 to 47"), (-1, {}, "no channel -1"),
+        (7, {"token": 99}, "no token 99"), (7, {"token": -1}, "no token -1"),
+        (7, {"n_steps": 0}, "0 steps cannot be asked for"),
         (7, {"lr": 0.0}, "learning rate of 0"), (7, {"lr": float("nan")}, "learning rate of nan"),
     ],
 )  # fmt: skip

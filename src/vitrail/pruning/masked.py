@@ -12,7 +12,7 @@ from vitrail.errors import Unsupported
 from vitrail.models.open import Vit
 from vitrail.pruning.ranking import as_heads
 from vitrail.pruning.removal import remove_heads, why_not_removable
-from vitrail.tap.edits import Edit
+from vitrail.tap.edits import Edit, prune_edits
 
 __all__ = ["logits_without", "predictions_without", "pruning_edits"]
 
@@ -29,10 +29,7 @@ def pruning_edits(heads: str | Iterable[Any]) -> list[Edit]:
     Raises:
         UsageError: They are no heads, or one is named twice.
     """
-    by_layer: dict[int, list[int]] = {}
-    for layer, head in sorted(as_heads(heads)):
-        by_layer.setdefault(layer, []).append(head)
-    return [Edit(layer, prune=tuple(each)) for layer, each in by_layer.items()]
+    return prune_edits(as_heads(heads))
 
 
 @torch.no_grad()

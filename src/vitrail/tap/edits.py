@@ -3,7 +3,7 @@
 bias, dropped keys  ->  softmax  ->  region  ->  weights @ v  ->  gate  ->  prune  ->  reader
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from vitrail.arguments import whole_number, whole_numbers
 from vitrail.errors import Unsupported, UsageError
 from vitrail.tap.anatomy import Block, Call
 
-__all__ = ["Edit", "apply_regions", "apply_to_output", "edits_by_call", "score_bias"]
+__all__ = ["Edit", "apply_regions", "apply_to_output", "edits_by_call", "prune_edits", "score_bias"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,21 @@ class Edit:
     def changes_output(self) -> bool:
         """Whether the edit acts on what the heads give."""
         return bool(self.prune) or self.gate is not None or self.closes_queries
+
+
+def prune_edits(heads: Iterable[tuple[int, int]]) -> list[Edit]:
+    """Edits that set heads to zero.
+
+    Args:
+        heads: (layer, head) of each.
+
+    Returns:
+        One edit for each layer.
+    """
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in sorted(heads):
+        by_layer.setdefault(layer, []).append(head)
+    return [Edit(layer, prune=tuple(each)) for layer, each in by_layer.items()]
 
 
 def edits_by_call(edit: Edit, block: Block) -> tuple[Edit, ...]:

@@ -23,7 +23,7 @@ from vitrail.models.objects import patch_objects
 from vitrail.models.open import Vit, require_vit
 from vitrail.stats import require_seed
 from vitrail.tap.attention import LayerAttention, Readers
-from vitrail.tap.edits import Edit
+from vitrail.tap.edits import Edit, prune_edits
 from vitrail.tokens.artefacts import (
     ArtefactHead,
     ArtefactNeuron,
@@ -210,14 +210,9 @@ def _changed_models(
         yield "other neurons off", without_neurons(vit, _other_neurons(vit, neurons, generator)), []
     if heads:
         own = [(each.layer, each.head) for each in heads]
-        yield "heads off", vit, _prune_edits(own)
+        yield "heads off", vit, prune_edits(own)
         for _ in range(N_DRAWS):
-            yield "other heads off", vit, _prune_edits(_other_heads(own, head_written, generator))
-
-
-def _prune_edits(heads: Sequence[tuple[int, int]]) -> list[Edit]:
-    layers = sorted({layer for layer, _ in heads})
-    return [Edit(layer, prune=tuple(sorted(head for at, head in heads if at == layer))) for layer in layers]
+            yield "other heads off", vit, prune_edits(_other_heads(own, head_written, generator))
 
 
 def _by_model(

@@ -10,7 +10,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.arguments import at_least_one, whole_number
+from vitrail.arguments import at_least_one, number_below, whole_number
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import UsageError
 from vitrail.models.gradients import gradients_enabled
@@ -215,8 +215,7 @@ def maximise_activation(
         Unsupported: The model lets no gradient through.
         ModelError: The answer to the image is not finite (NaN or infinite).
     """
-    level, channel = whole_number("level", level), whole_number("channel", channel)
-    if not 1 <= level <= vit.n_layers:
+    if not 1 <= whole_number("level", level) <= vit.n_layers:
         raise UsageError(f"There is no level {level} to excite: {vit.name} has levels 1 to {vit.n_layers}.")
     n_steps, seed = at_least_one("steps", n_steps), require_seed(seed)
     if not 0 < lr < float("inf"):
@@ -268,11 +267,10 @@ def _activation(vit: Vit, pixels: Tensor, level: int, channel: int, token: int |
 
     def keep(layer: int, tokens: Tensor) -> None:
         if layer == level - 1:
-            for name, value, size in (("channel", channel, tokens.shape[2]), ("token", token or 0, tokens.shape[1])):
-                if not 0 <= value < size:
-                    raise UsageError(f"There is no {name} {value}: level {level} of {vit.name} has 0 to {size - 1}.")
-            values = tokens[0, :, channel].float()
-            activations.append(values[prefix:].mean() if token is None else values[token])
+            owner = f"level {level} of {vit.name}"
+            values = tokens[0, :, number_below(tokens.shape[2], "channel", channel, owner)].float()
+            at = slice(prefix, None) if token is None else number_below(len(values), "token", token, owner)
+            activations.append(values[at].mean())
 
     require_finite(vit.name, vit.tap().read(images, Readers(output=keep)))
     return activations[0]

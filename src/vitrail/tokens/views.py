@@ -6,15 +6,13 @@ model: the neuron's own derivative by the pixels, times the pixels, or the linea
 and activations are held still. It is our addition, as is the agreement between the two.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.arguments import whole_number
+from vitrail.arguments import number_below
 from vitrail.contract.outlook import require_finite
 from vitrail.errors import Unsupported, UsageError
 from vitrail.models.gradients import gradients_enabled, parameters_at_rest
@@ -137,7 +135,6 @@ def neuron_view(
         ModelError: The answer to an image, or a filter, is not finite (NaN or infinite).
     """
     embedding = embedding or find_embedding(vit)
-    level, token, channel = _whole_numbers(level, token, channel)
     _refuse_unknown(vit, embedding, level, token, channel)
     if level == 0:
         row = torch.zeros((len(images), vit.anatomy.blocks[0].tokens), dtype=images.dtype, device=images.device)
@@ -201,9 +198,7 @@ def faithful_view(
         raise UsageError(f"A faithful view is of one image with 1 or more steps, not {len(image)} with {steps}.")
     if path not in PATHS or (path == "frozen" and steps != 1):
         raise UsageError(f"There is no path {path!r} with {steps} steps; choose gradient, or frozen with one step.")
-    level, token, channel = _whole_numbers(level, token, channel)
-    _refuse_outside(vit, "level", level, vit.n_layers + 1)
-    if level == 0:
+    if number_below(vit.n_layers + 1, "level", level, vit.name) == 0:
         return _faithful_at_0(vit, image, token, channel)
     if path == "frozen":
         return _frozen_view(vit, image, level, token, channel)
@@ -262,9 +257,8 @@ def _neuron(vit: Vit, images: Pixels, level: int, token: int, channel: int) -> F
 
     def keep(layer: int, tokens: Tensor) -> None:
         if layer == level - 1:
-            for name, value, size in (("token", token, tokens.shape[1]), ("channel", channel, tokens.shape[2])):
-                _refuse_outside(vit, name, value, size)
-            values.append(tokens[:, token, channel])
+            chosen = number_below(tokens.shape[1], "token", token, vit.name)
+            values.append(tokens[:, chosen, number_below(tokens.shape[2], "channel", channel, vit.name)])
 
     require_finite(vit.name, vit.tap().read(images, Readers(output=keep)))
     return values[0]
@@ -303,19 +297,6 @@ def agreement(
 
 
 def _refuse_unknown(vit: Vit, embedding: Embedding, level: int, token: int, channel: int) -> None:
-    sizes: Sequence[tuple[str, int, int]] = (
-        ("level", level, vit.n_layers + 1),
-        ("token", token, vit.anatomy.blocks[0].tokens),
-        ("channel", channel, len(embedding.filters)),
-    )
-    for name, value, size in sizes:
-        _refuse_outside(vit, name, value, size)
-
-
-def _refuse_outside(vit: Vit, name: str, value: int, size: int) -> None:
-    if not 0 <= value < size:
-        raise UsageError(f"There is no {name} {value}: {vit.name} has {name}s 0 to {size - 1}.")
-
-
-def _whole_numbers(level: Any, token: Any, channel: Any) -> tuple[int, int, int]:
-    return whole_number("level", level), whole_number("token", token), whole_number("channel", channel)
+    number_below(vit.n_layers + 1, "level", level, vit.name)
+    number_below(vit.anatomy.blocks[0].tokens, "token", token, vit.name)
+    number_below(len(embedding.filters), "channel", channel, vit.name)

@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitrail.arguments import whole_number
+from vitrail.arguments import number_below
 from vitrail.errors import Unsupported, UsageError
 from vitrail.grid import Grid, positions
 from vitrail.patches import windows
@@ -739,18 +739,11 @@ def _checked_move(move: Any, holders: Sequence[Any]) -> tuple[int, tuple[float, 
         raise UsageError(f"{move!r} moves no window; give layer, four sides, head or None, patch or None.") from error
     if len(sides) != 4 or not all(side >= 0 for side in sides):
         raise UsageError(f"A window has four sides of 0 or more (left, top, right, bottom), not {sides}.")
-    layer = _among("layer", layer, len(holders))
-    grid = holders[layer].grid
-    head = None if head is None else _among("head", head, _n_heads(holders[layer]))
-    patch = None if patch is None else _among("patch", patch, grid[0] * grid[1])
+    layer = number_below(len(holders), "layer", layer, "the model")
+    owner, (rows, columns) = f"L{layer}", holders[layer].grid
+    head = None if head is None else number_below(_n_heads(holders[layer]), "head", head, owner)
+    patch = None if patch is None else number_below(rows * columns, "window", patch, owner)
     return layer, sides, head, patch
-
-
-def _among(name: str, number: Any, count: int) -> int:
-    whole = whole_number(f"The {name}", number)
-    if not 0 <= whole < count:
-        raise UsageError(f"There is no {name} {whole} whose window could move; there are {count}, counted from 0.")
-    return whole
 
 
 def _n_heads(holder: Any) -> int:
